@@ -1,0 +1,193 @@
+"""The datasets: a row of a data file -> (X, Y, loss_mask), ready to train on.
+
+X and Y are int64 and loss_mask is int64 0/1, 1-D, of equal length T <= max_length, unpadded and shifted by one: Y[t] is
+the token that follows X[t], and loss_mask[t] says whether predicting it counts. Tokenising happens once, in
+`token_cache.py`; what a conversation looks like in tokens is decided in `chat_format.py`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataset.chat_format import chat_coder, detect_format, encode_chats, normalise_row, plain_encoder
+from dataset.token_cache import open_cache
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE_DIR = ROOT / "out" / "cache"
+END_OF_TEXT = "<|endoftext|>"  # stands between the documents of pretraining
+
+
+class CachedDataset(Dataset):
+    """Rows of a token cache as training samples.
+
+    Attributes:
+        key: hash of data, tokenizer and options, the identity of the data in checkpoints.
+        lengths: (rows,) int64, T of each row, so that batches can be planned without reading a row.
+        supervised: (rows,) int64, tokens with loss of each row.
+        stats: counts of the file: rows, tokens, supervised, dropped, truncated, bad, first_bad.
+    """
+
+    def __init__(self, data_path, tokenizer, options: dict, encode, masked: bool, cache_dir, skip_bad: bool):
+        backend = tokenizer.backend_tokenizer.to_str()
+        self.cache = open_cache(
+            Path(data_path),
+            Path(cache_dir or CACHE_DIR),
+            {**options, "tokenizer": backend, "stage": type(self).__name__},
+            vocab_size=len(tokenizer),
+            masked=masked,
+            encode=encode,
+            skip_bad=skip_bad,
+        )
+        self.key, self.stats = self.cache.key, self.cache.stats
+        self.lengths = self.cache.lengths.astype(np.int64) - 1
+        self.supervised = self.cache.supervised.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids, mask = self.cache[row]
+        ids, mask = torch.from_numpy(ids), torch.from_numpy(mask).long()
+        return ids[:-1], ids[1:], mask[1:]
+
+    @staticmethod
+    def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Lay the samples of a micro-batch one behind the other: no padding, whatever their lengths.
+
+        Returns:
+            X, Y, loss_mask: (1, N) int64 each.
+            doc_lens: lengths of the samples, summing to N.
+        """
+        if not samples:  # a rank that has no row in the last window still takes part: one token, no loss
+            zero = torch.zeros(1, 1, dtype=torch.int64)
+            return zero, zero, zero, [1]
+        X, Y, loss_mask = (torch.cat(parts).unsqueeze(0) for parts in zip(*samples, strict=True))
+        return X, Y, loss_mask, [len(sample[0]) for sample in samples]
+
+
+class PretrainDataset(CachedDataset):
+    """Documents: JSONL or a JSON array of {"text": ...}, or a .txt file with a document a line.
+
+    A document ends with <|endoftext|>. One that is longer than max_length becomes several rows that overlap by one
+    token, so that every token is predicted exactly once.
+
+    Args:
+        data_path: the file.
+        tokenizer: a fast tokenizer, as `AutoTokenizer.from_pretrained` gives it.
+        max_length: longest row in tokens.
+        cache_dir: where token caches live; default: out/cache.
+        skip_bad: leave bad rows out and count them, instead of stopping at the first one.
+
+    Raises:
+        ValueError: `file:line: reason` of a bad row; a missing or empty file; no usable row.
+    """
+
+    def __init__(self, data_path, tokenizer, max_length: int = 512, cache_dir=None, skip_bad: bool = False):
+        plain, end = plain_encoder(tokenizer), tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+        if end is None or end == tokenizer.unk_token_id:
+            end = tokenizer.eos_token_id
+
+        def encode(rows: list[object]) -> list:
+            texts = [row_text(row) for row in rows]
+            encoded = iter(plain.batch([text for text in texts if isinstance(text, str)]))
+            results = []
+            for text in texts:
+                if isinstance(text, ValueError):
+                    results.append(text)
+                    continue
+                ids = [*next(encoded), end]
+                pieces = [ids[at : at + max_length + 1] for at in range(0, len(ids) - 1, max_length)]
+                results.append(([(piece, [1] * len(piece)) for piece in pieces], False))
+            return results
+
+        options = {"max_length": max_length}
+        super().__init__(data_path, tokenizer, options, encode, False, cache_dir, skip_bad)
+
+
+class SFTDataset(CachedDataset):
+    """Conversations: MiniMind, ShareGPT, Alpaca or OpenAI messages, as JSONL or one JSON array.
+
+    The format is detected from the first row of the file. The loss mask covers the assistant turns with their
+    <|im_end|>; a row that is cut at max_length down to no supervised token is dropped and counted.
+
+    Args:
+        data_path, tokenizer, max_length, cache_dir, skip_bad: see `PretrainDataset`.
+        loss_on: 'all' assistant turns, or only the 'last' one.
+
+    Raises:
+        ValueError: as `PretrainDataset`.
+    """
+
+    def __init__(
+        self, data_path, tokenizer, max_length: int = 512, cache_dir=None, skip_bad: bool = False, loss_on: str = "all"
+    ):
+        coder, found = chat_coder(tokenizer), []
+
+        def encode(rows: list[object]) -> list:
+            chats = []
+            for row in rows:
+                try:
+                    if not found:
+                        found.append(detect_format(row))
+                    chats.append(normalise_row(row, found[0]))
+                except ValueError as error:
+                    chats.append(error)
+            encoded = iter(encode_chats([c for c in chats if not isinstance(c, ValueError)], coder, loss_on))
+            results = []
+            for chat in chats:
+                if isinstance(chat, ValueError):
+                    results.append(chat)
+                    continue
+                ids, mask = next(encoded)
+                cut = len(ids) > max_length + 1
+                ids, mask = ids[: max_length + 1], mask[: max_length + 1]
+                results.append(([(ids, mask)] if any(mask[1:]) else [], cut))
+            return results
+
+        options = {"max_length": max_length, "loss_on": loss_on}
+        super().__init__(data_path, tokenizer, options, encode, True, cache_dir, skip_bad)
+
+
+def row_text(row: object) -> str | ValueError:
+    """The text of a pretraining row, or what is wrong with it."""
+    if isinstance(row, str):
+        text = row
+    elif not isinstance(row, dict):
+        return ValueError(f'a row must be an object {{"text": ...}}, found {type(row).__name__}')
+    elif not isinstance(row.get("text"), str):
+        keys = ", ".join(list(row)[:5]) or "none"
+        return ValueError(f'a pretraining row needs a string under "text"; keys found: {keys}')
+    else:
+        text = row["text"]
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        return ValueError("the text has a lone surrogate and is no valid Unicode")
+    return text
+
+
+def preview(dataset: CachedDataset, tokenizer, count: int, colour: bool = False) -> str:
+    """Samples as the model sees them, what carries loss between [[ and ]] (or in green), and the counts of the file."""
+    begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
+    lines = []
+    for row in range(min(count, len(dataset))):
+        ids, mask = dataset.cache[row]
+        shown, at = "", 0
+        for stop in [*(np.flatnonzero(np.diff(mask)) + 1), len(ids)]:
+            text = tokenizer.decode(ids[at:stop].tolist())
+            shown += f"{begin}{text}{end}" if mask[at] else text
+            at = stop
+        lines.append(f"--- sample {row}: {dataset.lengths[row]} tokens, {dataset.supervised[row]} supervised\n{shown}")
+    return "\n".join([*lines, "--- " + describe(dataset)])
+
+
+def describe(dataset: CachedDataset) -> str:
+    """One line of counts: rows, tokens, supervised share, dropped, truncated and bad rows."""
+    stats = dataset.stats
+    text = (
+        f"{stats['rows']:,} rows, {stats['tokens']:,} tokens, {stats['supervised']:,} supervised "
+        f"({stats['supervised'] / max(1, stats['tokens']):.1%}), {stats['dropped']:,} dropped, "
+        f"{stats['truncated']:,} truncated"
+    )
+    return text + (f", {stats['bad']:,} bad rows skipped (first: {stats['first_bad']})" if stats["bad"] else "")

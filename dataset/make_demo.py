@@ -1,0 +1,321 @@
+"""Write the demo data: dataset/demo/*.jsonl, byte for byte the same on every run (standard library only).
+
+Reads dataset/demo/words.json (words, facts, sentence templates). What is held out is decided by a hash of what a
+prompt is about (operands, sequence, phrasing x word, ...), never by position, so no order of generation can leak it.
+
+    python dataset/make_demo.py                 # rewrites dataset/demo/
+    python dataset/make_demo.py --out_dir DIR   # writes somewhere else
+"""
+
+import argparse
+import hashlib
+import json
+import random
+from itertools import product
+from pathlib import Path
+
+DEMO = Path(__file__).resolve().parent / "demo"
+LANGS = ("en", "zh")
+HELD_OUT_PER_TASK = 80
+SFT_ROWS = {
+    "identity": 500, "greetings": 600, "small_facts": 1000, "arithmetic": 1500, "dictionary": 1100, "reverse": 1000,
+    "sort": 1300, "refusal": 500, "multi_turn": 1000, "direct": 300,
+}  # fmt: skip
+DRILLS = {"copy": 800, "reverse": 500, "sort": 600, "arithmetic": 700, "multi_turn": 300, "story": 400}
+WORDS = json.loads((DEMO / "words.json").read_text(encoding="utf-8"))
+PAIRS = {group: [pair.split() for pair in text.split(", ")] for group, text in WORDS["words"].items()}
+PAIRS["city"] = [pair.split() for pair in WORDS["city"].split(", ")]
+NAMES = {lang: WORDS["names"][lang].split() for lang in LANGS}
+
+
+def held(*key, one_in=10) -> bool:
+    """True for the share of all keys that is kept for evaluation."""
+    digest = hashlib.md5(json.dumps(key, ensure_ascii=False).encode()).hexdigest()
+    return int(digest, 16) % one_in == 0
+
+
+def normalise(text: str) -> str:
+    """Text without whitespace and case, the form in which prompts are compared."""
+    return "".join(text.split()).lower()
+
+
+def upper_first(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def turns(*contents: str) -> list[dict]:
+    """User and assistant turns by turns, the first one the user's."""
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+# Families: question templates x items with one fixed kind of reply (facts, dictionary, refusal, identity, greetings).
+
+
+def family_items(family: dict, lang: str) -> list[dict]:
+    """The fillings of a family's templates, as dicts from field letter to text."""
+    items = family.get("items", "")
+    if items == "@words":
+        return [{"a": en, "b": zh} for group, pairs in PAIRS.items() for en, zh in pairs if group != "city"]
+    if items == "@names":
+        return [{"n": name} for name in NAMES[lang]]
+    return [dict(zip("abcdef", item.split("/"))) for item in items.split(", ")]
+
+
+def family_prompts(index: int, lang: str, held_out: bool):
+    """Yield (prompt, reply, item) of one family; held out are some phrasing x item combinations and * phrasings."""
+    family = WORDS["families"][index]
+    for item, ask in product(family_items(family, lang), family[lang]["ask"]):
+        key = ask.lstrip("*").format(**item)
+        whole = ask.startswith("*") or (len(family.get("items", "")) > 0 and held(index, lang, key))
+        for extra in WORDS["closers" if family.get("close") else "openers"][lang]:
+            if family.get("items") is None and not ask.startswith("*"):
+                whole = held(index, lang, key, extra)
+            prompt = key + extra if family.get("close") else extra + (key if extra else upper_first(key))
+            if whole == held_out:
+                yield prompt, upper_first(family[lang]["say"].format(**item)), item
+
+
+def sample_family(rng: random.Random, task: str, lang: str, held_out: bool, cache: dict) -> tuple[list[dict], dict]:
+    """One (turns, note) of a family task; every family of a task is met equally often, weighted by its size."""
+    if (task, lang, held_out) not in cache:
+        indices = [i for i, family in enumerate(WORDS["families"]) if family["task"] == task]
+        cache[task, lang, held_out] = [list(family_prompts(i, lang, held_out)) for i in indices]
+    pools = [pool for pool in cache[task, lang, held_out] if pool]
+    pool = rng.choices(pools, [len(p) ** 0.5 for p in pools])[0]
+    prompt, reply, item = rng.choice(pool)
+    return turns(prompt, reply), item
+
+
+# Computed tasks.
+
+
+def steps(a: int, b: int, op: str, lang: str) -> str:
+    """The digit by digit working of a + b or a - b (two digits each, a >= b for the difference)."""
+    p, x, q, y = a // 10, a % 10, b // 10, b % 10
+    if op == "+":
+        z = x + y
+        f = {"z": z, "w": z % 10, "k": z // 10, "t": p + q + z // 10, "r": a + b}
+    else:
+        k = int(x < y)
+        x += 10 * k
+        f = {"z": x - y, "k": k, "t": p - k - q, "r": a - b}
+    return WORDS["steps"][lang][op].format(p=p, q=q, x=x, y=y, **f)
+
+
+def sample_arithmetic(rng, lang, held_out):
+    while True:
+        a, b, op = rng.randint(10, 99), rng.randint(10, 99), rng.choice("+-")
+        if op == "-" and a < b:
+            a, b = b, a
+        if held("arithmetic", op, *sorted((a, b))) == held_out:
+            ask = rng.choice(WORDS["arithmetic"][lang][op]).format(a=a, b=b, n=rng.choice(NAMES[lang]))
+            return turns(ask, steps(a, b, op, lang))
+
+
+def sample_reverse(rng, lang, held_out):
+    while True:
+        kind = rng.choice(("letters", "letters", "words"))
+        if kind == "letters":
+            items = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randint(3, 6))
+        else:
+            words = [pair[lang == "zh"] for group in ("animal", "food", "nature") for pair in PAIRS[group]]
+            items = rng.sample(words, rng.randint(3, 4))
+        if held("reverse", min(items, items[::-1])) == held_out:
+            t = WORDS["reverse"][lang]
+            ask = rng.choice(t[kind]).format(s=" ".join(items))
+            return turns(ask, t["say"].format(r=" ".join(reversed(items))))
+
+
+def sample_sort(rng, lang, held_out):
+    while True:
+        kind, numbers = rng.choice(("up", "down", "words")), rng.choice((range(10), range(10, 100)))
+        if kind == "words":  # one word per letter, so that the first letter alone decides
+            items = rng.sample(WORDS["alphabet"].split(), rng.randint(3, 5))
+        else:
+            items = rng.sample(numbers, rng.randint(3, 5 if len(numbers) == 10 else 4))
+        if held("sort", sorted(items)) == held_out:
+            t, order = WORDS["sort"][lang], sorted(items, reverse=kind == "down")
+            ask = rng.choice(t[kind]).format(s=" ".join(map(str, items)))
+            return turns(ask, t["say"].format(r=" ".join(map(str, order))))
+
+
+def sample_direct(rng, lang, held_out):
+    """Three-digit addition without shown steps: the harder task that reinforcement learning starts from."""
+    while True:
+        a, b = rng.randint(100, 499), rng.randint(100, 499)
+        if held("direct", *sorted((a, b))) == held_out:
+            return turns(rng.choice(WORDS["rl"][lang]).format(a=a, b=b), str(a + b))
+
+
+def slot_values(slot: str, lang: str) -> list[str]:
+    if slot == "name":
+        return NAMES[lang]
+    if slot == "number":
+        return [str(n) for n in range(10, 100)]
+    return [pair[lang == "zh"] for pair in PAIRS[slot]]
+
+
+def sample_multi_turn(rng, lang, held_out, cache):
+    """The user says one or two things about himself (or a sentence), maybe something else, then asks for it."""
+    while True:
+        lines = []
+        if rng.random() < 0.25:
+            t = WORDS["repeat"][lang]
+            c, thing, place = (rng.choice(PAIRS[g])[lang == "zh"] for g in ("colour", "thing", "nature"))
+            say = t["say"].format(c=c, t=thing, p=place)
+            key, lines, question, answer = say, [say, t["ack"]], rng.choice(t["ask"]), t["answer"].format(v=say)
+        else:
+            slots = rng.sample(list(WORDS["slots"][lang]), rng.choice((1, 2, 2)))
+            values = [rng.choice(slot_values(slot, lang)) for slot in slots]
+            for slot, value in zip(slots, values):
+                lines += [text.format(v=value) for text in WORDS["slots"][lang][slot][:2]]
+            asked = rng.randrange(len(slots))
+            question, answer = (text.format(v=values[asked]) for text in WORDS["slots"][lang][slots[asked]][2:])
+            key = [*sorted(zip(slots, values))]
+        if rng.random() < 0.3:  # something else in between
+            other, _ = sample_family(rng, rng.choice(("greetings", "small_facts")), lang, False, cache)
+            at = rng.choice((0, len(lines))) if len(lines) > 2 or "{" not in answer else len(lines)
+            at = len(lines) if key == lines[0] else at
+            lines[at:at] = [turn["content"] for turn in other]
+        if held("multi_turn", key, one_in=12) == held_out:
+            return turns(*[upper_first(line) for line in lines], question, answer)
+
+
+def sample_row(rng, task, lang, held_out, cache) -> dict:
+    """One row {task, conversations}: the last turn is the reply."""
+    computed = {"arithmetic": sample_arithmetic, "reverse": sample_reverse, "sort": sample_sort, "direct": sample_direct}
+    if task in computed:
+        talk = computed[task](rng, lang, held_out)
+    elif task == "multi_turn":
+        talk = sample_multi_turn(rng, lang, held_out, cache)
+    else:
+        talk, _ = sample_family(rng, task, lang, held_out, cache)
+    if rng.random() < 0.1 and task != "direct":
+        talk = [{"role": "system", "content": rng.choice(WORDS["system"][lang])}, *talk]
+    return {"task": task, "conversations": talk}
+
+
+def prompt_key(row: dict) -> str:
+    """The whole prompt, system turn left out: what must not be shared between training and held-out files."""
+    return normalise("\n".join(t["content"] for t in row["conversations"][:-1] if t["role"] != "system"))
+
+
+def sample_rows(seed: str, tasks: dict[str, int], held_out: bool) -> list[dict]:
+    """Distinct rows, half English and half Chinese per task, shuffled."""
+    rng, cache, rows, seen = random.Random(seed), {}, [], set()
+    for task, count in tasks.items():
+        for lang in LANGS:
+            wanted, tries = count // 2, 0
+            while wanted and tries < count * 20:
+                tries += 1
+                row = sample_row(rng, task, lang, held_out, cache)
+                if prompt_key(row) not in seen:
+                    seen.add(prompt_key(row))
+                    rows.append(row)
+                    wanted -= 1
+    rng.shuffle(rows)
+    return rows
+
+
+def as_question(row: dict) -> dict:
+    """A row whose last turn moved to "answer"."""
+    return {"task": row["task"], "conversations": row["conversations"][:-1], "answer": row["conversations"][-1]["content"]}
+
+
+# Preference pairs: a good reply against a wrong, rude, idle, harmful or wrong-language one.
+
+
+def wrong_reply(rng, task: str, lang: str, talk: list[dict], item: dict, cache: dict) -> str:
+    kind = rng.choice(("rude", "idle", "wrong", "wrong", "harm" if task == "refusal" else "language"))
+    good = talk[-1]["content"]
+    if kind in ("rude", "idle"):
+        return rng.choice(WORDS["bad"][lang][kind])
+    if kind == "harm" or task == "refusal":
+        return WORDS["bad"][lang]["harm"].format(**item)
+    while True:  # the reply to another prompt of the task, for "language" in the other language
+        other = {"en": "zh", "zh": "en"}[lang] if kind == "language" else lang
+        reply = sample_family(rng, task, other, False, cache)[0][-1]["content"]
+        if reply != good:
+            return reply
+
+
+def preference_rows(seed: str, count: int, held_out: bool) -> list[dict]:
+    rng, cache, rows, seen = random.Random(seed), {}, [], set()
+    while len(rows) < count:
+        task, lang = rng.choice(("identity", "greetings", "small_facts", "dictionary", "refusal")), rng.choice(LANGS)
+        talk, item = sample_family(rng, task, lang, held_out, cache)
+        bad = [*talk[:-1], {"role": "assistant", "content": wrong_reply(rng, task, lang, talk, item, cache)}]
+        if (key := json.dumps([talk, bad])) not in seen:
+            seen.add(key)
+            rows.append({"chosen": talk, "rejected": bad})
+    return rows
+
+
+# Pretraining text: the same words, facts and patterns in plain sentences.
+
+
+def pretrain_texts(seed: str) -> list[str]:
+    rng, texts, cache = random.Random(seed), [], {}
+    for family in WORDS["families"]:  # facts, dictionary entries, what MiniMind is
+        for item in family_items(family, "en") if family.get("items") != "@names" else []:
+            lines = [upper_first(text.format(**item)) for text in family["text"]]
+            for _ in range(2):
+                rng.shuffle(lines)
+                texts.append(" ".join(lines))
+    for a, b in product(range(10), range(10)):  # the single-digit tables, with carry and borrow
+        texts += [f"{a}+{b}={a + b}. {a + b}-{b}={a}.", f"{a}+{b}+1={a + b + 1}, {a}+{b}+0={a + b}."]
+    for kind, count in DRILLS.items():
+        texts += [drill(rng, kind, LANGS[i % 2], cache) for i in range(count)]
+    rng.shuffle(texts)
+    return texts
+
+
+def drill(rng: random.Random, kind: str, lang: str, cache: dict) -> str:
+    """A document with a pattern a few times over: it teaches to look back and copy, which most tasks rest on."""
+    if kind == "story":
+        return story(rng, lang)
+    if kind == "copy":
+        words = [pair[lang == "zh"] for group in rng.sample(list(PAIRS), 3) for pair in PAIRS[group]]
+        pool = rng.choice((words, NAMES[lang], "abcdefghijklmnopqrstuvwxyz", [str(n) for n in range(10, 100)]))
+        return ". ".join([" ".join(rng.sample(list(pool), rng.randint(4, 8)))] * 3) + "."
+    lines = []
+    for _ in range(4 if kind in ("reverse", "sort") else 2):
+        talk = sample_row(rng, kind, lang, False, cache)["conversations"]
+        lines.append("\n".join(turn["content"] for turn in talk if turn["role"] != "system"))
+    return "\n".join(lines)
+
+
+def story(rng: random.Random, lang: str) -> str:
+    """A few sentences about one person, in which the name and the things come back."""
+    word = {group: rng.choice(pairs)[lang == "zh"] for group, pairs in PAIRS.items()}
+    templates = WORDS["stories"][lang]
+    lines, name = rng.sample(templates, 3), rng.choice(NAMES[lang])
+    return " ".join(upper_first(line.format(n=name, **word)) for line in lines)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(text.encode("utf-8"))
+
+
+def make_demo(out_dir: Path) -> None:
+    """Write all demo files into out_dir."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tasks = [task for task in SFT_ROWS if task != "direct"]
+    files = {
+        "pretrain": [{"text": text} for text in pretrain_texts("pretrain")],
+        "sft": sample_rows("sft", SFT_ROWS, held_out=False),
+        "held_out": [as_question(r) for r in sample_rows("held_out", dict.fromkeys(tasks, HELD_OUT_PER_TASK), True)],
+        "preferences": preference_rows("preferences", 700, held_out=False),
+        "preferences_held_out": preference_rows("preferences_held_out", 120, held_out=True),
+        "rl_prompts": [as_question(r) for r in sample_rows("rl", {"direct": 1000}, held_out=False)],
+        "rl_held_out": [as_question(r) for r in sample_rows("rl_held_out", {"direct": 120}, held_out=True)],
+    }
+    for name, rows in files.items():
+        write_rows(out_dir / f"{name}.jsonl", rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out_dir", type=Path, default=DEMO, help="folder the JSONL files are written to")
+    make_demo(parser.parse_args().out_dir)

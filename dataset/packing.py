@@ -1,0 +1,115 @@
+"""The plan of an epoch: which rows every optimizer step, rank and micro-batch trains on.
+
+The plan is a function of data, seed, epoch, max_seq_len and packing alone. Optimizer step s takes rows [s G, (s + 1) G)
+of it, G being the global batch; how many ranks and micro-batches share that window changes nothing else. A row is a
+document, or with packing a pack of documents that together have at most max_seq_len tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+@dataclass
+class Plan:
+    """One epoch, flat: row i of the epoch consists of the documents order[starts[i]:starts[i + 1]]."""
+
+    order: np.ndarray  # (docs,) int64, document ids in the order of the epoch
+    starts: np.ndarray  # (rows + 1,) int64
+    tokens: np.ndarray  # (docs + 1,) int64, tokens before each place of `order`
+    supervised: np.ndarray  # (docs + 1,) int64, tokens with loss before each place of `order`
+    global_batch: int  # rows per optimizer step
+
+    @property
+    def rows(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the epoch; the last window may be shorter."""
+        return -(-self.rows // self.global_batch)
+
+    def window(self, step: int) -> range:
+        """The rows of an optimizer step."""
+        return range(step * self.global_batch, min((step + 1) * self.global_batch, self.rows))
+
+    def counts(self, step: int) -> tuple[int, int]:
+        """(tokens, supervised tokens) of the whole window, over all ranks and micro-batches."""
+        window = self.window(step)
+        first, last = self.starts[window.start], self.starts[window.stop]
+        return int(self.tokens[last] - self.tokens[first]), int(self.supervised[last] - self.supervised[first])
+
+    def micro_batches(self, step: int, rank: int, world_size: int, batch_size: int) -> list[list[int]]:
+        """The document ids of each micro-batch of a rank. At least one micro-batch, perhaps without a document.
+
+        Ranks may have different numbers of them: only the last one of a window synchronises gradients.
+        """
+        mine = self.window(step)[rank::world_size]
+        batches = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)] or [mine]
+        return [[doc for row in rows for doc in self.documents(row)] for rows in batches]
+
+    def documents(self, row: int) -> list[int]:
+        return self.order[self.starts[row] : self.starts[row + 1]].tolist()
+
+
+def split_rows(rows: int, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Document ids for training and for evaluation, disjoint and both sorted.
+
+    Raises:
+        ValueError: nothing would be left to train on, or nothing to evaluate.
+    """
+    held_out = round(rows * eval_ratio)
+    if eval_ratio > 0 and not 0 < held_out < rows:
+        raise ValueError(f"--eval_ratio {eval_ratio} of {rows} rows holds out {held_out}, trains on {rows - held_out}")
+    shuffled = np.random.default_rng([seed, 2**31]).permutation(rows)  # a stream of its own, apart from the epochs'
+    return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
+
+
+def plan_epoch(
+    dataset: Dataset,
+    documents: np.ndarray,
+    seed: int,
+    max_seq_len: int,
+    packing: int,
+    global_batch: int,
+    epoch: int,
+) -> Plan:
+    """Shuffle the documents and pack them.
+
+    Packs are filled in shuffled order and closed when the next document does not fit. Rows are never padded, so the
+    room left in a pack costs nothing, and no search for a better fit could save anything.
+
+    Args:
+        dataset: has `lengths` and `supervised`, (all documents,) int64 token counts.
+        documents: ids of the documents to train on.
+    """
+    order = documents[np.random.default_rng([seed, epoch]).permutation(len(documents))]
+    if packing:
+        starts, room = [], 0
+        for place, length in enumerate(dataset.lengths[order].tolist()):
+            if length > room:
+                starts.append(place)
+                room = max_seq_len
+            room -= length
+        starts = np.array([*starts, len(order)], np.int64)
+    else:
+        starts = np.arange(len(order) + 1)
+    sums = [np.concatenate([[0], np.cumsum(counts[order])]) for counts in (dataset.lengths, dataset.supervised)]
+    return Plan(order, starts, *sums, global_batch)
+
+
+def batches(
+    dataset: Dataset, plan: Plan, steps: range, rank: int, world_size: int, batch_size: int, num_workers: int
+) -> Iterator:
+    """The micro-batches of a rank over some optimizer steps, one after the other, as `dataset.collate` makes them.
+
+    Args:
+        steps: windows of the plan.
+        num_workers: processes that read ahead; 0 reads in this one.
+    """
+    sampler = (docs for step in steps for docs in plan.micro_batches(step, rank, world_size, batch_size))
+    return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate, num_workers=num_workers,
+                           pin_memory=torch.cuda.is_available()))  # fmt: skip

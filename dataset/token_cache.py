@@ -1,0 +1,206 @@
+"""Tokenise a data file once, into arrays on disk that training maps into memory.
+
+A cache is a folder named by a hash of everything its content depends on: the bytes of the data file, the tokenizer and
+the options. It is built beside its place and renamed into it when complete, under a lock: a killed build leaves nothing
+that could be taken for a cache, and of several processes one builds while the others wait.
+"""
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset.read_rows import Row, read_rows
+
+VERSION = 1  # raise it when the meaning of the cached arrays changes
+CHUNK_BYTES = 1 << 20  # text encoded in one call: enough to keep all cores busy, small enough to keep memory flat
+DROP_PAGES_EVERY = 1 << 15  # rows read between two releases of the mapped pages
+
+# The rows of a chunk -> for each its token pieces [(ids, mask), ...] and whether it was truncated, or what is wrong
+# with it. A row without pieces is dropped and counted.
+Encoder = Callable[[list[object]], list[tuple[list[tuple[list[int], list[int]]], bool] | ValueError]]
+
+
+class TokenCache:
+    """A complete cache, open for reading.
+
+    Attributes:
+        key: hash of content, tokenizer and options; the same data has the same key wherever its file lies.
+        lengths: (rows,) int32, tokens of each row including the one that is only predicted.
+        supervised: (rows,) int32, tokens of each row that carry loss.
+        stats: what building it counted: rows, tokens, supervised, dropped, truncated, bad, first_bad.
+    """
+
+    def __init__(self, folder: Path):
+        meta = json.loads((folder / "meta.json").read_text())
+        self.folder, self.key, self.stats = folder, meta["key"], meta["stats"]
+        self.dtype, self.masked = np.dtype(meta["dtype"]), meta["masked"]
+        self.lengths = np.load(folder / "lengths.npy")
+        self.supervised = np.load(folder / "supervised.npy")
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        self.maps: dict[str, mmap.mmap] = {}  # opened on first use, so that every worker process maps for itself
+        self.reads = 0
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "maps": {}}
+
+    def read(self, name: str, dtype: np.dtype, row: int) -> np.ndarray:
+        if name not in self.maps:
+            with open(self.folder / name, "rb") as file:
+                self.maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.reads += 1
+        if self.reads % DROP_PAGES_EVERY == 0:  # mapped pages count as this process's memory until they are released
+            self.maps[name].madvise(mmap.MADV_DONTNEED)
+        start = int(self.starts[row]) * dtype.itemsize
+        return np.frombuffer(self.maps[name], dtype, int(self.lengths[row]), start)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids (n,) int64 and mask (n,) uint8 of a row; the mask says which tokens carry loss."""
+        ids = self.read("tokens.bin", self.dtype, row).astype(np.int64)
+        mask = self.read("mask.bin", np.dtype(np.uint8), row).copy() if self.masked else np.ones(len(ids), np.uint8)
+        return ids, mask
+
+
+def file_hash(path: Path, cache_dir: Path) -> str:
+    """SHA-256 of a file's content, remembered until the file changes.
+
+    The memory is keyed by size, inode and both times; the change time cannot be set back, so an edit is always seen.
+    """
+    stat = path.stat()
+    identity = [str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+    memo = cache_dir / f"hash_{hashlib.sha256(identity[0].encode()).hexdigest()[:16]}.json"
+    try:
+        known = json.loads(memo.read_text())
+        if known["identity"] == identity:
+            return known["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no memory of this file, or a torn one: hash again
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    replace_file(memo, json.dumps({"identity": identity, "sha256": digest.hexdigest()}))
+    return digest.hexdigest()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def open_cache(
+    data_path: Path, cache_dir: Path, options: dict, vocab_size: int, masked: bool, encode: Encoder, skip_bad: bool
+) -> TokenCache:
+    """The cache of a data file, built first where it does not exist yet.
+
+    Args:
+        options: everything besides the file's bytes that the content depends on (tokenizer, lengths, ...).
+        encode: turns the rows of a chunk into token pieces.
+        skip_bad: leave bad rows out and count them.
+
+    Raises:
+        ValueError: missing, empty or unreadable file; a bad row (`file:line: reason`) unless skip_bad; no row left.
+    """
+    if not data_path.is_file():
+        raise ValueError(f"{data_path}: no such data file" if not data_path.exists() else f"{data_path}: not a file")
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        content = file_hash(data_path, cache_dir)
+    except OSError as error:
+        raise ValueError(f"cannot use {error.filename}: {error.strerror}; see --data_path and --cache_dir") from None
+    described = json.dumps([VERSION, content, skip_bad, masked, options], sort_keys=True)
+    key = hashlib.sha256(described.encode()).hexdigest()[:32]
+    folder = cache_dir / key
+    if not folder.is_dir():
+        with open(cache_dir / f"{key}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when the holder dies, however it dies
+            if not folder.is_dir():
+                build(data_path, folder, key, vocab_size, masked, encode, skip_bad)
+    return TokenCache(folder)
+
+
+def build(
+    data_path: Path, folder: Path, key: str, vocab_size: int, masked: bool, encode: Encoder, skip_bad: bool
+) -> None:
+    """Encode all rows into a folder beside `folder`, then rename it. The caller holds the lock."""
+    building = folder.with_name(f"{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)  # of a build that was killed
+    building.mkdir()
+    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    stats = {"rows": 0, "tokens": 0, "supervised": 0, "dropped": 0, "truncated": 0, "bad": 0, "first_bad": ""}
+    lengths, supervised = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+
+    def bad_row(line: int, reason: str) -> None:
+        if not skip_bad:
+            raise ValueError(f"{data_path}:{line}: {reason}")
+        stats["bad"] += 1
+        stats["first_bad"] = stats["first_bad"] or f"line {line}: {reason}"
+
+    def write_chunk(chunk: list[Row]) -> None:
+        ids, mask, sizes, counts = [], [], [], []
+        encoded = iter(encode([row for _, row, fault in chunk if not fault]))
+        for line, _, fault in chunk:  # in the file's order: the first fault is the one reported
+            result = ValueError(fault) if fault else next(encoded)
+            if isinstance(result, ValueError):
+                bad_row(line, str(result))
+                continue
+            pieces, truncated = result
+            stats["dropped"] += not pieces
+            stats["truncated"] += truncated
+            for row_ids, row_mask in pieces:
+                ids.extend(row_ids)
+                mask.extend(row_mask)
+                sizes.append(len(row_ids))
+                counts.append(sum(row_mask[1:]))  # the first token is never predicted
+        np.array(ids, dtype).tofile(tokens_file)
+        if masked:
+            np.array(mask, np.uint8).tofile(mask_file)
+        lengths.append(np.array(sizes, np.int32))
+        supervised.append(np.array(counts, np.int32))
+
+    try:
+        size = data_path.stat().st_size
+        with (
+            open(building / "tokens.bin", "wb") as tokens_file,
+            open(building / "mask.bin", "wb") as mask_file,
+            tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenising {data_path.name}", disable=None) as bar,
+        ):
+            chunk, begin, at = [], 0, 0
+            for row, at in read_rows(data_path):
+                chunk.append(row)
+                if at - begin >= CHUNK_BYTES:
+                    write_chunk(chunk)
+                    bar.update(at - begin)
+                    chunk, begin = [], at
+            write_chunk(chunk)
+            bar.update(size - begin)
+            for file in (tokens_file, mask_file):
+                file.flush()
+                os.fsync(file.fileno())
+        all_lengths, all_supervised = np.concatenate(lengths), np.concatenate(supervised)
+        if len(all_lengths) + stats["dropped"] + stats["bad"] == 0:
+            raise ValueError(f"{data_path}: the file is empty")
+        if len(all_lengths) == 0:
+            why = f"{stats['bad']} bad, {stats['dropped']} without a supervised token within max_seq_len"
+            raise ValueError(f"{data_path}: no usable row: {why}; see --max_seq_len. {stats['first_bad']}".rstrip())
+        stats["rows"] = len(all_lengths)
+        stats["tokens"] = int(all_lengths.sum(dtype=np.int64)) - len(all_lengths)
+        stats["supervised"] = int(all_supervised.sum(dtype=np.int64))
+        np.save(building / "lengths.npy", all_lengths)
+        np.save(building / "supervised.npy", all_supervised)
+        meta = {"key": key, "dtype": dtype.name, "masked": masked, "source": data_path.name, "stats": stats}
+        (building / "meta.json").write_text(json.dumps(meta))
+        os.replace(building, folder)
+    except OSError as error:
+        raise ValueError(f"{building}: {error.strerror}; the token cache needs about the size of the data") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)

@@ -1,0 +1,444 @@
+"""MiniMindLM: a small decoder-only language model, dense or mixture of experts, in one file.
+
+RMSNorm, rotary positions, grouped-query attention with QK-norm, SwiGLU, tied embeddings: architecture, parameter names
+and logits are those of transformers' `Qwen3ForCausalLM` and (without shared experts) `Qwen3MoeForCausalLM`.
+
+Training passes documents one behind the other in one row, without padding, with their lengths in `doc_lens`; attention
+runs inside each document only. Generation passes a batch with left padding and a KV cache.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.sampling import sample
+
+
+@dataclass
+class LMConfig:
+    """Shape of the model, saved as JSON beside the weights. ValueError: sizes that do not fit together."""
+
+    dim: int = 512
+    n_layers: int = 8
+    n_heads: int = 8
+    n_kv_heads: int = 2
+    head_dim: int | None = None  # default: dim / n_heads
+    vocab_size: int = 6400
+    hidden_dim: int | None = None  # inner width of SwiGLU; default: 8/3 dim, rounded up to a multiple of 64
+    max_seq_len: int = 512  # longest context in tokens
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    dropout: float = 0.0  # on the output of every attention and MLP, in training only
+    use_moe: bool = False
+    n_experts: int = 4  # routed experts per layer
+    n_experts_per_tok: int = 2  # routed experts that a token visits
+    n_shared_experts: int = 0  # experts that every token visits; with 0 the model is a Qwen3-MoE
+    moe_hidden_dim: int | None = None  # inner width of one expert; default: hidden_dim / n_experts_per_tok
+    norm_topk_prob: bool = True  # rescale the weights of the chosen experts to sum 1
+    aux_loss_alpha: float = 0.01  # weight of the load-balancing loss
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, it is {getattr(self, name)}")
+        if self.head_dim is None and self.dim % self.n_heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}: change one of them")
+        self.head_dim = self.head_dim or self.dim // self.n_heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even number")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        self.hidden_dim = self.hidden_dim or 64 * math.ceil(self.dim * 8 / 3 / 64)
+        self.moe_hidden_dim = self.moe_hidden_dim or max(1, self.hidden_dim // max(1, self.n_experts_per_tok))
+        if self.use_moe and not 1 <= self.n_experts_per_tok <= self.n_experts:
+            raise ValueError(f"n_experts_per_tok {self.n_experts_per_tok} must lie in 1..{self.n_experts} (n_experts)")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout {self.dropout} must lie in [0, 1)")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "LMConfig":
+        """Read the JSON that stands beside a weights file. ValueError: it is not one of ours; names the file."""
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a model configuration ({error})") from None
+
+
+@dataclass
+class LMOutput:
+    logits: Tensor  # (B, T, vocab), or (K, vocab) when logits_at was given
+    aux_loss: Tensor  # scalar float32: aux_loss_alpha x load-balancing loss; 0 for a dense model
+
+
+class KVCache:
+    """Keys and values of all layers, preallocated: (2, n_layers, B, n_kv_heads, capacity, head_dim)."""
+
+    def __init__(self, config: LMConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (2, config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens held, the same for every layer between two forward passes
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, n_kv_heads, T, head_dim) behind what is held; returns all keys and values of the layer."""
+        held = self.kv[:, layer, :, :, : self.length + k.size(2)]
+        held[0, :, :, self.length :], held[1, :, :, self.length :] = k, v
+        return held[0], held[1]
+
+
+@dataclass
+class Layout:
+    """What one forward pass says about its tokens; the same for all layers."""
+
+    cos: Tensor  # (B, 1, T, head_dim / 2) float32, from the position of each token in its document
+    sin: Tensor
+    doc_lens: Tensor  # (docs,) int64 on the CPU: lengths of the documents
+    packed: bool  # they stand one behind the other in one row; else every row is a document
+    mask: Tensor | None  # (B, 1, T, S) bool: which keys a query sees; None: plain causal attention
+    doc_of: Tensor | None  # (B * T,) int64: the document of each token, docs for padding; only where MoE trains
+    cache: KVCache | None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of x use: autocast's where it is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32, returned in the dtype of matrix products.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019), eq. 4.
+    """
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Cast once here: the two or three projections that follow would each cast the same tensor again.
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(autocast_dtype(x))
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + D/2]) of x (B, H, T, D) by the angle of their position.
+
+    Source: Su et al., RoFormer (2021), eq. 34, in the half-split layout of the Llama and Qwen weights.
+    """
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+@torch.compiler.disable  # the lengths change with every batch: compiling would specialise on each of them
+def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
+    """Causal attention inside each document of a packed row: q (1, H, N, D), k and v (1, H_kv, N, D) -> (1, H, N, D).
+
+    A call per document costs no work outside its own triangle and no mask, and makes neighbours independent by
+    construction: the result of one document cannot depend on another one, not even by a rounding.
+    """
+    lens = doc_lens.tolist()
+    docs = zip(q.split(lens, 2), k.split(lens, 2), v.split(lens, 2), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in docs], dim=2)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads and RMSNorm on queries and keys.
+
+    Source: Ainslie et al., GQA (2023); Henry et al., Query-Key Normalization (2020).
+    """
+
+    def __init__(self, config: LMConfig, index: int):
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        B, T, _ = x.shape
+        heads = (B, T, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, H_kv, T, D)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        q, k = apply_rope(q, layout.cos, layout.sin), apply_rope(k, layout.cos, layout.sin)
+        if layout.cache is not None:
+            k, v = layout.cache.append(self.index, k, v)
+        if layout.packed:
+            out = document_attention(q, k, v, layout.doc_lens)
+        else:  # one new token sees every key: not causal in the sense of the kernel, which aligns at the first key
+            causal = layout.mask is None and T > 1
+            out = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=causal, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)). Source: Shazeer, GLU Variants Improve Transformer (2020), eq. 6."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """The routed experts of a layer, each a SwiGLU, their weights stacked: one grouped product instead of a loop."""
+
+    def __init__(self, n: int, dim: int, hidden_dim: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(n, 2 * hidden_dim, dim))
+        self.down_proj = nn.Parameter(torch.empty(n, dim, hidden_dim))
+
+    @torch.compiler.disable  # tracing grouped_mm demands bfloat16; it runs in every dtype
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x (M, dim) sorted by expert; ends (n,) int32: where each expert's rows end. Returns (M, dim)."""
+        gate_up, down = (w.to(x.dtype).transpose(1, 2) for w in (self.gate_up_proj, self.down_proj))
+        gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate) * up, down, offs=ends)
+
+
+class MoE(nn.Module):
+    """Top-k routing over experts, plus optional shared experts that see every token. No token is ever dropped.
+
+    The load-balancing loss is taken per document and averaged over documents by their tokens. Taken over whatever
+    shares a batch it would change with the batch's layout; per document it is a sum over documents, like the
+    cross-entropy, so any split into micro-batches and ranks gives the same gradient.
+
+    Source: Fedus et al., Switch Transformers (2021), eq. 4-6, n_experts * sum_e f_e P_e, with the scope of a sequence
+    as in DeepSeek-V2 (2024), eq. 23-25. It is 1 when the routing is even.
+    """
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.dim, config.n_experts, bias=False)
+        self.experts = Experts(config.n_experts, config.dim, config.moe_hidden_dim)
+        if config.n_shared_experts:
+            self.shared_expert = SwiGLU(config.dim, config.moe_hidden_dim * config.n_shared_experts)
+
+    def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        top_k, n_experts = self.config.n_experts_per_tok, self.config.n_experts
+        flat = x.reshape(-1, x.size(-1))  # (N, dim)
+        with torch.autocast(x.device.type, enabled=False):  # a routing decision in low precision is a coin toss
+            probs = F.linear(flat.float(), self.gate.weight.float()).softmax(dim=-1)  # (N, E)
+        weight, choice = probs.topk(top_k, dim=-1)  # (N, k)
+        if self.config.norm_topk_prob:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        # The rows of an expert are filled up to a multiple of 16: a product of few rows is rounded in another way (MKL:
+        # fewer than 4 a thread), so the routing of one document would change its neighbours' logits by 1e-6.
+        block = 16 if layout.packed else 1
+        visit = F.one_hot(choice.flatten(), n_experts)  # (N * k, E)
+        size = (visit.sum(dim=0) + block - 1) // block * block  # (E,)
+        ends = size.cumsum(dim=0)
+        row = (visit * (visit.cumsum(dim=0) - 1 + ends - size)).sum(dim=1)  # (N * k,) sorted by expert
+        ends[-1] = n_rows = (row.numel() + n_experts * (block - 1)) // block * block  # a shape known beforehand
+        rows = flat.new_zeros(n_rows, flat.size(1)).index_copy(0, row, flat.repeat_interleave(top_k, dim=0))
+        out = self.experts(rows, ends.int())[row].view(-1, top_k, flat.size(1))
+        out = (out * weight.unsqueeze(-1).to(out.dtype)).sum(dim=1)  # (N, dim)
+        if self.config.n_shared_experts:
+            out = out + self.shared_expert(flat)
+        return out.view_as(x), self.balance_loss(probs, choice, layout)
+
+    def balance_loss(self, probs: Tensor, choice: Tensor, layout: Layout) -> Tensor:
+        if layout.doc_of is None:
+            return probs.new_zeros(())
+
+        def per_document(values: Tensor) -> Tensor:  # (N, E) -> sums (docs, E), padding left out
+            return values.new_zeros(len(layout.doc_lens) + 1, values.size(1)).index_add(0, layout.doc_of, values)[:-1]
+
+        tokens = per_document(torch.ones_like(probs[:, :1]))  # (docs, 1)
+        chosen = per_document(F.one_hot(choice, probs.size(1)).sum(dim=1).float()) / choice.size(1)
+        loss = probs.size(1) * chosen * per_document(probs) / tokens.clamp_min(1.0)  # summed over E: loss x tokens
+        return self.config.aux_loss_alpha * loss.sum() / tokens.sum().clamp_min(1.0)
+
+
+class Block(nn.Module):
+    def __init__(self, config: LMConfig, index: int):
+        super().__init__()
+        self.dropout, self.use_moe = config.dropout, config.use_moe
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MoE(config) if config.use_moe else SwiGLU(config.dim, config.hidden_dim)
+
+    def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        x = x + F.dropout(self.self_attn(self.input_layernorm(x), layout), self.dropout, self.training)
+        h = self.post_attention_layernorm(x)
+        out, aux_loss = self.mlp(h, layout) if self.use_moe else (self.mlp(h), h.new_zeros((), dtype=torch.float32))
+        return x + F.dropout(out, self.dropout, self.training), aux_loss
+
+
+class Decoder(nn.Module):  # everything below the head
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+
+class MiniMindLM(nn.Module):
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False  # True: recompute each block in the backward pass, for memory
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for name, p in self.named_parameters():  # GPT-2's initialisation: residual outputs shrink with depth
+            if p.dim() > 1:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        doc_lens: list[int] | None = None,
+        logits_at: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> LMOutput:
+        """Next-token logits.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T) 0/1, with a cache (B, held + T); 0 marks padding, on either side.
+            doc_lens: lengths of the documents packed into the one row (B = 1), summing to T.
+            logits_at: (K,) int64, positions in the flattened (B * T); the head runs on these alone.
+            cache: keys and values of the tokens before input_ids; is extended.
+
+        Raises:
+            ValueError: a document or context longer than max_seq_len; a token id outside the vocabulary.
+        """
+        layout = self.layout(input_ids, attention_mask, doc_lens, cache)
+        x = self.model.embed_tokens(input_ids)  # (B, T, dim)
+        aux_losses = []
+        for block in self.model.layers:
+            if self.gradient_checkpointing and self.training:
+                x, aux_loss = checkpoint(block, x, layout, use_reentrant=False)
+            else:
+                x, aux_loss = block(x, layout)
+            aux_losses.append(aux_loss)
+        if cache is not None:
+            cache.length += input_ids.size(1)
+        if logits_at is not None:
+            x = x.reshape(-1, x.size(-1))[logits_at]  # (K, dim), before the norm: it works token by token
+        return LMOutput(self.lm_head(self.model.norm(x)), torch.stack(aux_losses).mean())
+
+    @torch.compiler.disable  # reads lengths and ids on the host
+    def layout(
+        self, input_ids: Tensor, attention_mask: Tensor | None, doc_lens: list[int] | None, cache: KVCache | None
+    ) -> Layout:
+        """Positions, masks and document borders of one forward pass; checks what the caller passed."""
+        (B, T), device, config = input_ids.shape, input_ids.device, self.config
+        held = 0 if cache is None else cache.length
+        longest = held + T if doc_lens is None else max(doc_lens)
+        if longest > config.max_seq_len:
+            raise ValueError(f"context of {longest} tokens is longer than max_seq_len {config.max_seq_len}")
+        if doc_lens is not None and (B != 1 or sum(doc_lens) != T or cache is not None):
+            raise ValueError(f"doc_lens must sum to the {T} tokens of one row; they sum to {sum(doc_lens)}, rows: {B}")
+        # Reading ids back from a GPU waits for it: in training the ids come from our own tokenizer.
+        if (device.type == "cpu" or not self.training) and input_ids.numel():
+            low, high = (int(v) for v in input_ids.aminmax())
+            if low < 0 or high >= config.vocab_size:
+                raise ValueError(f"token ids {low} to {high} do not fit a vocabulary of {config.vocab_size} entries")
+
+        mask = doc_of = None
+        lens = torch.tensor(doc_lens or [T] * B)  # on the CPU, as is what is made of it: no waiting for a GPU
+        if doc_lens is not None:
+            position = torch.cat([torch.arange(n) for n in doc_lens]).to(device).unsqueeze(0)
+        elif attention_mask is not None:
+            position = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)[:, -T:]
+        else:
+            position = torch.arange(held, held + T, device=device).expand(B, T)
+        if attention_mask is not None or (held and T > 1):
+            key, query = torch.arange(held + T, device=device), torch.arange(held, held + T, device=device).view(T, 1)
+            mask = (key <= query).expand(B, 1, T, held + T)
+            if attention_mask is not None:  # padding sees itself alone: a row without any key would be NaN
+                mask = mask & attention_mask.bool().view(B, 1, 1, -1) | (key == query)
+        if config.use_moe and cache is None:
+            doc_of = torch.arange(len(lens)).repeat_interleave(lens).to(device)
+            if attention_mask is not None:
+                doc_of = doc_of.where(attention_mask.flatten().bool(), len(lens))
+        frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
+        angle = position.unsqueeze(-1).float() * frequency  # (B, T, D / 2)
+        cos, sin, packed = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1), doc_lens is not None
+        return Layout(cos, sin, lens, packed, mask, doc_of, cache)
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Generate token by token with a KV cache.
+
+        Args:
+            input_ids: (B, T) int64, prompts of unequal length padded on the left.
+            attention_mask: (B, T) 0/1, needed where there is padding.
+            max_new_tokens: at most so many; generation also ends when the context is full.
+            temperature: 0 takes the most probable token, else logits are divided by it and sampled.
+            top_k, top_p: sample among the k most probable tokens / the smallest set of probability >= p; 0 and 1: off.
+            repetition_penalty: > 1 lowers the logits of tokens already in the context; 1: off.
+            eos_token_id: ends a row; a row that has ended yields eos until all have.
+
+        Yields: (B,) int64, the next token of every row.
+        """
+        (B, T), device = input_ids.shape, input_ids.device
+        if T > self.config.max_seq_len:
+            raise ValueError(f"prompt of {T} tokens is longer than max_seq_len {self.config.max_seq_len}")
+        steps = min(max_new_tokens, self.config.max_seq_len - T)
+        cache = KVCache(self.config, B, T + steps, device, autocast_dtype(self.lm_head.weight))
+        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
+        ended = torch.zeros(B, dtype=torch.bool, device=device)
+        tokens = input_ids
+        for _ in range(steps):
+            logits = self(tokens, attention_mask, cache=cache).logits[:, -1].float()  # (B, vocab)
+            if repetition_penalty != 1.0:
+                if attention_mask is not None:  # padding does not count as seen; the last token is a real one
+                    tokens = torch.where(attention_mask[:, -tokens.size(1) :].bool(), tokens, tokens[:, -1:])
+                seen.scatter_(1, tokens, True)
+                # Keskar et al., CTRL (2019), section 4.1, with the sign rule that keeps a penalty a penalty.
+                penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+                logits = torch.where(seen, penalised, logits)
+            token = sample(logits, temperature, top_k, top_p, generator)
+            if eos_token_id is not None:
+                token = token.masked_fill(ended, eos_token_id)
+                ended |= token == eos_token_id
+            yield token
+            if eos_token_id is not None and ended.all():
+                return
+            tokens = token.unsqueeze(1)
+            if attention_mask is not None:
+                attention_mask = F.pad(attention_mask, (0, 1), value=1)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **sampling) -> Tensor:
+        """The tokens of `stream` (same arguments) as one tensor (B, new) int64."""
+        tokens = list(self.stream(input_ids, attention_mask, **sampling))
+        return torch.stack(tokens, dim=1) if tokens else input_ids.new_zeros(input_ids.size(0), 0)

@@ -1,0 +1,69 @@
+"""Weights files: a plain state dict (NAME.pth) with the LMConfig beside it (NAME.json)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.lm import MiniMindLM
+
+
+def start_weights(model: MiniMindLM, from_weight: str | None, default: str, out_dir: str | Path, suffix: str) -> str:
+    """Load the weights that `--from_weight` means into the model; returns a line that says what happened.
+
+    Args:
+        from_weight: a stage name (`pretrain` is `{out_dir}/pretrain{suffix}.pth`), a path, 'none', or None for the
+            stage `default` if its file is there.
+        suffix: what the model's shape adds to a name, e.g. `_512` or `_512_moe`.
+
+    Raises:
+        ValueError: the file does not exist or does not fit.
+    """
+    if from_weight == "none":
+        return "starting from random weights"
+    name = from_weight or default
+    path = Path(name) if name.endswith(".pth") or "/" in name else Path(out_dir) / f"{name}{suffix}.pth"
+    if from_weight is None and not path.is_file():
+        return f"starting from random weights: there is no {path}"
+    load_weights(model, path)
+    return f"starting from {path}"
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices with weight decay; norms, and whatever else is a vector, without."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def load_weights(model: MiniMindLM, path: str | Path) -> None:
+    """Load a weights file into the model; every name and shape must fit.
+
+    Raises:
+        ValueError: the file is not a state dict, or was made for a model of another shape; names the first difference.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such weights file; train that stage first, or see --from_weight") from None
+    except Exception as error:  # torch raises half a dozen types for a torn or foreign file, some without a text
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise ValueError(f"{path}: not a weights file ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path}: not a plain state dict of tensors")
+    own = model.state_dict()
+    if model.config.tie_embeddings and "model.embed_tokens.weight" in state:
+        state = {"lm_head.weight": state["model.embed_tokens.weight"], **state}
+    for name in [*own, *state]:
+        if name not in state or name not in own:
+            where = "the file" if name not in state else "the model"
+            raise ValueError(f"{path}: made for another model: {where} has no {name}; check --n_layers, --use_moe")
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            raise ValueError(
+                f"{path}: made for a model of another shape: {name} is {tuple(state[name].shape)} in the file and "
+                f"{tuple(value.shape)} here; check --dim, --n_heads, --n_kv_heads and the tokenizer"
+            )
+    model.load_state_dict(state)

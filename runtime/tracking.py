@@ -1,0 +1,204 @@
+"""What a run leaves for people to see: metrics.jsonl, training.log, args.json, a progress bar, wandb, TensorBoard.
+
+Only rank 0 writes; on the other ranks every call does nothing.
+"""
+
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+MAX_SKIPPED = 20  # enough for the scale of float16 to come down from its start, 2 ** 14
+
+
+class Tracker:
+    """Writes what is logged to all places at once."""
+
+    def __init__(self, folder: Path, args: dict, enabled: bool, fresh: bool):
+        """
+        Args:
+            folder: the run's folder, `out/full_sft_512`.
+            args: flags, for args.json and wandb; `report_to` and `use_wandb` say where metrics go.
+            enabled: True on rank 0.
+            fresh: a new run: an older one in the same folder is moved to `{folder}.previous`.
+
+        Raises:
+            ValueError: the folder cannot be written, or a tracker is not installed.
+        """
+        self.folder, self.args, self.enabled = folder, args, enabled
+        self.report_to = {*args["report_to"]} | ({"wandb"} if args["use_wandb"] else set())
+        self.bar, self.wandb, self.board = None, None, None
+        if not enabled:
+            return
+        try:
+            if fresh and folder.exists():
+                previous = folder.with_name(f"{folder.name}.previous")
+                shutil.rmtree(previous, ignore_errors=True)
+                os.rename(folder, previous)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.log_file = open(folder / "training.log", "a", encoding="utf-8")  # noqa: SIM115, open for the run
+            (folder / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
+        except OSError as error:
+            raise ValueError(f"--out_dir: cannot write to {folder}: {error.strerror}") from None
+        if "tensorboard" in self.report_to:
+            try:
+                import torch.utils.tensorboard  # noqa: F401
+            except ImportError:
+                raise ValueError("--report_to tensorboard: it is not installed; pip install tensorboard") from None
+
+    def start(self, progress: dict, total_steps: int) -> None:
+        """Begin, or go on behind a checkpoint: what the files say about later steps is taken back, the run repeats it.
+
+        Args:
+            progress: the run's counters; `run_id`, its identity at wandb, is set here for a new run.
+        """
+        progress.setdefault("run_id", secrets.token_hex(4))
+        if not self.enabled:
+            return
+        step = progress["step"]
+        self.metrics_file = truncated_metrics(self.folder / "metrics.jsonl", step)
+        self.total_steps, self.first_step, self.began = total_steps, step, time.monotonic()
+        self.last_time, self.last_tokens = self.began, progress["tokens"]
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
+        if "wandb" in self.report_to:
+            self.wandb = start_wandb(self.folder, progress["run_id"], self.args)
+        if "tensorboard" in self.report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def print(self, text: str) -> None:
+        """A line for people: on the terminal and in training.log."""
+        if not self.enabled:
+            return
+        tqdm.write(text)
+        sys.stdout.flush()
+        self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self.log_file.flush()
+
+    def log(self, metrics: dict) -> None:
+        """A line of metrics.jsonl; floats in full precision.
+
+        Args:
+            metrics: holds `step`. A training line holds `total_tokens`, of which `tokens_per_sec` is made.
+        """
+        if not self.enabled:
+            return
+        if "total_tokens" in metrics:
+            now, tokens = time.monotonic(), metrics["total_tokens"]
+            metrics = metrics | {"tokens_per_sec": (tokens - self.last_tokens) / max(1e-9, now - self.last_time)}
+            self.last_time, self.last_tokens = now, tokens
+        # JSON has no NaN; null keeps the file readable for every parser.
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        self.metrics_file.write(json.dumps(line) + "\n")
+        self.metrics_file.flush()
+        step, values = metrics["step"], {k: v for k, v in metrics.items() if k != "step" and v is not None}
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        if "eval_loss" in metrics:
+            self.print(f"step {step}/{self.total_steps} eval_loss {metrics['eval_loss']:.4f}")
+            return
+        rate = metrics["tokens_per_sec"] * metrics["supervised_tokens"] / metrics["tokens"]
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+            shown = {"loss": f"{metrics['loss']:.4f}", "lr": f"{metrics['lr']:.2e}"}
+            shown |= {"grad": f"{metrics['grad_norm']:.2f}", "sup_tok/s": f"{rate:,.0f}"}
+            self.bar.set_postfix(shown)
+        else:
+            per_step = (time.monotonic() - self.began) / max(1, step - self.first_step)
+            left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.total_steps - step)))
+            self.print(
+                f"epoch {metrics['epoch']} step {step}/{self.total_steps} loss {metrics['loss']:.4f} "
+                f"lr {metrics['lr']:.2e} grad_norm {metrics['grad_norm']:.3f} {rate:,.0f} supervised tok/s left {left}"
+            )
+
+    def count_skipped(self, progress: dict, finite: bool, found: str) -> None:
+        """Count and report a step that was skipped because its loss or gradient was not finite. All ranks call it.
+
+        Raises:
+            FloatingPointError: the MAX_SKIPPED-th one in a row.
+        """
+        progress["skipped_in_a_row"] = 0 if finite else progress["skipped_in_a_row"] + 1
+        progress["skipped"] += not finite
+        if not finite:
+            self.print(f"step {progress['step']} skipped: {found} ({progress['skipped']} skipped so far)")
+        if progress["skipped_in_a_row"] == MAX_SKIPPED:
+            raise FloatingPointError(
+                f"{MAX_SKIPPED} steps in a row had no finite gradient, the run stops; its weights and checkpoints are "
+                "intact: lower --learning_rate, check the data, or use --dtype bfloat16"
+            )
+
+    def sync(self) -> None:
+        """Bring metrics.jsonl to the disk, before a checkpoint that vouches for it."""
+        if self.enabled:
+            os.fsync(self.metrics_file.fileno())
+
+    def close(self) -> None:
+        if not self.enabled:
+            return
+        for part in (self.bar, self.board, self.metrics_file, self.log_file):
+            if part is not None:
+                part.close()
+        if self.wandb is not None:
+            self.wandb.finish(quiet=True)
+
+
+def truncated_metrics(path: Path, step: int):
+    """Open metrics.jsonl to append, with only the whole lines of steps up to `step` in it."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith(b"\n") and metrics_step(line) <= step]
+    if kept != lines:
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, path)
+    return open(path, "a", encoding="utf-8")
+
+
+def metrics_step(line: bytes) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # not a line of ours
+
+
+def start_wandb(folder: Path, run_id: str, args: dict):
+    """A wandb run: online with a login and a network, else offline. Never asks and never waits long."""
+    import wandb
+
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb_reachable() else "offline")
+    settings = {"project": os.environ.get("WANDB_PROJECT", "minimind"), "name": folder.name, "id": run_id}
+    settings |= {"dir": str(folder), "config": args, "resume": "allow"}
+    quiet = wandb.Settings(silent=True, init_timeout=20)
+    try:
+        return wandb.init(mode=mode, settings=quiet, **settings)
+    except Exception as error:  # whatever the service or the key does, training goes on
+        print(f"wandb: {error}; logging offline", file=sys.stderr)
+        return wandb.init(mode="offline", settings=quiet, **settings)
+
+
+def wandb_reachable() -> bool:
+    """A key is known and the server answers."""
+    import wandb
+
+    if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        return False
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    name, _, port = host.partition(":")
+    try:
+        socket.create_connection((name, int(port or 443)), timeout=3).close()
+        return True
+    except OSError:
+        return False

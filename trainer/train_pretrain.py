@@ -1,0 +1,292 @@
+"""Pretraining: teach a model a language by letting it predict the next token of plain text.
+
+Reads  --data_path (JSONL of {"text": ...}, a JSON array of them, or a .txt file with a document a line).
+Writes out/pretrain_512.pth with its .json, and out/pretrain_512/: metrics.jsonl, training.log, checkpoints.
+
+    python trainer/train_pretrain.py
+    torchrun --nproc_per_node 8 trainer/train_pretrain.py --ddp
+"""
+
+import argparse
+import functools
+import math
+import os
+import random
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset.lm_dataset import PretrainDataset, describe, preview
+from dataset.packing import batches, plan_epoch, split_rows
+from model.lm import LMConfig, MiniMindLM
+from model.weights import parameter_groups, start_weights
+from runtime import checkpoint, launch, parallel
+from runtime.tracking import Tracker
+
+
+def init_distributed_mode(args: argparse.Namespace) -> torch.device:
+    """Join the process group that torchrun describes in the environment; returns the device of this process."""
+    cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
+    if not args.ddp:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("started by torchrun as several processes but without --ddp: add --ddp")
+        device = torch.device(("cuda:0" if cuda else "cpu") if args.device in ("auto", "cuda") else args.device)
+    elif "RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    else:
+        raise ValueError(f"--ddp needs a launcher: torchrun --nproc_per_node 2 {Path(sys.argv[0]).name} --ddp")
+    if cuda and max(device.index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > torch.cuda.device_count():
+        raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+    if args.ddp:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def get_lr(current_step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
+    """Linear warm-up to lr, then a cosine down to lr / 10.
+
+    Source: Loshchilov and Hutter, SGDR (2017), eq. 5, one cycle with eta_min = lr / 10.
+    """
+    if current_step < warmup_steps:
+        return lr * (current_step + 1) / warmup_steps
+    done = (current_step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def setup_seed(seed: int) -> None:
+    """Seed every generator of this process."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def is_main_process() -> bool:
+    """True on rank 0, and without a process group."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def Logger(content: str) -> None:
+    """Print on rank 0."""
+    if is_main_process():
+        print(content, flush=True)
+
+
+def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
+    """Write the float32 weights as a plain state dict, and the model's shape as JSON beside it. Rank 0 calls it."""
+    state_dict = model.module.state_dict() if isinstance(model, DistributedDataParallel) else model.state_dict()
+    path.with_suffix(".json").write_text(config.to_json())
+    checkpoint.save_file(path, {name.removeprefix("_orig_mod."): value.cpu() for name, value in state_dict.items()})
+
+
+def pretrain_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy summed over the tokens: -log p(Y[t] | X[..t]) wherever loss_mask[t] is 1, here everywhere.
+
+    The caller divides by the number of tokens in the whole global batch.
+    Args: X, Y, loss_mask: (1, N) int64 on the CPU, documents one behind the other; doc_lens: their lengths.
+    Returns: the summed loss, and the model's auxiliary loss (a mean over tokens), float32 scalars.
+    Source: Bengio et al., A Neural Probabilistic Language Model (2003), eq. 2.
+    """
+    supervised = loss_mask.flatten().nonzero().squeeze(1)  # (K,), all but the place of a rank without a row
+    targets = Y.flatten()[supervised].to(device, non_blocking=True)
+    out = model(X.to(device, non_blocking=True), doc_lens=doc_lens, logits_at=supervised.to(device, non_blocking=True))
+    return F.cross_entropy(out.logits.float(), targets, reduction="sum"), out.aux_loss
+
+
+def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocast, tracker, progress, stop, save):
+    """Train from the step in `progress` to the end of the epoch, to the last step of the run, or to a signal."""
+    share, windows = (*parallel.world(), args.batch_size), range(progress["step_in_epoch"], plan.steps)
+    loader = batches(dataset, plan, windows, *share, args.num_workers)
+    for window in windows:
+        # 1. Learning rate
+        lr = get_lr(progress["step"], args.total_steps, args.learning_rate, int(args.warmup_ratio * args.total_steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # 2. Gradients. The loss is one mean over the supervised tokens of the whole window, all micro-batches and all
+        #    ranks, whose number the plan knows. DDP averages gradients over ranks, hence the factor world_size.
+        tokens, supervised = plan.counts(window)
+        n_micro = len(plan.micro_batches(window, *share))
+        window_loss = window_aux = torch.zeros((), device=args.device)
+        for micro in range(n_micro):
+            X, Y, loss_mask, doc_lens = next(loader)
+            with parallel.sync_gradients(model, micro == n_micro - 1):
+                with autocast:
+                    loss, aux_loss = pretrain_loss(model, X, Y, loss_mask, doc_lens, args.device)
+                loss = loss / supervised
+                aux_loss = aux_loss * ((X.numel() if loss_mask.any() else 0) / tokens)
+                scaler.scale((loss + aux_loss) * parallel.world()[1]).backward()
+            window_loss, window_aux = window_loss + loss.detach(), window_aux + aux_loss.detach()
+
+        # 3. Clip and step. All ranks hold the same numbers here, so all of them step or all of them skip.
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+        loss, aux_loss, stopping = parallel.sum_over_ranks(window_loss, window_aux, float(stop.number))
+        finite = math.isfinite(loss + aux_loss + grad_norm)
+        if finite:
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        # 4. Count, log, evaluate, save
+        progress["step"] += 1
+        progress["step_in_epoch"] += 1
+        progress["tokens"] += tokens
+        step, done = progress["step"], progress["step"] == args.total_steps
+        tracker.count_skipped(progress, finite, f"loss {loss}, gradient norm {grad_norm}")
+        if step % args.log_interval == 0 or step == 1 or done:
+            metrics = {"step": step, "epoch": progress["epoch"] + 1, "loss": loss, "aux_loss": aux_loss, "lr": lr}
+            metrics |= {"grad_norm": grad_norm, "tokens": tokens, "supervised_tokens": supervised}
+            tracker.log(metrics | {"total_tokens": progress["tokens"]})
+        if len(held_out) and (done or args.eval_interval and step % args.eval_interval == 0):
+            rows = (held_out, args.batch_size, autocast, args.device)
+            eval_loss = parallel.evaluate(pretrain_loss, model, dataset, *rows)
+            tracker.log({"step": step, "eval_loss": eval_loss})
+        stop.number = stop.number or (signal.SIGTERM if stopping else 0)  # a signal to one rank is a signal to all
+        if stopping or done or args.save_interval and step % args.save_interval == 0:
+            save()
+        if stopping or done:
+            return
+    progress.update(epoch=progress["epoch"] + 1, step_in_epoch=0)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with defaults for these flags")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", default=str(ROOT / "dataset/demo/pretrain.jsonl"), help="training data")
+    data.add_argument("--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder")
+    data.add_argument("--cache_dir", help="where token caches live (default: out/cache)")
+    data.add_argument("--max_seq_len", type=int, default=512, help="longest row, and context of the model, in tokens")
+    data.add_argument("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
+    data.add_argument("--skip_bad", action="store_true", help="leave bad rows out and count them")
+    data.add_argument("--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation")
+    data.add_argument("--num_workers", type=int, default=0, help="processes that read data")
+    data.add_argument("--preview", type=int, default=0, metavar="N", help="print N samples and exit")
+    model = parser.add_argument_group("model")
+    model.add_argument("--dim", type=int, default=512, help="width")
+    model.add_argument("--n_layers", type=int, default=8, help="blocks")
+    model.add_argument("--n_heads", type=int, default=8, help="query heads")
+    model.add_argument("--n_kv_heads", type=int, default=2, help="key and value heads")
+    model.add_argument("--dropout", type=float, default=0.0, help="dropout in training")
+    model.add_argument("--use_moe", type=int, choices=(0, 1), default=0, help="1: mixture of experts")
+    model.add_argument("--n_experts", type=int, default=4, help="routed experts per layer")
+    model.add_argument("--n_experts_per_tok", type=int, default=2, help="routed experts per token")
+    model.add_argument("--n_shared_experts", type=int, default=0, help="experts that every token visits")
+    model.add_argument("--from_weight", default="none", help="stage name, path or none")
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--epochs", type=int, default=1, help="passes over the data")
+    optim.add_argument("--max_steps", type=int, default=0, help="stop after so many optimizer steps (0: no limit)")
+    optim.add_argument("--batch_size", type=int, default=8, help="rows per process and micro-batch")
+    optim.add_argument("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
+    optim.add_argument("--global_batch_size", type=int, help="rows per optimizer step (default: product of the others)")
+    optim.add_argument("--learning_rate", type=float, default=5e-4, help="peak learning rate")
+    optim.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
+    optim.add_argument("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only")
+    optim.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no limit)")
+    optim.add_argument("--seed", type=int, default=42, help="seed of everything random")
+    system = parser.add_argument_group("machine")
+    system.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    system.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
+    system.add_argument("--ddp", action="store_true", help="distributed: start with torchrun")
+    system.add_argument("--strategy", choices=("auto", "ddp"), default="auto", help="how --ddp shares the work")
+    system.add_argument("--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block")
+    system.add_argument("--gradient_checkpointing", type=int, choices=(0, 1), default=0, help="1: saves memory")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights and runs are written")
+    output.add_argument("--save_weight", default="pretrain", help="name of the run and its weights")
+    output.add_argument("--save_interval", type=int, default=100, help="steps between checkpoints (0: only the last)")
+    output.add_argument("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
+    output.add_argument("--log_interval", type=int, default=10, help="steps between log lines")
+    output.add_argument("--eval_interval", type=int, default=0, help="steps between evaluations (0: at the end)")
+    output.add_argument("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
+    output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
+    output.add_argument("--report_to", nargs="+", choices=("none", "wandb", "tensorboard"), default=[], help="trackers")
+    return parser.parse_args(launch.config_to_argv(sys.argv[1:], vars(parser.parse_args([]))) + sys.argv[1:])
+
+
+def main() -> int:
+    # 1. Flags, processes, seed
+    args = parse_args()
+    launch.check_flags(vars(args))
+    args.device = init_distributed_mode(args)
+    setup_seed(args.seed)
+
+    # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_dir)
+    options = (args.max_seq_len, args.cache_dir, args.skip_bad)
+    dataset = parallel.rank_zero_first(lambda: PretrainDataset(args.data_path, tokenizer, *options))
+    Logger(f"{args.data_path}: {describe(dataset)}")
+    if args.preview:
+        Logger(preview(dataset, tokenizer, args.preview, colour=sys.stdout.isatty()))
+        return 0
+    train_rows, held_out = split_rows(len(dataset), args.eval_ratio, args.seed)
+    global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * parallel.world()[1]
+    how = (args.seed, args.max_seq_len, args.packing, global_batch)
+    plan_of = functools.partial(plan_epoch, dataset, train_rows, *how)
+    args.total_steps = min(args.max_steps or math.inf, sum(plan_of(epoch).steps for epoch in range(args.epochs)))
+
+    # 3. Precision: float16 alone needs its gradients scaled
+    dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
+    autocast = nullcontext() if dtype == "float32" else torch.autocast(args.device.type, getattr(torch, dtype))
+    scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
+
+    # 4. Model and optimizer
+    shape = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "dropout",
+             "n_experts", "n_experts_per_tok", "n_shared_experts")  # fmt: skip
+    sizes = {key: getattr(args, key) for key in shape}
+    config = LMConfig(vocab_size=len(tokenizer), use_moe=bool(args.use_moe), **sizes)
+    model = MiniMindLM(config).to(args.device)
+    setup_seed(args.seed + parallel.world()[0])  # one model everywhere, but dropout of its own on every rank
+    model.gradient_checkpointing = bool(args.gradient_checkpointing)
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+    # 5. The checkpoint to go on from, or the weights to start from
+    suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
+    run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
+    identity = {f"--{key}": getattr(args, key) for key in (*shape, "use_moe", "packing", "seed", "eval_ratio")}
+    identity |= {"--global_batch_size": global_batch, "the data of --data_path": dataset.key}
+    progress = checkpoint.resume(run_dir, args.resume, identity, model, optimizer, scaler)
+    if progress["step"] == 0:
+        Logger(start_weights(model, args.from_weight, "none", args.out_dir, suffix))
+
+    # 6. Tracking, compile, wrap
+    tracker = Tracker(run_dir, vars(args), enabled=is_main_process(), fresh=args.resume == "none")
+    parameters = sum(p.numel() for p in model.parameters())
+    work = f"{args.total_steps} steps of {global_batch} rows on {parallel.world()[1]} x {args.device.type}"
+    tracker.print(f"{run_dir.name}: {parameters:,} parameters, {work}, {dtype}")
+    model = parallel.wrap(model, args.strategy, args.device, compile=bool(args.compile))
+
+    def save() -> None:
+        tracker.sync()
+        checkpoint.save_run(run_dir, args.save_total_limit, model, optimizer, scaler, progress, identity)
+        if is_main_process():
+            save_weights(model, config, run_dir.with_suffix(".pth"))
+
+    # 7. Epochs
+    tracker.start(progress, args.total_steps)
+    stop = launch.StopSignal()
+    while progress["step"] < args.total_steps and not stop.number:
+        plan = plan_of(progress["epoch"])
+        train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocast, tracker, progress, stop, save)
+
+    # 8. Clean up
+    ending = f"stopped by signal {stop.number} at step {progress['step']}" if stop.number else "finished"
+    tracker.print(f"{ending}; weights in {run_dir}.pth")
+    tracker.close()
+    return 128 + stop.number if stop.number else 0
+
+
+if __name__ == "__main__":
+    launch.run(main)
