@@ -144,7 +144,7 @@ class SFTDataset(CachedDataset):
                 ids, mask = next(encoded)
                 cut = len(ids) > max_length + 1
                 ids, mask = ids[: max_length + 1], mask[: max_length + 1]
-                results.append(([(ids, mask)] if any(mask[1:]) else [], cut))
+                results.append(([(ids, mask)] if 1 in mask else [], cut))
             return results
 
         options = {"max_length": max_length, "loss_on": loss_on}

@@ -143,6 +143,9 @@ def sample_direct(rng, lang, held_out):
     """Three-digit addition without shown steps: the harder task that reinforcement learning starts from."""
     while True:
         a, b = rng.randint(100, 499), rng.randint(100, 499)
+        carries = any(x + y > 9 for x, y in zip((a % 10, a // 10 % 10), (b % 10, b // 10 % 10)))
+        if carries and rng.random() < 0.5:  # about half of the prompts without a carry: the model can begin with them
+            continue
         if held("direct", *sorted((a, b))) == held_out:
             return turns(rng.choice(WORDS["rl"][lang]).format(a=a, b=b), str(a + b))
 
@@ -200,8 +203,8 @@ def prompt_key(row: dict) -> str:
     return normalise("\n".join(t["content"] for t in row["conversations"][:-1] if t["role"] != "system"))
 
 
-def sample_rows(seed: str, tasks: dict[str, int], held_out: bool) -> list[dict]:
-    """Distinct rows, half English and half Chinese per task, shuffled."""
+def sample_rows(seed: str, tasks: dict[str, int], held_out: bool, avoid: str = "") -> list[dict]:
+    """Distinct rows, half English and half Chinese per task, shuffled; none whose prompt occurs in the text avoid."""
     rng, cache, rows, seen = random.Random(seed), {}, [], set()
     for task, count in tasks.items():
         for lang in LANGS:
@@ -209,7 +212,7 @@ def sample_rows(seed: str, tasks: dict[str, int], held_out: bool) -> list[dict]:
             while wanted and tries < count * 20:
                 tries += 1
                 row = sample_row(rng, task, lang, held_out, cache)
-                if prompt_key(row) not in seen:
+                if prompt_key(row) not in seen and prompt_key(row) not in avoid:
                     seen.add(prompt_key(row))
                     rows.append(row)
                     wanted -= 1
@@ -239,13 +242,14 @@ def wrong_reply(rng, task: str, lang: str, talk: list[dict], item: dict, cache: 
             return reply
 
 
-def preference_rows(seed: str, count: int, held_out: bool) -> list[dict]:
+def preference_rows(seed: str, count: int, held_out: bool, avoid: str = "") -> list[dict]:
     rng, cache, rows, seen = random.Random(seed), {}, [], set()
     while len(rows) < count:
         task, lang = rng.choice(("identity", "greetings", "small_facts", "dictionary", "refusal")), rng.choice(LANGS)
         talk, item = sample_family(rng, task, lang, held_out, cache)
         bad = [*talk[:-1], {"role": "assistant", "content": wrong_reply(rng, task, lang, talk, item, cache)}]
-        if (key := json.dumps([talk, bad])) not in seen:
+        key = json.dumps([talk, bad])
+        if key not in seen and normalise(talk[-2]["content"]) not in avoid:
             seen.add(key)
             rows.append({"chosen": talk, "rejected": bad})
     return rows
@@ -293,24 +297,34 @@ def story(rng: random.Random, lang: str) -> str:
     return " ".join(upper_first(line.format(n=name, **word)) for line in lines)
 
 
+def training_text(files: dict[str, list[dict]]) -> str:
+    """All that is trained on, normalised as prompts are."""
+    parts = []
+    for row in (row for rows in files.values() for row in rows):
+        talk = row.get("chosen") or row.get("conversations") or [{"role": "", "content": row["text"]}]
+        parts.append("".join(normalise(turn["content"]) for turn in talk if turn["role"] != "system"))
+    return "\n".join(parts)
+
+
 def write_rows(path: Path, rows: list[dict]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
     path.write_bytes(text.encode("utf-8"))
 
 
 def make_demo(out_dir: Path) -> None:
     """Write all demo files into out_dir."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    tasks = [task for task in SFT_ROWS if task != "direct"]
     files = {
         "pretrain": [{"text": text} for text in pretrain_texts("pretrain")],
         "sft": sample_rows("sft", SFT_ROWS, held_out=False),
-        "held_out": [as_question(r) for r in sample_rows("held_out", dict.fromkeys(tasks, HELD_OUT_PER_TASK), True)],
         "preferences": preference_rows("preferences", 700, held_out=False),
-        "preferences_held_out": preference_rows("preferences_held_out", 120, held_out=True),
         "rl_prompts": [as_question(r) for r in sample_rows("rl", {"direct": 1000}, held_out=False)],
-        "rl_held_out": [as_question(r) for r in sample_rows("rl_held_out", {"direct": 120}, held_out=True)],
     }
+    avoid = training_text(files)
+    tasks = {task: HELD_OUT_PER_TASK for task in SFT_ROWS if task != "direct"}
+    files["held_out"] = [as_question(r) for r in sample_rows("held_out", tasks, True, avoid)]
+    files["preferences_held_out"] = preference_rows("preferences_held_out", 120, True, avoid)
+    files["rl_held_out"] = [as_question(r) for r in sample_rows("rl_held_out", {"direct": 120}, True, avoid)]
     for name, rows in files.items():
         write_rows(out_dir / f"{name}.jsonl", rows)
 

@@ -111,5 +111,12 @@ def batches(
         num_workers: processes that read ahead; 0 reads in this one.
     """
     sampler = (docs for step in steps for docs in plan.micro_batches(step, rank, world_size, batch_size))
-    return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate, num_workers=num_workers,
-                           pin_memory=torch.cuda.is_available()))  # fmt: skip
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=dataset.collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # DataLoader would draw a seed from the generator that dropout uses
+    )
+    return iter(loader)

@@ -29,12 +29,9 @@ def read_rows(path: Path) -> Iterator[tuple[Row, int]]:
             yield from read_lines(file, as_text=path.suffix == ".txt")
 
 
-def decode(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-        raise ValueError(f"{where} is not UTF-8; convert the file, e.g. iconv -f LATIN1 -t UTF-8") from None
+def not_utf8(error: UnicodeDecodeError, where: str) -> str:
+    bad = f"byte 0x{error.object[error.start]:02x} at {where}"
+    return f"{bad} is not UTF-8; convert the file, e.g. iconv -f LATIN1 -t UTF-8"
 
 
 def too_long(size: int) -> str:
@@ -57,8 +54,10 @@ def read_lines(file: BinaryIO, as_text: bool) -> Iterator[tuple[Row, int]]:
         if not (raw := raw.strip(b" \t\r\n")):
             continue
         try:
-            text = decode(raw)
+            text = raw.decode("utf-8")
             row, fault = (text if as_text else json.loads(text)), ""
+        except UnicodeDecodeError as error:
+            row, fault = None, not_utf8(error, f"column {error.start + 1}")
         except json.JSONDecodeError as error:
             row, fault = None, f"broken JSON: {error.msg} at column {error.colno}"
         except (ValueError, RecursionError) as error:
@@ -82,9 +81,11 @@ def read_array(file: BinaryIO, path: Path) -> Iterator[tuple[Row, int]]:
             cut = len(raw)
         raw, rest = raw[:cut], raw[cut:]
         try:
-            text, at = text[at:] + decode(raw), 0
-        except ValueError as error:
-            raise ValueError(f"{path}:{line + text[at:].count(chr(10))}: {error}") from None
+            text, at = text[at:] + raw.decode("utf-8"), 0
+        except UnicodeDecodeError as error:
+            fault_line = line + text.count("\n", at) + raw.count(b"\n", 0, error.start)
+            offset = file.tell() - len(rest) - len(raw) + error.start
+            raise ValueError(f"{path}:{fault_line}: {not_utf8(error, f'offset {offset}')}") from None
         while True:
             begin = at
             while at < len(text) and text[at] in " \t\r\n,[" and not (text[at] == "[" and opened):
@@ -92,7 +93,10 @@ def read_array(file: BinaryIO, path: Path) -> Iterator[tuple[Row, int]]:
                 at += 1
             line += text.count("\n", begin, at)
             if at < len(text) and text[at] == "]":
-                if (text[at + 1 :] + file.read(64).decode("utf-8", "replace")).strip():
+                behind = (text[at + 1 :].encode() + rest).strip()
+                while not behind and (block := file.read(BLOCK)):
+                    behind = block.strip()
+                if behind:
                     raise ValueError(f"{path}:{line}: broken JSON: text behind the end of the array")
                 return
             try:
@@ -100,7 +104,7 @@ def read_array(file: BinaryIO, path: Path) -> Iterator[tuple[Row, int]]:
                 # A number could go on in the next block; an object or a string is complete when it ends.
                 if end == len(text) and block and not isinstance(row, dict | str | list):
                     break
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 if block and len(text) - at <= MAX_ROW_BYTES:
                     break  # perhaps only cut off: read on
                 if len(text) - at > MAX_ROW_BYTES:

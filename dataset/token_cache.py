@@ -21,7 +21,7 @@ from dataset.read_rows import Row, read_rows
 
 VERSION = 1  # raise it when the meaning of the cached arrays changes
 CHUNK_BYTES = 1 << 20  # text encoded in one call: enough to keep all cores busy, small enough to keep memory flat
-DROP_PAGES_EVERY = 1 << 15  # rows read between two releases of the mapped pages
+DROP_PAGES_EVERY = 1 << 11  # rows read between two releases of the mapped pages; a read can map 64 KB
 
 # The rows of a chunk -> for each its token pieces [(ids, mask), ...] and whether it was truncated, or what is wrong
 # with it. A row without pieces is dropped and counted.
@@ -55,14 +55,15 @@ class TokenCache:
         if name not in self.maps:
             with open(self.folder / name, "rb") as file:
                 self.maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.reads += 1
-        if self.reads % DROP_PAGES_EVERY == 0:  # mapped pages count as this process's memory until they are released
-            self.maps[name].madvise(mmap.MADV_DONTNEED)
         start = int(self.starts[row]) * dtype.itemsize
         return np.frombuffer(self.maps[name], dtype, int(self.lengths[row]), start)
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """ids (n,) int64 and mask (n,) uint8 of a row; the mask says which tokens carry loss."""
+        self.reads += 1
+        if self.reads % DROP_PAGES_EVERY == 0:  # mapped pages count as this process's memory until they are released
+            for mapped in self.maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
         ids = self.read("tokens.bin", self.dtype, row).astype(np.int64)
         mask = self.read("mask.bin", np.dtype(np.uint8), row).copy() if self.masked else np.ones(len(ids), np.uint8)
         return ids, mask
@@ -121,7 +122,11 @@ def open_cache(
     key = hashlib.sha256(described.encode()).hexdigest()[:32]
     folder = cache_dir / key
     if not folder.is_dir():
-        with open(cache_dir / f"{key}.lock", "w") as lock:
+        try:
+            lock = open(cache_dir / f"{key}.lock", "w")
+        except OSError as error:
+            raise ValueError(f"cannot write {error.filename}: {error.strerror}; see --cache_dir") from None
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when the holder dies, however it dies
             if not folder.is_dir():
                 build(data_path, folder, key, vocab_size, masked, encode, skip_bad)
@@ -134,7 +139,6 @@ def build(
     """Encode all rows into a folder beside `folder`, then rename it. The caller holds the lock."""
     building = folder.with_name(f"{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)  # of a build that was killed
-    building.mkdir()
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     stats = {"rows": 0, "tokens": 0, "supervised": 0, "dropped": 0, "truncated": 0, "bad": 0, "first_bad": ""}
     lengths, supervised = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
@@ -160,7 +164,7 @@ def build(
                 ids.extend(row_ids)
                 mask.extend(row_mask)
                 sizes.append(len(row_ids))
-                counts.append(sum(row_mask[1:]))  # the first token is never predicted
+                counts.append(row_mask.count(1) - row_mask[0])  # the first token is never predicted
         np.array(ids, dtype).tofile(tokens_file)
         if masked:
             np.array(mask, np.uint8).tofile(mask_file)
@@ -168,6 +172,7 @@ def build(
         supervised.append(np.array(counts, np.int32))
 
     try:
+        building.mkdir()
         size = data_path.stat().st_size
         with (
             open(building / "tokens.bin", "wb") as tokens_file,
@@ -201,6 +206,7 @@ def build(
         (building / "meta.json").write_text(json.dumps(meta))
         os.replace(building, folder)
     except OSError as error:
-        raise ValueError(f"{building}: {error.strerror}; the token cache needs about the size of the data") from None
+        place = error.filename or building
+        raise ValueError(f"{place}: {error.strerror}; the token cache needs about the size of the data") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)

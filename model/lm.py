@@ -41,7 +41,7 @@ class LMConfig:
     n_experts: int = 4  # routed experts per layer
     n_experts_per_tok: int = 2  # routed experts that a token visits
     n_shared_experts: int = 0  # experts that every token visits; with 0 the model is a Qwen3-MoE
-    moe_hidden_dim: int | None = None  # inner width of one expert; default: hidden_dim / n_experts_per_tok
+    moe_hidden_dim: int | None = None  # inner width of one expert; default: hidden_dim / n_experts_per_tok, rounded up
     norm_topk_prob: bool = True  # rescale the weights of the chosen experts to sum 1
     aux_loss_alpha: float = 0.01  # weight of the load-balancing loss
 
@@ -57,9 +57,11 @@ class LMConfig:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         self.hidden_dim = self.hidden_dim or 64 * math.ceil(self.dim * 8 / 3 / 64)
-        self.moe_hidden_dim = self.moe_hidden_dim or max(1, self.hidden_dim // max(1, self.n_experts_per_tok))
+        self.moe_hidden_dim = self.moe_hidden_dim or 8 * math.ceil(self.hidden_dim / max(1, self.n_experts_per_tok) / 8)
         if self.use_moe and not 1 <= self.n_experts_per_tok <= self.n_experts:
             raise ValueError(f"n_experts_per_tok {self.n_experts_per_tok} must lie in 1..{self.n_experts} (n_experts)")
+        if self.use_moe and (self.dim % 8 or self.moe_hidden_dim % 8):  # what grouped_mm takes
+            raise ValueError(f"dim {self.dim} and moe_hidden_dim {self.moe_hidden_dim} must be multiples of 8 with MoE")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout {self.dropout} must lie in [0, 1)")
 
@@ -128,7 +130,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Cast once here: the two or three projections that follow would each cast the same tensor again.
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(autocast_dtype(x))
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(autocast_dtype(x))
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -207,7 +209,6 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(n, 2 * hidden_dim, dim))
         self.down_proj = nn.Parameter(torch.empty(n, dim, hidden_dim))
 
-    @torch.compiler.disable  # tracing grouped_mm demands bfloat16; it runs in every dtype
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (M, dim) sorted by expert; ends (n,) int32: where each expert's rows end. Returns (M, dim)."""
         gate_up, down = (w.to(x.dtype).transpose(1, 2) for w in (self.gate_up_proj, self.down_proj))
@@ -234,6 +235,7 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_expert = SwiGLU(config.dim, config.moe_hidden_dim * config.n_shared_experts)
 
+    @torch.compiler.disable  # tracing grouped_mm demands bfloat16; it runs in every dtype
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         top_k, n_experts = self.config.n_experts_per_tok, self.config.n_experts
         flat = x.reshape(-1, x.size(-1))  # (N, dim)
@@ -379,9 +381,8 @@ class MiniMindLM(nn.Module):
             if attention_mask is not None:
                 doc_of = doc_of.where(attention_mask.flatten().bool(), len(lens))
         frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
-        angle = position.unsqueeze(-1).float() * frequency  # (B, T, D / 2)
-        cos, sin, packed = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1), doc_lens is not None
-        return Layout(cos, sin, lens, packed, mask, doc_of, cache)
+        angle = position[:, None, :, None].float() * frequency  # (B, 1, T, D / 2)
+        return Layout(angle.cos(), angle.sin(), lens, doc_lens is not None, mask, doc_of, cache)
 
     @torch.inference_mode()
     def stream(
@@ -410,16 +411,16 @@ class MiniMindLM(nn.Module):
 
         Yields: (B,) int64, the next token of every row.
         """
-        (B, T), device = input_ids.shape, input_ids.device
+        (B, T), device, tokens = input_ids.shape, input_ids.device, input_ids
         if T > self.config.max_seq_len:
             raise ValueError(f"prompt of {T} tokens is longer than max_seq_len {self.config.max_seq_len}")
         steps = min(max_new_tokens, self.config.max_seq_len - T)
         cache = KVCache(self.config, B, T + steps, device, autocast_dtype(self.lm_head.weight))
         seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
         ended = torch.zeros(B, dtype=torch.bool, device=device)
-        tokens = input_ids
+        row = torch.arange(1, B + 1, device=device)  # the last token of each stands at row * T - 1 of the flattened
         for _ in range(steps):
-            logits = self(tokens, attention_mask, cache=cache).logits[:, -1].float()  # (B, vocab)
+            logits = self(tokens, attention_mask, logits_at=row * tokens.size(1) - 1, cache=cache).logits.float()
             if repetition_penalty != 1.0:
                 if attention_mask is not None:  # padding does not count as seen; the last token is a real one
                     tokens = torch.where(attention_mask[:, -tokens.size(1) :].bool(), tokens, tokens[:, -1:])

@@ -1,6 +1,7 @@
-"""Drawing the next token from logits."""
+"""Drawing the next token from logits, and turning tokens into text while they come."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,3 +25,27 @@ def sample(
         beyond[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+def stream_text(model, tokenizer, prompt: list[int], **sampling) -> Iterator[str]:
+    """The reply to a prompt, piece by piece, up to the end token, which is left out.
+
+    A character whose bytes are spread over several tokens comes with its last one: the reply so far is decoded as a
+    whole, and what is new waits while its end is not yet a character.
+
+    Args:
+        model: a MiniMindLM.
+        prompt: token ids.
+        sampling: the arguments of `MiniMindLM.stream`.
+    """
+    ids, text, shown = [], "", 0
+    input_ids = torch.tensor([prompt], device=model.lm_head.weight.device)
+    for token in model.stream(input_ids, **sampling):
+        if token.item() == sampling.get("eos_token_id"):
+            break
+        ids.append(token.item())
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    yield text[shown:]

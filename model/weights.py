@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.lm import MiniMindLM
+from model.lm import LMConfig, MiniMindLM
 
 
 def start_weights(model: MiniMindLM, from_weight: str | None, default: str, out_dir: str | Path, suffix: str) -> str:
@@ -55,7 +55,9 @@ def load_weights(model: MiniMindLM, path: str | Path) -> None:
         raise ValueError(f"{path}: not a plain state dict of tensors")
     own = model.state_dict()
     if model.config.tie_embeddings and "model.embed_tokens.weight" in state:
-        state = {"lm_head.weight": state["model.embed_tokens.weight"], **state}
+        embedding = state["model.embed_tokens.weight"]
+        if not torch.equal(embedding, state.setdefault("lm_head.weight", embedding)):
+            raise ValueError(f"{path}: lm_head.weight is not the embedding: its model has tie_embeddings false")
     for name in [*own, *state]:
         if name not in state or name not in own:
             where = "the file" if name not in state else "the model"
@@ -67,3 +69,39 @@ def load_weights(model: MiniMindLM, path: str | Path) -> None:
                 f"{tuple(value.shape)} here; check --dim, --n_heads, --n_kv_heads and the tokenizer"
             )
     model.load_state_dict(state)
+
+
+def newest_weights(weight: str, out_dir: str | Path) -> Path:
+    """The weights that a name means where the model's shape is not known: for chat, scoring and serving.
+
+    Args:
+        weight: a path, a run (`full_sft_512`), or a stage (`full_sft`), of which the newest run is taken.
+
+    Raises:
+        ValueError: there are none; says what to run.
+    """
+    is_path = weight.endswith(".pth") or "/" in weight
+    path = Path(weight) if is_path else Path(out_dir) / f"{weight}.pth"
+    if path.is_file():
+        return path
+    if is_path:
+        raise ValueError(f"--weight {weight}: no such file")
+    found = [other for other in Path(out_dir).glob("*.pth") if other.name.startswith(f"{weight}_")]
+    if not found:
+        remedy = f"run `python trainer/train_{weight}.py` first or name others with --weight"
+        raise ValueError(f"no {weight} weights in {out_dir}: {remedy}")
+    return max(found, key=lambda other: other.stat().st_mtime)
+
+
+def load_model(path: Path) -> MiniMindLM:
+    """The model in a weights file, on the CPU, float32, in evaluation mode.
+
+    Raises:
+        ValueError: the configuration beside the file is missing, or one of the two is damaged.
+    """
+    config_path = path.with_suffix(".json")
+    if not config_path.is_file():
+        raise ValueError(f"{config_path}: missing; it holds the shape of the model in {path.name}, keep them together")
+    model = MiniMindLM(LMConfig.from_json(config_path))
+    load_weights(model, path)
+    return model.eval()

@@ -1,7 +1,9 @@
 """How a stage script starts and ends: flags from YAML, signals, exit codes."""
 
+import ctypes
 import difflib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -49,7 +51,7 @@ def config_to_argv(argv: list[str], defaults: dict) -> list[str]:
             content = yaml.safe_load(file) or {}
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: broken YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: must be a mapping of flags to values")
@@ -63,9 +65,11 @@ def config_to_argv(argv: list[str], defaults: dict) -> list[str]:
             near = difflib.get_close_matches(str(key), [*defaults, *ALIASES], n=1, cutoff=0.0)
             raise ValueError(f"--config {path}: unknown key {key!r}; the nearest known one is {near[0]!r}")
         if isinstance(defaults[name], bool):  # a switch
+            if not isinstance(value, bool):
+                raise ValueError(f"--config {path}: {key} must be true or false, found {value!r}")
             flags += [f"--{name}"] if value else []
         elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
+            flags += [f"--{name}", *map(str, value)] if value else []
         elif value is not None:
             flags += [f"--{name}", str(int(value) if isinstance(value, bool) else value)]
     return flags
@@ -77,12 +81,21 @@ NOT_NEGATIVE = ("max_steps", "warmup_ratio", "weight_decay", "grad_clip", "num_w
                 "eval_interval", "eval_ratio", "preview", "seed")  # fmt: skip
 
 
+def usage_error(message: str) -> None:
+    """What `parser.error` of a stage script is set to: the one line of `run`, without argparse's screen of usage."""
+    raise ValueError(f"{message}; --help lists the flags")
+
+
 def check_flags(args: dict) -> None:
-    """Refuse numbers that make no sense.
+    """Refuse values that make no sense.
 
     Raises:
         ValueError: names flag and value.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args["device"]):
+        raise ValueError(f"--device {args['device']}: must be auto, cpu, cuda or cuda:N")
+    if not os.path.isfile(os.path.join(args["tokenizer_dir"], "tokenizer.json")):
+        raise ValueError(f"--tokenizer_dir {args['tokenizer_dir']}: there is no tokenizer.json")
     for name, value in args.items():
         if name in POSITIVE and value is not None and not value > 0:
             raise ValueError(f"--{name} {value}: must be positive")
@@ -116,6 +129,8 @@ def run(main: Callable[[], int]) -> None:
     """
     code = 1
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_launcher()
         code = main() or 0
     except KeyboardInterrupt:
         code = 130
@@ -130,6 +145,17 @@ def run(main: Callable[[], int]) -> None:
             dist.destroy_process_group()
     sys.stdout.flush()
     sys.exit(code)
+
+
+def die_with_launcher() -> None:
+    """Let the kernel end this process when torchrun is killed: an orphan would train on beside the run's successor."""
+    launcher = os.getppid()
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux
+    except (OSError, AttributeError):
+        return
+    if os.getppid() != launcher:  # it died while we asked
+        os._exit(1)
 
 
 def explain(error: Exception) -> str:

@@ -20,8 +20,8 @@ def world() -> tuple[int, int]:
 def wrap(model: nn.Module, strategy: str, device: torch.device, compile: bool) -> nn.Module:
     """The model as the training loop calls it.
 
-    DDP: gradients are views of the communication buckets instead of copies, and buffers are not broadcast: there are
-    none. Compiled block by block: eight blocks of one shape are then compiled once.
+    DDP: gradients are views of the communication buckets instead of copies. Compiled block by block: eight blocks of
+    one shape are then compiled once.
 
     Args:
         strategy: 'ddp', or 'auto' for what fits; alone, the model itself.
@@ -36,7 +36,6 @@ def wrap(model: nn.Module, strategy: str, device: torch.device, compile: bool) -
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
 

@@ -3,6 +3,7 @@
 Only rank 0 writes; on the other ranks every call does nothing.
 """
 
+import fcntl
 import json
 import logging
 import math
@@ -39,12 +40,14 @@ class Tracker:
         if not enabled:
             return
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_run(folder)
             if fresh and folder.exists():
                 previous = folder.with_name(f"{folder.name}.previous")
                 shutil.rmtree(previous, ignore_errors=True)
                 os.rename(folder, previous)
             folder.mkdir(parents=True, exist_ok=True)
-            self.log_file = open(folder / "training.log", "a", encoding="utf-8")  # noqa: SIM115, open for the run
+            self.log_file = open(folder / "training.log", "a", encoding="utf-8")
             (folder / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
         except OSError as error:
             raise ValueError(f"--out_dir: cannot write to {folder}: {error.strerror}") from None
@@ -153,6 +156,26 @@ class Tracker:
                 part.close()
         if self.wandb is not None:
             self.wandb.finish(quiet=True)
+
+
+def lock_run(folder: Path):
+    """Hold the run's lock as long as this process lives, so that two runs never write to one folder.
+
+    A run that was killed a moment ago may still be on its way out, hence the patience.
+    """
+    lock = open(folder.with_name(f".{folder.name}.lock"), "a+")
+    for _ in range(100):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+            continue
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        return lock
+    lock.seek(0)
+    raise ValueError(f"process {lock.read()} is writing to {folder}: stop it, or choose another --save_weight")
 
 
 def truncated_metrics(path: Path, step: int):

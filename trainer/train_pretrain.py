@@ -162,6 +162,7 @@ def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocas
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = launch.usage_error
     parser.add_argument("--config", help="YAML file with defaults for these flags")
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", default=str(ROOT / "dataset/demo/pretrain.jsonl"), help="training data")

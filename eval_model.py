@@ -1,0 +1,349 @@
+"""Chat with a model in the terminal, or score it on a file of prompts with known answers.
+
+Reads the weights (out/full_sft_512.pth), the configuration beside them (out/full_sft_512.json) and the tokenizer.
+Without flags it takes the newest SFT weights in out/. Replies are streamed; text that you type is always text, also
+where it spells a control token.
+
+    python eval_model.py                                                # chat; /clear forgets, /exit leaves
+    python eval_model.py --prompt "Who are you?"                        # one reply and nothing else
+    printf 'hi\\nwho are you?\\n' | python eval_model.py                  # a conversation from a pipe
+    python eval_model.py --weight pretrain --raw 1 --prompt "Once upon" # continue plain text, without the chat layout
+    python eval_model.py --eval_file dataset/demo/held_out.jsonl        # a table of exact matches
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from transformers import AutoTokenizer
+
+from dataset.chat_format import IM_END, ChatCoder, chat_coder, detect_format, encode_prompt, normalise_row
+from dataset.read_rows import read_rows
+from model.lm import LMConfig, MiniMindLM
+from model.sampling import stream_text
+from model.weights import load_model, newest_weights
+from runtime import launch
+
+
+@dataclass
+class Speaker:
+    """What producing a reply needs."""
+
+    model: MiniMindLM
+    tokenizer: object
+    coder: ChatCoder
+    thinking: bool
+    sampling: dict  # arguments of MiniMindLM.stream
+
+    def encode(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+        """The prompt ids of a conversation. ValueError: they leave no room for a reply."""
+        ids = encode_prompt(messages, tools, self.coder, enable_thinking=self.thinking)
+        return self.check(ids)
+
+    def check(self, ids: list[int]) -> list[int]:
+        context = self.model.config.max_seq_len
+        if len(ids) >= context:
+            raise ValueError(f"the prompt makes {len(ids)} tokens, the context of the model is {context}: shorten it")
+        return ids
+
+
+def load_tokenizer(path: Path, config: LMConfig):
+    """The tokenizer in a folder. ValueError: there is none, or it has more entries than the model."""
+    if not (path / "tokenizer.json").is_file():
+        raise ValueError(f"--tokenizer_dir {path}: no tokenizer.json there")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if len(tokenizer) > config.vocab_size:
+        sizes = f"{len(tokenizer)} entries, the model {config.vocab_size}"
+        raise ValueError(f"--tokenizer_dir {path}: it has {sizes}; take the tokenizer that the model was trained with")
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def clean(text: str) -> str:
+    """Text as typed, with ? for bytes that are no UTF-8 (they arrive as lone surrogates)."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def speak(speaker: Speaker, prompt: list[int]) -> tuple[str, bool]:
+    """Stream one reply to the terminal. Returns it, and whether Ctrl-C cut it short."""
+    reply, stopped = "<think>\n" if speaker.thinking else "", False
+    say(reply)
+    try:
+        for piece in stream_text(speaker.model, speaker.tokenizer, prompt, **speaker.sampling):
+            reply += piece
+            say(piece)
+    except KeyboardInterrupt:
+        say(" (stopped)")
+        stopped = True
+    say("\n")
+    return reply, stopped
+
+
+def fit(messages: list[dict], speaker: Speaker) -> tuple[list[dict], list[int], int]:
+    """Drop turns from the front, never the system turn, until the prompt leaves a quarter of the context for a reply.
+
+    Args:
+        messages: [system] then user and assistant in turn, a user turn last.
+
+    Returns:
+        The messages that stay, their ids, and how many turns (a question with its reply) were dropped.
+
+    Raises:
+        ValueError: the last message alone does not fit.
+    """
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    turns, dropped = messages[len(system) :], 0
+    context = speaker.model.config.max_seq_len
+    room = context - min(speaker.sampling["max_new_tokens"], context // 4)
+    while len(turns) > 1 and len(encode_prompt(system + turns, None, speaker.coder, speaker.thinking)) > room:
+        turns, dropped = turns[2:], dropped + 1
+    return system + turns, speaker.encode(system + turns), dropped
+
+
+def read_lines(interactive: bool) -> Iterator[str | None]:
+    """What the user types, line by line; None for Ctrl-C. Ends with the input."""
+    while True:
+        try:
+            line = input("you> ") if interactive else sys.stdin.readline()
+        except EOFError:
+            return say("\n")
+        except KeyboardInterrupt:
+            yield None
+            continue
+        if not interactive:
+            if not line:
+                return None
+            say(f"you> {clean(line).rstrip()}\n")  # so that the output reads as a conversation
+        yield clean(line)
+
+
+def chat(speaker: Speaker, system: list[dict], interactive: bool) -> None:
+    """The conversation, until /exit, the end of the input, or Ctrl-C twice."""
+    messages, interrupted = system, False
+    for line in read_lines(interactive):
+        if line is None:
+            if interrupted:
+                raise KeyboardInterrupt
+            say("\n(Ctrl-C again or /exit leaves)\n")
+            interrupted = True
+            continue
+        text, interrupted = line.strip(), False
+        if text == "/exit":
+            return
+        if text == "/clear":
+            messages = system
+            say("(the conversation starts anew)\n")
+        elif text:
+            try:
+                messages, prompt, dropped = fit([*messages, {"role": "user", "content": text}], speaker)
+            except ValueError as error:
+                say(f"({error})\n")
+                continue
+            if dropped:
+                say(f"(the context is full: dropped the oldest {dropped} turn{'s' * (dropped > 1)})\n")
+            say("bot> ")
+            reply, interrupted = speak(speaker, prompt)
+            messages = [*messages, {"role": "assistant", "content": reply}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_questions(path: Path, speaker: Speaker) -> list[dict]:
+    """The rows of an evaluation file: {"task", "conversations": [..., user turn], "answer"}, plus their prompt ids.
+
+    Raises:
+        ValueError: `file:line: reason` for the first bad row; no rows.
+    """
+    if not path.is_file():
+        raise ValueError(f"--eval_file {path}: no such file")
+    questions = []
+    for (line, row, fault), _ in read_rows(path):
+        try:
+            if fault:
+                raise ValueError(fault)
+            messages, tools = normalise_row(row, detect_format(row), need_assistant=False)
+            if messages[-1]["role"] == "assistant":
+                raise ValueError("the last turn must not be the assistant's: that is what the model is to say")
+            task, answer = row.get("task", "all"), row.get("answer")
+            if not isinstance(task, str) or not isinstance(answer, str):
+                raise ValueError("'answer', and 'task' if it is there, must be strings")
+            question = {"line": line, "task": task, "prompt": messages[-1]["content"], "answer": answer.strip()}
+            question["ids"] = speaker.encode(messages, tools)
+            question["answer_len"] = len(speaker.coder.plain(answer))
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from None
+        questions.append(question)
+    if not questions:
+        raise ValueError(f"{path}: no rows")
+    return questions
+
+
+def answer_all(questions: list[dict], speaker: Speaker, batch_size: int) -> None:
+    """Fill in `reply` and `right` of every question, greedily, batch by batch with padding on the left.
+
+    Questions whose answers are of like length share a batch, as its steps are those of the longest. A reply twice as
+    long as the longest answer of its batch is wrong already and is cut there, unless the model thinks first.
+    """
+    device, pad, eos = speaker.model.lm_head.weight.device, speaker.tokenizer.pad_token_id or 0, end_of_turn(speaker)
+    order = sorted(questions, key=lambda q: (q["answer_len"], len(q["ids"])))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        width, steps = max(len(q["ids"]) for q in batch), speaker.sampling["max_new_tokens"]
+        ids = torch.tensor([[pad] * (width - len(q["ids"])) + q["ids"] for q in batch], device=device)
+        mask = torch.tensor([[0] * (width - len(q["ids"])) + [1] * len(q["ids"]) for q in batch], device=device)
+        if not speaker.thinking:
+            steps = min(steps, 2 * batch[-1]["answer_len"] + 16)
+        replies = speaker.model.generate(ids, mask, max_new_tokens=steps, eos_token_id=eos).tolist()
+        for question, reply in zip(batch, replies, strict=True):
+            reply = reply[: reply.index(eos)] if eos in reply else reply
+            text = speaker.tokenizer.decode(reply, skip_special_tokens=True)
+            question["reply"] = text.rpartition("</think>")[2].strip()
+            question["right"] = question["reply"] == question["answer"]
+        if sys.stderr.isatty():
+            print(f"\r{start + len(batch)}/{len(order)} ", end="", file=sys.stderr, flush=True)
+
+
+def end_of_turn(speaker: Speaker) -> int:
+    return speaker.coder.fixed[IM_END][0]
+
+
+def table(questions: list[dict]) -> str:
+    """Right answers per task and in all."""
+    groups = {name: [q for q in questions if q["task"] == name] for name in sorted({q["task"] for q in questions})}
+    groups["total"] = questions
+    width = max(len(name) for name in groups)
+    lines = [f"{'task':{width}}  {'n':>5}  {'right':>5}  {'%':>5}"]
+    for name, rows in groups.items():
+        right = sum(q["right"] for q in rows)
+        lines.append(f"{name:{width}}  {len(rows):5}  {right:5}  {100 * right / len(rows):5.1f}")
+    return "\n".join(lines)
+
+
+def evaluate(args: argparse.Namespace, speaker: Speaker) -> None:
+    """Score the model on args.eval_file, print the table, write the replies to args.eval_out."""
+    out = Path(args.eval_out).absolute() if args.eval_out else None
+    if out and (out.is_dir() or not out.parent.is_dir()):
+        raise ValueError(f"--eval_out {args.eval_out}: cannot be written, it is a folder or its folder does not exist")
+    questions, started = read_questions(Path(args.eval_file), speaker), time.monotonic()
+    answer_all(questions, speaker, args.batch_size)
+    print(f"{table(questions)}\n{len(questions)} prompts in {time.monotonic() - started:.1f} s")
+    for q in [q for q in questions if not q["right"]][: args.show_wrong]:
+        print(f"\nline {q['line']} ({q['task']})")
+        for key in ("prompt", "answer", "reply"):
+            print(f"  {key:6} {json.dumps(q[key], ensure_ascii=False)}")
+    if out:
+        keys = ("line", "task", "prompt", "answer", "reply", "right")
+        lines = [json.dumps({key: q[key] for key in keys}, ensure_ascii=False) + "\n" for q in questions]
+        beside = out.with_name(out.name + ".tmp")
+        beside.write_text("".join(lines), encoding="utf-8")
+        beside.replace(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    what = parser.add_argument_group("what to do (without these: chat)")
+    what.add_argument("--prompt", help="print the reply to this text and exit")
+    what.add_argument("--raw", type=int, choices=(0, 1), default=0, help="1: --prompt is plain text to be continued")
+    what.add_argument("--eval_file", help="score on this file: rows with task, conversations and answer")
+    model = parser.add_argument_group("model")
+    model.add_argument("--weight", default="full_sft", help="stage name (its newest weights), run name or path")
+    model.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights are looked for")
+    model.add_argument("--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    model.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
+    reply = parser.add_argument_group("reply")
+    reply.add_argument("--system", default="", help="system message")
+    reply.add_argument("--thinking", type=int, choices=(0, 1), default=0, help="1: the model thinks before it answers")
+    reply.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token")
+    reply.add_argument("--top_k", type=int, default=0, help="sample among so many tokens (0: all)")
+    reply.add_argument("--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this probability")
+    reply.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: repeats itself less")
+    reply.add_argument("--max_new_tokens", type=int, default=256, help="longest reply in tokens")
+    reply.add_argument("--seed", type=int, default=42, help="seed of everything random")
+    score = parser.add_argument_group("scoring (greedy, whatever the flags above)")
+    score.add_argument("--batch_size", type=int, default=64, help="prompts answered at once")
+    score.add_argument("--eval_out", help="write every reply to this file, as JSON lines")
+    score.add_argument("--show_wrong", type=int, default=0, metavar="N", help="print the first N wrong replies")
+    args = parser.parse_args()
+    for name, good, must in (
+        ("temperature", args.temperature >= 0, "be 0 or more"),
+        ("top_k", args.top_k >= 0, "be 0 or more"),
+        ("top_p", 0 < args.top_p <= 1, "lie above 0 and not above 1"),
+        ("repetition_penalty", args.repetition_penalty > 0, "be positive"),
+        ("max_new_tokens", args.max_new_tokens > 0, "be positive"),
+        ("batch_size", args.batch_size > 0, "be positive"),
+        ("prompt", args.prompt is None or args.prompt.strip(), "not be empty"),
+        ("raw", not args.raw or args.prompt is not None, "come with --prompt"),
+        ("eval_file", not args.eval_file or args.prompt is None, "not come with --prompt"),
+    ):
+        if not good:
+            raise ValueError(f"--{name} {getattr(args, name)}: must {must}")
+    return args
+
+
+def main() -> int:
+    # 1. Flags, device, random state
+    args = parse_args()
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    generator = torch.Generator(device).manual_seed(args.seed)
+
+    # 2. Model and tokenizer
+    path = newest_weights(args.weight, args.out_dir)
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    model = load_model(path).to(device, getattr(torch, dtype))
+    tokenizer = load_tokenizer(Path(args.tokenizer_dir), model.config)
+    flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
+    sampling = {flag: getattr(args, flag) for flag in flags} | {"generator": generator}
+    speaker = Speaker(model, tokenizer, chat_coder(tokenizer), bool(args.thinking), sampling)
+    sampling["eos_token_id"] = tokenizer.pad_token_id if args.raw else end_of_turn(speaker)
+
+    # 3. Score, answer once, or chat
+    system = [{"role": "system", "content": clean(args.system)}] if args.system else []
+    if args.eval_file:
+        evaluate(args, speaker)
+    elif args.raw:
+        speak(speaker, speaker.check(speaker.coder.plain(clean(args.prompt))))
+    elif args.prompt is not None:
+        speak(speaker, speaker.encode([*system, {"role": "user", "content": clean(args.prompt)}]))
+    else:
+        interactive = sys.stdin.isatty()
+        if interactive:
+            import readline  # noqa: F401  # arrow keys and history in input()
+        size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+        say(f"{path.stem}: {size}, context of {model.config.max_seq_len} tokens. /clear forgets, /exit leaves\n")
+        chat(speaker, system, interactive)
+    return 0
+
+
+if __name__ == "__main__":
+    launch.run(main)

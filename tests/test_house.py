@@ -1,0 +1,171 @@
+"""The rules of the house: size, which way imports go, what a stage script holds, what files may contain."""
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+import tokenize
+
+import pytest
+from conftest import ROOT
+
+# Lines per file. Where one is too long the design is wrong: do not squeeze lines, and do not raise the number.
+BUDGET = {"model/lm.py": 450, "trainer/train_ppo.py": 420, "trainer/train_grpo.py": 420}
+STAGE_BUDGET = 300
+OTHER_BUDGET = 350
+
+# What a folder must not know: data flows dataset -> trainer -> out, with model and runtime below the trainer.
+ABOVE = {"trainer", "scripts", "benchmarks", "tests", "eval_model"}
+MUST_NOT_IMPORT = {
+    "model": ABOVE | {"runtime"},
+    "dataset": ABOVE | {"runtime"},
+    "runtime": ABOVE,
+    "trainer": ABOVE,  # each script stands alone: what two of them need is a marked copy, or belongs to runtime
+}
+# What training may import at start: the four packages of requirements.txt, and what comes with them.
+PACKAGES = {"torch", "transformers", "numpy", "wandb", "tokenizers", "safetensors", "tqdm", "yaml"}
+
+HELPERS = ["init_distributed_mode", "get_lr", "setup_seed", "is_main_process", "Logger", "save_weights"]
+LANDMARKS = [*HELPERS, "train_epoch", "parse_args", "main"]
+
+# Built from parts, so that this file passes its own test.
+MACHINE_PATH = re.compile(r"(?<![\w.:/})>*~-])/(?:" + "|".join(["work", "root", "home"]) + r")(?![\w-])")
+
+
+def project_files() -> list[str]:
+    """Tracked files and those that would be tracked, relative to ROOT."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):  # a download without git
+        parts = [path.relative_to(ROOT).parts for path in ROOT.rglob("*") if "__pycache__" not in path.parts]
+        names = ["/".join(p) for p in parts if p[0] not in (".git", ".venv", "out", "wandb")]
+    return sorted(name for name in set(names) if (ROOT / name).is_file())
+
+
+FILES = project_files()
+PYTHON = [name for name in FILES if name.endswith(".py")]
+CODE = [name for name in FILES if name.endswith((".py", ".sh")) or name == ".ci/run"]
+STAGES = [name for name in PYTHON if re.fullmatch(r"trainer/train_(?!tokenizer)\w+\.py", name)]
+
+
+def parse(name: str) -> ast.Module:
+    return ast.parse((ROOT / name).read_text(encoding="utf-8"))
+
+
+def imported_modules(tree: ast.AST, name: str) -> list[tuple[int, str]]:
+    """Return (line, dotted module) of every import under `tree`, of the file `name`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = name.split("/")[: -node.level] if node.level else []
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            # "from model import lm" may name a module as well as "from model.lm import X".
+            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_size_budget(name):
+    budget = BUDGET.get(name, STAGE_BUDGET if name in STAGES else OTHER_BUDGET)
+    lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+    assert lines <= budget, f"{name} has {lines} lines, its budget is {budget}: split it where it does two things"
+
+
+def test_imports_go_one_way():
+    wrong = [
+        f"{name}:{line}: {name.split('/')[0]} must not import {module}"
+        for name in PYTHON
+        for line, module in imported_modules(parse(name), name)
+        if module.split(".")[0] in MUST_NOT_IMPORT.get(name.split("/")[0], ())
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("of", ["modules", "folders"])
+def test_imports_make_no_circle(of):
+    """Neither do two files import each other, on whatever way, nor two folders."""
+    modules = {name.removesuffix(".py").replace("/", "."): name for name in PYTHON}
+    graph = {}
+    for module, name in modules.items():
+        for _, target in imported_modules(parse(name), name):
+            parts = target.split(".")
+            known = next((m for n in range(len(parts), 0, -1) if (m := ".".join(parts[:n])) in modules), None)
+            if known is None:
+                continue
+            ends = (module, known) if of == "modules" else (module.split(".")[0], known.split(".")[0])
+            if ends[0] != ends[1]:
+                graph.setdefault(ends[0], set()).add(ends[1])
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail("imports in a circle: " + " -> ".join(reversed(error.args[1])))
+
+
+def test_training_needs_the_four_packages_only():
+    """Anything else is imported inside the function that uses it."""
+    ours = {"model", "dataset", "runtime", "trainer"}
+    wrong = []
+    for name in PYTHON:
+        if name.split("/")[0] not in ours:
+            continue
+        tree = parse(name)
+        for node in ast.walk(tree):  # what runs when the module is imported: everything but bodies of functions
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                node.body = []
+        for line, module in imported_modules(tree, name):
+            top = module.split(".")[0]
+            if top not in ours | PACKAGES and top not in sys.stdlib_module_names:
+                wrong.append(f"{name}:{line}: {module}")
+    assert not wrong, "import these where they are used: " + ", ".join(wrong)
+
+
+def test_no_flags_in_runtime():
+    wrong = [
+        f"{name}:{line}"
+        for name in PYTHON
+        if name.startswith("runtime/")
+        for line, module in imported_modules(parse(name), name)
+        if module.split(".")[0] == "argparse"
+    ]
+    assert not wrong, f"argparse belongs to the scripts: {wrong}"
+
+
+def test_no_star_imports():
+    wrong = [f"{n}:{line}" for n in PYTHON for line, module in imported_modules(parse(n), n) if module.endswith("*")]
+    assert not wrong, f"name what you import: {wrong}"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_scripts_have_the_same_landmarks(name):
+    tree = parse(name)
+    usage = ast.get_docstring(tree) or ""
+    for command in (f"python {name}", f"torchrun --nproc_per_node 8 {name} --ddp"):
+        assert command in usage, f"the docstring of {name} does not show: {command}"
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert [function for function in defined if function in LANDMARKS] == LANDMARKS
+    assert defined[: len(HELPERS)] == HELPERS, "the repeated helpers come first"
+    assert "model.module.state_dict()" in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_no_machine_paths():
+    wrong = []
+    for name in FILES:
+        content = (ROOT / name).read_bytes()
+        if b"\0" not in content:
+            text = content.decode("utf-8", errors="replace")
+            wrong += [f"{name}:{text.count(chr(10), 0, m.start()) + 1}: {m[0]}" for m in MACHINE_PATH.finditer(text)]
+    assert not wrong, "these exist on one machine only: " + ", ".join(wrong[:20])
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_comments_and_names_are_ascii(name):
+    """Other scripts stand in strings and data, where they are what the code is about."""
+    with open(ROOT / name, "rb") as file:
+        tokens = list(tokenize.tokenize(file.readline))
+    tokens = [token for token in tokens if token.type in (tokenize.COMMENT, tokenize.NAME)]
+    wrong = [f"{name}:{token.start[0]}: {token.string}" for token in tokens if not token.string.isascii()]
+    assert not wrong, "\n".join(wrong)

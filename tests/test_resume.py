@@ -1,0 +1,206 @@
+"""Unbreakable: kills, signals, torn checkpoints, a full disk and non-finite numbers, with real processes and files."""
+
+import argparse
+import json
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from runtime import checkpoint
+
+FLAGS = "--dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --device=cpu --max_seq_len=64 --log_interval=1".split()
+NAME = "full_sft_32"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, write_jsonl):
+    turns = [[f"say it {n} times", "it it it " * n] for n in range(1, 150)]
+    rows = [{"instruction": question, "input": "", "output": answer} for question, answer in turns]
+    return write_jsonl(tmp_path_factory.mktemp("resume") / "data.jsonl", rows)
+
+
+@pytest.fixture
+def flags(data, tmp_path):
+    return [*FLAGS, f"--data_path={data}", f"--cache_dir={data.parent / 'cache'}", f"--out_dir={tmp_path / 'out'}"]
+
+
+def metrics(out) -> list[dict]:
+    lines = (out / NAME / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_sec"} for line in lines]
+
+
+def wait_for_steps(process, out, steps: int) -> None:
+    """Until the run has logged so many steps; it must not end before."""
+    path = out / NAME / "metrics.jsonl"
+    while not (path.exists() and path.read_bytes().count(b"\n") >= steps):
+        assert process.poll() is None, process.log.read_text()
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_killed_run_resumes_bit_identically(nproc):
+    kills = {1: ("--kills=5", "--kills_in_save=2"), 2: ("--kills=2", "--kills_in_save=1")}[nproc]
+    command = [sys.executable, ROOT / "benchmarks/kill_resume.py", *kills, "--steps=60", f"--nproc={nproc}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "weights identical, metrics identical" in done.stdout
+
+
+def test_resume_on_another_number_of_processes(flags, tmp_path, start_script, run_script):
+    """1 -> 2 -> 1 processes, killed in between: every row once, and the curve of the run that was left alone."""
+    job = [*flags, "--global_batch_size=4", "--batch_size=2", "--packing=0", "--save_interval=3", "--epochs=2"]
+    whole = run_script("trainer/train_full_sft.py", *job[:-1], "--epochs=2", f"--out_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    for steps, nproc in ((10, None), (40, 2)):
+        switch = ["--ddp"] if nproc else []
+        process = start_script("trainer/train_full_sft.py", *job, "--resume=auto", *switch, nproc=nproc)
+        wait_for_steps(process, tmp_path / "out", steps)
+        process.kill()
+        process.wait()
+    done = run_script("trainer/train_full_sft.py", *job, "--resume=auto")
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
+    expected = metrics(tmp_path / "whole")
+    for ours, reference in zip(metrics(tmp_path / "out"), expected, strict=True):
+        assert ours.pop("loss") == pytest.approx(reference.pop("loss"), rel=1e-5)
+        assert ours.pop("grad_norm") == pytest.approx(reference.pop("grad_norm"), rel=1e-4)
+        assert ours == reference  # step, epoch, lr and the tokens of every window
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_and_exits(flags, tmp_path, start_script, run_script, number, code):
+    job = [*flags, "--batch_size=1", "--save_interval=0", "--resume=auto"]
+    process = start_script("trainer/train_full_sft.py", *job)
+    wait_for_steps(process, tmp_path / "out", 3)
+    process.send_signal(number)
+    assert process.wait(60) == code, process.log.read_text()
+    out = tmp_path / "out"
+    steps = len(metrics(out))
+    assert [c.name for c in checkpoint.list_checkpoints(out / NAME / "checkpoints")] == [f"step_{steps:08d}"]
+    assert f"stopped by signal {number} at step {steps}" in process.log.read_text()
+    done = run_script("trainer/train_full_sft.py", *job)
+    assert done.returncode == 0 and f"behind step {steps}" in done.stdout
+    assert [line["step"] for line in metrics(out)] == [*range(1, metrics(out)[-1]["step"] + 1)]
+
+
+def test_signal_to_one_rank_stops_all(flags, tmp_path, start_script):
+    job = [*flags, "--ddp", "--batch_size=1", "--save_interval=0"]
+    process = start_script("trainer/train_full_sft.py", *job, nproc=2)
+    wait_for_steps(process, tmp_path / "out", 3)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    subprocess.run(["kill", "-TERM", children[-1]], check=True)
+    process.wait(60)
+    log = process.log.read_text()
+    assert "stopped by signal 15" in log and "Traceback" not in log.split("stopped by")[0]
+    assert checkpoint.fault(checkpoint.list_checkpoints(tmp_path / "out" / NAME / "checkpoints")[0]) == ""
+
+
+@pytest.fixture
+def trained(flags, run_script, tmp_path):
+    """A run of 12 steps with its checkpoints of steps 8 and 12."""
+    done = run_script("trainer/train_full_sft.py", *flags, "--max_steps=12", "--save_interval=4")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "out" / NAME / "checkpoints"
+
+
+def test_torn_checkpoint_is_passed_over(flags, run_script, trained):
+    newest, older = checkpoint.list_checkpoints(trained)
+    assert (older.name, newest.name) == ("step_00000008", "step_00000012")
+    before = torch.load(trained.parent.with_suffix(".pth"), weights_only=True)
+    content = bytearray((newest / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    (newest / "state.pt").write_bytes(content)
+    done = run_script("trainer/train_full_sft.py", *flags, "--max_steps=12", "--save_interval=4", "--resume=auto")
+    assert done.returncode == 0
+    assert re.search(r"step_00000012 is damaged and passed over: state.pt was altered", done.stderr)
+    assert "behind step 8" in done.stdout
+    after = torch.load(trained.parent.with_suffix(".pth"), weights_only=True)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [line["step"] for line in metrics(trained.parents[1])] == [*range(1, 13)]
+    assert checkpoint.fault(newest) == ""
+
+
+def test_no_valid_checkpoint_is_an_error_not_a_fresh_start(flags, run_script, trained):
+    for saved in checkpoint.list_checkpoints(trained):
+        (saved / "manifest.json").unlink()
+    done = run_script("trainer/train_full_sft.py", *flags, "--max_steps=12", "--resume=auto")
+    assert done.returncode == 2 and "no valid checkpoint" in done.stderr and "manifest.json is missing" in done.stderr
+
+
+def test_fresh_run_keeps_the_run_before(flags, run_script, trained):
+    done = run_script("trainer/train_full_sft.py", *flags, "--max_steps=2")
+    assert done.returncode == 0
+    assert len(metrics(trained.parents[1])) == 2
+    kept = trained.parent.with_name(f"{NAME}.previous")
+    assert (kept / "metrics.jsonl").read_text().count("\n") == 12 and len(list((kept / "checkpoints").iterdir())) == 2
+
+
+def test_full_disk_loses_nothing_that_was_saved(flags, start_script, run_script, tmp_path, trained):
+    """Files of more than 100 kB cannot be written any more: the next save fails, the older ones stay."""
+    job = [*flags, "--save_interval=4", "--resume=auto", "--epochs=2"]
+    limits = (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)  # inherited by the script
+    try:
+        done = run_script("trainer/train_full_sft.py", *job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"error: cannot save the checkpoint of step 16 in .*: .*; step_00000012 is intact", done.stderr)
+    assert [checkpoint.fault(c) for c in checkpoint.list_checkpoints(trained)] == ["", ""]
+    assert not list(trained.glob(".tmp-*"))
+    weights = torch.load(trained.parent.with_suffix(".pth"), weights_only=True)
+    assert all(value.isfinite().all() for value in weights.values())
+    done = run_script("trainer/train_full_sft.py", *job, "--max_steps=20")
+    assert done.returncode == 0 and "behind step 12" in done.stdout
+
+
+def test_rotation_never_removes_the_last_good_one(tmp_path):
+    for step in range(1, 6):
+        checkpoint.save_checkpoint(tmp_path, step, {"value": torch.tensor(step)}, keep=2)
+    assert [c.name for c in checkpoint.list_checkpoints(tmp_path)] == ["step_00000005", "step_00000004"]
+    for step in (4, 5):  # damage all there are, then save one more with the smallest limit
+        (tmp_path / f"step_{step:08d}" / "state.pt").write_bytes(b"torn")
+    checkpoint.save_checkpoint(tmp_path, 6, {"value": torch.tensor(6)}, keep=1)
+    assert checkpoint.find(tmp_path, "auto").name == "step_00000006"
+
+
+def test_a_save_that_fails_removes_nothing(tmp_path, monkeypatch):
+    checkpoint.save_checkpoint(tmp_path, 1, {"value": torch.tensor(1)}, keep=1)
+    monkeypatch.setattr(checkpoint.os, "rename", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save_checkpoint(tmp_path, 2, {"value": torch.tensor(2)}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert checkpoint.fault(tmp_path / "step_00000001") == ""
+
+
+def test_checkpoints_hold_nothing_that_needs_unpickling(tmp_path):
+    place = checkpoint.save_checkpoint(tmp_path, 1, {"value": argparse.Namespace()}, keep=1)
+    with pytest.raises(Exception, match="weights_only|Weights only"):
+        torch.load(place / "state.pt", weights_only=True)
+
+
+def test_gradients_that_are_not_finite_stop_the_run_and_spare_the_weights(flags, run_script, trained, tmp_path):
+    weights = torch.load(trained.parent.with_suffix(".pth"), weights_only=True)
+    weights["model.norm.weight"] *= 1e38  # logits overflow
+    torch.save(weights, tmp_path / "huge.pth")
+    job = [*flags, f"--from_weight={tmp_path / 'huge.pth'}", "--save_weight=huge"]
+    job += ["--batch_size=1", "--save_interval=5"]
+    done = run_script("trainer/train_full_sft.py", *job)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "step 1 skipped: loss " in done.stdout and "(20 skipped so far)" in done.stdout
+    assert done.stderr.count("error: ") == 1 and "20 steps in a row had no finite gradient" in done.stderr
+    saved = torch.load(tmp_path / "out/huge_32.pth", weights_only=True)
+    assert all(torch.equal(saved[name], weights[name]) for name in weights)
+
+
+def test_two_runs_cannot_write_to_one_folder(flags, tmp_path, start_script, run_script):
+    process = start_script("trainer/train_full_sft.py", *flags, "--batch_size=1", "--epochs=1000", "--save_interval=0")
+    wait_for_steps(process, tmp_path / "out", 1)
+    done = run_script("trainer/train_full_sft.py", *flags)
+    assert done.returncode == 2 and f"process {process.pid} is writing to" in done.stderr
+    assert process.poll() is None
