@@ -13,6 +13,7 @@ where it spells a control token.
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast  # AutoTokenizer would take a second longer to import
 
 from dataset.chat_format import IM_END, ChatCoder, chat_coder, detect_format, encode_prompt, normalise_row
 from dataset.read_rows import read_rows
@@ -43,10 +44,13 @@ class Speaker:
     thinking: bool
     sampling: dict  # arguments of MiniMindLM.stream
 
+    @property
+    def end_of_turn(self) -> int:
+        return self.coder.fixed[IM_END][0]
+
     def encode(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
         """The prompt ids of a conversation. ValueError: they leave no room for a reply."""
-        ids = encode_prompt(messages, tools, self.coder, enable_thinking=self.thinking)
-        return self.check(ids)
+        return self.check(encode_prompt(messages, tools, self.coder, self.thinking))
 
     def check(self, ids: list[int]) -> list[int]:
         context = self.model.config.max_seq_len
@@ -59,7 +63,7 @@ def load_tokenizer(path: Path, config: LMConfig):
     """The tokenizer in a folder. ValueError: there is none, or it has more entries than the model."""
     if not (path / "tokenizer.json").is_file():
         raise ValueError(f"--tokenizer_dir {path}: no tokenizer.json there")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     if len(tokenizer) > config.vocab_size:
         sizes = f"{len(tokenizer)} entries, the model {config.vocab_size}"
         raise ValueError(f"--tokenizer_dir {path}: it has {sizes}; take the tokenizer that the model was trained with")
@@ -76,23 +80,29 @@ def say(text: str) -> None:
 
 
 def clean(text: str) -> str:
-    """Text as typed, with ? for bytes that are no UTF-8 (they arrive as lone surrogates)."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    """Text as typed, whatever the locale: bytes that Python could not decode arrive as lone surrogates."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def speak(speaker: Speaker, prompt: list[int]) -> tuple[str, bool]:
-    """Stream one reply to the terminal. Returns it, and whether Ctrl-C cut it short."""
-    reply, stopped = "<think>\n" if speaker.thinking else "", False
-    say(reply)
-    try:
-        for piece in stream_text(speaker.model, speaker.tokenizer, prompt, **speaker.sampling):
-            reply += piece
-            say(piece)
-    except KeyboardInterrupt:
-        say(" (stopped)")
-        stopped = True
-    say("\n")
-    return reply, stopped
+def speak(speaker: Speaker, prompt: list[int], name: str = "") -> tuple[str, bool]:
+    """Stream one reply to the terminal, behind a name. Returns it, and whether Ctrl-C cut it short."""
+    reply, stopped = "<think>\n" if speaker.thinking else "", []
+
+    def stop(*_) -> None:  # an exception at any instant could get lost inside the model
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(True)
+
+    before = signal.signal(signal.SIGINT, stop)
+    say(name + reply)
+    for piece in stream_text(speaker.model, speaker.tokenizer, prompt, **speaker.sampling):
+        reply += piece
+        say(piece)
+        if stopped:
+            break
+    signal.signal(signal.SIGINT, before)
+    say(" (stopped)\n" if stopped else "\n")
+    return reply, bool(stopped)
 
 
 def fit(messages: list[dict], speaker: Speaker) -> tuple[list[dict], list[int], int]:
@@ -129,8 +139,8 @@ def read_lines(interactive: bool) -> Iterator[str | None]:
         if not interactive:
             if not line:
                 return None
-            say(f"you> {clean(line).rstrip()}\n")  # so that the output reads as a conversation
-        yield clean(line)
+            say(f"you> {line.rstrip()}\n")  # so that the output reads as a conversation
+        yield line
 
 
 def chat(speaker: Speaker, system: list[dict], interactive: bool) -> None:
@@ -157,8 +167,7 @@ def chat(speaker: Speaker, system: list[dict], interactive: bool) -> None:
                 continue
             if dropped:
                 say(f"(the context is full: dropped the oldest {dropped} turn{'s' * (dropped > 1)})\n")
-            say("bot> ")
-            reply, interrupted = speak(speaker, prompt)
+            reply, interrupted = speak(speaker, prompt, "bot> ")
             messages = [*messages, {"role": "assistant", "content": reply}]
 
 
@@ -203,7 +212,7 @@ def answer_all(questions: list[dict], speaker: Speaker, batch_size: int) -> None
     Questions whose answers are of like length share a batch, as its steps are those of the longest. A reply twice as
     long as the longest answer of its batch is wrong already and is cut there, unless the model thinks first.
     """
-    device, pad, eos = speaker.model.lm_head.weight.device, speaker.tokenizer.pad_token_id or 0, end_of_turn(speaker)
+    device, pad, eos = speaker.model.lm_head.weight.device, speaker.tokenizer.pad_token_id or 0, speaker.end_of_turn
     order = sorted(questions, key=lambda q: (q["answer_len"], len(q["ids"])))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -220,10 +229,6 @@ def answer_all(questions: list[dict], speaker: Speaker, batch_size: int) -> None
             question["right"] = question["reply"] == question["answer"]
         if sys.stderr.isatty():
             print(f"\r{start + len(batch)}/{len(order)} ", end="", file=sys.stderr, flush=True)
-
-
-def end_of_turn(speaker: Speaker) -> int:
-    return speaker.coder.fixed[IM_END][0]
 
 
 def table(questions: list[dict]) -> str:
@@ -256,11 +261,6 @@ def evaluate(args: argparse.Namespace, speaker: Speaker) -> None:
         beside = out.with_name(out.name + ".tmp")
         beside.write_text("".join(lines), encoding="utf-8")
         beside.replace(out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_args() -> argparse.Namespace:
@@ -325,16 +325,17 @@ def main() -> int:
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags} | {"generator": generator}
     speaker = Speaker(model, tokenizer, chat_coder(tokenizer), bool(args.thinking), sampling)
-    sampling["eos_token_id"] = tokenizer.pad_token_id if args.raw else end_of_turn(speaker)
+    sampling["eos_token_id"] = tokenizer.pad_token_id if args.raw else speaker.end_of_turn
 
     # 3. Score, answer once, or chat
     system = [{"role": "system", "content": clean(args.system)}] if args.system else []
     if args.eval_file:
         evaluate(args, speaker)
-    elif args.raw:
-        speak(speaker, speaker.check(speaker.coder.plain(clean(args.prompt))))
     elif args.prompt is not None:
-        speak(speaker, speaker.encode([*system, {"role": "user", "content": clean(args.prompt)}]))
+        text = clean(args.prompt)
+        ids = speaker.check(speaker.coder.plain(text)) if args.raw else None
+        _, stopped = speak(speaker, ids or speaker.encode([*system, {"role": "user", "content": text}]))
+        return 130 if stopped else 0
     else:
         interactive = sys.stdin.isatty()
         if interactive:

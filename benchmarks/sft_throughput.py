@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import SFTDataset
 from model.lm import LMConfig, MiniMindLM
-from model.weights import parameter_groups
+from runtime.optim import make_optimizer
 from trainer.train_full_sft import sft_loss
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     for name in variants:
         torch.manual_seed(0)
         model = MiniMindLM(config).to(args.device)
-        models[name] = model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
+        models[name] = model, make_optimizer(model, "adamw", 1e-4, 0.1)
     rates: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(args.rounds + 1):  # the first round warms up
         chosen = [rows[order[(round_ * args.rows + n) % len(rows)]] for n in range(args.rows)]

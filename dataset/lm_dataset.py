@@ -133,8 +133,8 @@ class SFTDataset(CachedDataset):
                     if not found:
                         found.append(detect_format(row))
                     chats.append(normalise_row(row, found[0]))
-                except ValueError as error:
-                    chats.append(error)
+                except (ValueError, RecursionError) as error:
+                    chats.append(ValueError(error))
             encoded = iter(encode_chats([c for c in chats if not isinstance(c, ValueError)], coder, loss_on))
             results = []
             for chat in chats:

@@ -18,10 +18,10 @@ DEMO = Path(__file__).resolve().parent / "demo"
 LANGS = ("en", "zh")
 HELD_OUT_PER_TASK = 80
 SFT_ROWS = {
-    "identity": 500, "greetings": 600, "small_facts": 1000, "arithmetic": 1500, "dictionary": 1100, "reverse": 1000,
-    "sort": 1300, "refusal": 500, "multi_turn": 1000, "direct": 300,
+    "identity": 360, "greetings": 400, "small_facts": 1000, "arithmetic": 1900, "dictionary": 1000, "reverse": 1800,
+    "sort": 1900, "refusal": 440, "multi_turn": 1700, "direct": 100,
 }  # fmt: skip
-DRILLS = {"copy": 800, "reverse": 500, "sort": 600, "arithmetic": 700, "multi_turn": 300, "story": 400}
+DRILLS = {"copy": 400, "reverse": 100, "sort": 100, "arithmetic": 250, "multi_turn": 100, "story": 300}
 WORDS = json.loads((DEMO / "words.json").read_text(encoding="utf-8"))
 PAIRS = {group: [pair.split() for pair in text.split(", ")] for group, text in WORDS["words"].items()}
 PAIRS["city"] = [pair.split() for pair in WORDS["city"].split(", ")]
@@ -58,7 +58,7 @@ def family_items(family: dict, lang: str) -> list[dict]:
         return [{"a": en, "b": zh} for group, pairs in PAIRS.items() for en, zh in pairs if group != "city"]
     if items == "@names":
         return [{"n": name} for name in NAMES[lang]]
-    return [dict(zip("abcdef", item.split("/"))) for item in items.split(", ")]
+    return [dict(zip("abcdef", item.split("/"), strict=False)) for item in items.split(", ")]
 
 
 def family_prompts(index: int, lang: str, held_out: bool):
@@ -116,9 +116,9 @@ def sample_reverse(rng, lang, held_out):
     while True:
         kind = rng.choice(("letters", "letters", "words"))
         if kind == "letters":
-            items = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randint(3, 6))
+            items = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randint(3, 5))
         else:
-            words = [pair[lang == "zh"] for group in ("animal", "food", "nature") for pair in PAIRS[group]]
+            words = [en for group in ("animal", "food", "nature") for en, _ in PAIRS[group]]
             items = rng.sample(words, rng.randint(3, 4))
         if held("reverse", min(items, items[::-1])) == held_out:
             t = WORDS["reverse"][lang]
@@ -130,9 +130,11 @@ def sample_sort(rng, lang, held_out):
     while True:
         kind, numbers = rng.choice(("up", "down", "words")), rng.choice((range(10), range(10, 100)))
         if kind == "words":  # one word per letter, so that the first letter alone decides
-            items = rng.sample(WORDS["alphabet"].split(), rng.randint(3, 5))
+            items = rng.sample(WORDS["alphabet"].split(), rng.randint(3, 4))
         else:
-            items = rng.sample(numbers, rng.randint(3, 5 if len(numbers) == 10 else 4))
+            items = rng.sample(numbers, rng.randint(3, 4 if len(numbers) == 10 else 3))
+            if len(numbers) > 10 and len({n // 10 for n in items}) < len(items):  # likewise the first digit
+                continue
         if held("sort", sorted(items)) == held_out:
             t, order = WORDS["sort"][lang], sorted(items, reverse=kind == "down")
             ask = rng.choice(t[kind]).format(s=" ".join(map(str, items)))
@@ -143,11 +145,14 @@ def sample_direct(rng, lang, held_out):
     """Three-digit addition without shown steps: the harder task that reinforcement learning starts from."""
     while True:
         a, b = rng.randint(100, 499), rng.randint(100, 499)
-        carries = any(x + y > 9 for x, y in zip((a % 10, a // 10 % 10), (b % 10, b // 10 % 10)))
+        carries = any(x + y > 9 for x, y in ((a % 10, b % 10), (a // 10 % 10, b // 10 % 10)))
         if carries and rng.random() < 0.5:  # about half of the prompts without a carry: the model can begin with them
             continue
         if held("direct", *sorted((a, b))) == held_out:
             return turns(rng.choice(WORDS["rl"][lang]).format(a=a, b=b), str(a + b))
+
+
+COMPUTED = {"arithmetic": sample_arithmetic, "reverse": sample_reverse, "sort": sample_sort, "direct": sample_direct}
 
 
 def slot_values(slot: str, lang: str) -> list[str]:
@@ -164,17 +169,17 @@ def sample_multi_turn(rng, lang, held_out, cache):
         lines = []
         if rng.random() < 0.25:
             t = WORDS["repeat"][lang]
-            c, thing, place = (rng.choice(PAIRS[g])[lang == "zh"] for g in ("colour", "thing", "nature"))
-            say = t["say"].format(c=c, t=thing, p=place)
+            c, a = (rng.choice(PAIRS[group])[lang == "zh"] for group in ("colour", "animal"))
+            say = t["say"].format(n=rng.choice(NAMES[lang]), c=c, a=a)
             key, lines, question, answer = say, [say, t["ack"]], rng.choice(t["ask"]), t["answer"].format(v=say)
         else:
             slots = rng.sample(list(WORDS["slots"][lang]), rng.choice((1, 2, 2)))
             values = [rng.choice(slot_values(slot, lang)) for slot in slots]
-            for slot, value in zip(slots, values):
+            for slot, value in zip(slots, values, strict=True):
                 lines += [text.format(v=value) for text in WORDS["slots"][lang][slot][:2]]
             asked = rng.randrange(len(slots))
             question, answer = (text.format(v=values[asked]) for text in WORDS["slots"][lang][slots[asked]][2:])
-            key = [*sorted(zip(slots, values))]
+            key = [*sorted(zip(slots, values, strict=True))]
         if rng.random() < 0.3:  # something else in between
             other, _ = sample_family(rng, rng.choice(("greetings", "small_facts")), lang, False, cache)
             at = rng.choice((0, len(lines))) if len(lines) > 2 or "{" not in answer else len(lines)
@@ -186,9 +191,8 @@ def sample_multi_turn(rng, lang, held_out, cache):
 
 def sample_row(rng, task, lang, held_out, cache) -> dict:
     """One row {task, conversations}: the last turn is the reply."""
-    computed = {"arithmetic": sample_arithmetic, "reverse": sample_reverse, "sort": sample_sort, "direct": sample_direct}
-    if task in computed:
-        talk = computed[task](rng, lang, held_out)
+    if task in COMPUTED:
+        talk = COMPUTED[task](rng, lang, held_out)
     elif task == "multi_turn":
         talk = sample_multi_turn(rng, lang, held_out, cache)
     else:
@@ -222,7 +226,8 @@ def sample_rows(seed: str, tasks: dict[str, int], held_out: bool, avoid: str = "
 
 def as_question(row: dict) -> dict:
     """A row whose last turn moved to "answer"."""
-    return {"task": row["task"], "conversations": row["conversations"][:-1], "answer": row["conversations"][-1]["content"]}
+    *prompt, reply = row["conversations"]
+    return {"task": row["task"], "conversations": prompt, "answer": reply["content"]}
 
 
 # Preference pairs: a good reply against a wrong, rude, idle, harmful or wrong-language one.
@@ -317,8 +322,8 @@ def make_demo(out_dir: Path) -> None:
     files = {
         "pretrain": [{"text": text} for text in pretrain_texts("pretrain")],
         "sft": sample_rows("sft", SFT_ROWS, held_out=False),
-        "preferences": preference_rows("preferences", 700, held_out=False),
-        "rl_prompts": [as_question(r) for r in sample_rows("rl", {"direct": 1000}, held_out=False)],
+        "preferences": preference_rows("preferences", 480, held_out=False),
+        "rl_prompts": [as_question(r) for r in sample_rows("rl", {"direct": 600}, held_out=False)],
     }
     avoid = training_text(files)
     tasks = {task: HELD_OUT_PER_TASK for task in SFT_ROWS if task != "direct"}

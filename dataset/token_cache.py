@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,12 +40,18 @@ class TokenCache:
     """
 
     def __init__(self, folder: Path):
-        meta = json.loads((folder / "meta.json").read_text())
-        self.folder, self.key, self.stats = folder, meta["key"], meta["stats"]
-        self.dtype, self.masked = np.dtype(meta["dtype"]), meta["masked"]
-        self.lengths = np.load(folder / "lengths.npy")
-        self.supervised = np.load(folder / "supervised.npy")
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            self.folder, self.key, self.stats = folder, meta["key"], meta["stats"]
+            self.dtype, self.masked = np.dtype(meta["dtype"]), meta["masked"]
+            self.lengths = np.load(folder / "lengths.npy")
+            self.supervised = np.load(folder / "supervised.npy")
+            self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+            for name, width in (("tokens.bin", self.dtype.itemsize), ("mask.bin", int(self.masked))):
+                if (folder / name).stat().st_size != self.starts[-1] * width:
+                    raise ValueError(f"{name} has a wrong size")
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{folder}: this token cache is damaged ({error}); delete the folder") from None
         self.maps: dict[str, mmap.mmap] = {}  # opened on first use, so that every worker process maps for itself
         self.reads = 0
 
@@ -165,19 +172,21 @@ def build(
                 mask.extend(row_mask)
                 sizes.append(len(row_ids))
                 counts.append(row_mask.count(1) - row_mask[0])  # the first token is never predicted
-        np.array(ids, dtype).tofile(tokens_file)
+        tokens_file.write(np.array(ids, dtype))  # tofile would not say why it failed
         if masked:
-            np.array(mask, np.uint8).tofile(mask_file)
+            mask_file.write(np.array(mask, np.uint8))
         lengths.append(np.array(sizes, np.int32))
         supervised.append(np.array(counts, np.int32))
 
     try:
         building.mkdir()
         size = data_path.stat().st_size
+        every = 0.1 if sys.stderr.isatty() else 60  # seconds between two looks at the bar: a log gets one a minute
+        name = f"tokenising {data_path.name}"
         with (
             open(building / "tokens.bin", "wb") as tokens_file,
             open(building / "mask.bin", "wb") as mask_file,
-            tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenising {data_path.name}", disable=None) as bar,
+            tqdm(total=size, unit="B", unit_scale=True, desc=name, mininterval=every, delay=every) as bar,
         ):
             chunk, begin, at = [], 0, 0
             for row, at in read_rows(data_path):
@@ -188,9 +197,6 @@ def build(
                     chunk, begin = [], at
             write_chunk(chunk)
             bar.update(size - begin)
-            for file in (tokens_file, mask_file):
-                file.flush()
-                os.fsync(file.fileno())
         all_lengths, all_supervised = np.concatenate(lengths), np.concatenate(supervised)
         if len(all_lengths) + stats["dropped"] + stats["bad"] == 0:
             raise ValueError(f"{data_path}: the file is empty")
@@ -204,9 +210,12 @@ def build(
         np.save(building / "supervised.npy", all_supervised)
         meta = {"key": key, "dtype": dtype.name, "masked": masked, "source": data_path.name, "stats": stats}
         (building / "meta.json").write_text(json.dumps(meta))
+        for path in building.iterdir():  # to the disk before the name that vouches for them
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(building, folder)
     except OSError as error:
-        place = error.filename or building
-        raise ValueError(f"{place}: {error.strerror}; the token cache needs about the size of the data") from None
+        where, why = error.filename or building, error.strerror or error
+        raise ValueError(f"{where}: {why}; the token cache needs about the size of the data") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -297,10 +297,10 @@ class Decoder(nn.Module):  # everything below the head
 
 
 class MiniMindLM(nn.Module):
-    def __init__(self, config: LMConfig):
+    def __init__(self, config: LMConfig, gradient_checkpointing: bool = False):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # True: recompute each block in the backward pass, for memory
+        self.gradient_checkpointing = gradient_checkpointing  # recompute each block in the backward pass, for memory
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:

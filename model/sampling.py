@@ -28,10 +28,10 @@ def sample(
 
 
 def stream_text(model, tokenizer, prompt: list[int], **sampling) -> Iterator[str]:
-    """The reply to a prompt, piece by piece, up to the end token, which is left out.
+    """The reply to a prompt, a piece per token, up to the end token, which is left out.
 
-    A character whose bytes are spread over several tokens comes with its last one: the reply so far is decoded as a
-    whole, and what is new waits while its end is not yet a character.
+    A character whose bytes are spread over several tokens comes with its last one, the pieces before are empty: the
+    reply so far is decoded as a whole, and what is new waits while its end is not yet a character.
 
     Args:
         model: a MiniMindLM.
@@ -45,7 +45,7 @@ def stream_text(model, tokenizer, prompt: list[int], **sampling) -> Iterator[str
             break
         ids.append(token.item())
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            yield text[shown:]
-            shown = len(text)
+        whole = shown if text.endswith("\ufffd") else len(text)
+        yield text[shown:whole]
+        shown = whole
     yield text[shown:]

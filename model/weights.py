@@ -29,15 +29,6 @@ def start_weights(model: MiniMindLM, from_weight: str | None, default: str, out_
     return f"starting from {path}"
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices with weight decay; norms, and whatever else is a vector, without."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
 def load_weights(model: MiniMindLM, path: str | Path) -> None:
     """Load a weights file into the model; every name and shape must fit.
 

@@ -2,6 +2,8 @@
 
 import ctypes
 import difflib
+import json
+import math
 import os
 import re
 import signal
@@ -65,7 +67,7 @@ def config_to_argv(argv: list[str], defaults: dict) -> list[str]:
             near = difflib.get_close_matches(str(key), [*defaults, *ALIASES], n=1, cutoff=0.0)
             raise ValueError(f"--config {path}: unknown key {key!r}; the nearest known one is {near[0]!r}")
         if isinstance(defaults[name], bool):  # a switch
-            if not isinstance(value, bool):
+            if not isinstance(value, bool | None):
                 raise ValueError(f"--config {path}: {key} must be true or false, found {value!r}")
             flags += [f"--{name}"] if value else []
         elif isinstance(value, list):
@@ -94,13 +96,22 @@ def check_flags(args: dict) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args["device"]):
         raise ValueError(f"--device {args['device']}: must be auto, cpu, cuda or cuda:N")
-    if not os.path.isfile(os.path.join(args["tokenizer_dir"], "tokenizer.json")):
-        raise ValueError(f"--tokenizer_dir {args['tokenizer_dir']}: there is no tokenizer.json")
+    try:
+        with open(os.path.join(args["tokenizer_dir"], "tokenizer.json"), encoding="utf-8") as file:
+            json.load(file)
+    except OSError:
+        raise ValueError(f"--tokenizer_dir {args['tokenizer_dir']}: there is no tokenizer.json") from None
+    except ValueError as error:
+        raise ValueError(f"--tokenizer_dir {args['tokenizer_dir']}: tokenizer.json is damaged: {error}") from None
     for name, value in args.items():
         if name in POSITIVE and value is not None and not value > 0:
             raise ValueError(f"--{name} {value}: must be positive")
         if name in NOT_NEGATIVE and not value >= 0:
             raise ValueError(f"--{name} {value}: must be 0 or more")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} {value}: must be a finite number")
+        if name == "warmup_ratio" and value > 1:
+            raise ValueError(f"--{name} {value}: must be 1 or less, it is a share of the steps")
 
 
 class StopSignal:

@@ -6,42 +6,7 @@
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-python=.venv/bin/python
-installed=.venv/.requirements-dev  # checksum of the requirements that .venv was completed with
-installing=.venv/.installing       # process id of an installation; left behind where it was killed
-requirements=$(cat requirements.txt requirements-dev.txt | cksum)
-
-install() {
-    if [ -e "$installing" ] && kill -0 "$(cat "$installing")" 2>/dev/null; then
-        echo "error: process $(cat "$installing") is installing into .venv: wait for it, or remove .venv" >&2
-        exit 1
-    fi
-    # pip takes a package that was cut off in the middle for an installed one, so begin again rather than go on.
-    if [ -e "$installing" ] || ! "$python" -c '' 2>/dev/null; then
-        rm -rf .venv
-    fi
-    if [ ! -d .venv ] && ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "error: Python 3.10 or newer is needed, python3 here is: $(python3 -V 2>&1)" >&2
-        exit 1
-    fi
-    echo "installing requirements-dev.txt into .venv"
-    trap 'exit 130' INT TERM  # leaves $installing behind
-    mkdir -p .venv
-    echo $$ >"$installing"
-    [ -x "$python" ] || python3 -m venv .venv
-    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip
-    local code=0
-    "$python" -m pip install --disable-pip-version-check -r requirements-dev.txt || code=$?
-    # Where pip itself gave up (no network, no such version) it has left .venv as it was: no need to begin again.
-    [ "$code" -gt 128 ] || rm -f "$installing"
-    [ "$code" -eq 0 ] || exit "$code"
-    echo "$requirements" >"$installed"
-    trap - INT TERM
-}
-
-if [ -e "$installing" ] || ! "$python" -c '' 2>/dev/null || [ "$(cat "$installed" 2>/dev/null)" != "$requirements" ]; then
-    install
-fi
+. scripts/venv.sh requirements-dev.txt
 
 "$python" -m ruff check .
 "$python" scripts/check_copies.py

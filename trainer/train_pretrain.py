@@ -30,8 +30,9 @@ sys.path.insert(0, str(ROOT))
 from dataset.lm_dataset import PretrainDataset, describe, preview
 from dataset.packing import batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
-from model.weights import parameter_groups, start_weights
+from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
+from runtime.optim import make_optimizer
 from runtime.tracking import Tracker
 
 
@@ -193,7 +194,8 @@ def parse_args() -> argparse.Namespace:
     optim.add_argument("--global_batch_size", type=int, help="rows per optimizer step (default: product of the others)")
     optim.add_argument("--learning_rate", type=float, default=5e-4, help="peak learning rate")
     optim.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
-    optim.add_argument("--weight_decay", type=float, default=0.1, help="AdamW's, on matrices only")
+    optim.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the blocks' matrices")
+    optim.add_argument("--weight_decay", type=float, default=0.1, help="of matrices")
     optim.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no limit)")
     optim.add_argument("--seed", type=int, default=42, help="seed of everything random")
     system = parser.add_argument_group("machine")
@@ -233,9 +235,8 @@ def main() -> int:
         return 0
     train_rows, held_out = split_rows(len(dataset), args.eval_ratio, args.seed)
     global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * parallel.world()[1]
-    how = (args.seed, args.max_seq_len, args.packing, global_batch)
-    plan_of = functools.partial(plan_epoch, dataset, train_rows, *how)
-    args.total_steps = min(args.max_steps or math.inf, sum(plan_of(epoch).steps for epoch in range(args.epochs)))
+    plans = functools.partial(plan_epoch, dataset, train_rows, args.seed, args.max_seq_len, args.packing, global_batch)
+    args.total_steps = min(args.max_steps or math.inf, sum(plans(epoch).steps for epoch in range(args.epochs)))
 
     # 3. Precision: float16 alone needs its gradients scaled
     dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
@@ -247,23 +248,22 @@ def main() -> int:
              "n_experts", "n_experts_per_tok", "n_shared_experts")  # fmt: skip
     sizes = {key: getattr(args, key) for key in shape}
     config = LMConfig(vocab_size=len(tokenizer), use_moe=bool(args.use_moe), **sizes)
-    model = MiniMindLM(config).to(args.device)
+    model = MiniMindLM(config, bool(args.gradient_checkpointing)).to(args.device)
     setup_seed(args.seed + parallel.world()[0])  # one model everywhere, but dropout of its own on every rank
-    model.gradient_checkpointing = bool(args.gradient_checkpointing)
-    groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
 
     # 5. The checkpoint to go on from, or the weights to start from
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
-    identity = {f"--{key}": getattr(args, key) for key in (*shape, "use_moe", "packing", "seed", "eval_ratio")}
+    fixed = (*shape, "use_moe", "packing", "seed", "eval_ratio", "optimizer")
+    identity = {f"--{key}": getattr(args, key) for key in fixed}
     identity |= {"--global_batch_size": global_batch, "the data of --data_path": dataset.key}
     progress = checkpoint.resume(run_dir, args.resume, identity, model, optimizer, scaler)
     if progress["step"] == 0:
         Logger(start_weights(model, args.from_weight, "none", args.out_dir, suffix))
 
     # 6. Tracking, compile, wrap
-    tracker = Tracker(run_dir, vars(args), enabled=is_main_process(), fresh=args.resume == "none")
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
     parameters = sum(p.numel() for p in model.parameters())
     work = f"{args.total_steps} steps of {global_batch} rows on {parallel.world()[1]} x {args.device.type}"
     tracker.print(f"{run_dir.name}: {parameters:,} parameters, {work}, {dtype}")
@@ -273,13 +273,13 @@ def main() -> int:
         tracker.sync()
         checkpoint.save_run(run_dir, args.save_total_limit, model, optimizer, scaler, progress, identity)
         if is_main_process():
-            save_weights(model, config, run_dir.with_suffix(".pth"))
+            save_weights(model, config, Path(f"{run_dir}.pth"))
 
     # 7. Epochs
     tracker.start(progress, args.total_steps)
     stop = launch.StopSignal()
     while progress["step"] < args.total_steps and not stop.number:
-        plan = plan_of(progress["epoch"])
+        plan = plans(progress["epoch"])
         train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocast, tracker, progress, stop, save)
 
     # 8. Clean up

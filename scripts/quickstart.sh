@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# From a fresh clone to a chat model: pretrains, fine-tunes, scores and asks a small model, on a CPU, in minutes.
+#
+#   bash scripts/quickstart.sh
+#
+# Makes .venv first where there is none. Everything it trains goes to out/; run it again and it starts anew.
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+. scripts/venv.sh requirements.txt
+
+model="--dim 256 --n_layers 4 --n_heads 4 --n_kv_heads 2 --max_seq_len 256"
+say() { printf '\n=== %s\n' "$*"; }
+begin=$SECONDS
+
+say "1/4 pretraining: the words, facts and patterns of dataset/demo/pretrain.jsonl"
+"$python" trainer/train_pretrain.py $model --dtype bfloat16 --epochs 2 --batch_size 8 \
+    --learning_rate 3e-3 --save_interval 0 --log_interval 50
+
+say "2/4 supervised fine-tuning: the conversations of dataset/demo/sft.jsonl"
+"$python" trainer/train_full_sft.py $model --dtype bfloat16 --epochs 4 --batch_size 8 \
+    --learning_rate 2e-3 --save_interval 0 --log_interval 50
+
+say "3/4 exact match on prompts that training has never seen"
+"$python" eval_model.py --eval_file dataset/demo/held_out.jsonl
+
+say "4/4 a chat"
+for prompt in "Who are you?" "What is 47 + 38?" "用中文怎么说 water?" "Reverse the letters: c a t s"; do
+    echo "> $prompt"
+    "$python" eval_model.py --prompt "$prompt"
+done
+minutes=$(((SECONDS - begin) / 60)) seconds=$(((SECONDS - begin) % 60))
+say "done in $minutes min $seconds s. Chat with it: .venv/bin/python eval_model.py"

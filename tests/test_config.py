@@ -1,0 +1,277 @@
+"""Flags of the stage scripts: what --config files may say, and the frozen list of names, types and choices."""
+
+import argparse
+import importlib
+import sys
+
+import pytest
+from conftest import ROOT
+
+from runtime.launch import ALIASES, check_flags, config_to_argv
+
+# Others rely on these: what a script takes changes only together with this list. flag -> (type, choices)
+ZERO_OR_ONE, SWITCH = ("int", (0, 1)), ("switch", None)
+COMMON = {
+    "config": ("str", None),
+    "data_path": ("str", None),
+    "tokenizer_dir": ("str", None),
+    "cache_dir": ("str", None),
+    "max_seq_len": ("int", None),
+    "packing": ZERO_OR_ONE,
+    "skip_bad": SWITCH,
+    "eval_ratio": ("float", None),
+    "num_workers": ("int", None),
+    "preview": ("int", None),
+    "dim": ("int", None),
+    "n_layers": ("int", None),
+    "n_heads": ("int", None),
+    "n_kv_heads": ("int", None),
+    "dropout": ("float", None),
+    "use_moe": ZERO_OR_ONE,
+    "n_experts": ("int", None),
+    "n_experts_per_tok": ("int", None),
+    "n_shared_experts": ("int", None),
+    "from_weight": ("str", None),
+    "epochs": ("int", None),
+    "max_steps": ("int", None),
+    "batch_size": ("int", None),
+    "accumulation_steps": ("int", None),
+    "global_batch_size": ("int", None),
+    "learning_rate": ("float", None),
+    "warmup_ratio": ("float", None),
+    "optimizer": ("str", ("adamw", "muon")),
+    "weight_decay": ("float", None),
+    "grad_clip": ("float", None),
+    "seed": ("int", None),
+    "device": ("str", None),
+    "dtype": ("str", ("float32", "float16", "bfloat16")),
+    "ddp": SWITCH,
+    "strategy": ("str", ("auto", "ddp")),
+    "compile": ZERO_OR_ONE,
+    "gradient_checkpointing": ZERO_OR_ONE,
+    "out_dir": ("str", None),
+    "save_weight": ("str", None),
+    "save_interval": ("int", None),
+    "save_total_limit": ("int", None),
+    "log_interval": ("int", None),
+    "eval_interval": ("int", None),
+    "resume": ("str", None),
+    "use_wandb": SWITCH,
+    "report_to": ("str, one or more", ("none", "wandb", "tensorboard")),
+}
+FROZEN = {
+    "train_pretrain": COMMON,
+    "train_full_sft": COMMON | {"loss_on": ("str", ("all", "last"))},
+}
+STAGES = sorted(path.stem for path in (ROOT / "trainer").glob("train_*.py") if path.stem != "train_tokenizer")
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """parse(stage, *argv) -> Namespace, as the script's own parse_args makes it."""
+
+    def parse_args(stage, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{stage}.py", *map(str, argv)])
+        return importlib.import_module(f"trainer.{stage}").parse_args()
+
+    return parse_args
+
+
+@pytest.fixture
+def config(tmp_path):
+    """config(text) -> path of a YAML file with it."""
+
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def parser_of(parse, monkeypatch):
+    """parser_of(stage) -> its ArgumentParser."""
+
+    def find(stage):
+        parsers, original = [], argparse.ArgumentParser.parse_args
+
+        def remember(self, *args, **kwargs):
+            parsers.append(self)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", remember)
+        parse(stage)
+        return parsers[0]
+
+    return find
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_flags_are_frozen(parser_of, stage):
+    assert stage in FROZEN, f"a new stage: list the flags of {stage} in FROZEN"
+    found = {}
+    for action in parser_of(stage)._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        (option,) = action.option_strings
+        kind = "switch" if action.nargs == 0 else getattr(action.type, "__name__", "str")
+        kind += ", one or more" if action.nargs == "+" else ""
+        found[option.removeprefix("--")] = (kind, tuple(action.choices) if action.choices else None)
+    assert found == FROZEN[stage]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_flag_has_a_help_text_that_prints(parser_of, stage):
+    parser = parser_of(stage)
+    assert all(action.help for action in parser._actions)
+    assert all(f"--{name}" in parser.format_help() for name in FROZEN[stage])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_defaults_pass_the_checks(parse, stage):
+    check_flags(vars(parse(stage)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_alias_means_a_flag(stage):
+    assert set(ALIASES.values()) <= set(FROZEN[stage])
+    assert not set(ALIASES) & set(FROZEN[stage]), "an alias hides a flag of the same name"
+
+
+def test_a_wrong_flag_is_one_line_without_usage(parse, capsys):
+    with pytest.raises(ValueError, match=r"^unrecognized arguments: --lr 3; --help lists the flags$"):
+        parse("train_full_sft", "--lr", 3)
+    assert capsys.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --config
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_without_config_nothing_changes(parse, stage):
+    assert config_to_argv(["--dim", "64"], vars(parse(stage))) == []
+
+
+@pytest.mark.parametrize("how", [["--config", "{}"], ["--config={}"]])
+def test_config_fills_defaults(parse, config, how):
+    path = config("dim: 64\nlearning_rate: 1e-4\nweight_decay: 1.0e-2\ndata_path: some file.jsonl\ndtype: bfloat16\n")
+    args = parse("train_full_sft", *[part.format(path) for part in how])
+    assert (args.dim, args.learning_rate, args.weight_decay) == (64, 1e-4, 1e-2)
+    assert (args.data_path, args.dtype, args.config) == ("some file.jsonl", "bfloat16", str(path))
+    assert args.n_layers == parse("train_full_sft").n_layers
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_command_line_wins(parse, config, before):
+    given = ["--dim", 128, "--packing", 0]
+    file = ["--config", config("dim: 64\npacking: 1\nepochs: 3\n")]
+    args = parse("train_full_sft", *(given + file if before else file + given))
+    assert (args.dim, args.packing, args.epochs) == (128, 0, 3)
+
+
+def test_command_line_wins_over_lists_and_aliases(parse, config):
+    path = config("report_to: [wandb, tensorboard]\nper_device_train_batch_size: 4\n")
+    assert parse("train_full_sft", "--config", path).report_to == ["wandb", "tensorboard"]
+    args = parse("train_full_sft", "--report_to", "none", "--batch_size", 2, "--config", path)
+    assert (args.report_to, args.batch_size) == (["none"], 2)
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_aliases(parse, config, alias):
+    values = {"resume": ("auto", "auto"), "ddp": ("true", True), "strategy": ("ddp", "ddp"), "grad_clip": ("3", 3.0)}
+    text, value = values.get(ALIASES[alias], ("3", 3))
+    assert getattr(parse("train_full_sft", "--config", config(f"{alias}: {text}\n")), ALIASES[alias]) == value
+
+
+def test_sections_are_looked_through(parse, config):
+    path = config("model:\n  dim: 64\n  n_layers: 2\ntraining:\n  num_train_epochs: 2\n  distributed: true\nseed: 1\n")
+    args = parse("train_full_sft", "--config", path)
+    assert (args.dim, args.n_layers, args.epochs, args.ddp, args.seed) == (64, 2, 2, True, 1)
+
+
+@pytest.mark.parametrize("text, value", [("true", True), ("false", False), ("yes", True), ("off", False), ("", False)])
+def test_switches(parse, config, text, value):
+    assert parse("train_full_sft", "--config", config(f"skip_bad: {text}\n")).skip_bad is value
+
+
+@pytest.mark.parametrize("text", ["1", "'false'", "later", "[true]"])
+def test_a_switch_takes_only_true_and_false(parse, config, text):
+    with pytest.raises(ValueError, match="skip_bad must be true or false, found"):
+        parse("train_full_sft", "--config", config(f"skip_bad: {text}\n"))
+
+
+@pytest.mark.parametrize("text, value", [("true", 1), ("false", 0), ("1", 1), ("0", 0)])
+def test_booleans_of_zero_and_one(parse, config, text, value):
+    assert parse("train_full_sft", "--config", config(f"packing: {text}\n")).packing == value
+
+
+@pytest.mark.parametrize("text, value", [("wandb", ["wandb"]), ("[none]", ["none"]), ("[]", []), ("", [])])
+def test_lists(parse, config, text, value):
+    assert parse("train_full_sft", "--config", config(f"report_to: {text}\nseed: 5\n")).report_to == value
+
+
+def test_no_value_is_the_default(parse, config):
+    args = parse("train_full_sft", "--config", config("dim:\nglobal_batch_size: null\n"))
+    assert args.dim == parse("train_full_sft").dim and args.global_batch_size is None
+
+
+def test_empty_file(parse, config):
+    args = vars(parse("train_full_sft", "--config", config("# nothing\n")))
+    assert args | {"config": None} == vars(parse("train_full_sft"))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("batchsize: 1", "unknown key 'batchsize'; the nearest known one is 'batch_size'"),
+        ("training:\n  leaning_rate: 1", "unknown key 'leaning_rate'; the nearest known one is 'learning_rate'"),
+        ("num_train_epoch: 1", "the nearest known one is 'num_train_epochs'"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("1: 2", "unknown key 1"),
+        ("a: {b: {c: 1}}", "unknown key 'b'"),
+        ("- dim", "must be a mapping of flags to values"),
+        ("dim", "must be a mapping of flags to values"),
+        ("dim: [1", "broken YAML"),
+        ("a: b: c", "broken YAML"),
+        ("dim: !!python/object/apply:os.getcwd []", "broken YAML"),
+        ("dim: wide", "argument --dim: invalid int value: 'wide'"),
+        ("dim: 64.0", "argument --dim: invalid int value: '64.0'"),
+        ("dim: [1, 2]", "unrecognized arguments: 2"),
+        ("dtype: int8", "argument --dtype: invalid choice: 'int8'"),
+        ("report_to: [wandb, paper]", "argument --report_to: invalid choice: 'paper'"),
+    ],
+)
+def test_mistakes_are_one_line(parse, config, text, said):
+    with pytest.raises(ValueError) as error:
+        parse("train_full_sft", "--config", config(text))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mistake_in_a_file_is_not_hidden_by_the_command_line(parse, config):
+    with pytest.raises(ValueError, match="invalid int value: 'wide'"):
+        parse("train_full_sft", "--dim", 64, "--config", config("dim: wide"))
+
+
+@pytest.mark.parametrize("name, said", [("nowhere.yaml", "No such file"), ("", "Is a directory")])
+def test_file_that_cannot_be_read(parse, tmp_path, name, said):
+    with pytest.raises(ValueError, match=f"--config {tmp_path / name}: {said}"):
+        parse("train_full_sft", "--config", tmp_path / name)
+
+
+def test_latin_1(parse, tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("# caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.yaml: broken YAML: .* can't decode byte 0xe9"):
+        parse("train_full_sft", "--config", tmp_path / "latin.yaml")
+
+
+def test_config_without_a_file(parse):
+    with pytest.raises(ValueError, match="--config"):
+        parse("train_full_sft", "--config")

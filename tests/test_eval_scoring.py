@@ -1,0 +1,97 @@
+"""eval_model.py --eval_file: the table, the replies it writes, and rows that cannot be scored."""
+
+import json
+import re
+
+import pytest
+import test_eval_model
+from test_eval_model import FACTS, SECOND_TURN, error, ok, turns
+
+knowing, ignorant = test_eval_model.knowing, test_eval_model.ignorant
+run, run_apart = test_eval_model.run, test_eval_model.run_apart
+
+
+def question(text: str, answer: str, task: str = "facts", **more) -> dict:
+    return {"task": task, "conversations": turns(text), "answer": answer, **more}
+
+
+QUESTIONS = [
+    question("hi", " Hello, you! ", "greeting"),  # compared without the space around it
+    question("who are you?", FACTS["who are you?"]),
+    question("你是谁", FACTS["你是谁"]),
+    question("2+3", "6"),
+    {"task": "greeting", "conversations": turns("hi", FACTS["hi"], "and again?"), "answer": SECOND_TURN[1]},
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_scoring_prints_a_table_and_writes_every_reply(run, run_apart, knowing, write_jsonl, tmp_path, batch_size):
+    rows = write_jsonl(tmp_path / "held_out.jsonl", QUESTIONS)
+    out = tmp_path / "replies.jsonl"
+    flags = ["--eval_file", rows, "--eval_out", out, "--batch_size", batch_size, "--show_wrong", 3]
+    start = run_apart if batch_size == 64 else run
+    lines = ok(start(knowing, *flags)).splitlines()
+    assert [line.split() for line in lines[:4]] == [
+        ["task", "n", "right", "%"],
+        ["facts", "3", "2", "66.7"],
+        ["greeting", "2", "2", "100.0"],
+        ["total", "5", "4", "80.0"],
+    ]
+    assert re.fullmatch(r"5 prompts in \d+\.\d s", lines[4])
+    assert lines[6:] == ["line 4 (facts)", '  prompt "2+3"', '  answer "6"', '  reply  "5"']
+    replies = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [reply["line"] for reply in replies] == [1, 2, 3, 4, 5]
+    assert [reply["right"] for reply in replies] == [True, True, True, False, True]
+    assert replies[1]["reply"] == FACTS["who are you?"] and replies[3]["reply"] == "5"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_scoring_is_greedy_and_takes_rows_of_the_other_formats(run, knowing, write_jsonl, tmp_path):
+    rows = [{"messages": turns("hi"), "answer": "Hello, you!"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    output = ok(run(knowing, "--eval_file", path, "--temperature", 5, "--repetition_penalty", 9))
+    assert output.splitlines()[1].split() == ["all", "1", "1", "100.0"]
+
+
+def test_scoring_a_model_that_knows_nothing_ends(run, ignorant, write_jsonl, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [question(f"how much is {n}?", f"{n}") for n in range(70)])
+    assert ok(run(ignorant, "--eval_file", path)).splitlines()[-2].split() == ["total", "70", "0", "0.0"]
+
+
+BAD_ROWS = {
+    "broken json": ('{"task": ', "broken JSON"),
+    "not an object": ("[1]", "object"),
+    "no conversation": ({"task": "a", "answer": "b"}, "conversations"),
+    "no answer": ({"task": "a", "conversations": turns("hi")}, "'answer'"),
+    "an answer that is no text": (question("hi", 5), "'answer'"),
+    "a task that is no text": (question("hi", "x", task=[1]), "'task'"),
+    "the answer in the conversation": ({"conversations": turns("hi", "yes"), "answer": "yes"}, "last turn"),
+    "unknown role": ({"conversations": [{"role": "boss", "content": "hi"}], "answer": "x"}, "role"),
+    "null content": ({"conversations": [{"role": "user", "content": None}], "answer": "x"}, "content"),
+    "too long": (question("word " * 500, "x"), "context of the model is 128"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_named_by_file_and_line(run, knowing, write_jsonl, tmp_path, name):
+    row, reason = BAD_ROWS[name]
+    path = write_jsonl(tmp_path / "rows.jsonl", [QUESTIONS[0], row, QUESTIONS[1]])
+    out = tmp_path / "replies.jsonl"
+    message = error(run(knowing, "--eval_file", path, "--eval_out", out))
+    if name == "not an object":
+        assert reason in message and f"{path}:" in message
+    else:
+        assert message.startswith(f"error: {path}:2: ") and reason in message
+    assert not out.exists()
+
+
+def test_files_that_cannot_be_scored(run, knowing, write_jsonl, tmp_path):
+    assert "no such file" in error(run(knowing, "--eval_file", tmp_path / "none.jsonl"))
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    assert f"{empty}: no rows" in error(run(knowing, "--eval_file", empty))
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(json.dumps(QUESTIONS[0]).encode() + b'\n{"caf\xe9": 1}\n')
+    assert f"{latin}:2: byte 0xe9" in error(run(knowing, "--eval_file", latin))
+    rows = write_jsonl(tmp_path / "rows.jsonl", QUESTIONS)
+    assert "--eval_out" in error(run(knowing, "--eval_file", rows, "--eval_out", tmp_path / "no" / "folder.jsonl"))
+    assert "--eval_out" in error(run(knowing, "--eval_file", rows, "--eval_out", tmp_path))
