@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from transformers import PreTrainedTokenizerFast  # AutoTokenizer would take a second longer to import
 
 from dataset.chat_format import IM_END, ChatCoder, chat_coder, detect_format, encode_prompt, normalise_row
+from dataset.lm_dataset import load_tokenizer
 from dataset.read_rows import read_rows
 from model.lm import LMConfig, MiniMindLM
 from model.sampling import stream_text
@@ -59,11 +59,9 @@ class Speaker:
         return ids
 
 
-def load_tokenizer(path: Path, config: LMConfig):
+def matching_tokenizer(path: Path, config: LMConfig):
     """The tokenizer in a folder. ValueError: there is none, or it has more entries than the model."""
-    if not (path / "tokenizer.json").is_file():
-        raise ValueError(f"--tokenizer_dir {path}: no tokenizer.json there")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     if len(tokenizer) > config.vocab_size:
         sizes = f"{len(tokenizer)} entries, the model {config.vocab_size}"
         raise ValueError(f"--tokenizer_dir {path}: it has {sizes}; take the tokenizer that the model was trained with")
@@ -321,7 +319,7 @@ def main() -> int:
     path = newest_weights(args.weight, args.out_dir)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model = load_model(path).to(device, getattr(torch, dtype))
-    tokenizer = load_tokenizer(Path(args.tokenizer_dir), model.config)
+    tokenizer = matching_tokenizer(Path(args.tokenizer_dir), model.config)
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags} | {"generator": generator}
     speaker = Speaker(model, tokenizer, chat_coder(tokenizer), bool(args.thinking), sampling)

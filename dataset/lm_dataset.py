@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
 
 from dataset.chat_format import chat_coder, detect_format, encode_chats, normalise_row, plain_encoder
 from dataset.token_cache import open_cache
@@ -18,6 +19,17 @@ from dataset.token_cache import open_cache
 ROOT = Path(__file__).resolve().parents[1]
 CACHE_DIR = ROOT / "out" / "cache"
 END_OF_TEXT = "<|endoftext|>"  # stands between the documents of pretraining
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise ValueError(f"--tokenizer_dir {folder}: no tokenizer.json there")
+    return PreTrainedTokenizerFast.from_pretrained(folder)  # AutoTokenizer takes a second longer to import
 
 
 class CachedDataset(Dataset):

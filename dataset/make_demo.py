@@ -164,7 +164,7 @@ def slot_values(slot: str, lang: str) -> list[str]:
 
 
 def sample_multi_turn(rng, lang, held_out, cache):
-    """The user says one or two things about himself (or a sentence), maybe something else, then asks for it."""
+    """The user says one or two things about themselves (or a sentence), maybe something else, then asks for it."""
     while True:
         lines = []
         if rng.random() < 0.25:
@@ -180,10 +180,9 @@ def sample_multi_turn(rng, lang, held_out, cache):
             asked = rng.randrange(len(slots))
             question, answer = (text.format(v=values[asked]) for text in WORDS["slots"][lang][slots[asked]][2:])
             key = [*sorted(zip(slots, values, strict=True))]
-        if rng.random() < 0.3:  # something else in between
+        if key != lines[0] and rng.random() < 0.3:  # something else before or after
             other, _ = sample_family(rng, rng.choice(("greetings", "small_facts")), lang, False, cache)
-            at = rng.choice((0, len(lines))) if len(lines) > 2 or "{" not in answer else len(lines)
-            at = len(lines) if key == lines[0] else at
+            at = rng.choice((0, len(lines)))
             lines[at:at] = [turn["content"] for turn in other]
         if held("multi_turn", key, one_in=12) == held_out:
             return turns(*[upper_first(line) for line in lines], question, answer)

@@ -155,7 +155,7 @@ class Tracker:
             if part is not None:
                 part.close()
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def lock_run(folder: Path):

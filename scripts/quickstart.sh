@@ -3,7 +3,8 @@
 #
 #   bash scripts/quickstart.sh
 #
-# Makes .venv first where there is none. Everything it trains goes to out/; run it again and it starts anew.
+# Makes .venv first where there is none. What it trains goes to out/; run it again and it starts anew. Flags behind it
+# go to both training scripts.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh requirements.txt
@@ -14,11 +15,11 @@ begin=$SECONDS
 
 say "1/4 pretraining: the words, facts and patterns of dataset/demo/pretrain.jsonl"
 "$python" trainer/train_pretrain.py $model --dtype bfloat16 --epochs 2 --batch_size 8 \
-    --learning_rate 3e-3 --save_interval 0 --log_interval 50
+    --learning_rate 3e-3 --save_interval 0 --log_interval 50 "$@"
 
 say "2/4 supervised fine-tuning: the conversations of dataset/demo/sft.jsonl"
 "$python" trainer/train_full_sft.py $model --dtype bfloat16 --epochs 4 --batch_size 8 \
-    --learning_rate 2e-3 --save_interval 0 --log_interval 50
+    --learning_rate 2e-3 --save_interval 0 --log_interval 50 "$@"
 
 say "3/4 exact match on prompts that training has never seen"
 "$python" eval_model.py --eval_file dataset/demo/held_out.jsonl

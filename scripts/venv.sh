@@ -2,9 +2,7 @@
 # Makes .venv where it is missing, unfinished or older than the requirements; a complete one costs a moment.
 
 python=.venv/bin/python
-installed=.venv/.${1%.txt}    # checksum of the requirements that .venv was completed with
 installing=.venv/.installing  # process id of an installation; left behind where it was killed
-requirements=$(cat requirements.txt "$1" | cksum)
 
 install() {  # REQUIREMENTS
     if [ -e "$installing" ] && kill -0 "$(cat "$installing")" 2>/dev/null; then
@@ -30,10 +28,13 @@ install() {  # REQUIREMENTS
     # Where pip itself gave up (no network, no such version) it has left .venv as it was: no need to begin again.
     [ "$code" -gt 128 ] || rm -f "$installing"
     [ "$code" -eq 0 ] || exit "$code"
-    echo "$requirements" >"$installed"
+    cat requirements.txt "$1" | cksum >".venv/.${1%.txt}"  # what .venv was completed with
     trap - INT TERM
 }
 
-if [ -e "$installing" ] || ! "$python" -c '' 2>/dev/null || [ "$(cat "$installed" 2>/dev/null)" != "$requirements" ]; then
+# What requirements-dev.txt brought includes requirements.txt.
+complete() { [ "$(cat ".venv/.${1%.txt}" 2>/dev/null)" = "$(cat requirements.txt "$1" | cksum)" ]; }
+
+if [ -e "$installing" ] || ! "$python" -c '' 2>/dev/null || ! { complete "$1" || complete requirements-dev.txt; }; then
     install "$1"
 fi

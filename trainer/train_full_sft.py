@@ -22,12 +22,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.lm_dataset import SFTDataset, describe, preview
+from dataset.lm_dataset import SFTDataset, describe, load_tokenizer, preview
 from dataset.packing import batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
@@ -233,7 +232,7 @@ def main() -> int:
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_dir)
+    tokenizer = load_tokenizer(args.tokenizer_dir)
     options = {"cache_dir": args.cache_dir, "skip_bad": args.skip_bad, "loss_on": args.loss_on}
     dataset = parallel.rank_zero_first(lambda: SFTDataset(args.data_path, tokenizer, args.max_seq_len, **options))
     Logger(f"{args.data_path}: {describe(dataset)}")

@@ -22,12 +22,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.lm_dataset import PretrainDataset, describe, preview
+from dataset.lm_dataset import PretrainDataset, describe, load_tokenizer, preview
 from dataset.packing import batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
@@ -226,7 +225,7 @@ def main() -> int:
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_dir)
+    tokenizer = load_tokenizer(args.tokenizer_dir)
     options = (args.max_seq_len, args.cache_dir, args.skip_bad)
     dataset = parallel.rank_zero_first(lambda: PretrainDataset(args.data_path, tokenizer, *options))
     Logger(f"{args.data_path}: {describe(dataset)}")

@@ -1,0 +1,71 @@
+"""What a run leaves for people to see."""
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from conftest import ROOT
+
+TINY = "--dim=32 --n_layers=1 --n_heads=2 --n_kv_heads=1 --max_seq_len=64 --device=cpu --batch_size=2".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, write_jsonl):
+    rows = [{"instruction": f"count to {n}", "input": "", "output": "one two three " * n} for n in range(1, 30)]
+    return write_jsonl(tmp_path_factory.mktemp("tracking") / "data.jsonl", rows)
+
+
+def flags(data, out) -> list[str]:
+    return [*TINY, f"--data_path={data}", f"--out_dir={out}", f"--cache_dir={data.parent / 'cache'}"]
+
+
+@pytest.mark.parametrize("key", [None, "0" * 40], ids=["no login", "login but no server"])
+def test_wandb_goes_offline_and_never_asks(data, tmp_path, run_script, key):
+    environment = {"WANDB_MODE": None, "WANDB_API_KEY": key, "WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": tmp_path}
+    job = [*flags(data, tmp_path / "out"), "--max_steps=4", "--log_interval=1"]
+    job += ["--use_wandb", "--report_to=tensorboard"]
+    done = run_script("trainer/train_full_sft.py", *job, env=environment)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "out/full_sft_32"
+    assert list(run.glob("wandb/offline-run-*")) and list(run.glob("tensorboard/events.*"))
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_files_of_a_run(data, tmp_path, run_script):
+    job = [*flags(data, tmp_path / "out"), "--max_steps=7", "--log_interval=3", "--eval_ratio=0.2", "--eval_interval=5"]
+    done = run_script("trainer/train_full_sft.py", *job)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "out/full_sft_32"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 3, 6, 7]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [5, 7]
+    keys = "step epoch loss aux_loss lr grad_norm tokens supervised_tokens total_tokens tokens_per_sec".split()
+    assert list(lines[0]) == keys and list(lines[-1]) == ["step", "eval_loss"]
+    assert json.loads((run / "args.json").read_text())["max_steps"] == 7
+    for text in ("eval_loss", "supervised tok/s left", "grad_norm", "finished"):
+        assert text in done.stdout and text in (run / "training.log").read_text()
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"full_sft_32.pth", "full_sft_32.json"}
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".tmp-")]
+
+
+def test_a_terminal_gets_a_progress_bar(data, tmp_path):
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 150, 0, 0))
+    job = [sys.executable, ROOT / "trainer/train_full_sft.py", *flags(data, tmp_path / "out"), "--max_steps=3"]
+    process = subprocess.Popen([*job, "--log_interval=1"], stdout=follower, stderr=follower, stdin=subprocess.DEVNULL)
+    os.close(follower)
+    shown = b""
+    try:
+        while block := os.read(leader, 4096):
+            shown += block
+    except OSError:  # the other end was closed
+        pass
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "3/3" in text and "sup_tok/s" in text and "loss=" in text, text
