@@ -18,10 +18,10 @@ DEMO = Path(__file__).resolve().parent / "demo"
 LANGS = ("en", "zh")
 HELD_OUT_PER_TASK = 80
 SFT_ROWS = {
-    "identity": 360, "greetings": 400, "small_facts": 1000, "arithmetic": 1900, "dictionary": 1000, "reverse": 1800,
-    "sort": 1900, "refusal": 440, "multi_turn": 1700, "direct": 100,
+    "identity": 360, "greetings": 400, "small_facts": 1250, "arithmetic": 1600, "dictionary": 1300, "reverse": 1400,
+    "sort": 1700, "refusal": 440, "multi_turn": 1600, "direct": 100,
 }  # fmt: skip
-DRILLS = {"copy": 400, "reverse": 100, "sort": 100, "arithmetic": 250, "multi_turn": 100, "story": 300}
+DRILLS = {"copy": 250, "reverse": 200, "sort": 200, "arithmetic": 250, "multi_turn": 60, "story": 250}
 WORDS = json.loads((DEMO / "words.json").read_text(encoding="utf-8"))
 PAIRS = {group: [pair.split() for pair in text.split(", ")] for group, text in WORDS["words"].items()}
 PAIRS["city"] = [pair.split() for pair in WORDS["city"].split(", ")]
@@ -128,7 +128,7 @@ def sample_reverse(rng, lang, held_out):
 
 def sample_sort(rng, lang, held_out):
     while True:
-        kind, numbers = rng.choice(("up", "down", "words")), rng.choice((range(10), range(10, 100)))
+        kind, numbers = rng.choice(("up", "down", "words")), rng.choice((range(10), range(10), range(10, 100)))
         if kind == "words":  # one word per letter, so that the first letter alone decides
             items = rng.sample(WORDS["alphabet"].split(), rng.randint(3, 4))
         else:
@@ -267,7 +267,7 @@ def pretrain_texts(seed: str) -> list[str]:
     for family in WORDS["families"]:  # facts, dictionary entries, what MiniMind is
         for item in family_items(family, "en") if family.get("items") != "@names" else []:
             lines = [upper_first(text.format(**item)) for text in family["text"]]
-            for _ in range(2):
+            for _ in range(3):
                 rng.shuffle(lines)
                 texts.append(" ".join(lines))
     for a, b in product(range(10), range(10)):  # the single-digit tables, with carry and borrow
@@ -287,9 +287,12 @@ def drill(rng: random.Random, kind: str, lang: str, cache: dict) -> str:
         pool = rng.choice((words, NAMES[lang], "abcdefghijklmnopqrstuvwxyz", [str(n) for n in range(10, 100)]))
         return ". ".join([" ".join(rng.sample(list(pool), rng.randint(4, 8)))] * 3) + "."
     lines = []
-    for _ in range(4 if kind in ("reverse", "sort") else 2):
+    for _ in range({"reverse": 8, "sort": 6}.get(kind, 2)):
         talk = sample_row(rng, kind, lang, False, cache)["conversations"]
-        lines.append("\n".join(turn["content"] for turn in talk if turn["role"] != "system"))
+        texts = [turn["content"] for turn in talk if turn["role"] != "system"]
+        if kind == "reverse":  # the list and its reverse tell what is meant
+            texts = [texts[0].split(": ")[1] + ".", texts[1]]
+        lines.append((" " if len(texts) == 2 else "\n").join(texts))
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ from dataset.read_rows import Row, read_rows
 
 VERSION = 1  # raise it when the meaning of the cached arrays changes
 CHUNK_BYTES = 1 << 20  # text encoded in one call: enough to keep all cores busy, small enough to keep memory flat
-DROP_PAGES_EVERY = 1 << 11  # rows read between two releases of the mapped pages; a read can map 64 KB
+DROP_PAGES_EVERY = 1 << 9  # rows read between two releases of the mapped pages; a read can map 64 KB
 
 # The rows of a chunk -> for each its token pieces [(ids, mask), ...] and whether it was truncated, or what is wrong
 # with it. A row without pieces is dropped and counted.
