@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -33,27 +34,27 @@ def save_run(folder: Path, keep: int, model, optimizer, scaler, progress: dict, 
         identity: what `check_identity` compares at a resume.
 
     Raises:
-        OSError: it could not be written; says which checkpoint is still good.
+        OSError: on every rank, when rank 0 could not write it; says which checkpoint is still good.
     """
-    folder, rng = folder / "checkpoints", gather_objects(rng_state())
-    if world()[0] != 0:
-        return
-    state = {
-        "model": unwrap(model).state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "progress": progress,
-        "identity": identity,
-        "rng": rng,
-    }
-    try:
-        save_checkpoint(folder, progress["step"], state, keep)
-    except OSError as error:
-        last = next((c for c in list_checkpoints(folder) if not fault(c)), None)
-        raise OSError(
-            f"cannot save the checkpoint of step {progress['step']} in {folder}: {error.strerror or error}; "
-            + (f"{last.name} is intact: make room and go on with --resume auto" if last else "none was saved before")
-        ) from None
+    folder, rng, problem = folder / "checkpoints", gather_objects(rng_state()), ""
+    if world()[0] == 0:
+        state = {
+            "model": unwrap(model).state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "progress": progress,
+            "identity": identity,
+            "rng": rng,
+        }
+        try:
+            save_checkpoint(folder, progress["step"], state, keep)
+        except OSError as error:
+            last = next((c.name for c in list_checkpoints(folder) if not fault(c)), "")
+            advice = f"{last} is intact: make room and go on with --resume auto" if last else "none was saved before"
+            what = f"the checkpoint of step {progress['step']} in {folder}: {error.strerror or error}"
+            problem = f"cannot save {what}; {advice}"
+    if problem := gather_objects(problem)[0]:
+        raise OSError(problem)
 
 
 def resume(folder: Path, source: str, identity: dict, model, optimizer, scaler) -> dict:
@@ -73,6 +74,8 @@ def resume(folder: Path, source: str, identity: dict, model, optimizer, scaler) 
         ValueError: no valid checkpoint, or one of another run.
     """
     found = find(folder / "checkpoints", source)
+    if found is None and source == "auto":
+        refuse_other_shapes(folder)
     if found is None:
         return {"step": 0, "epoch": 0, "step_in_epoch": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
     state = torch.load(found / "state.pt", map_location="cpu", weights_only=True)
@@ -87,6 +90,22 @@ def resume(folder: Path, source: str, identity: dict, model, optimizer, scaler) 
     if rank == 0:
         print(f"resumed from {found} behind step {state['progress']['step']}", flush=True)
     return state["progress"]
+
+
+def refuse_other_shapes(folder: Path) -> None:
+    """A run that was started with another --dim or --use_moe has another folder: do not begin anew in silence.
+
+    Raises:
+        ValueError: the same stage has checkpoints under another shape, and none under this one.
+    """
+    stage = re.sub(r"_\d+(_moe)?$", "", folder.name)
+    for other in sorted(folder.parent.glob(f"{stage}_*/checkpoints")):
+        name = other.parent.name
+        if re.fullmatch(rf"{re.escape(stage)}_\d+(_moe)?", name) and list_checkpoints(other):
+            raise ValueError(
+                f"--resume auto: {folder} has no checkpoint, but {name} has: was that run meant (--dim, --use_moe)? "
+                "For a new run beside it use --resume none or another --save_weight"
+            )
 
 
 def rng_state() -> dict:
@@ -144,10 +163,13 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
     return place
 
 
-def write_state(state: dict, file) -> None:
-    """torch.save into an open file, to the disk. torch hides the OSError of a full disk behind a RuntimeError."""
+def write_state(state: dict | str, file) -> None:
+    """Write tensors (or a text) into an open file, to the disk. torch hides the OSError of a full disk: unwrap it."""
     try:
-        torch.save(state, file)
+        if isinstance(state, str):
+            file.write(state.encode())
+        else:
+            torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
     except RuntimeError as error:
@@ -155,14 +177,21 @@ def write_state(state: dict, file) -> None:
         raise cause if isinstance(cause, OSError) else OSError(None, f"could not write: {error}", file.name) from None
 
 
-def save_file(path: Path, state: dict) -> None:
-    """Write one file of tensors so that `path` is the old or the new one, never a part."""
+def save_file(path: Path, state: dict | str) -> None:
+    """Write one file of tensors, or a text, so that `path` is the old or the new one, never a part.
+
+    Raises:
+        OSError: it could not be written; the old file is untouched.
+    """
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         with open(temporary, "wb") as file:
             write_state(state, file)
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -39,6 +39,11 @@ class Tracker:
         self.bar, self.wandb, self.board = None, None, None
         if not enabled:
             return
+        if "tensorboard" in self.report_to:
+            try:
+                import torch.utils.tensorboard  # noqa: F401
+            except ImportError:
+                raise ValueError("--report_to tensorboard: it is not installed; pip install tensorboard") from None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             self.lock = lock_run(folder)
@@ -51,11 +56,6 @@ class Tracker:
             (folder / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
         except OSError as error:
             raise ValueError(f"--out_dir: cannot write to {folder}: {error.strerror}") from None
-        if "tensorboard" in self.report_to:
-            try:
-                import torch.utils.tensorboard  # noqa: F401
-            except ImportError:
-                raise ValueError("--report_to tensorboard: it is not installed; pip install tensorboard") from None
 
     def start(self, progress: dict, total_steps: int) -> None:
         """Begin, or go on behind a checkpoint: what the files say about later steps is taken back, the run repeats it.

@@ -139,6 +139,7 @@ RESUME = {
     "resume other seed": ("--seed 7", "--seed was 42 and is 7"),
     "resume other packing": ("--packing 1", "--packing was 0 and is 1"),
     "resume other layers": ("--n_layers 2", "--n_layers was 1 and is 2"),
+    "resume auto other dim": ("--dim 64", "full_sft_64 has no checkpoint, but full_sft_32 has"),
     "resume other dim": ("--dim 64 --resume {run}", "--dim was 32 and is 64"),
     "resume a path with other seed": (
         "--seed 7 --resume {run}/checkpoints/{last}",

@@ -85,7 +85,7 @@ def Logger(content: str) -> None:
 def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
     """Write the float32 weights as a plain state dict, and the model's shape as JSON beside it. Rank 0 calls it."""
     state_dict = model.module.state_dict() if isinstance(model, DistributedDataParallel) else model.state_dict()
-    path.with_suffix(".json").write_text(config.to_json())
+    checkpoint.save_file(path.with_suffix(".json"), config.to_json())
     checkpoint.save_file(path, {name.removeprefix("_orig_mod."): value.cpu() for name, value in state_dict.items()})
 
 
