@@ -25,7 +25,7 @@ say "3/4 exact match on prompts that training has never seen"
 "$python" eval_model.py --eval_file dataset/demo/held_out.jsonl
 
 say "4/4 a chat"
-for prompt in "Who are you?" "What is 47 + 38?" "用中文怎么说 water?" "Reverse the letters: c a t s"; do
+for prompt in "Who are you?" "你是谁?" "What is 47 + 38?" 'How do you say "water" in Chinese?' "Reverse the letters: c a t s"; do
     echo "> $prompt"
     "$python" eval_model.py --prompt "$prompt"
 done
