@@ -64,6 +64,9 @@ class Tracker:
             progress: the run's counters; `run_id`, its identity at wandb, is set here for a new run.
         """
         progress.setdefault("run_id", secrets.token_hex(4))
+        if progress.setdefault("total_steps", total_steps) != total_steps:
+            was, progress["total_steps"] = progress["total_steps"], total_steps
+            self.print(f"the run was to end at step {was} and now ends at {total_steps}: its learning rates change")
         if not self.enabled:
             return
         step = progress["step"]

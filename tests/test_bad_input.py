@@ -282,9 +282,8 @@ def resumed(work, results):
     before, cases = tree(run.parent), []
     for name, (given, _) in RESUME.items():
         given = given.format(work=work, run=run, last=last)
-        cases.append(
-            (name, SFT, flags(work, "run", "--out_dir", str(run.parent), "--resume", "auto", *given.split()), [])
-        )
+        given = ["--out_dir", str(run.parent), "--resume", "auto", *given.split()]
+        cases.append((name, SFT, flags(work, "run", *given), []))
     return run_cases(work, cases), before, tree(run.parent)
 
 
