@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from dataset import lm_dataset
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
@@ -162,6 +164,10 @@ def write_jsonl(path, rows) -> Path:
     return path
 
 
+def chat(question: str, answer: str) -> dict:
+    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
 @pytest.fixture(name="write_jsonl", scope="session")
 def _write_jsonl():
     return write_jsonl
@@ -181,6 +187,28 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no ../shared/data beside the repository")
     return SHARED_DATA
+
+
+@pytest.fixture
+def sft(tokenizer, tmp_path):
+    """sft(rows or path, **options) -> SFTDataset with its cache below tmp_path."""
+
+    def open_dataset(data, max_length=512, **options):
+        path = data if isinstance(data, Path) else write_jsonl(tmp_path / "data.jsonl", data)
+        return lm_dataset.SFTDataset(path, tokenizer, max_length, cache_dir=tmp_path / "cache", **options)
+
+    return open_dataset
+
+
+@pytest.fixture
+def pretrain(tokenizer, tmp_path):
+    """pretrain(rows or path, **options) -> PretrainDataset with its cache below tmp_path."""
+
+    def open_dataset(data, max_length=512, **options):
+        path = data if isinstance(data, Path) else write_jsonl(tmp_path / "data.jsonl", data)
+        return lm_dataset.PretrainDataset(path, tokenizer, max_length, cache_dir=tmp_path / "cache", **options)
+
+    return open_dataset
 
 
 @pytest.fixture

@@ -3,29 +3,9 @@
 import json
 
 import pytest
+from test_chat_format import CALL, SEARCH, WEATHER, assistant, system, tool, user
 
 from dataset.chat_rows import detect_format, normalise_row
-
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}, "x": None}}}
-SEARCH = {"name": "search", "description": "查找 \"quoted\" <b>&</b> é", "parameters": {}}
-CALL = {"name": "weather", "arguments": {"city": "北京", "days": [1, 2], "deep": {"a": None, "b": True, "c": 1.5}}}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content, **more):
-    return {"role": "assistant", "content": content, **more}
-
-
-def system(content):
-    return {"role": "system", "content": content}
-
-
-def tool(content):
-    return {"role": "tool", "content": content}
-
 
 AB = [user("a"), assistant("b")]
 CALLED = [user("a"), assistant("", tool_calls=[CALL]), tool("sunny"), assistant("b")]

@@ -1,39 +1,12 @@
 """Data files: JSON lines, arrays and text in every shape they come in, and every fault that a row can have."""
 
 import json
-from pathlib import Path
 
 import pytest
-from conftest import write_jsonl
+from conftest import chat, write_jsonl
 
 from dataset import read_rows
-from dataset.lm_dataset import PretrainDataset, SFTDataset, describe
-
-
-def chat(question: str, answer: str) -> dict:
-    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-@pytest.fixture
-def sft(tokenizer, tmp_path):
-    """sft(rows or path, **options) -> SFTDataset with its cache below tmp_path."""
-
-    def open_dataset(data, max_length=512, **options):
-        path = data if isinstance(data, Path) else write_jsonl(tmp_path / "data.jsonl", data)
-        return SFTDataset(path, tokenizer, max_length, cache_dir=tmp_path / "cache", **options)
-
-    return open_dataset
-
-
-@pytest.fixture
-def pretrain(tokenizer, tmp_path):
-    """pretrain(rows or path, **options) -> PretrainDataset with its cache below tmp_path."""
-
-    def open_dataset(data, max_length=512, **options):
-        path = data if isinstance(data, Path) else write_jsonl(tmp_path / "data.jsonl", data)
-        return PretrainDataset(path, tokenizer, max_length, cache_dir=tmp_path / "cache", **options)
-
-    return open_dataset
+from dataset.lm_dataset import describe
 
 
 def layouts(rows: list[dict]) -> dict[str, bytes]:

@@ -3,11 +3,10 @@
 import json
 import pickle
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import chat, write_jsonl
 from test_data_files import layouts
 
 from dataset.chat_format import chat_coder, encode_chat, plain_encoder
@@ -24,35 +23,9 @@ FORMATS = {
 }
 
 
-def chat(question: str, answer: str) -> dict:
-    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
 @pytest.fixture(scope="module")
 def coder(tokenizer):
     return chat_coder(tokenizer)
-
-
-@pytest.fixture
-def sft(tokenizer, tmp_path):
-    """sft(rows or path, **options) -> SFTDataset with its cache below tmp_path."""
-
-    def open_dataset(data, max_length=512, **options):
-        path = data if isinstance(data, Path) else write_jsonl(tmp_path / "data.jsonl", data)
-        return SFTDataset(path, tokenizer, max_length, cache_dir=tmp_path / "cache", **options)
-
-    return open_dataset
-
-
-@pytest.fixture
-def pretrain(tokenizer, tmp_path):
-    """pretrain(rows or path, **options) -> PretrainDataset with its cache below tmp_path."""
-
-    def open_dataset(data, max_length=512, **options):
-        path = data if isinstance(data, Path) else write_jsonl(tmp_path / "data.jsonl", data)
-        return PretrainDataset(path, tokenizer, max_length, cache_dir=tmp_path / "cache", **options)
-
-    return open_dataset
 
 
 def samples(dataset) -> list[list[list[int]]]:

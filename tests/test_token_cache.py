@@ -11,27 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import chat, write_jsonl
 
 from dataset import lm_dataset, token_cache
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 
 FORK = multiprocessing.get_context("fork")  # the imports are made: a child starts in no time
-
-
-def chat(question: str, answer: str) -> dict:
-    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-@pytest.fixture
-def sft(tokenizer, tmp_path):
-    """sft(rows or path, **options) -> SFTDataset with its cache below tmp_path."""
-
-    def open_dataset(data, max_length=512, **options):
-        path = data if isinstance(data, Path) else write_jsonl(tmp_path / "data.jsonl", data)
-        return SFTDataset(path, tokenizer, max_length, cache_dir=tmp_path / "cache", **options)
-
-    return open_dataset
 
 
 @pytest.fixture
