@@ -101,7 +101,7 @@ FLAGS = {
     "eval_ratio 2": ("--eval_ratio 2", "--eval_ratio 2.0 of 4 rows holds out 8"),
     "eval_ratio below 0": ("--eval_ratio -0.5", "--eval_ratio -0.5: must be 0 or more"),
     "eval_ratio too small": ("--eval_ratio 0.01", "--eval_ratio 0.01 of 4 rows holds out 0"),
-    "ddp without torchrun": ("--ddp", "--ddp needs a launcher: torchrun --nproc_per_node 2 train_full_sft.py --ddp"),
+    "ddp without torchrun": ("--ddp", f"--ddp needs a launcher: torchrun --nproc_per_node 2 {ROOT / SFT} --ddp"),
     "no data": ("--data_path {work}/nowhere.jsonl", "{work}/nowhere.jsonl: no such data file"),
     "empty file": ("--data_path {work}/empty.jsonl", "{work}/empty.jsonl: the file is empty"),
     "empty array": ("--data_path {work}/empty.json", "{work}/empty.json: the file is empty"),

@@ -46,7 +46,7 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     elif "RANK" in os.environ:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     else:
-        raise ValueError(f"--ddp needs a launcher: torchrun --nproc_per_node 2 {Path(sys.argv[0]).name} --ddp")
+        raise ValueError(f"--ddp needs a launcher: torchrun --nproc_per_node 2 {sys.argv[0]} --ddp")
     if cuda and max(device.index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > torch.cuda.device_count():
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
     if args.ddp:
