@@ -25,11 +25,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is damaged.
     """
     if not (Path(folder) / "tokenizer.json").is_file():
-        raise ValueError(f"--tokenizer_dir {folder}: no tokenizer.json there")
-    return PreTrainedTokenizerFast.from_pretrained(folder)  # AutoTokenizer takes a second longer to import
+        raise ValueError(f"--tokenizer_dir {folder}: there is no tokenizer.json")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)  # AutoTokenizer takes a second longer to import
+    except Exception as error:  # of json or of tokenizers, whose errors have no class of their own
+        raise ValueError(f"--tokenizer_dir {folder}: tokenizer.json is damaged: {error}") from None
 
 
 class CachedDataset(Dataset):

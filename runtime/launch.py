@@ -2,7 +2,6 @@
 
 import ctypes
 import difflib
-import json
 import math
 import os
 import re
@@ -96,13 +95,6 @@ def check_flags(args: dict) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args["device"]):
         raise ValueError(f"--device {args['device']}: must be auto, cpu, cuda or cuda:N")
-    try:
-        with open(os.path.join(args["tokenizer_dir"], "tokenizer.json"), encoding="utf-8") as file:
-            json.load(file)
-    except OSError:
-        raise ValueError(f"--tokenizer_dir {args['tokenizer_dir']}: there is no tokenizer.json") from None
-    except ValueError as error:
-        raise ValueError(f"--tokenizer_dir {args['tokenizer_dir']}: tokenizer.json is damaged: {error}") from None
     for name, value in args.items():
         if name in POSITIVE and value is not None and not value > 0:
             raise ValueError(f"--{name} {value}: must be positive")

@@ -189,26 +189,24 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+def _dataset_opener(kind, tokenizer, tmp_path):
+    def open_dataset(data, max_length=512, **options):
+        path = data if isinstance(data, Path) else write_jsonl(tmp_path / "data.jsonl", data)
+        return kind(path, tokenizer, max_length, cache_dir=tmp_path / "cache", **options)
+
+    return open_dataset
+
+
 @pytest.fixture
 def sft(tokenizer, tmp_path):
     """sft(rows or path, **options) -> SFTDataset with its cache below tmp_path."""
-
-    def open_dataset(data, max_length=512, **options):
-        path = data if isinstance(data, Path) else write_jsonl(tmp_path / "data.jsonl", data)
-        return lm_dataset.SFTDataset(path, tokenizer, max_length, cache_dir=tmp_path / "cache", **options)
-
-    return open_dataset
+    return _dataset_opener(lm_dataset.SFTDataset, tokenizer, tmp_path)
 
 
 @pytest.fixture
 def pretrain(tokenizer, tmp_path):
     """pretrain(rows or path, **options) -> PretrainDataset with its cache below tmp_path."""
-
-    def open_dataset(data, max_length=512, **options):
-        path = data if isinstance(data, Path) else write_jsonl(tmp_path / "data.jsonl", data)
-        return lm_dataset.PretrainDataset(path, tokenizer, max_length, cache_dir=tmp_path / "cache", **options)
-
-    return open_dataset
+    return _dataset_opener(lm_dataset.PretrainDataset, tokenizer, tmp_path)
 
 
 @pytest.fixture
