@@ -69,18 +69,27 @@ class CachedDataset(Dataset):
         return ids[:-1], ids[1:], mask[1:]
 
     @staticmethod
-    def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    def collate(
+        samples: list[tuple[Tensor, Tensor, Tensor]], part: int = 0, parts: int = 1, multiple: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Lay the samples of a micro-batch one behind the other: no padding, whatever their lengths.
 
+        Args:
+            part, parts: where processes share a row: which of its equal parts to return.
+            multiple: tokens of a row are a multiple of it. Only here is there ever padding: fewer than `multiple`
+                tokens behind the last document, without loss.
+
         Returns:
-            X, Y, loss_mask: (1, N) int64 each.
-            doc_lens: lengths of the samples, summing to N.
+            X, Y, loss_mask: (1, N / parts) int64 each.
+            doc_lens: lengths of the samples, the same for all parts; [] for no sample at all: a rank that has no row in
+                the last window still takes part, with padding alone.
         """
-        if not samples:  # a rank that has no row in the last window still takes part: one token, no loss
-            zero = torch.zeros(1, 1, dtype=torch.int64)
-            return zero, zero, zero, [1]
-        X, Y, loss_mask = (torch.cat(parts).unsqueeze(0) for parts in zip(*samples, strict=True))
-        return X, Y, loss_mask, [len(sample[0]) for sample in samples]
+        lens = [len(sample[0]) for sample in samples]
+        padding = torch.zeros(-sum(lens) % multiple if samples else multiple, dtype=torch.int64)
+        rows = [torch.cat(tensors) for tensors in zip(*samples, (padding,) * 3, strict=True)]
+        size = len(rows[0]) // parts
+        X, Y, loss_mask = (row[part * size : (part + 1) * size].unsqueeze(0) for row in rows)
+        return X, Y, loss_mask, lens
 
 
 class PretrainDataset(CachedDataset):

@@ -5,6 +5,7 @@ of it, G being the global batch; how many ranks and micro-batches share that win
 document, or with packing a pack of documents that together have at most max_seq_len tokens.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ class Plan:
     tokens: np.ndarray  # (docs + 1,) int64, tokens before each place of `order`
     supervised: np.ndarray  # (docs + 1,) int64, tokens with loss before each place of `order`
     global_batch: int  # rows per optimizer step
+    drop_last: bool  # leave out the last window where it is shorter
 
     @property
     def rows(self) -> int:
@@ -29,8 +31,8 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the epoch; the last window may be shorter."""
-        return -(-self.rows // self.global_batch)
+        """Optimizer steps of the epoch; the last window may be shorter, unless it is dropped."""
+        return self.rows // self.global_batch if self.drop_last else -(-self.rows // self.global_batch)
 
     def window(self, step: int) -> range:
         """The rows of an optimizer step."""
@@ -43,12 +45,15 @@ class Plan:
         return int(self.tokens[last] - self.tokens[first]), int(self.supervised[last] - self.supervised[first])
 
     def micro_batches(self, step: int, rank: int, world_size: int, batch_size: int) -> list[list[int]]:
-        """The document ids of each micro-batch of a rank. At least one micro-batch, perhaps without a document.
+        """The document ids of each micro-batch of a rank: the same number of micro-batches on every rank.
 
-        Ranks may have different numbers of them: only the last one of a window synchronises gradients.
+        Some may be without a document: their forward and backward passes keep the ranks in step, so that a strategy
+        which exchanges weights in them never waits for a rank that has nothing to do.
         """
-        mine = self.window(step)[rank::world_size]
-        batches = [mine[at : at + batch_size] for at in range(0, len(mine), batch_size)] or [mine]
+        rows = self.window(step)
+        mine = rows[rank::world_size]
+        most = -(-len(rows) // world_size)  # of rank 0
+        batches = [mine[at : at + batch_size] for at in range(0, most, batch_size)]
         return [[doc for row in rows for doc in self.documents(row)] for rows in batches]
 
     def documents(self, row: int) -> list[int]:
@@ -75,6 +80,7 @@ def plan_epoch(
     max_seq_len: int,
     packing: int,
     global_batch: int,
+    drop_last: int,
     epoch: int,
 ) -> Plan:
     """Shuffle the documents and pack them.
@@ -85,6 +91,9 @@ def plan_epoch(
     Args:
         dataset: has `lengths` and `supervised`, (all documents,) int64 token counts.
         documents: ids of the documents to train on.
+
+    Raises:
+        ValueError: the epoch has no step, as its only window is dropped.
     """
     order = documents[np.random.default_rng([seed, epoch]).permutation(len(documents))]
     if packing:
@@ -98,23 +107,34 @@ def plan_epoch(
     else:
         starts = np.arange(len(order) + 1)
     sums = [np.concatenate([[0], np.cumsum(counts[order])]) for counts in (dataset.lengths, dataset.supervised)]
-    return Plan(order, starts, *sums, global_batch)
+    plan = Plan(order, starts, *sums, global_batch, bool(drop_last))
+    if not plan.steps:
+        raise ValueError(f"--drop_last 1: {plan.rows} rows an epoch are fewer than the global batch of {global_batch}")
+    return plan
 
 
 def batches(
-    dataset: Dataset, plan: Plan, steps: range, rank: int, world_size: int, batch_size: int, num_workers: int
+    dataset: Dataset,
+    plan: Plan,
+    steps: range,
+    rank: int,
+    world_size: int,
+    batch_size: int,
+    num_workers: int,
+    split: dict | None = None,
 ) -> Iterator:
     """The micro-batches of a rank over some optimizer steps, one after the other, as `dataset.collate` makes them.
 
     Args:
         steps: windows of the plan.
         num_workers: processes that read ahead; 0 reads in this one.
+        split: for `dataset.collate`, where processes share a row: part, parts and multiple.
     """
     sampler = (docs for step in steps for docs in plan.micro_batches(step, rank, world_size, batch_size))
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=dataset.collate,
+        collate_fn=functools.partial(dataset.collate, **(split or {})),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # DataLoader would draw a seed from the generator that dropout uses

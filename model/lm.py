@@ -3,14 +3,14 @@
 RMSNorm, rotary positions, grouped-query attention with QK-norm, SwiGLU, tied embeddings: architecture, parameter names
 and logits are those of transformers' `Qwen3ForCausalLM` and (without shared experts) `Qwen3MoeForCausalLM`.
 
-Training passes documents one behind the other in one row, without padding, with their lengths in `doc_lens`; attention
-runs inside each document only. Generation passes a batch with left padding and a KV cache.
+Training passes documents one behind the other in one row, with their lengths in `doc_lens`; attention runs inside each
+document only. Generation passes a batch with left padding and a KV cache.
 """
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.sampling import sample
+from model.sampling import KVCache, sample
 
 
 @dataclass
@@ -69,6 +69,12 @@ class LMConfig:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
+    def from_flags(cls, flags: dict, vocab_size: int) -> "LMConfig":
+        """The shape that a stage script's flags describe."""
+        flags = {**flags, "use_moe": bool(flags["use_moe"]), "vocab_size": vocab_size}
+        return cls(**{field.name: flags[field.name] for field in fields(cls) if field.name in flags})
+
+    @classmethod
     def from_json(cls, path: str | Path) -> "LMConfig":
         """Read the JSON that stands beside a weights file. ValueError: it is not one of ours; names the file."""
         try:
@@ -83,32 +89,18 @@ class LMOutput:
     aux_loss: Tensor  # scalar float32: aux_loss_alpha x load-balancing loss; 0 for a dense model
 
 
-class KVCache:
-    """Keys and values of all layers, preallocated: (2, n_layers, B, n_kv_heads, capacity, head_dim)."""
-
-    def __init__(self, config: LMConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (2, config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens held, the same for every layer between two forward passes
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, n_kv_heads, T, head_dim) behind what is held; returns all keys and values of the layer."""
-        held = self.kv[:, layer, :, :, : self.length + k.size(2)]
-        held[0, :, :, self.length :], held[1, :, :, self.length :] = k, v
-        return held[0], held[1]
-
-
 @dataclass
 class Layout:
     """What one forward pass says about its tokens; the same for all layers."""
 
     cos: Tensor  # (B, 1, T, head_dim / 2) float32, from the position of each token in its document
     sin: Tensor
-    doc_lens: Tensor  # (docs,) int64 on the CPU: lengths of the documents
-    packed: bool  # they stand one behind the other in one row; else every row is a document
+    doc_lens: Tensor  # (docs + 1,) int64 on the CPU: lengths of the documents, and of the padding behind them
+    attend: Callable | None  # their attention where they stand one behind the other in one row; None: each has a row
     mask: Tensor | None  # (B, 1, T, S) bool: which keys a query sees; None: plain causal attention
     doc_of: Tensor | None  # (B * T,) int64: the document of each token, docs for padding; only where MoE trains
     cache: KVCache | None
+    context: object | None  # set where processes share the row and each holds a part of its tokens
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -150,7 +142,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Ten
     A call per document costs no work outside its own triangle and no mask, and makes neighbours independent by
     construction: the result of one document cannot depend on another one, not even by a rounding.
     """
-    lens = doc_lens.tolist()
+    lens = [n for n in doc_lens.tolist() if n]
     docs = zip(q.split(lens, 2), k.split(lens, 2), v.split(lens, 2), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in docs], dim=2)
 
@@ -180,8 +172,8 @@ class Attention(nn.Module):
         q, k = apply_rope(q, layout.cos, layout.sin), apply_rope(k, layout.cos, layout.sin)
         if layout.cache is not None:
             k, v = layout.cache.append(self.index, k, v)
-        if layout.packed:
-            out = document_attention(q, k, v, layout.doc_lens)
+        if layout.attend is not None:
+            out = layout.attend(q, k, v, layout.doc_lens)
         else:  # one new token sees every key: not causal in the sense of the kernel, which aligns at the first key
             causal = layout.mask is None and T > 1
             out = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=causal, enable_gqa=True)
@@ -216,6 +208,14 @@ class Experts(nn.Module):
         return F.grouped_mm(F.silu(gate) * up, down, offs=ends)
 
 
+class Router(nn.Linear):
+    """x (N, dim) -> probabilities (N, experts) in float32: a routing decision in low precision is a coin toss."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float()).softmax(dim=-1)
+
+
 class MoE(nn.Module):
     """Top-k routing over experts, plus optional shared experts that see every token. No token is ever dropped.
 
@@ -230,7 +230,7 @@ class MoE(nn.Module):
     def __init__(self, config: LMConfig):
         super().__init__()
         self.config = config
-        self.gate = nn.Linear(config.dim, config.n_experts, bias=False)
+        self.gate = Router(config.dim, config.n_experts, bias=False)
         self.experts = Experts(config.n_experts, config.dim, config.moe_hidden_dim)
         if config.n_shared_experts:
             self.shared_expert = SwiGLU(config.dim, config.moe_hidden_dim * config.n_shared_experts)
@@ -239,14 +239,13 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         top_k, n_experts = self.config.n_experts_per_tok, self.config.n_experts
         flat = x.reshape(-1, x.size(-1))  # (N, dim)
-        with torch.autocast(x.device.type, enabled=False):  # a routing decision in low precision is a coin toss
-            probs = F.linear(flat.float(), self.gate.weight.float()).softmax(dim=-1)  # (N, E)
+        probs = self.gate(flat)  # (N, E)
         weight, choice = probs.topk(top_k, dim=-1)  # (N, k)
         if self.config.norm_topk_prob:
             weight = weight / weight.sum(dim=-1, keepdim=True)
         # The rows of an expert are filled up to a multiple of 16: a product of few rows is rounded in another way (MKL:
         # fewer than 4 a thread), so the routing of one document would change its neighbours' logits by 1e-6.
-        block = 16 if layout.packed else 1
+        block = 16 if layout.attend is not None else 1
         visit = F.one_hot(choice.flatten(), n_experts)  # (N * k, E)
         size = (visit.sum(dim=0) + block - 1) // block * block  # (E,)
         ends = size.cumsum(dim=0)
@@ -264,10 +263,12 @@ class MoE(nn.Module):
             return probs.new_zeros(())
 
         def per_document(values: Tensor) -> Tensor:  # (N, E) -> sums (docs, E), padding left out
-            return values.new_zeros(len(layout.doc_lens) + 1, values.size(1)).index_add(0, layout.doc_of, values)[:-1]
+            return values.new_zeros(len(layout.doc_lens), values.size(1)).index_add(0, layout.doc_of, values)[:-1]
 
         tokens = per_document(torch.ones_like(probs[:, :1]))  # (docs, 1)
         chosen = per_document(F.one_hot(choice, probs.size(1)).sum(dim=1).float()) / choice.size(1)
+        if layout.context is not None:
+            tokens, chosen = layout.context.total(tokens), layout.context.total(chosen)
         loss = probs.size(1) * chosen * per_document(probs) / tokens.clamp_min(1.0)  # summed over E: loss x tokens
         return self.config.aux_loss_alpha * loss.sum() / tokens.sum().clamp_min(1.0)
 
@@ -301,6 +302,7 @@ class MiniMindLM(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = gradient_checkpointing  # recompute each block in the backward pass, for memory
+        self.context = None  # runtime/context_parallel.py sets it where processes share a row
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -323,7 +325,7 @@ class MiniMindLM(nn.Module):
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, T) 0/1, with a cache (B, held + T); 0 marks padding, on either side.
-            doc_lens: lengths of the documents packed into the one row (B = 1), summing to T.
+            doc_lens: lengths of the documents packed into the one row (B = 1); tokens behind them are padding.
             logits_at: (K,) int64, positions in the flattened (B * T); the head runs on these alone.
             cache: keys and values of the tokens before input_ids; is extended.
 
@@ -352,21 +354,23 @@ class MiniMindLM(nn.Module):
         """Positions, masks and document borders of one forward pass; checks what the caller passed."""
         (B, T), device, config = input_ids.shape, input_ids.device, self.config
         held = 0 if cache is None else cache.length
-        longest = held + T if doc_lens is None else max(doc_lens)
+        longest = held + T if doc_lens is None else max(doc_lens, default=0)
         if longest > config.max_seq_len:
             raise ValueError(f"context of {longest} tokens is longer than max_seq_len {config.max_seq_len}")
-        if doc_lens is not None and (B != 1 or sum(doc_lens) != T or cache is not None):
-            raise ValueError(f"doc_lens must sum to the {T} tokens of one row; they sum to {sum(doc_lens)}, rows: {B}")
+        mask, doc_of, row = None, None, T if self.context is None else T * self.context.size
+        if doc_lens is not None and (B != 1 or sum(doc_lens) > row or cache is not None):
+            raise ValueError(f"doc_lens must fit the {row} tokens of one row; they sum to {sum(doc_lens)}, rows: {B}")
         # Reading ids back from a GPU waits for it: in training the ids come from our own tokenizer.
         if (device.type == "cpu" or not self.training) and input_ids.numel():
             low, high = (int(v) for v in input_ids.aminmax())
             if low < 0 or high >= config.vocab_size:
                 raise ValueError(f"token ids {low} to {high} do not fit a vocabulary of {config.vocab_size} entries")
 
-        mask = doc_of = None
-        lens = torch.tensor(doc_lens or [T] * B)  # on the CPU, as is what is made of it: no waiting for a GPU
+        lens = [T] * B if doc_lens is None else doc_lens
+        lens = torch.tensor([*lens, B * row - sum(lens)])  # on the CPU, as is what is made of it: no waiting for a GPU
+        part = slice(None) if self.context is None else self.context.part(row)  # what this process holds of the row
         if doc_lens is not None:
-            position = torch.cat([torch.arange(n) for n in doc_lens]).to(device).unsqueeze(0)
+            position = torch.cat([torch.arange(n) for n in lens])[part].to(device).unsqueeze(0)
         elif attention_mask is not None:
             position = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)[:, -T:]
         else:
@@ -377,12 +381,13 @@ class MiniMindLM(nn.Module):
             if attention_mask is not None:  # padding sees itself alone: a row without any key would be NaN
                 mask = mask & attention_mask.bool().view(B, 1, 1, -1) | (key == query)
         if config.use_moe and cache is None:
-            doc_of = torch.arange(len(lens)).repeat_interleave(lens).to(device)
+            doc_of = torch.arange(len(lens)).repeat_interleave(lens)[part].to(device)
             if attention_mask is not None:
-                doc_of = doc_of.where(attention_mask.flatten().bool(), len(lens))
+                doc_of = doc_of.where(attention_mask.flatten().bool(), len(lens) - 1)
         frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
         angle = position[:, None, :, None].float() * frequency  # (B, 1, T, D / 2)
-        return Layout(angle.cos(), angle.sin(), lens, doc_lens is not None, mask, doc_of, cache)
+        attend = None if doc_lens is None else document_attention if self.context is None else self.context.attend
+        return Layout(angle.cos(), angle.sin(), lens, attend, mask, doc_of, cache, self.context)
 
     @torch.inference_mode()
     def stream(

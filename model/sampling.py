@@ -1,10 +1,25 @@
-"""Drawing the next token from logits, and turning tokens into text while they come."""
+"""What generation needs: the cache of keys and values, drawing the next token, turning tokens into text."""
 
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of all layers, preallocated: (2, n_layers, B, n_kv_heads, capacity, head_dim)."""
+
+    def __init__(self, config, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (2, config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens held, the same for every layer between two forward passes
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, n_kv_heads, T, head_dim) behind what is held; returns all keys and values of the layer."""
+        held = self.kv[:, layer, :, :, : self.length + k.size(2)]
+        held[0, :, :, self.length :], held[1, :, :, self.length :] = k, v
+        return held[0], held[1]
 
 
 def sample(

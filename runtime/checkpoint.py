@@ -1,111 +1,256 @@
-"""The checkpoint store: what is saved is whole, and what is whole is found again.
+"""What a checkpoint holds, and saving it while training goes on.
 
-    checkpoints/step_00000100/state.pt        everything a run needs to go on
-    checkpoints/step_00000100/manifest.json   size and SHA-256 of every file, written last
-
-A checkpoint is written beside its place (`.tmp-...`), flushed to the disk and renamed, so that a reader sees all of it
-or nothing, whenever the writer dies. The newest checkpoint whose manifest holds is the one to resume from.
+Tensors are saved under the names of the parameters (`optimizer.NAME.exp_avg` for what belongs to one), and each process
+saves what it holds, in the format of torch.distributed.checkpoint: so a checkpoint loads under another strategy and on
+another number of processes. A save copies the tensors and leaves the rest to a thread, which has what the processor has
+left over.
 """
 
-import hashlib
-import json
+import copy
 import os
+import queue
 import random
-import re
-import shutil
-import sys
+import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from runtime.parallel import gather_objects, unwrap, world
+from runtime import store
+from runtime.optim import Muon
+from runtime.parallel import gather_objects, is_sharded, unwrap, world
+from runtime.store import identity_of, save_file
 
-MANIFEST = "manifest.json"
+# Without a process group is what we mean.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+__all__ = ["save_run", "find_run", "load_run", "later", "wait", "save_file", "identity_of"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Later: one thread does the writing, in order
+# ---------------------------------------------------------------------------------------------------------------------
+
+_jobs: queue.Queue = queue.Queue()
+_problems: list[Exception] = []
+_shared: dict = {}  # the thread, the stager with its copies, and the process group of the thread
+
+
+def later(job: Callable, *args) -> None:
+    """Have the writing thread call job(*args) behind everything it was given before."""
+    if "thread" not in _shared:
+        _shared["thread"] = threading.Thread(target=work, daemon=True)  # a fault must not wait for it
+        _shared["thread"].start()
+    _jobs.put((job, args))
+
+
+def wait() -> None:
+    """Until all that was asked for is on the disk. The end of a run and the next save call it.
+
+    Raises:
+        OSError: something could not be written; says which checkpoint is still good.
+    """
+    _jobs.join()
+    if _problems:
+        problem, _problems[:] = _problems[0], []
+        raise problem
+
+
+def work() -> None:
+    try:  # the lowest priority, for this thread alone: training has the processor whenever it wants it
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    except (AttributeError, OSError):
+        pass
+    while True:
+        job, args = _jobs.get()
+        try:
+            if not _problems:
+                job(*args)
+        except Exception as error:
+            _problems.append(error)
+        finally:
+            _jobs.task_done()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def save_run(folder: Path, keep: int, model, optimizer, scaler, progress: dict, identity: dict) -> None:
-    """Save a checkpoint of the whole run. Every rank calls it at the same step; rank 0 writes.
+    """Begin to save a checkpoint of the whole run. Every rank calls it at the same step; `wait` says how it went.
+
+    Rank 0 writes what all ranks have; where the strategy shards, every rank writes its own.
 
     Args:
         folder: the run's, `out/full_sft_512`.
         keep: checkpoints that stay.
         progress: counters, with `step`.
-        identity: what `check_identity` compares at a resume.
+        identity: what `store.check_identity` compares at a resume.
 
     Raises:
-        OSError: on every rank, when rank 0 could not write it; says which checkpoint is still good.
+        OSError: the save before this one failed.
     """
-    folder, rng, problem = folder / "checkpoints", gather_objects(rng_state()), ""
-    if world()[0] == 0:
-        state = {
-            "model": unwrap(model).state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "progress": progress,
-            "identity": identity,
-            "rng": rng,
-        }
-        try:
-            save_checkpoint(folder, progress["step"], state, keep)
-        except OSError as error:
-            last = next((c.name for c in list_checkpoints(folder) if not fault(c)), "")
-            advice = f"{last} is intact: make room and go on with --resume auto" if last else "none was saved before"
-            what = f"the checkpoint of step {progress['step']} in {folder}: {error.strerror or error}"
-            problem = f"cannot save {what}; {advice}"
-    if problem := gather_objects(problem)[0]:
-        raise OSError(problem)
+    wait()
+    tensors = run_tensors(model, optimizer)
+    sharded = is_sharded(next(iter(tensors.values()))) or any(hasattr(part, "optim") for part in parts_of(optimizer))
+    run = {"scaler": scaler.state_dict(), "progress": progress, "identity": identity}
+    run = copy.deepcopy(run) | {"rng": gather_objects(rng_state())}
+    if sharded and "group" not in _shared:  # of its own: training uses the default one meanwhile
+        _shared["group"] = dist.new_group(backend="gloo")
+    if sharded or world()[0] == 0:
+        later(write, folder / "checkpoints", keep, copies(tensors), run, _shared["group"] if sharded else None)
 
 
-def resume(folder: Path, source: str, identity: dict, model, optimizer, scaler) -> dict:
-    """Put the checkpoint that `--resume` means back into the (unwrapped) model, optimizer, scaler and generators.
+def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they are now, in the memory of the CPU; the place is the same at every save."""
+    if any(map(is_sharded, tensors.values())):
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-    On another number of ranks the generators cannot be those of before; they then go on from the current seed.
+        stager = _shared.setdefault("stager", DefaultStager(StagingOptions(False, False, False, False)))
+        return stager.stage(tensors)
+    places = _shared.setdefault("places", {})
+    for name, tensor in tensors.items():
+        places.setdefault(name, torch.empty_like(tensor, device="cpu")).copy_(tensor)
+    return {name: places[name] for name in tensors}
+
+
+def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict, group: dist.ProcessGroup | None) -> None:
+    """Write a checkpoint: all processes of `group` together, or this one alone."""
+    import torch.distributed.checkpoint as dcp  # here, as it takes a second
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    step, first = run["progress"]["step"], world()[0] == 0
+    building = folder / f".tmp-step_{step:08d}"
+    try:
+        if first:
+            store.begin(folder, step)
+        if group is not None:
+            dist.barrier(group)
+        writer = dcp.FileSystemWriter(building)
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+        mine = {path.name: store.describe(path) for path in building.glob(f"__{world()[0]}_*")}
+        everyones = [None] * group.size() if group is not None and first else None
+        if group is not None:
+            dist.gather_object(mine, everyones, group=group)
+        if first:
+            save_file(building / "run.pt", run)
+            files = {name: file for part in everyones or [mine] for name, file in part.items()}
+            files |= {name: store.describe(building / name) for name in (".metadata", "run.pt")}
+            store.finish(building, step, files, keep)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if first:
+            store.clean(folder)
+        last = next((c.name for c in store.list_checkpoints(folder) if not store.fault(c)), "")
+        advice = f"{last} is intact: make room and go on with --resume auto" if last else "none was saved before"
+        raise OSError(f"cannot save the checkpoint of step {step} in {folder}: {reason(error)}; {advice}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a few words: torch wraps the OSError of a full disk in others."""
+    if hasattr(error, "failures"):
+        error = next(iter(error.failures.values()))[0]
+    while not isinstance(error, OSError) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+
+
+def parts_of(optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that one consists of."""
+    return list(optimizer.parts.values()) if isinstance(optimizer, Muon) else [optimizer]
+
+
+def states_of(model: nn.Module, optimizer) -> dict[str, tuple[Tensor, dict, dict]]:
+    """Name -> (parameter, its optimizer state, its options), for the parameters whose state this process holds."""
+    names, found = {p: name for name, p in unwrap(model).named_parameters()}, {}
+    for part in parts_of(optimizer):
+        part = getattr(part, "optim", part)  # ZeroRedundancyOptimizer holds one for its share
+        for group in part.param_groups:
+            found |= {names[p]: (p, part.state[p], group) for p in group["params"]}
+    return found
+
+
+def run_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
+    """Everything large: parameters under `model.NAME`, what the optimizer keeps for them under `optimizer.NAME.KEY`."""
+    tensors = {f"model.{name}": p.detach() for name, p in unwrap(model).named_parameters()}
+    for name, (_, state, _) in states_of(model, optimizer).items():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_run(folder: Path, source: str, identity: dict) -> Path | None:
+    """The checkpoint that `--resume` means, on every rank; None for a new run.
 
     Args:
         folder: the run's, `out/full_sft_512`.
-        source: the value of --resume, see `find`.
+        source: the value of --resume, see `store.find`.
         identity: of the run that wants to go on.
+
+    Raises:
+        ValueError: on every rank: no valid checkpoint, one of another run, or one that another node does not see.
+    """
+    found, problem = None, ""
+    if world()[0] == 0:
+        try:
+            found = store.find(folder / "checkpoints", source)
+            if found is None and source == "auto":
+                store.refuse_other_shapes(folder)
+            if found is not None:
+                run = torch.load(found / "run.pt", weights_only=True)
+                store.check_identity(run["identity"], identity, found)
+        except ValueError as error:
+            problem = str(error)
+    found, problem = gather_objects((found, problem))[0]
+    if problem:
+        raise ValueError(problem)
+    if found is not None:
+        blind = [rank for rank, sees in enumerate(gather_objects((found / store.MANIFEST).exists())) if not sees]
+        if blind:
+            raise ValueError(f"--resume: rank {blind[0]} does not see {found}: --out_dir must lie on shared storage")
+    return found
+
+
+def load_run(found: Path | None, model, optimizer, scaler) -> dict:
+    """Put a checkpoint back into the wrapped model, the optimizer, the scaler and the generators.
+
+    On another number of ranks the generators cannot be those of before; they then go on from the current seed.
 
     Returns:
         The counters that were saved; zeros for a new run.
-
-    Raises:
-        ValueError: no valid checkpoint, or one of another run.
     """
-    found = find(folder / "checkpoints", source)
-    if found is None and source == "auto":
-        refuse_other_shapes(folder)
     if found is None:
         return {"step": 0, "epoch": 0, "step_in_epoch": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
-    state = torch.load(found / "state.pt", map_location="cpu", weights_only=True)
-    check_identity(state["identity"], identity, found)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(state["scaler"])
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(found)
+    saved = reader.read_metadata().state_dict_metadata
+    for name, (p, state, options) in states_of(model, optimizer).items():
+        for key in [key.rpartition(".")[2] for key in saved if key.rpartition(".")[0] == f"optimizer.{name}"]:
+            like = saved[f"optimizer.{name}.{key}"]
+            if like.size == p.shape:
+                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format).detach()
+            else:  # a step counter, which a fused optimizer wants beside the parameter
+                device = p.device if options.get("fused") else "cpu"
+                state[key] = torch.zeros(like.size, dtype=like.properties.dtype, device=device)
+    dcp.load(run_tensors(model, optimizer), storage_reader=reader, no_dist=True)
+    run = torch.load(found / "run.pt", map_location="cpu", weights_only=True)
+    if run["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(run["scaler"])
     rank, world_size = world()
-    if len(state["rng"]) == world_size:
-        set_rng_state(state["rng"][rank])
+    if len(run["rng"]) == world_size:
+        set_rng_state(run["rng"][rank])
     if rank == 0:
-        print(f"resumed from {found} behind step {state['progress']['step']}", flush=True)
-    return state["progress"]
-
-
-def refuse_other_shapes(folder: Path) -> None:
-    """A run that was started with another --dim or --use_moe has another folder: do not begin anew in silence.
-
-    Raises:
-        ValueError: the same stage has checkpoints under another shape, and none under this one.
-    """
-    stage = re.sub(r"_\d+(_moe)?$", "", folder.name)
-    for other in sorted(folder.parent.glob(f"{stage}_*/checkpoints")):
-        name = other.parent.name
-        if re.fullmatch(rf"{re.escape(stage)}_\d+(_moe)?", name) and list_checkpoints(other):
-            raise ValueError(
-                f"--resume auto: {folder} has no checkpoint, but {name} has: was that run meant (--dim, --use_moe)? "
-                "For a new run beside it use --resume none or another --save_weight"
-            )
+        print(f"resumed from {found} behind step {run['progress']['step']}", flush=True)
+    return run["progress"]
 
 
 def rng_state() -> dict:
@@ -124,183 +269,3 @@ def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
-    """Write `folder/step_XXXXXXXX` and remove the oldest checkpoints beyond `keep`.
-
-    Args:
-        state: tensors, numbers, strings, and lists, tuples and dicts of them: what `weights_only` loading accepts.
-        keep: checkpoints that stay, at least 1.
-
-    Raises:
-        OSError: the disk is full or not writable. Nothing half-written stays, older checkpoints are untouched.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    clean(folder)
-    place = folder / f"step_{step:08d}"
-    building = folder / f".tmp-{place.name}"
-    try:
-        building.mkdir()
-        with open(building / "state.pt", "wb") as file:
-            write_state(state, file)
-        manifest = {"state.pt": describe(building / "state.pt")}
-        with open(building / MANIFEST, "w") as file:
-            json.dump({"step": step, "files": manifest}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(building)
-        if place.exists():  # an invalid one of a run before, or the same step saved again
-            remove(place)
-        os.rename(building, place)
-        sync_folder(folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    # The one just written is good, so whatever goes now, a good one remains.
-    for old in list_checkpoints(folder)[max(1, keep) :]:
-        remove(old)
-    return place
-
-
-def write_state(state: dict | str, file) -> None:
-    """Write tensors (or a text) into an open file, to the disk. torch hides the OSError of a full disk: unwrap it."""
-    try:
-        if isinstance(state, str):
-            file.write(state.encode())
-        else:
-            torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    except RuntimeError as error:
-        cause = error.__cause__ or error.__context__
-        raise cause if isinstance(cause, OSError) else OSError(None, f"could not write: {error}", file.name) from None
-
-
-def save_file(path: Path, state: dict | str) -> None:
-    """Write one file of tensors, or a text, so that `path` is the old or the new one, never a part.
-
-    Raises:
-        OSError: it could not be written; the old file is untouched.
-    """
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            write_state(state, file)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, the newest step first, whether they are valid or not."""
-    return sorted(folder.glob("step_*"), reverse=True)
-
-
-def fault(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, or an empty string: every file is there with its size and hash."""
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        for name, expected in files.items():
-            if (checkpoint / name).stat().st_size != expected["size"]:
-                return f"{name} has {(checkpoint / name).stat().st_size:,} bytes instead of {expected['size']:,}"
-            if describe(checkpoint / name) != expected:
-                return f"{name} was altered: its hash differs from the manifest's"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    return ""
-
-
-def find(folder: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume` means; a line on stderr for every newer one that had to be passed over.
-
-    Args:
-        folder: the run's own checkpoints folder.
-        resume: 'none', 'auto' (newest valid one in `folder`, None where none was ever saved), or the path of a
-            checkpoint, of a `checkpoints` folder or of a run folder.
-
-    Raises:
-        ValueError: nothing at that path, or no checkpoint there is valid.
-    """
-    if resume == "none":
-        return None
-    path = folder if resume == "auto" else Path(resume)
-    if path.name == "latest" and not path.exists():
-        path = path.parent
-    if (path / MANIFEST).exists() or path.name.startswith("step_"):
-        if problem := fault(path):
-            raise ValueError(f"--resume {path}: {problem}")
-        return path
-    if (path / "checkpoints").is_dir():
-        path = path / "checkpoints"
-    skipped = []
-    for checkpoint in list_checkpoints(path):
-        if not (problem := fault(checkpoint)):
-            if skipped and world()[0] == 0:
-                print("\n".join(skipped), file=sys.stderr, flush=True)
-            return checkpoint
-        skipped.append(f"checkpoint {checkpoint} is damaged and passed over: {problem}")
-    if skipped:
-        raise ValueError(f"--resume {resume}: no valid checkpoint: " + "; ".join(skipped))
-    if resume != "auto":
-        raise ValueError(f"--resume {resume}: no checkpoint there")
-    return None
-
-
-def check_identity(saved: dict, current: dict, source: Path) -> None:
-    """Refuse to go on with a run that is not the same run.
-
-    Args:
-        saved, current: flag name -> value of everything the training curve's data order and model depend on.
-
-    Raises:
-        ValueError: names every flag that differs with both values.
-    """
-    differing = [
-        f"{name} was {saved.get(name)} and is {current.get(name)}"
-        for name in sorted(saved.keys() | current.keys())
-        if saved.get(name) != current.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"--resume {source}: this is another run: {'; '.join(differing)}. "
-            "Use the flags it was started with, or --resume none for a new run"
-        )
-
-
-def describe(path: Path) -> dict:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def remove(checkpoint: Path) -> None:
-    """Take a checkpoint out of sight in one step, then delete it."""
-    trash = checkpoint.with_name(f".old-{checkpoint.name}")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.rename(checkpoint, trash)
-    shutil.rmtree(trash)
-
-
-def clean(folder: Path) -> None:
-    """Delete what a killed writer left behind."""
-    for left in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,7 @@
-"""How a stage script starts and ends: flags from YAML, signals, exit codes."""
+"""How a stage script starts and ends: its command line, signals, exit codes."""
 
 import ctypes
-import difflib
+import hashlib
 import math
 import os
 import re
@@ -9,77 +9,42 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
-import yaml
 
-# The names that configuration files of other projects use for our flags.
-ALIASES = {
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulation_steps",
-    "max_grad_norm": "grad_clip",
-    "num_train_epochs": "epochs",
-    "max_length": "max_seq_len",
-    "save_steps": "save_interval",
-    "logging_steps": "log_interval",
-    "eval_steps": "eval_interval",
-    "dataloader_num_workers": "num_workers",
-    "resume_from_checkpoint": "resume",
-    "distributed": "ddp",
-    "distributed_strategy": "strategy",
-}
+from runtime.config import ROOT, config_to_argv
+
+CODE = ("model", "dataset", "runtime", "trainer")  # folders whose files decide how a run goes
+# Flags that may differ from process to process: where things lie on a machine, and what is not about the curve.
+LOCAL = ("config", "data_path", "tokenizer_dir", "cache_dir", "out_dir", "device", "num_workers", "report_to")
 
 
-def config_to_argv(argv: list[str], defaults: dict) -> list[str]:
-    """The YAML file of `--config` as command-line flags, to stand before the real ones, which then win.
+def command_line(defaults: dict) -> list[str]:
+    """What a stage script parses: the file of --config as flags, then the flags it was given, which win.
 
-    The file maps flag names (or the names in ALIASES) to values; one level of sections such as `training:` is looked
-    through.
+    Left out is the `--local_rank N` that some launchers add: the environment says the same.
 
     Args:
-        argv: the command line, with or without `--config FILE`.
         defaults: all flags with their defaults, as `vars(parser.parse_args([]))` gives them.
 
     Raises:
-        ValueError: no such file, broken YAML, or an unknown key, with the nearest known one.
+        ValueError: see `config.config_to_argv`.
     """
-    at = next((n for n, flag in enumerate(argv) if flag.split("=")[0] == "--config"), None)
-    if at is None:
-        return []
-    path = argv[at].partition("=")[2] or "".join(argv[at + 1 : at + 2])
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file) or {}
-    except OSError as error:
-        raise ValueError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: broken YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: must be a mapping of flags to values")
-    flat: dict[str, object] = {}
-    for key, value in content.items():
-        flat.update(value if isinstance(value, dict) else {key: value})
-    flags = []
-    for key, value in flat.items():
-        name = ALIASES.get(key, key)
-        if name not in defaults or name == "config":
-            near = difflib.get_close_matches(str(key), [*defaults, *ALIASES], n=1, cutoff=0.0)
-            raise ValueError(f"--config {path}: unknown key {key!r}; the nearest known one is {near[0]!r}")
-        if isinstance(defaults[name], bool):  # a switch
-            if not isinstance(value, bool | None):
-                raise ValueError(f"--config {path}: {key} must be true or false, found {value!r}")
-            flags += [f"--{name}"] if value else []
-        elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)] if value else []
-        elif value is not None:
-            flags += [f"--{name}", str(int(value) if isinstance(value, bool) else value)]
-    return flags
+    argv, words = [], iter(sys.argv[1:])
+    for word in words:
+        if re.fullmatch("--local[-_]rank", word):
+            next(words, None)
+        elif not re.match("--local[-_]rank=", word):
+            argv.append(word)
+    return config_to_argv(argv, defaults) + argv
 
 
 POSITIVE = ("max_seq_len", "epochs", "batch_size", "accumulation_steps", "global_batch_size", "learning_rate",
-            "save_total_limit", "log_interval")  # fmt: skip
+            "tensor_parallel", "context_parallel", "bucket_cap_mb", "save_total_limit", "log_interval")  # fmt: skip
 NOT_NEGATIVE = ("max_steps", "warmup_ratio", "weight_decay", "grad_clip", "num_workers", "save_interval",
-                "eval_interval", "eval_ratio", "preview", "seed")  # fmt: skip
+                "replica_check", "eval_interval", "eval_ratio", "preview", "seed")  # fmt: skip
 
 
 def usage_error(message: str) -> None:
@@ -150,11 +115,11 @@ def run(main: Callable[[], int]) -> None:
     sys.exit(code)
 
 
-def die_with_launcher() -> None:
+def die_with_launcher(number: int = signal.SIGKILL) -> None:
     """Let the kernel end this process when torchrun is killed: an orphan would train on beside the run's successor."""
     launcher = os.getppid()
     try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG, Linux
     except (OSError, AttributeError):
         return
     if os.getppid() != launcher:  # it died while we asked
@@ -169,3 +134,37 @@ def explain(error: Exception) -> str:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     remedy = "the port is busy, choose another --master_port" if "EADDRINUSE" in text else "is that host reachable?"
     return f"cannot join the process group at {where}: {remedy} ({text[:150]})"
+
+
+def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
+    """What must be the same in all processes of a job, wherever they run: name -> hash or value.
+
+    Reads a few MB at most, however large the data is.
+
+    Args:
+        data_path: the file that is trained on.
+        args: the flags; those in LOCAL may differ from process to process.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    same = {"code": digest.hexdigest()[:16], "torch": torch.__version__}
+    if data_path is not None:
+        same["data"] = sample_hash(Path(data_path))
+    if args.get("tokenizer_dir"):
+        same["tokenizer"] = sample_hash(Path(args["tokenizer_dir"]) / "tokenizer.json")
+    return same | {f"--{name}": str(value) for name, value in args.items() if name not in LOCAL}
+
+
+def sample_hash(path: Path, blocks: int = 64, size: int = 1 << 16) -> str:
+    """Hash of a file's length and of blocks spread evenly over it, the first and the last among them."""
+    try:
+        length = path.stat().st_size
+        digest = hashlib.sha256(str(length).encode())
+        with open(path, "rb") as file:
+            for n in range(blocks):
+                file.seek(max(0, length - size) * n // (blocks - 1))
+                digest.update(file.read(size))
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return digest.hexdigest()[:16]

@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 
-def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> "torch.optim.Optimizer | Muon":
+def make_optimizer(
+    model: nn.Module, name: str, lr: float, weight_decay: float, shard: bool = False
+) -> "torch.optim.Optimizer | Muon":
     """The optimizer of a run.
 
     AdamW decays matrices only: norms, and whatever else is a vector, have no scale to keep small.
@@ -13,6 +15,8 @@ def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) 
     Args:
         name: 'adamw' or 'muon'.
         lr: peak learning rate, the same number for both: Muon's updates are scaled to the size of AdamW's.
+        shard: ZeRO-1: every process keeps the state of some parameters, updates those, and broadcasts them.
+            Source: Rajbhandari et al., ZeRO (2020), section 5.1.
     """
     parameters = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
     inner = [p for key, p in parameters if p.dim() == 2 and ".layers." in key] if name == "muon" else []
@@ -22,20 +26,30 @@ def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) 
         {"params": [p for p in rest if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    return Muon(inner, adamw, lr, weight_decay) if inner else adamw
+    adamw = build(torch.optim.AdamW, groups, shard, lr=lr, betas=(0.9, 0.95), fused=True)
+    if not inner:
+        return adamw
+    options = {"lr": lr, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return Muon(build(torch.optim.Muon, inner, shard, **options), adamw)
+
+
+def build(kind: type, parameters: list, shard: bool, **options) -> torch.optim.Optimizer:
+    if not shard:
+        return kind(parameters, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(parameters, kind, **options)
 
 
 class Muon:
-    """Two optimizers that act as one: Muon on `matrices`, `adamw` on what it holds.
+    """Two optimizers that act as one: `muon` on matrices, `adamw` on everything else.
 
     Muon replaces the momentum of a matrix by the nearest orthogonal matrix, so that all directions learn at one pace.
     Source: Jordan et al., Muon (2024), Newton-Schulz iteration; update size as in Liu et al., Muon is Scalable for LLM
     Training (2025), eq. 4.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], adamw: torch.optim.Optimizer, lr: float, weight_decay: float):
-        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
         self.parts = {"muon": muon, "adamw": adamw}
         self.param_groups = [*muon.param_groups, *adamw.param_groups]  # the dicts themselves: a new lr reaches both
 
@@ -46,11 +60,3 @@ class Muon:
     def zero_grad(self, set_to_none: bool = True) -> None:
         for part in self.parts.values():
             part.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]

@@ -1,15 +1,39 @@
-"""What processes do together: wrap the model, agree on a step, do things in turn. Works alone, too."""
+"""What processes do together: how the model is spread over them, and how they agree on a step. Works alone, too.
 
+Processes form a mesh of data x context x tensor ranks, tensor ranks being neighbours. Ranks of one tensor group share
+every layer and see the same tokens; ranks of one context group share every row of tokens; data ranks have rows of their
+own. Gradients are averaged over data x context ranks.
+
+Sharded tensors and FSDP2 are imported where they are used: they cost two seconds of every start.
+"""
+
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree
+
+from model.lm import LMConfig, LMOutput
+from runtime import memory
+from runtime.data_parallel import WHY_NOT, RowParallel
 
 PATIENCE = timedelta(hours=12)  # of a rank that waits for another one to tokenise; a dead one is noticed at once
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "dp")
+SHARDED = ("zero2", "zero3")
+_pytree.register_dataclass(LMOutput)  # else DDP's static graph overlooks the tensors in it, and trains wrongly
+_sizes = {"context": 1, "tensor": 1}  # of the mesh; what is left of the processes are data ranks
+_groups: dict[str, dist.ProcessGroup] = {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who is who
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def world() -> tuple[int, int]:
@@ -17,46 +41,242 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def wrap(model: nn.Module, strategy: str, device: torch.device, compile: bool) -> nn.Module:
-    """The model as the training loop calls it.
+def data_world() -> tuple[int, int]:
+    """(data rank, data ranks): which share of the rows this process takes."""
+    (rank, world_size), sharers = world(), _sizes["context"] * _sizes["tensor"]
+    return rank // sharers, world_size // sharers
 
-    DDP: gradients are views of the communication buckets instead of copies. Compiled block by block: eight blocks of
-    one shape are then compiled once.
+
+def replicas() -> int:
+    """Ranks over which gradients are averaged: the factor that turns their mean into a sum."""
+    return world()[1] // _sizes["tensor"]
+
+
+def row_split() -> dict[str, int]:
+    """What this process takes of a row, for `dataset.collate`."""
+    context, tensor = _sizes["context"], _sizes["tensor"]
+    return {"part": world()[0] // tensor % context, "parts": context, "multiple": context * tensor}
+
+
+def make_mesh(device: torch.device, strategy: str, context: int, tensor: int, offload: bool = False) -> None:
+    """Lay the processes out as data x context x tensor ranks. Every rank calls it once, before anything else here.
+
+    Raises:
+        ValueError: the sizes do not divide the number of processes, or the strategy cannot be had in this layout.
+    """
+    processes, alone = world()[1], not dist.is_initialized()
+    if processes % (context * tensor):
+        asked = f"--context_parallel {context} x --tensor_parallel {tensor}"
+        how = "needs --ddp and a launcher" if alone else f"does not divide {processes} processes"
+        raise ValueError(f"{asked} {how}: torchrun --nproc_per_node {context * tensor} ... --ddp, or a multiple of it")
+    if alone and strategy.startswith("zero"):
+        raise ValueError(f"--strategy {strategy} shards over processes: add --ddp and start with torchrun")
+    if not alone and strategy == "dp":
+        raise ValueError("--strategy dp is one process for all GPUs: start it without torchrun and --ddp")
+    if tensor > 1 and strategy == "zero1":
+        raise ValueError("--strategy zero1 cannot be combined with --tensor_parallel: use zero2, zero3 or ddp")
+    if offload and strategy not in SHARDED:
+        raise ValueError(f"--offload 1 needs --strategy zero2 or zero3, it is {strategy}")
+    _sizes.update(context=context, tensor=tensor)
+    if context * tensor > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        shape = (processes // (context * tensor), context, tensor)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "context", "tensor"))
+        _groups.update({name: mesh.get_group(name) for name in ("context", "tensor")})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def choose_strategy(config: LMConfig, dataset, args, dtype: str) -> str:
+    """The strategy of a run: --strategy, or for 'auto' the first that fits the rank with the least memory; prints why.
 
     Args:
-        strategy: 'ddp', or 'auto' for what fits; alone, the model itself.
-        compile: torch.compile the blocks, for any length.
+        args: the flags of the stage, with `device` a torch.device.
     """
-    assert strategy in ("auto", "ddp"), strategy
-    if compile:
+    if args.strategy != "auto" or not dist.is_initialized():
+        return args.strategy
+    tokens = args.batch_size * args.max_seq_len
+    load = {"tokens": tokens, "supervised": int(tokens * dataset.supervised.sum() / dataset.lengths.sum())}
+    load |= {"dtype": dtype, "optimizer": args.optimizer, "gradient_checkpointing": bool(args.gradient_checkpointing)}
+    load |= {f"{name}_parallel": size for name, size in _sizes.items()} | {"data_ranks": data_world()[1]}
+    least = min(gather_objects(memory.device_memory(args.device) or 0))
+    strategy, reason = memory.choose_strategy(config, args.device, memory=least, **load)
+    if world()[0] == 0:
+        print(f"--strategy auto: {reason}", flush=True)
+    return strategy
+
+
+def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
+    """The model as the training loop calls it. Make the optimizer from its parameters, and load checkpoints, after.
+
+    ddp, zero1: DistributedDataParallel; gradients are views of the communication buckets instead of copies.
+    zero2, zero3: FSDP2. Sharded are the blocks, and once more what is left: embedding, norm and head. zero2 gathers the
+    weights once per forward and backward pass, zero3 lets go of them in between.
+    With tensor parallelism there is always FSDP2 around it, for ddp with shards over a single rank.
+    Compiled block by block: eight blocks of one shape are then compiled once.
+    Source: Li et al., PyTorch Distributed (2020); Rajbhandari et al., ZeRO (2020); Zhao et al., PyTorch FSDP (2023).
+
+    Args:
+        args: the flags device, batch_size, compile, bucket_cap_mb, strategy ('ddp', 'zero1', 'zero2', 'zero3'; outside
+            a process group the model itself, or 'dp') and offload: zero2 and zero3 then keep weights, gradients and
+            optimizer state in the memory of the CPU.
+        dtype: of the weights as FSDP2 gathers them for the blocks; gradients are reduced in float32.
+        global_batch: rows of an optimizer step.
+    """
+    device, strategy = args.device, args.strategy
+    if args.compile:
         for block in model.model.layers:
             block.compile(dynamic=True)
     if not dist.is_initialized():
-        return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
+        if strategy == "dp":
+            print(WHY_NOT, flush=True)
+        return RowParallel(model) if strategy == "dp" and device.type == "cuda" else model
+    if _sizes["context"] > 1:
+        from runtime.context_parallel import Context
+
+        model.context = Context(_groups["context"])
+    if _sizes["tensor"] == 1 and strategy not in SHARDED:
+        return DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            bucket_cap_mb=args.bucket_cap_mb,
+            gradient_as_bucket_view=True,  # buffers are not broadcast either: there are none
+            # With no_sync in its first step a static graph fails an assert of torch: it needs one micro-batch a step.
+            static_graph=global_batch <= args.batch_size * data_world()[1],
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    shape = (1, replicas(), _sizes["tensor"]) if strategy in SHARDED else (replicas(), 1, _sizes["tensor"])
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard", "tensor"))
+    if _sizes["tensor"] > 1:
+        from runtime.tensor_parallel import split_layers
+
+        split_layers(model, mesh["tensor"])
+    mesh = mesh["shard"] if strategy in SHARDED else mesh["replica", "shard"]
+    options = {"mesh": mesh, "reshard_after_forward": strategy == "zero3"}
+    options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda") if args.offload else OffloadPolicy()
+    low = None if dtype == "float32" else getattr(torch, dtype)
+    for block in model.model.layers:
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(block, mp_policy=policy, **options)
+    # Embedding and head are gathered in float32: so the residual stream keeps it, as under autocast.
+    return fully_shard(model, **options)
+
+
+def describe(model: nn.Module, args, dtype: str) -> str:
+    """Size and layout of a wrapped model, in a line."""
+    shared = "".join(f", {name} parallel x {size}" for name, size in _sizes.items() if size > 1)
+    how = f"{args.strategy}{shared}" if dist.is_initialized() or args.strategy == "dp" else "no strategy"
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"{parameters:,} parameters on {world()[1]} x {args.device.type}, {how}, {dtype}"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, whatever it is wrapped in."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    return model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor: one that may lie on several processes."""
+    return hasattr(tensor, "to_local")
+
+
+def whole_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict on the CPU with every tensor whole, on rank 0; elsewhere empty. Every rank calls it.
+
+    One tensor at a time is put together, so that no other process ever holds the whole model.
+    """
+    whole = {}
+    for name, value in state_dict.items():
+        value = value.full_tensor() if is_sharded(value) else value
+        if world()[0] == 0:
+            whole[name] = value.to("cpu", copy=True)
+    head, embedding = whole.get("lm_head.weight"), whole.get("model.embed_tokens.weight")
+    if head is not None and embedding is not None and torch.equal(head, embedding):
+        whole["lm_head.weight"] = embedding  # tied: saved once
+    return whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A step
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def sync_gradients(model: nn.Module, sync: bool) -> AbstractContextManager:
     """Around forward and backward of a micro-batch: gradients are exchanged only where `sync` is true."""
-    return nullcontext() if sync or not isinstance(model, DistributedDataParallel) else model.no_sync()
+    if is_fsdp(model):
+        model.set_requires_gradient_sync(sync)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext()
 
 
-def sum_over_ranks(*values: torch.Tensor | float) -> list[float]:
-    """Sum each number over all ranks, in one message of float64."""
-    device = next((v.device for v in values if isinstance(v, torch.Tensor)), torch.device("cpu"))
+def is_fsdp(model: nn.Module) -> bool:
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[target] over all tokens, in float32.
+
+    Args:
+        logits: (K, vocab); with tensor parallelism (K, vocab / N), this process' part of the vocabulary.
+        targets: (K,) int64.
+    """
+    if _sizes["tensor"] > 1:
+        from runtime.tensor_parallel import sharded_cross_entropy
+
+        return sharded_cross_entropy(logits.float(), targets, _groups["tensor"])
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale gradients in place to a global norm of at most max_norm (0: no limit); returns the norm before.
+
+    Source: Pascanu et al., On the difficulty of training recurrent neural networks (2013), algorithm 1.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters]
+    # In float64: in float32 the norm of a large tensor is off by 1e-4, and not by the same in every layout.
+    squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)) ** 2
+    if is_sharded(parameters[0]):
+        shares = torch.tensor([1 / holders(p) for p in parameters], dtype=torch.float64)
+        norm = sum_over_world((squares * shares.to(squares.device)).sum())[0] ** 0.5
+    else:  # the same on every rank
+        norm = squares.sum().item() ** 0.5
+    scale = max_norm / (norm + 1e-6) if max_norm else 1.0
+    if scale < 1.0:  # never for a norm that is not finite
+        torch._foreach_mul_(gradients, scale)
+    return norm
+
+
+def holders(p: Tensor) -> int:
+    """Processes that hold the same part of a tensor as this one."""
+    sizes = zip(p.device_mesh.shape, p.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_replicate()) * world()[1] // p.device_mesh.size()
+
+
+def sum_over_world(*values: Tensor | float) -> list[float]:
+    """Sum each number over all processes, in one message of float64."""
+    device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
     numbers = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
     if dist.is_initialized():
         dist.all_reduce(numbers)
     return numbers.tolist()
+
+
+def sum_over_ranks(*values: Tensor | float) -> list[float]:
+    """Sum each number over data and context ranks; the ranks of a tensor group all know it, there it counts once."""
+    return [number / _sizes["tensor"] for number in sum_over_world(*values)]
 
 
 @torch.no_grad()
@@ -67,15 +287,23 @@ def evaluate(loss_of: Callable, model: nn.Module, dataset, rows, batch_size: int
         loss_of: (model, X, Y, loss_mask, doc_lens, device) -> (summed loss, auxiliary loss), as in training.
         rows: (n,) ids into the dataset, the same on every rank.
     """
-    (rank, world_size), alone = world(), unwrap(model)  # without the wrapper: ranks may have unequal numbers of batches
+    (rank, ranks), alone = data_world(), unwrap(model)
     alone.eval()
-    mine = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)][rank::world_size]
     total = 0.0
-    for batch in mine:
+    for at in range(0, len(rows), batch_size * ranks):  # the same number of passes on every rank, some without a row
+        mine = rows[at + rank * batch_size : at + (rank + 1) * batch_size]
         with autocast:
-            total += loss_of(alone, *dataset.collate([dataset[row] for row in batch]), device)[0].item()
+            batch = dataset.collate([dataset[row] for row in mine], **row_split())
+            total += loss_of(alone, *batch, device)[0].item()
     alone.train()
+    if is_fsdp(model):
+        model.reshard()
     return sum_over_ranks(total)[0] / int(dataset.supervised[rows].sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In turn
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def gather_objects(value: object) -> list[object]:

@@ -17,6 +17,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dataset import lm_dataset
 
@@ -179,6 +180,51 @@ def tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(ROOT / "model" / "minimind_tokenizer")
+
+
+# A model and data for runs that are compared with each other.
+SIZES = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+RUN_FLAGS = [f"--{key}={size}" for key, size in SIZES.items()]
+RUN_FLAGS += ["--device=cpu", "--max_seq_len=128", "--log_interval=1"]
+
+
+def conversations(count: int) -> list[dict]:
+    """Rows with very unequal masks: answers of one word behind long questions, and the other way round."""
+    rows = []
+    for n in range(count):
+        question, answer = ("what is it " * (1 + 3 * (n % 4)), "yes " * (1 + (n * n) % 17))
+        turns = [{"role": "user", "content": f"{n} {question}"}, {"role": "assistant", "content": answer}]
+        rows.append({"conversations": turns * (1 + n % 2)})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """train(name, rows, *flags, nproc=) -> the run's folder; the runs of a file share data and cache."""
+    folder = tmp_path_factory.mktemp("job")
+    data = {count: write_jsonl(folder / f"{count}.jsonl", conversations(count)) for count in (8, 90)}
+
+    def train(name: str, rows: int, *flags: str, nproc: int | None = None, script: str = "train_full_sft"):
+        out = folder / name
+        fixed = [*RUN_FLAGS, f"--data_path={data[rows]}", f"--cache_dir={folder / 'cache'}", f"--out_dir={out}"]
+        done = run_script(f"trainer/{script}.py", *fixed, *flags, *(["--ddp"] if nproc else []), nproc=nproc)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return next(path for path in out.iterdir() if path.is_dir())
+
+    train.folder, train.data = folder, data
+    return train
+
+
+def curve(run: Path) -> list[dict]:
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole, by name."""
+    with tempfile.TemporaryDirectory() as scratch:
+        dcp_to_torch_save(folder, Path(scratch) / "whole.pt")
+        return torch.load(Path(scratch) / "whole.pt", weights_only=True)
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ RESUME = {
         "--seed 7 --resume {run}/checkpoints/{last}",
         "{last}: this is another run: --seed",
     ),
-    "resume a torn checkpoint": ("--resume {work}/torn/step_00000002", "state.pt has 100 bytes instead of"),
+    "resume a torn checkpoint": ("--resume {work}/torn/step_00000002", "run.pt has 100 bytes instead of"),
 }
 
 
@@ -239,7 +239,7 @@ def check_error(result, *said: str) -> None:
 
 
 def check_nothing_written(work: Path, name: str) -> None:
-    assert not list((work / "out" / name).rglob("*.pth")) and not list((work / "out" / name).rglob("state.pt"))
+    assert not list((work / "out" / name).rglob("*.pth")) and not list((work / "out" / name).rglob("run.pt"))
     for entry in (work / "cache" / name).glob("*"):
         assert not entry.name.endswith(".building")
         assert not entry.is_dir() or (entry / "meta.json").is_file(), "half a cache"
@@ -278,7 +278,7 @@ def resumed(work, results):
     torn = work / "torn" / last
     torn.mkdir(parents=True)
     for file in (run / "checkpoints" / last).iterdir():
-        (torn / file.name).write_bytes(file.read_bytes()[: 100 if file.name == "state.pt" else None])
+        (torn / file.name).write_bytes(file.read_bytes()[: 100 if file.name == "run.pt" else None])
     before, cases = tree(run.parent), []
     for name, (given, _) in RESUME.items():
         given = given.format(work=work, run=run, last=last)

@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from runtime.launch import ALIASES, check_flags, config_to_argv
+from runtime.config import ALIASES, FIXED, KNOWN, config_to_argv
+from runtime.launch import check_flags
 
 # Others rely on these: what a script takes changes only together with this list. flag -> (type, choices)
 ZERO_OR_ONE, SWITCH = ("int", (0, 1)), ("switch", None)
@@ -18,6 +19,7 @@ COMMON = {
     "cache_dir": ("str", None),
     "max_seq_len": ("int", None),
     "packing": ZERO_OR_ONE,
+    "drop_last": ZERO_OR_ONE,
     "skip_bad": SWITCH,
     "eval_ratio": ("float", None),
     "num_workers": ("int", None),
@@ -46,7 +48,12 @@ COMMON = {
     "device": ("str", None),
     "dtype": ("str", ("float32", "float16", "bfloat16")),
     "ddp": SWITCH,
-    "strategy": ("str", ("auto", "ddp")),
+    "strategy": ("str", ("auto", "ddp", "zero1", "zero2", "zero3", "dp")),
+    "tensor_parallel": ("int", None),
+    "context_parallel": ("int", None),
+    "offload": ZERO_OR_ONE,
+    "bucket_cap_mb": ("int", None),
+    "replica_check": ("int", None),
     "compile": ZERO_OR_ONE,
     "gradient_checkpointing": ZERO_OR_ONE,
     "out_dir": ("str", None),
@@ -59,10 +66,25 @@ COMMON = {
     "use_wandb": SWITCH,
     "report_to": ("str, one or more", ("none", "wandb", "tensorboard")),
 }
-FROZEN = {
-    "train_pretrain": COMMON,
-    "train_full_sft": COMMON | {"loss_on": ("str", ("all", "last"))},
+SFT = COMMON | {"loss_on": ("str", ("all", "last"))}
+# What the engines do in a way of their own, or cannot.
+ENGINES = {
+    "train_sft_deepspeed": {
+        "without": {"optimizer", "tensor_parallel", "context_parallel", "offload", "compile"},
+        "with": {"strategy": ("str", ("auto", "deepspeed")), "deepspeed_config": ("str", None)},
+    },
+    "train_sft_accelerate": {
+        "without": {"optimizer", "tensor_parallel", "context_parallel", "offload"},
+        "with": {"strategy": ("str", ("auto", "ddp", "fsdp2", "deepspeed"))},
+    },
+    "train_sft_pipeline": {
+        "without": {"strategy", "context_parallel", "offload", "bucket_cap_mb"},
+        "with": {"pipeline_parallel": ("int", None), "pipeline_schedule": ("str", ("gpipe", "1f1b", "interleaved"))},
+    },
 }
+FROZEN = {"train_pretrain": COMMON, "train_full_sft": SFT}
+for stage, change in ENGINES.items():
+    FROZEN[stage] = {name: kind for name, kind in SFT.items() if name not in change["without"]} | change["with"]
 STAGES = sorted(path.stem for path in (ROOT / "trainer").glob("train_*.py") if path.stem != "train_tokenizer")
 
 
@@ -87,6 +109,12 @@ def config(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As if a launcher had started this process."""
+    monkeypatch.setenv("RANK", "0")
 
 
 @pytest.fixture
@@ -138,10 +166,14 @@ def test_defaults_pass_the_checks(parse, stage):
     check_flags(vars(parse(stage)))
 
 
+def test_every_alias_means_a_flag():
+    assert set(ALIASES.values()) <= {*COMMON, *KNOWN}
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_alias_means_a_flag(stage):
-    assert set(ALIASES.values()) <= set(FROZEN[stage])
+def test_no_alias_hides_a_flag(stage):
     assert not set(ALIASES) & set(FROZEN[stage]), "an alias hides a flag of the same name"
+    assert not set(FIXED) & set(FROZEN[stage]), "a key with a fixed value hides a flag of the same name"
 
 
 def test_a_wrong_flag_is_one_line_without_usage(parse, capsys):
@@ -184,17 +216,24 @@ def test_command_line_wins_over_lists_and_aliases(parse, config):
     assert (args.report_to, args.batch_size) == (["none"], 2)
 
 
-@pytest.mark.parametrize("alias", ALIASES)
-def test_aliases(parse, config, alias):
+@pytest.mark.parametrize("alias", [alias for alias, name in ALIASES.items() if name in COMMON])
+def test_aliases(parse, config, alias, launched):
     values = {"resume": ("auto", "auto"), "ddp": ("true", True), "strategy": ("ddp", "ddp"), "grad_clip": ("3", 3.0)}
+    values |= {"save_weight": ("sft_4gpu", "sft_4gpu"), "drop_last": ("true", 1)}
     text, value = values.get(ALIASES[alias], ("3", 3))
     assert getattr(parse("train_full_sft", "--config", config(f"{alias}: {text}\n")), ALIASES[alias]) == value
 
 
-def test_sections_are_looked_through(parse, config):
+def test_sections_are_looked_through(parse, config, launched):
     path = config("model:\n  dim: 64\n  n_layers: 2\ntraining:\n  num_train_epochs: 2\n  distributed: true\nseed: 1\n")
     args = parse("train_full_sft", "--config", path)
     assert (args.dim, args.n_layers, args.epochs, args.ddp, args.seed) == (64, 2, 2, True, 1)
+
+
+def test_sections_in_sections_are_looked_through(parse, config):
+    path = config("training:\n  dataloader:\n    batch_size: 4\n    num_workers: 2\n    pin_memory: true\n  seed: 1\n")
+    args = parse("train_full_sft", "--config", path)
+    assert (args.batch_size, args.num_workers, args.seed) == (4, 2, 1)
 
 
 @pytest.mark.parametrize("text, value", [("true", True), ("false", False), ("yes", True), ("off", False), ("", False)])
@@ -236,16 +275,18 @@ def test_empty_file(parse, config):
         ("num_train_epoch: 1", "the nearest known one is 'num_train_epochs'"),
         ("config: other.yaml", "unknown key 'config'"),
         ("1: 2", "unknown key 1"),
-        ("a: {b: {c: 1}}", "unknown key 'b'"),
+        ("a: {b: {c: 1}}", "unknown key 'c'"),
+        ("a: {b: {c: {dim: 1}}}", "unknown key 'c'"),
+        ("training:", "unknown key 'training'"),
         ("- dim", "must be a mapping of flags to values"),
         ("dim", "must be a mapping of flags to values"),
         ("dim: [1", "broken YAML"),
         ("a: b: c", "broken YAML"),
         ("dim: !!python/object/apply:os.getcwd []", "broken YAML"),
         ("dim: wide", "argument --dim: invalid int value: 'wide'"),
-        ("dim: 64.0", "argument --dim: invalid int value: '64.0'"),
+        ("dim: 64.5", "argument --dim: invalid int value: '64.5'"),
         ("dim: [1, 2]", "unrecognized arguments: 2"),
-        ("dtype: int8", "argument --dtype: invalid choice: 'int8'"),
+        ("dtype: int8", "dtype: int8: no precision fits; dtype is float32, float16 or bfloat16"),
         ("report_to: [wandb, paper]", "argument --report_to: invalid choice: 'paper'"),
     ],
 )

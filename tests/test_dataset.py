@@ -131,10 +131,23 @@ def test_collate_lays_samples_end_to_end(sft):
         assert got.dtype == torch.int64 and got[0].tolist() == torch.cat(parts).tolist()
 
 
-def test_collate_of_nothing_is_one_token_without_loss():
-    X, Y, loss_mask, doc_lens = SFTDataset.collate([])
-    assert X.shape == Y.shape == loss_mask.shape == (1, 1) and doc_lens == [1]
+@pytest.mark.parametrize("parts, multiple", [(1, 1), (2, 2), (2, 6)])
+def test_collate_of_nothing_is_padding_without_loss(parts, multiple):
+    X, Y, loss_mask, doc_lens = SFTDataset.collate([], parts - 1, parts, multiple)
+    assert X.shape == Y.shape == loss_mask.shape == (1, multiple // parts) and doc_lens == []
     assert loss_mask.sum() == 0 and X.dtype == torch.int64
+
+
+def test_parts_of_a_row_put_together_are_the_row(sft):
+    dataset = sft([chat("a", "b"), chat("a longer question", "a longer answer"), chat("x", "y z")])
+    picked = [dataset[row] for row in (2, 0, 1)]
+    *whole, doc_lens = dataset.collate(picked)
+    *parts, lens = zip(*[dataset.collate(picked, part, 3, 6) for part in range(3)], strict=True)
+    padding = -sum(doc_lens) % 6
+    assert set(map(tuple, lens)) == {tuple(doc_lens)}
+    for got, expected in zip(parts, whole, strict=True):
+        assert len({part.shape for part in got}) == 1
+        assert torch.cat(got, dim=1).tolist() == [expected[0].tolist() + [0] * padding]
 
 
 def test_dataset_can_be_pickled_and_read_by_workers(sft):

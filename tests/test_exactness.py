@@ -1,45 +1,15 @@
 """One curve: the gradient and the loss do not depend on how a global batch is split, packed, padded or shared out."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SIZES, checkpoint_tensors, curve
 
 from dataset.lm_dataset import SFTDataset
 from model.lm import LMConfig, MiniMindLM
 from model.weights import load_weights
 
-SIZES = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
-FLAGS = [f"--{name}={size}" for name, size in SIZES.items()] + ["--device=cpu", "--max_seq_len=128", "--log_interval=1"]
 BETA1 = 0.9
-
-
-def conversations(count: int) -> list[dict]:
-    """Rows with very unequal masks: answers of one word behind long questions, and the other way round."""
-    rows = []
-    for n in range(count):
-        question, answer = ("what is it " * (1 + 3 * (n % 4)), "yes " * (1 + (n * n) % 17))
-        turns = [{"role": "user", "content": f"{n} {question}"}, {"role": "assistant", "content": answer}]
-        rows.append({"conversations": turns * (1 + n % 2)})
-    return rows
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory, run_script, write_jsonl):
-    """train(name, *flags, nproc=) -> the run's folder; all runs share data, cache and start weights."""
-    folder = tmp_path_factory.mktemp("exactness")
-    data = {count: write_jsonl(folder / f"{count}.jsonl", conversations(count)) for count in (8, 90)}
-
-    def train(name: str, rows: int, *flags: str, nproc: int | None = None):
-        out = folder / name
-        fixed = [*FLAGS, f"--data_path={data[rows]}", f"--cache_dir={folder / 'cache'}", f"--out_dir={out}"]
-        done = run_script("trainer/train_full_sft.py", *fixed, *flags, *(["--ddp"] if nproc else []), nproc=nproc)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return next(path for path in out.iterdir() if path.is_dir())
-
-    train.folder, train.data = folder, data
-    return train
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +28,8 @@ def start(job):
 
 def gradients(run) -> list[torch.Tensor]:
     """What the optimizer saw in the only step of a run: Adam's first moment is (1 - beta1) times the gradient."""
-    checkpoint = run / "checkpoints/step_00000001/state.pt"
-    state = torch.load(checkpoint, weights_only=True)["optimizer"]["state"]
-    return [state[n]["exp_avg"] / (1 - BETA1) for n in sorted(state)]
+    tensors = checkpoint_tensors(run / "checkpoints/step_00000001")
+    return [value / (1 - BETA1) for name, value in sorted(tensors.items()) if name.endswith(".exp_avg")]
 
 
 def relative_error(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
@@ -81,8 +50,7 @@ def padded_gradients(weights, use_moe: int, dataset, alpha: float) -> list[torch
     losses = F.cross_entropy(out.logits.flatten(0, 1), Y.flatten(), reduction="none")
     loss = (losses * loss_mask.flatten()).sum() / loss_mask.sum()
     (loss + out.aux_loss).backward()
-    named = list(model.parameters())
-    return [p.grad for p in named if p.dim() > 1] + [p.grad for p in named if p.dim() <= 1]  # the optimizer's order
+    return [p.grad for _, p in sorted(model.named_parameters(), key=lambda named: f"optimizer.{named[0]}.exp_avg")]
 
 
 @pytest.mark.parametrize("use_moe", [0, 1], ids=["dense", "moe"])
@@ -106,10 +74,6 @@ def test_gradient_of_a_step_is_the_same_in_every_layout(job, start, tokenizer, u
     if use_moe:  # the check above would miss an auxiliary loss that is lost everywhere
         without = padded_gradients(start[1], 1, dataset, alpha=0.0)
         assert relative_error(without, whole) > 1e-3
-
-
-def curve(run) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("use_moe", [0, 1], ids=["dense", "moe"])

@@ -24,10 +24,10 @@ def fake_dataset(documents: int, seed: int = 0) -> SimpleNamespace:
     return SimpleNamespace(lengths=lengths, supervised=rng.integers(1, lengths + 1))
 
 
-def make_plan(documents=200, seed=7, packing=1, global_batch=8, epoch=0, dataset=None, ids=None):
+def make_plan(documents=200, seed=7, packing=1, global_batch=8, epoch=0, dataset=None, ids=None, drop_last=0):
     dataset = dataset or fake_dataset(documents)
     ids = np.arange(documents) if ids is None else ids
-    return plan_epoch(dataset, ids, seed, MAX_SEQ_LEN, packing, global_batch, epoch)
+    return plan_epoch(dataset, ids, seed, MAX_SEQ_LEN, packing, global_batch, drop_last, epoch)
 
 
 def rows_of(plan) -> list[list[int]]:
@@ -111,10 +111,11 @@ def test_ranks_and_micro_batches_partition_every_window(global_batch, world_size
         for rank in range(world_size):
             micro = plan.micro_batches(step, rank, world_size, batch_size)
             mine = window[rank::world_size]
-            # As many as it takes, never none: a rank without a row still takes part in the exchange of gradients.
-            assert len(micro) == max(1, -(-len(mine) // batch_size))
+            # As many as rank 0 needs: a rank without a row still takes part in the exchange of weights and gradients.
+            assert len(micro) == len(plan.micro_batches(step, 0, world_size, batch_size)) > 0
+            assert all(plan.micro_batches(step, 0, world_size, batch_size))
             assert list(itertools.chain(*micro)) == list(itertools.chain(*mine))
-            assert all(micro) or micro == [[]]
+            assert [bool(docs) for docs in micro] == [at * batch_size < len(mine) for at in range(len(micro))]
             seen += itertools.chain(*micro)
         assert sorted(seen) == sorted(itertools.chain(*window))
 
@@ -145,9 +146,16 @@ def test_last_window_is_short():
     assert [len(plan.micro_batches(2, rank, 3, 8)[0]) for rank in range(3)] == [1, 1, 0]
 
 
+def test_dropping_the_last_window():
+    assert make_plan(10, packing=0, global_batch=4, drop_last=1).steps == 2
+    assert make_plan(8, packing=0, global_batch=4, drop_last=1).steps == 2
+    with pytest.raises(ValueError, match="--drop_last 1: 3 rows an epoch are fewer than the global batch of 4"):
+        make_plan(3, packing=0, global_batch=4, drop_last=1)
+
+
 def test_counts_do_not_overflow():
     dataset = SimpleNamespace(lengths=np.full(5000, 2**20), supervised=np.full(5000, 2**20))
-    plan = plan_epoch(dataset, np.arange(5000), 0, 2**20, 1, 5000, 0)
+    plan = plan_epoch(dataset, np.arange(5000), 0, 2**20, 1, 5000, 0, 0)
     assert plan.counts(0) == (5000 * 2**20, 5000 * 2**20)
 
 

@@ -1,6 +1,5 @@
 """Unbreakable: kills, signals, torn checkpoints, a full disk and non-finite numbers, with real processes and files."""
 
-import argparse
 import json
 import re
 import resource
@@ -12,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from runtime import checkpoint
+from runtime import store
 
 FLAGS = "--dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --device=cpu --max_seq_len=64 --log_interval=1".split()
 NAME = "full_sft_32"
@@ -80,7 +79,7 @@ def test_signal_saves_and_exits(flags, tmp_path, start_script, run_script, numbe
     assert process.wait(60) == code, process.log.read_text()
     out = tmp_path / "out"
     steps = len(metrics(out))
-    assert [c.name for c in checkpoint.list_checkpoints(out / NAME / "checkpoints")] == [f"step_{steps:08d}"]
+    assert [c.name for c in store.list_checkpoints(out / NAME / "checkpoints")] == [f"step_{steps:08d}"]
     assert f"stopped by signal {number} at step {steps}" in process.log.read_text()
     done = run_script("trainer/train_full_sft.py", *job)
     assert done.returncode == 0 and f"behind step {steps}" in done.stdout
@@ -96,7 +95,7 @@ def test_signal_to_one_rank_stops_all(flags, tmp_path, start_script):
     process.wait(60)
     log = process.log.read_text()
     assert "stopped by signal 15" in log and "Traceback" not in log.split("stopped by")[0]
-    assert checkpoint.fault(checkpoint.list_checkpoints(tmp_path / "out" / NAME / "checkpoints")[0]) == ""
+    assert store.fault(store.list_checkpoints(tmp_path / "out" / NAME / "checkpoints")[0]) == ""
 
 
 @pytest.fixture
@@ -108,24 +107,24 @@ def trained(flags, run_script, tmp_path):
 
 
 def test_torn_checkpoint_is_passed_over(flags, run_script, trained):
-    newest, older = checkpoint.list_checkpoints(trained)
+    newest, older = store.list_checkpoints(trained)
     assert (older.name, newest.name) == ("step_00000008", "step_00000012")
     before = torch.load(trained.parent.with_suffix(".pth"), weights_only=True)
-    content = bytearray((newest / "state.pt").read_bytes())
+    content = bytearray((newest / "__0_0.distcp").read_bytes())
     content[len(content) // 2] ^= 1  # one bit
-    (newest / "state.pt").write_bytes(content)
+    (newest / "__0_0.distcp").write_bytes(content)
     done = run_script("trainer/train_full_sft.py", *flags, "--max_steps=12", "--save_interval=4", "--resume=auto")
     assert done.returncode == 0
-    assert re.search(r"step_00000012 is damaged and passed over: state.pt was altered", done.stderr)
+    assert re.search(r"step_00000012 is damaged and passed over: __0_0.distcp was altered", done.stderr)
     assert "behind step 8" in done.stdout
     after = torch.load(trained.parent.with_suffix(".pth"), weights_only=True)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [line["step"] for line in metrics(trained.parents[1])] == [*range(1, 13)]
-    assert checkpoint.fault(newest) == ""
+    assert store.fault(newest) == ""
 
 
 def test_no_valid_checkpoint_is_an_error_not_a_fresh_start(flags, run_script, trained):
-    for saved in checkpoint.list_checkpoints(trained):
+    for saved in store.list_checkpoints(trained):
         (saved / "manifest.json").unlink()
     done = run_script("trainer/train_full_sft.py", *flags, "--max_steps=12", "--resume=auto")
     assert done.returncode == 2 and "no valid checkpoint" in done.stderr and "manifest.json is missing" in done.stderr
@@ -151,7 +150,7 @@ def test_full_disk_loses_nothing_that_was_saved(flags, start_script, run_script,
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"error: cannot save the checkpoint of step 16 in .*: .*; step_00000012 is intact", done.stderr)
-    assert [checkpoint.fault(c) for c in checkpoint.list_checkpoints(trained)] == ["", ""]
+    assert [store.fault(c) for c in store.list_checkpoints(trained)] == ["", ""]
     assert not list(trained.glob(".tmp-*"))
     weights = torch.load(trained.parent.with_suffix(".pth"), weights_only=True)
     assert all(value.isfinite().all() for value in weights.values())
@@ -159,29 +158,39 @@ def test_full_disk_loses_nothing_that_was_saved(flags, start_script, run_script,
     assert done.returncode == 0 and "behind step 12" in done.stdout
 
 
+def saved(folder, step: int, keep: int):
+    """A checkpoint with one file, saved as runtime/checkpoint.py does it."""
+    building = store.begin(folder, step)
+    store.save_file(building / "run.pt", {"value": torch.tensor(step)})
+    return store.finish(building, step, {"run.pt": store.describe(building / "run.pt")}, keep)
+
+
 def test_rotation_never_removes_the_last_good_one(tmp_path):
     for step in range(1, 6):
-        checkpoint.save_checkpoint(tmp_path, step, {"value": torch.tensor(step)}, keep=2)
-    assert [c.name for c in checkpoint.list_checkpoints(tmp_path)] == ["step_00000005", "step_00000004"]
+        saved(tmp_path, step, keep=2)
+    assert [c.name for c in store.list_checkpoints(tmp_path)] == ["step_00000005", "step_00000004"]
     for step in (4, 5):  # damage all there are, then save one more with the smallest limit
-        (tmp_path / f"step_{step:08d}" / "state.pt").write_bytes(b"torn")
-    checkpoint.save_checkpoint(tmp_path, 6, {"value": torch.tensor(6)}, keep=1)
-    assert checkpoint.find(tmp_path, "auto").name == "step_00000006"
+        (tmp_path / f"step_{step:08d}" / "run.pt").write_bytes(b"torn")
+    saved(tmp_path, 6, keep=1)
+    assert store.find(tmp_path, "auto").name == "step_00000006"
 
 
 def test_a_save_that_fails_removes_nothing(tmp_path, monkeypatch):
-    checkpoint.save_checkpoint(tmp_path, 1, {"value": torch.tensor(1)}, keep=1)
-    monkeypatch.setattr(checkpoint.os, "rename", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left")))
+    saved(tmp_path, 1, keep=1)
+    monkeypatch.setattr(store.os, "rename", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save_checkpoint(tmp_path, 2, {"value": torch.tensor(2)}, keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-    assert checkpoint.fault(tmp_path / "step_00000001") == ""
+        saved(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    assert store.fault(tmp_path / "step_00000001") == "" and store.find(tmp_path, "auto").name == "step_00000001"
+    saved(tmp_path, 3, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
-def test_checkpoints_hold_nothing_that_needs_unpickling(tmp_path):
-    place = checkpoint.save_checkpoint(tmp_path, 1, {"value": argparse.Namespace()}, keep=1)
-    with pytest.raises(Exception, match="weights_only|Weights only"):
-        torch.load(place / "state.pt", weights_only=True)
+def test_a_file_of_another_node_is_missed(tmp_path):
+    building = store.begin(tmp_path, 1)
+    with pytest.raises(OSError, match="__1_0.distcp of another node is not here: --out_dir must lie on storage"):
+        store.finish(building, 1, {"__1_0.distcp": {"size": 1, "sha256": ""}}, keep=1)
+    assert not store.list_checkpoints(tmp_path)
 
 
 def test_gradients_that_are_not_finite_stop_the_run_and_spare_the_weights(flags, run_script, trained, tmp_path):

@@ -22,7 +22,7 @@ from model.weights import load_weights, newest_weights
         (dict(input_ids=torch.zeros(1, 300, dtype=torch.int64), doc_lens=[257, 43]), ("257", "256")),
         (dict(input_ids=torch.tensor([[5, 97]])), ("97", "97 entries")),
         (dict(input_ids=torch.tensor([[5, -1]])), ("-1", "97")),
-        (dict(input_ids=torch.zeros(1, 9, dtype=torch.int64), doc_lens=[4, 4]), ("9 tokens", "8")),
+        (dict(input_ids=torch.zeros(1, 9, dtype=torch.int64), doc_lens=[5, 5]), ("9 tokens", "10")),
         (dict(input_ids=torch.zeros(2, 9, dtype=torch.int64), doc_lens=[9]), ("9", "rows: 2")),
     ],
 )

@@ -20,8 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,6 +30,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.optim import make_optimizer
+from runtime.replicas import check_replicas
 from runtime.tracking import Tracker
 
 
@@ -83,10 +82,11 @@ def Logger(content: str) -> None:
 
 
 def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
-    """Write the float32 weights as a plain state dict, and the model's shape as JSON beside it. Rank 0 calls it."""
-    state_dict = model.module.state_dict() if isinstance(model, DistributedDataParallel) else model.state_dict()
-    checkpoint.save_file(path.with_suffix(".json"), config.to_json())
-    checkpoint.save_file(path, {name.removeprefix("_orig_mod."): value.cpu() for name, value in state_dict.items()})
+    """Have the float32 weights written as a plain state dict, the model's shape as JSON beside it; for all ranks."""
+    state_dict = parallel.whole_tensors(model.module.state_dict() if hasattr(model, "module") else model.state_dict())
+    if is_main_process():
+        checkpoint.later(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
+        checkpoint.later(checkpoint.save_file, path, state_dict)
 
 
 def pretrain_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,13 +100,13 @@ def pretrain_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tenso
     supervised = loss_mask.flatten().nonzero().squeeze(1)  # (K,), all but the place of a rank without a row
     targets = Y.flatten()[supervised].to(device, non_blocking=True)
     out = model(X.to(device, non_blocking=True), doc_lens=doc_lens, logits_at=supervised.to(device, non_blocking=True))
-    return F.cross_entropy(out.logits.float(), targets, reduction="sum"), out.aux_loss
+    return parallel.cross_entropy(out.logits, targets), out.aux_loss
 
 
 def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocast, tracker, progress, stop, save):
     """Train from the step in `progress` to the end of the epoch, to the last step of the run, or to a signal."""
-    share, windows = (*parallel.world(), args.batch_size), range(progress["step_in_epoch"], plan.steps)
-    loader = batches(dataset, plan, windows, *share, args.num_workers)
+    share, windows = (*parallel.data_world(), args.batch_size), range(progress["step_in_epoch"], plan.steps)
+    loader = batches(dataset, plan, windows, *share, args.num_workers, parallel.row_split())
     for window in windows:
         # 1. Learning rate
         lr = get_lr(progress["step"], args.total_steps, args.learning_rate, int(args.warmup_ratio * args.total_steps))
@@ -114,7 +114,7 @@ def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocas
             group["lr"] = lr
 
         # 2. Gradients. The loss is one mean over the supervised tokens of the whole window, all micro-batches and all
-        #    ranks, whose number the plan knows. DDP averages gradients over ranks, hence the factor world_size.
+        #    ranks, whose number the plan knows. Gradients are averaged over ranks, hence the factor `replicas`.
         tokens, supervised = plan.counts(window)
         n_micro = len(plan.micro_batches(window, *share))
         window_loss = window_aux = torch.zeros((), device=args.device)
@@ -123,14 +123,13 @@ def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocas
             with parallel.sync_gradients(model, micro == n_micro - 1):
                 with autocast:
                     loss, aux_loss = pretrain_loss(model, X, Y, loss_mask, doc_lens, args.device)
-                loss = loss / supervised
-                aux_loss = aux_loss * ((X.numel() if loss_mask.any() else 0) / tokens)
-                scaler.scale((loss + aux_loss) * parallel.world()[1]).backward()
+                loss, aux_loss = loss / supervised, aux_loss * (sum(doc_lens) / tokens)
+                scaler.scale((loss + aux_loss) * parallel.replicas()).backward()
             window_loss, window_aux = window_loss + loss.detach(), window_aux + aux_loss.detach()
 
         # 3. Clip and step. All ranks hold the same numbers here, so all of them step or all of them skip.
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+        grad_norm = parallel.clip_gradients(model, args.grad_clip)
         loss, aux_loss, stopping = parallel.sum_over_ranks(window_loss, window_aux, float(stop.number))
         finite = math.isfinite(loss + aux_loss + grad_norm)
         if finite:
@@ -150,9 +149,9 @@ def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocas
             tracker.log(metrics | {"total_tokens": progress["tokens"]})
         if len(held_out) and (done or args.eval_interval and step % args.eval_interval == 0):
             rows = (held_out, args.batch_size, autocast, args.device)
-            eval_loss = parallel.evaluate(pretrain_loss, model, dataset, *rows)
-            tracker.log({"step": step, "eval_loss": eval_loss})
+            tracker.log({"step": step, "eval_loss": parallel.evaluate(pretrain_loss, model, dataset, *rows)})
         stop.number = stop.number or (signal.SIGTERM if stopping else 0)  # a signal to one rank is a signal to all
+        check_replicas(model, step, args.replica_check)
         if stopping or done or args.save_interval and step % args.save_interval == 0:
             save()
         if stopping or done:
@@ -170,6 +169,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--cache_dir", help="where token caches live (default: out/cache)")
     data.add_argument("--max_seq_len", type=int, default=512, help="longest row, and context of the model, in tokens")
     data.add_argument("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
+    data.add_argument("--drop_last", type=int, choices=(0, 1), default=0, help="1: no shorter last global batch")
     data.add_argument("--skip_bad", action="store_true", help="leave bad rows out and count them")
     data.add_argument("--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation")
     data.add_argument("--num_workers", type=int, default=0, help="processes that read data")
@@ -201,7 +201,12 @@ def parse_args() -> argparse.Namespace:
     system.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     system.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
     system.add_argument("--ddp", action="store_true", help="distributed: start with torchrun")
-    system.add_argument("--strategy", choices=("auto", "ddp"), default="auto", help="how --ddp shares the work")
+    system.add_argument("--strategy", choices=("auto", *parallel.STRATEGIES), default="auto", help="how --ddp shares")
+    system.add_argument("--tensor_parallel", type=int, default=1, help="processes that share every layer")
+    system.add_argument("--context_parallel", type=int, default=1, help="processes that share every row of tokens")
+    system.add_argument("--offload", type=int, choices=(0, 1), default=0, help="1: zero2, zero3 live in CPU memory")
+    system.add_argument("--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB")
+    system.add_argument("--replica_check", type=int, default=100, help="steps between checks of replicas (0: never)")
     system.add_argument("--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block")
     system.add_argument("--gradient_checkpointing", type=int, choices=(0, 1), default=0, help="1: saves memory")
     output = parser.add_argument_group("output")
@@ -222,6 +227,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
+    parallel.make_mesh(args.device, args.strategy, args.context_parallel, args.tensor_parallel, bool(args.offload))
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
@@ -233,8 +239,9 @@ def main() -> int:
         Logger(preview(dataset, tokenizer, args.preview, colour=sys.stdout.isatty()))
         return 0
     train_rows, held_out = split_rows(len(dataset), args.eval_ratio, args.seed)
-    global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * parallel.world()[1]
-    plans = functools.partial(plan_epoch, dataset, train_rows, args.seed, args.max_seq_len, args.packing, global_batch)
+    global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * parallel.data_world()[1]
+    order = (args.seed, args.max_seq_len, args.packing, global_batch, args.drop_last)
+    plans = functools.partial(plan_epoch, dataset, train_rows, *order)
     args.total_steps = min(args.max_steps or math.inf, sum(plans(epoch).steps for epoch in range(args.epochs)))
 
     # 3. Precision: float16 alone needs its gradients scaled
@@ -242,37 +249,32 @@ def main() -> int:
     autocast = nullcontext() if dtype == "float32" else torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
-    # 4. Model and optimizer
-    shape = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "dropout",
-             "n_experts", "n_experts_per_tok", "n_shared_experts")  # fmt: skip
-    sizes = {key: getattr(args, key) for key in shape}
-    config = LMConfig(vocab_size=len(tokenizer), use_moe=bool(args.use_moe), **sizes)
-    model = MiniMindLM(config, bool(args.gradient_checkpointing)).to(args.device)
-    setup_seed(args.seed + parallel.world()[0])  # one model everywhere, but dropout of its own on every rank
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
-
-    # 5. The checkpoint to go on from, or the weights to start from
+    # 4. The model: new, from other weights, or from the checkpoint to go on from, whose tensors come in step 5
+    config = LMConfig.from_flags(vars(args), vocab_size=len(tokenizer))
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
-    fixed = (*shape, "use_moe", "packing", "seed", "eval_ratio", "optimizer")
-    identity = {f"--{key}": getattr(args, key) for key in fixed}
-    identity |= {"--global_batch_size": global_batch, "the data of --data_path": dataset.key}
-    progress = checkpoint.resume(run_dir, args.resume, identity, model, optimizer, scaler)
-    if progress["step"] == 0:
+    identity = checkpoint.identity_of(vars(args), global_batch, dataset.key)
+    found = checkpoint.find_run(run_dir, args.resume, identity)
+    model = MiniMindLM(config, bool(args.gradient_checkpointing)).to(args.device)
+    if found is None:
         Logger(start_weights(model, args.from_weight, "none", args.out_dir, suffix))
 
-    # 6. Tracking, compile, wrap
+    # 5. Strategy, compile, wrap, optimizer
+    setup_seed(args.seed + parallel.world()[0])  # one model everywhere, but dropout of its own on every rank
+    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
+    model = parallel.wrap(model, args, dtype, global_batch)
+    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay, args.strategy == "zero1")
+    progress = checkpoint.load_run(found, model, optimizer, scaler)
+
+    # 6. Tracking
     tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
-    parameters = sum(p.numel() for p in model.parameters())
-    work = f"{args.total_steps} steps of {global_batch} rows on {parallel.world()[1]} x {args.device.type}"
-    tracker.print(f"{run_dir.name}: {parameters:,} parameters, {work}, {dtype}")
-    model = parallel.wrap(model, args.strategy, args.device, compile=bool(args.compile))
+    steps = f"{args.total_steps} steps of {global_batch} rows"
+    tracker.print(f"{run_dir.name}: {parallel.describe(model, args, dtype)}, {steps}")
 
     def save() -> None:
         tracker.sync()
         checkpoint.save_run(run_dir, args.save_total_limit, model, optimizer, scaler, progress, identity)
-        if is_main_process():
-            save_weights(model, config, Path(f"{run_dir}.pth"))
+        save_weights(model, config, Path(f"{run_dir}.pth"))
 
     # 7. Epochs
     tracker.start(progress, args.total_steps)
@@ -282,6 +284,7 @@ def main() -> int:
         train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocast, tracker, progress, stop, save)
 
     # 8. Clean up
+    checkpoint.wait()
     ending = f"stopped by signal {stop.number} at step {progress['step']}" if stop.number else "finished"
     tracker.print(f"{ending}; weights in {run_dir}.pth")
     tracker.close()

@@ -1,0 +1,51 @@
+"""nn.DataParallel for rows of documents, for the record: one process, all GPUs of a machine, no --ddp."""
+
+import torch
+from torch import Tensor, nn
+
+from model.lm import LMOutput
+
+WHY_NOT = (
+    "--strategy dp: one Python process drives all GPUs, copies the weights to each of them in every micro-batch and "
+    "gathers outputs and gradients on the first; torchrun with --ddp is faster on one machine and goes beyond it"
+)
+
+
+class RowParallel(nn.DataParallel):
+    """nn.DataParallel splits batches by row; ours are one row of documents, so it is split between documents."""
+
+    def scatter(self, inputs: tuple, kwargs: dict, device_ids: list[int]) -> tuple[list, list]:
+        """(X, ), {doc_lens, logits_at} -> the same for each GPU: some documents, and their share of logits_at."""
+        (X,), lens, at = inputs, kwargs["doc_lens"], kwargs["logits_at"]
+        parts = split_documents(lens, len(device_ids))
+        ends = torch.tensor([sum(part) for part in parts]).cumsum(0).tolist()
+        ends[-1] = X.size(1)  # padding goes with the last
+        args, options, start = [], [], 0
+        for device, part, end in zip(device_ids, parts, ends, strict=False):
+            own = at[(at >= start) & (at < end)] - start
+            args.append((X[:, start:end].to(device),))
+            options.append({"doc_lens": part, "logits_at": own.to(device)})
+            start = end
+        return args, options
+
+    def gather(self, outputs: list[LMOutput], output_device: int) -> LMOutput:
+        """Logits one behind the other; the auxiliary loss, a mean over tokens, is weighted by them in `forward`."""
+        logits = torch.cat([out.logits.to(output_device) for out in outputs])
+        aux_loss = sum(out.aux_loss.to(output_device) * share for out, share in zip(outputs, self.shares, strict=True))
+        return LMOutput(logits, aux_loss)
+
+    def forward(self, X: Tensor, doc_lens: list[int], logits_at: Tensor) -> LMOutput:
+        parts = split_documents(doc_lens, len(self.device_ids))
+        self.shares = [sum(part) / max(1, sum(doc_lens)) for part in parts]
+        return super().forward(X, doc_lens=doc_lens, logits_at=logits_at)
+
+
+def split_documents(lens: list[int], parts: int) -> list[list[int]]:
+    """Neighbouring documents in at most so many groups of about the same number of tokens; at least one group."""
+    groups, total, done = [[]], sum(lens), 0
+    for length in lens:
+        if groups[-1] and len(groups) < parts and done + length / 2 > total * len(groups) / parts:
+            groups.append([])
+        groups[-1].append(length)
+        done += length
+    return groups

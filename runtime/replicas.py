@@ -1,0 +1,53 @@
+"""The replica alarm: ranks that must hold the same weights are compared now and then."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from runtime.parallel import is_sharded, local, unwrap, world
+
+
+def check_replicas(model: nn.Module, step: int, every: int) -> None:
+    """Stop when ranks that must hold the same weights do not: bad memory, or a step that one rank missed.
+
+    Every rank calls it at every step; it acts at every `every`-th (0: never).
+    The bits of every tensor are summed as integers (one pass over the weights) and compared over all ranks.
+
+    Raises:
+        FloatingPointError: on every rank; names the first tensor and the rank that differs from most of the others.
+    """
+    if world()[1] == 1 or not every or step % every:
+        return
+    named = list(unwrap(model).named_parameters())
+    sums, parts = [], []
+    for _, p in named:
+        sums.append(local(p).detach().contiguous().view(torch.int32).sum(dtype=torch.int64))
+        parts.append(shard_number(p))
+    mine = torch.stack([torch.stack(sums), torch.tensor(parts, device=sums[0].device)])  # (2, parameters)
+    if dist.get_backend() == "nccl":
+        mine = mine.to("cuda")
+    everyone = [torch.empty_like(mine) for _ in range(world()[1])]
+    dist.all_gather(everyone, mine)
+    found = torch.stack(everyone).cpu()  # (ranks, 2, parameters)
+    for index, (name, _) in enumerate(named):
+        of_part: dict[int, dict[int, list[int]]] = {}  # part -> sum of its bits -> ranks
+        for rank, (total, part) in enumerate(found[:, :, index].tolist()):
+            of_part.setdefault(part, {}).setdefault(total, []).append(rank)
+        for ranks_of in of_part.values():
+            most = max(ranks_of.values(), key=len)
+            odd = sorted(rank for ranks in ranks_of.values() if ranks is not most for rank in ranks)
+            if odd:
+                raise FloatingPointError(
+                    f"replicas differ at step {step}: {name} of rank {', '.join(map(str, odd))} is not that of rank "
+                    f"{most[0]}; the machine of that rank is suspect. Go on from the last checkpoint: --resume auto"
+                )
+
+
+def shard_number(p: Tensor) -> int:
+    """Which part of a tensor this process holds; ranks with the same number hold copies."""
+    if not is_sharded(p):
+        return 0
+    number = 0
+    for at, size, placement in zip(p.device_mesh.get_coordinate(), p.device_mesh.shape, p.placements, strict=True):
+        number = number * size + (0 if placement.is_replicate() else at)
+    return number

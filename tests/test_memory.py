@@ -1,0 +1,147 @@
+"""The memory estimate: parameters exactly, activations against what autograd saves, ZeRO's divisions, the choice."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.lm import LMConfig, MiniMindLM
+from runtime import memory
+
+TINY = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "max_seq_len": 256}
+MODELS = {
+    "dense": {},
+    "untied": {"tie_embeddings": False},
+    "dropout": {"dropout": 0.1},
+    "moe": {"use_moe": True},
+    "shared experts": {"use_moe": True, "n_experts": 8, "n_shared_experts": 1},
+}
+LARGE = LMConfig(dim=1024, n_layers=8, n_heads=16, n_kv_heads=4, max_seq_len=2048)
+RUN = {"tokens": 4096, "supervised": 1024}
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_count_is_exact_and_disturbs_no_generator(name):
+    config = LMConfig(**TINY | MODELS[name])
+    before = torch.get_rng_state()
+    count = memory.parameter_count(config)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert count == sum(p.numel() for p in MiniMindLM(config).parameters())
+
+
+def saved_bytes(model, tokens: int, supervised: int, dtype: str, docs: int) -> int:
+    """Bytes of all storages that autograd keeps for one backward pass, except the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if (address := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[address] = tensor  # held, so that no other tensor takes its place
+        return tensor
+
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        out = model(ids, doc_lens=[tokens // docs] * docs, logits_at=torch.arange(supervised))
+        F.cross_entropy(out.logits.float(), ids[0, :supervised], reduction="sum")
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("docs", [1, 4])
+def test_activations_are_what_autograd_saves(name, dtype, docs):
+    config, tokens, supervised = LMConfig(**TINY | MODELS[name]), 256, 64
+    measured = saved_bytes(MiniMindLM(config).train(), tokens, supervised, dtype, docs)
+    estimate = memory.estimate(config, "ddp", data_ranks=1, tokens=tokens, supervised=supervised, dtype=dtype)
+    kept = estimate["activations"] + estimate["buffers"]  # autograd keeps autocast's copies of the weights, too
+    kept -= 4 * config.vocab_size * config.dim if config.tie_embeddings else 0  # the other buffer is a gradient
+    kept -= 2 * 4 * supervised * config.vocab_size  # so are two of the three tensors of the logits' size
+    assert kept == pytest.approx(measured, rel=0.1)
+
+
+def test_activations_grow_with_what_they_depend_on():
+    config = LMConfig(**TINY)
+    base = memory.activations(config, 256, 64, 4)
+    assert memory.activations(config, 512, 128, 4) == pytest.approx(2 * base)
+    assert memory.activations(config, 256, 256, 4) > base
+    assert memory.activations(config, 256, 64, 2) < base
+    assert memory.activations(config, 256, 64, 4, gradient_checkpointing=True) < base
+    assert base / 2 < memory.activations(config, 256, 64, 4, tensor_parallel=2) < base
+    assert base / 2 <= memory.activations(config, 256, 64, 4, context_parallel=2) < base
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_zero_divides_what_it_says(ranks):
+    n = memory.parameter_count(LARGE)
+    parts = {s: memory.estimate(LARGE, s, data_ranks=ranks, **RUN) for s in memory.STRATEGIES}
+    for strategy, sharded in (("ddp", ()), ("zero1", ("optimizer",)), ("zero2", "pgo"), ("zero3", "pgo")):
+        for part, size in (("parameters", 4), ("gradients", 4), ("optimizer", 8)):
+            divisor = ranks if part in sharded or part[0] in sharded else 1
+            assert parts[strategy][part] == pytest.approx(size * n / divisor, rel=0.1), (strategy, part)
+    for need in parts.values():
+        assert need["total"] == sum(need[part] for part in need if part not in ("total", "host"))
+        assert need["host"] == 0
+    assert parts["zero3"]["buffers"] < parts["zero2"]["buffers"]
+
+
+def test_ranks_that_share_rows_share_the_optimizer_too():
+    alone = memory.estimate(LARGE, "zero2", data_ranks=8, **RUN)
+    shared = memory.estimate(LARGE, "zero2", data_ranks=4, context_parallel=2, **RUN)
+    assert shared["optimizer"] == alone["optimizer"] and shared["activations"] < alone["activations"]
+
+
+def test_tensor_parallelism_divides_the_matrices():
+    whole = memory.estimate(LARGE, "zero3", data_ranks=1, **RUN)
+    halved = memory.estimate(LARGE, "zero3", data_ranks=1, tensor_parallel=2, **RUN)
+    for part in ("parameters", "gradients", "optimizer"):
+        assert halved[part] == pytest.approx(whole[part] / 2, rel=0.01)
+
+
+def test_muon_accumulation_and_offload():
+    n = memory.parameter_count(LARGE)
+    vectors_and_ends = sum(  # what AdamW keeps two numbers for
+        shape.numel() for name, shape in memory.parameter_shapes(LARGE).items() if len(shape) == 1 or "embed" in name
+    )
+    muon = memory.estimate(LARGE, "ddp", data_ranks=2, optimizer="muon", **RUN)
+    assert muon["optimizer"] == 4 * n + 4 * vectors_and_ends
+
+    accumulated = memory.estimate(LARGE, "zero3", data_ranks=4, accumulation_steps=2, **RUN)
+    assert accumulated["gradients"] == 4 * n
+
+    offloaded = memory.estimate(LARGE, "zero3", data_ranks=4, offload=True, **RUN)
+    assert offloaded["parameters"] == offloaded["gradients"] == offloaded["optimizer"] == 0
+    assert offloaded["host"] == pytest.approx(16 * n / 4, rel=0.01)
+
+
+def test_choose_strategy_takes_the_first_that_fits():
+    needs = {s: memory.estimate(LARGE, s, data_ranks=8, **RUN)["total"] for s in memory.STRATEGIES}
+    assert list(needs.values()) == sorted(needs.values(), reverse=True)
+    for strategy, need in needs.items():
+        chosen, reason = memory.choose_strategy(LARGE, CPU, memory=int(need / 0.9) + 1, data_ranks=8, **RUN)
+        assert chosen == strategy and reason.startswith(f"{strategy}: needs") and "\n" not in reason
+    chosen, reason = memory.choose_strategy(LARGE, CPU, memory=2**20, data_ranks=8, **RUN)
+    assert chosen == "zero3" and "nothing fits" in reason and "ddp" in reason
+
+
+def test_choose_strategy_knows_what_cannot_be_had():
+    fits_zero1 = int(memory.estimate(LARGE, "zero1", data_ranks=8, tensor_parallel=2, **RUN)["total"] / 0.9) + 1
+    chosen, _ = memory.choose_strategy(LARGE, CPU, memory=fits_zero1, data_ranks=8, tensor_parallel=2, **RUN)
+    assert chosen != "zero1"
+    chosen, reason = memory.choose_strategy(LARGE, CPU, memory=2**20, data_ranks=1, **RUN)
+    assert chosen == "ddp" and "nothing fits" in reason  # nobody to share with
+
+
+@pytest.mark.parametrize("layers, strategy", [(8, "ddp"), (32, "zero2"), (200, "zero3")])
+def test_without_memory_the_number_of_parameters_decides(layers, strategy, monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda device: None)
+    config = LMConfig(dim=2048, n_layers=layers, n_heads=16, n_kv_heads=4)
+    chosen, reason = memory.choose_strategy(config, CPU, data_ranks=8, **RUN)
+    assert chosen == strategy and "cannot be read" in reason
+
+
+def test_device_memory_of_this_machine(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    whole = memory.device_memory(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert whole is None or 0 <= memory.device_memory(CPU) < whole / 100
