@@ -1,0 +1,82 @@
+"""Build token caches ahead of training, so that no job waits for them: a run with the same flags finds its cache.
+
+    python scripts/prepare_data.py --config configs/sft.yaml
+    python scripts/prepare_data.py --stage pretrain --data_path corpus.jsonl --max_seq_len 2048
+    srun --ntasks-per-node 1 python scripts/prepare_data.py --per_node 1 --cache_dir FOLDER_ON_A_LOCAL_DISK
+
+All flags of the stage's training script are taken, so that its command line fits as it is. Several processes at once
+are fine: on shared storage the first one builds; with --per_node 1 the first one of every machine.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset.lm_dataset import CACHE_DIR, CachedDataset, PretrainDataset, SFTDataset, describe, load_tokenizer
+from runtime import launch
+
+STAGES = {"pretrain": ("train_pretrain", PretrainDataset), "sft": ("train_full_sft", SFTDataset)}
+ENGINES = {f"sft_{engine}": (f"train_sft_{engine}", SFTDataset)  # whose configurations the plain script refuses
+           for engine in ("deepspeed", "accelerate", "lightning", "pipeline")}  # fmt: skip
+
+
+def stage_args(stage: str, argv: list[str]) -> argparse.Namespace:
+    """The flags of a stage as its training script reads them, --config included.
+
+    Raises:
+        ValueError: an unknown flag, or a value that makes no sense.
+    """
+    name = (STAGES | ENGINES)[stage][0]
+    script = importlib.import_module(f"trainer.{name}")
+    own, sys.argv = sys.argv, [f"trainer/{name}.py", *argv]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # notes on a run that is not started here
+            args = script.parse_args()
+    finally:
+        sys.argv = own
+    launch.check_flags(vars(args))
+    return args
+
+
+def open_data(stage: str, args: argparse.Namespace) -> CachedDataset:
+    """The dataset that the stage would train on; builds its cache where there is none."""
+    options = {"cache_dir": args.cache_dir, "skip_bad": args.skip_bad}
+    if hasattr(args, "loss_on"):
+        options["loss_on"] = args.loss_on
+    return (STAGES | ENGINES)[stage][1](args.data_path, load_tokenizer(args.tokenizer_dir), args.max_seq_len, **options)
+
+
+def main() -> int:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser.error = launch.usage_error
+    parser.add_argument("--stage", choices=STAGES | ENGINES, default="sft", help="whose script reads the data")
+    parser.add_argument("--per_node", type=int, choices=(0, 1), default=0, help="1: --cache_dir is local to a machine")
+    own, rest = parser.parse_known_args()
+    args = stage_args(own.stage, rest)
+
+    # One builds; the others have nothing to wait for here: training itself waits for a cache that is being built.
+    torchrun, slurm = ("LOCAL_RANK", "SLURM_LOCALID") if own.per_node else ("RANK", "SLURM_PROCID")
+    if int(os.environ.get(torchrun, os.environ.get(slurm, "0"))) > 0:
+        return 0
+    cache_dir = Path(args.cache_dir or CACHE_DIR)
+    before = set(cache_dir.iterdir()) if cache_dir.is_dir() else set()
+    begin = time.monotonic()
+    dataset = open_data(own.stage, args)
+    folder, seconds = dataset.cache.folder, time.monotonic() - begin
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{args.data_path}: {describe(dataset)}")
+    print(f"{'found' if folder in before else 'built'} in {seconds:.1f} s: {folder}, {size / 1e6:,.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    launch.run(main)

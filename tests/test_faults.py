@@ -1,0 +1,54 @@
+"""What goes wrong on one rank ends the job on all of them, at once, with the first error shown and no orphan."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import RUN_FLAGS, conversations, curve, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    data = write_jsonl(folder / "data.jsonl", conversations(90))
+    fixed = [*RUN_FLAGS, f"--data_path={data}", f"--cache_dir={folder / 'cache'}", "--from_weight=none", "--ddp"]
+    return [*fixed, "--batch_size=2", "--save_interval=4", "--max_steps=12"]
+
+
+def left_over(process) -> list[str]:
+    """Processes that were started by a script and outlived it."""
+    mark, found = f"MINIMIND_TEST_TAG={process.tag}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("phase", ["data", "model", "forward", "clip", "save"])
+def test_a_rank_that_raises_ends_the_job(flags, tmp_path, start_script, phase, strategy):
+    job = ["trainer/train_full_sft.py", *flags, f"--out_dir={tmp_path}", f"--strategy={strategy}"]
+    process = start_script("tests/sabotage.py", phase, "1", *job, nproc=2)
+    assert process.wait(90) not in (0, None)
+    log = process.log.read_text()
+    assert f"sabotage in {phase}" in log
+    assert re.search(rf"first observed failure(.|\n)*rank +: 1 (.|\n)*sabotage in {phase}", log), log
+    assert not left_over(process)
+
+
+def test_replicas_that_differ_stop_the_run(flags, tmp_path, run_script):
+    job = ["trainer/train_full_sft.py", *flags, f"--out_dir={tmp_path}", "--replica_check=2"]
+    done = run_script("tests/sabotage.py", "weight", "1", *job, nproc=2)
+    assert done.returncode == 1
+    error = "error: replicas differ at step 4: model.layers.1.mlp.up_proj.weight of rank 1 is not that of rank 0"
+    assert error in done.stderr and "--resume auto" in done.stderr, done.stderr
+    assert max(line["step"] for line in curve(next(path for path in tmp_path.iterdir() if path.is_dir()))) == 4
+
+
+def test_most_ranks_decide_which_one_differs(flags, tmp_path, run_script):
+    job = ["trainer/train_full_sft.py", *flags, f"--out_dir={tmp_path}", "--replica_check=4"]
+    done = run_script("tests/sabotage.py", "weight", "0", *job, nproc=3)
+    assert "step 4: model.layers.1.mlp.up_proj.weight of rank 0 is not that of rank 1" in done.stderr, done.stderr

@@ -1,0 +1,153 @@
+"""Two machines: network namespaces of this one, joined by a virtual cable; real launches, kills and a slow link."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, RUN_FLAGS, _kill_all, conversations, curve, write_jsonl
+
+HOSTS = ("mm-test-a", "mm-test-b")
+ADDRESSES = ("10.77.31.1", "10.77.31.2")
+CABLES = ("mmtesta", "mmtestb")
+
+
+def ip(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+
+def remove_hosts() -> None:
+    for host in HOSTS:
+        ip("netns", "delete", host)
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Two hosts with an address each, or a skip where that is not permitted."""
+    if not Path("/sbin/ip").exists() and not Path("/usr/sbin/ip").exists():
+        pytest.skip("two hosts need the ip command (iproute2)")
+    remove_hosts()
+    made = [ip("netns", "add", host) for host in HOSTS]
+    made.append(ip("link", "add", CABLES[0], "netns", HOSTS[0], "type", "veth", "peer", CABLES[1], "netns", HOSTS[1]))
+    for host, address, cable in zip(HOSTS, ADDRESSES, CABLES, strict=True):
+        made.append(ip("-n", host, "address", "add", f"{address}/24", "dev", cable))
+        made += [ip("-n", host, "link", "set", device, "up") for device in (cable, "lo")]
+    if any(done.returncode for done in made):
+        remove_hosts()
+        pytest.skip("network namespaces are not permitted here: " + "".join(done.stderr for done in made).strip())
+    yield
+    remove_hosts()
+
+
+@pytest.fixture
+def launch(hosts, tmp_path_factory, tmp_path):
+    """launch(host, *flags) starts a node of the job; its output is in `.log`."""
+    folder, started = tmp_path_factory.getbasetemp() / "multinode", []
+    folder.mkdir(exist_ok=True)
+    data = write_jsonl(folder / "data.jsonl", conversations(90))
+    fixed = [*RUN_FLAGS, f"--data_path={data}", f"--cache_dir={folder / 'cache'}", f"--out_dir={tmp_path}"]
+
+    def launch(host: int, *flags: str, restarts: int = 0) -> subprocess.Popen:
+        command = ["ip", "netns", "exec", HOSTS[host], sys.executable, str(ROOT / "scripts/run_distributed.py")]
+        command += ["--nproc_per_node=1", "--nnodes=2", f"--node_rank={host}", f"--master_addr={ADDRESSES[0]}"]
+        command += ["--master_port=29531", f"--max_restarts={restarts}", "--algorithm=sft", *fixed, *flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        environment |= {"GLOO_SOCKET_IFNAME": CABLES[host], "MINIMIND_TEST_TAG": f"{tmp_path.name}-{len(started)}"}
+        log = tmp_path / f"node{host}-{len(started)}.log"
+        with open(log, "w") as output:
+            node = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        node.log, node.tag = log, environment["MINIMIND_TEST_TAG"]
+        started.append(node)
+        return node
+
+    yield launch
+    for node in started:
+        _kill_all(node)
+
+
+def losses(folder: Path) -> list[float]:
+    run = next(path for path in folder.iterdir() if path.is_dir())
+    return [line["loss"] for line in curve(run) if "loss" in line]
+
+
+def finish(*nodes: subprocess.Popen) -> None:
+    for node in nodes:
+        assert node.wait(240) == 0, node.log.read_text()
+
+
+def sent_bytes() -> int:
+    """Bytes that the first host has sent through its cable."""
+    return int(ip("netns", "exec", HOSTS[0], "cat", f"/sys/class/net/{CABLES[0]}/statistics/tx_bytes").stdout)
+
+
+FLAGS = ["--max_steps=6", "--global_batch_size=8", "--batch_size=4", "--from_weight=none"]
+
+
+def test_two_hosts_train_the_curve_of_one_process(launch, job, tmp_path):
+    finish(launch(0, *FLAGS), launch(1, *FLAGS))
+    alone = job("alone", 90, *FLAGS)
+    assert losses(tmp_path) == pytest.approx([line["loss"] for line in curve(alone)], rel=1e-5)
+
+
+def test_a_host_dies_and_comes_back(launch, tmp_path):
+    flags = ["--max_steps=400", "--global_batch_size=2", "--batch_size=1", "--epochs=100", "--from_weight=none"]
+    flags += ["--save_interval=5", "--resume=auto"]
+    first, second = launch(0, *flags, restarts=3), launch(1, *flags, restarts=3)
+    checkpoints = None
+    while not checkpoints:  # until the run has something to go on from
+        assert first.poll() is None and second.poll() is None, first.log.read_text() + second.log.read_text()
+        checkpoints = [path for path in tmp_path.glob("*/checkpoints/step_*") if path.is_dir()]
+    _kill_all(second)  # the power goes: launcher and worker at once
+    again = launch(1, *flags, restarts=3)
+    finish(first, again)
+    log = first.log.read_text()
+    assert "resumed from" in log and log.count("finished; weights in") == 1
+    run = next(path for path in tmp_path.iterdir() if path.is_dir())
+    assert [line["step"] for line in curve(run)] == [*range(1, 401)]
+
+
+def test_a_slow_link_carries_gradients_once_per_step(launch, tmp_path):
+    """20 Mbit/s, measured on the cable: four micro-batches a step send no more than one."""
+    limit = ["netns", "exec", HOSTS[0], "tc", "qdisc", "replace", "dev", CABLES[0], "root", "tbf"]
+    limit = ip(*limit, "rate", "20mbit", "burst", "64kb", "latency", "400ms")
+    if limit.returncode:
+        pytest.skip(f"the link cannot be slowed down: {limit.stderr.strip()}")
+    sent = {}
+    for steps in (3, 6):
+        for size in (1, 4):
+            flags = [f"--max_steps={steps}", f"--batch_size={4 // size}", f"--accumulation_steps={size}"]
+            flags += ["--from_weight=none", "--save_interval=0", f"--save_weight=s{steps}x{size}", "--drop_last=1"]
+            before = sent_bytes()
+            finish(launch(0, *flags), launch(1, *flags))
+            sent[steps, size] = sent_bytes() - before
+    per_step = {size: (sent[6, size] - sent[3, size]) / 3 for size in (1, 4)}  # without what the start costs
+    weights = 4 * sum(value.numel() for value in weights_of(tmp_path).values())
+    assert 0.9 * weights < per_step[1] < 1.5 * weights  # an all-reduce over two hosts sends the gradients once
+    assert per_step[4] < 1.1 * per_step[1], per_step
+
+
+def weights_of(folder: Path) -> dict:
+    import torch
+
+    weights = torch.load(next(folder.glob("*.pth")), weights_only=True)
+    del weights["lm_head.weight"]  # tied
+    return weights
+
+
+def test_hosts_with_other_flags_are_refused(launch):
+    nodes = [launch(host, *FLAGS, f"--learning_rate={rate}") for host, rate in ((0, 1e-3), (1, 2e-3))]
+    assert all(node.wait(60) != 0 for node in nodes)
+    assert "--learning_rate" in nodes[0].log.read_text() + nodes[1].log.read_text()
+
+
+def test_interrupting_one_host_stops_both_with_a_checkpoint(launch, tmp_path):
+    flags = [*FLAGS, "--max_steps=5000", "--epochs=1000", "--save_interval=0"]
+    nodes = [launch(0, *flags), launch(1, *flags)]
+    while not list(tmp_path.glob("*/metrics.jsonl")):
+        assert nodes[0].poll() is None, nodes[0].log.read_text()
+    nodes[1].send_signal(signal.SIGTERM)
+    for node in nodes:
+        node.wait(90)
+    assert list(tmp_path.glob("*/checkpoints/step_*/manifest.json"))
