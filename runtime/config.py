@@ -139,7 +139,8 @@ def flag_values(content: list[tuple[str, object]], defaults: dict) -> dict[str, 
         if value is None:
             continue
         if name in PRECISIONS:
-            precisions[key] = value
+            if precisions.setdefault(key, value) != value:
+                raise ValueError(f"{key}: {precisions[key]} and {key}: {value} contradict each other")
         elif name in FIXED:
             check_fixed(key, value, *FIXED[name])
         elif name in values and values[name] != value:

@@ -66,8 +66,8 @@ def estimate(
     |            | gradient of a tied embedding  | ddp   |                               | embedding and head         |
 
     "/ N" is what the fullest rank holds: zero1 deals out whole tensors, the largest first, each to the rank with the
-    least (torch's ZeroRedundancyOptimizer); zero2 and zero3 split the rows of every tensor (FSDP2, dimension 0; experts
-    are stacked along it, so at most n_experts ranks share them).
+    least (torch's ZeroRedundancyOptimizer); zero2 and zero3 split the rows of every tensor (FSDP2), of
+    stacked experts the rows of each expert where they can be divided.
     Working copies have two bytes a weight under autocast, embedding and head four beside their cast; with them go the
     gradient of one block (or of the embedding) and its float32 message. DDP's buckets cost nothing: gradients are
     views of them. With tensor parallelism ddp has a working copy, too.
@@ -95,6 +95,7 @@ def estimate(
         divisor = tensor_parallel if splits(name, shape) else 1
         by_columns = name.endswith(("o_proj.weight", "down_proj.weight"))
         local[name], rows = shape.numel() // divisor, shape[0] // (1 if by_columns else divisor)
+        rows = shape[1] if len(shape) == 3 and shape[1] % ranks == 0 else rows  # experts: each is split
         mine[name] = -(-rows // ranks) * local[name] / rows if sharded else local[name]
     state = {name: n * (4 if optimizer == "muon" and ".layers." in name and len(shapes[name]) == 2 else 8)
              for name, n in mine.items()}  # fmt: skip

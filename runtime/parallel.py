@@ -152,6 +152,7 @@ def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
         )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.tensor import Shard
 
     shape = (1, replicas(), _sizes["tensor"]) if strategy in SHARDED else (replicas(), 1, _sizes["tensor"])
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard", "tensor"))
@@ -162,10 +163,14 @@ def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
     mesh = mesh["shard"] if strategy in SHARDED else mesh["replica", "shard"]
     options = {"mesh": mesh, "reshard_after_forward": strategy == "zero3"}
     options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda") if args.offload else OffloadPolicy()
+
+    def split_experts(p: Tensor) -> Shard | None:  # inside: there may be fewer of them than processes
+        return Shard(1) if p.dim() == 3 and p.size(1) % mesh.shape[-1] == 0 else None
+
     low = None if dtype == "float32" else getattr(torch, dtype)
     for block in model.model.layers:
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(block, mp_policy=policy, **options)
+        fully_shard(block, mp_policy=policy, shard_placement_fn=split_experts, **options)
     # Embedding and head are gathered in float32: so the residual stream keeps it, as under autocast.
     return fully_shard(model, **options)
 

@@ -40,6 +40,7 @@ def read(config, monkeypatch):
         ("fp16: true\nbf16: true", "fp16: True, bf16: True: no precision fits"),
         ("dtype: float16\nfp16: false", "dtype: float16, fp16: False: no precision fits"),
         ("mixed_precision: no\nbf16: true", "mixed_precision: False, bf16: True: no precision fits"),
+        ("dtype: float16\nmachine: {dtype: float32}", "dtype: float16 and dtype: float32 contradict each other"),
         ("bf16: auto", "bf16 must be true or false, found 'auto'"),
         ("dim: 32\ndim: 64", "'dim' stands there twice"),
         ("batch_size: 2\ndataloader: {batch_size: 4}", "batch_size: 2 and batch_size: 4 contradict each other"),
