@@ -6,6 +6,7 @@ document, or with packing a pack of documents that together have at most max_seq
 """
 
 import functools
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -137,6 +138,16 @@ def batches(
         collate_fn=functools.partial(dataset.collate, **(split or {})),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=outlive_signals,
         generator=torch.Generator(),  # DataLoader would draw a seed from the generator that dropout uses
     )
     return iter(loader)
+
+
+def outlive_signals(worker: int) -> None:
+    """In a process that reads data: Ctrl-C and a launcher's SIGTERM go to it, too, but the step still needs its rows.
+
+    It ends when the process that it reads for does.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

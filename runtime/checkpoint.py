@@ -60,6 +60,12 @@ def wait() -> None:
         raise problem
 
 
+def rescue() -> None:
+    """In a process that is about to end with a fault: finish what it writes, if it needs no other process for that."""
+    if "group" not in _shared:
+        _jobs.join()
+
+
 def work() -> None:
     try:  # the lowest priority, for this thread alone: training has the processor whenever it wants it
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

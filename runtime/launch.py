@@ -1,12 +1,15 @@
 """How a stage script starts and ends: its command line, signals, exit codes."""
 
+import contextlib
 import ctypes
 import hashlib
+import json
 import math
 import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from runtime import checkpoint
 from runtime.config import ROOT, config_to_argv
 
 CODE = ("model", "dataset", "runtime", "trainer")  # folders whose files decide how a run goes
@@ -60,6 +64,8 @@ def check_flags(args: dict) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args["device"]):
         raise ValueError(f"--device {args['device']}: must be auto, cpu, cuda or cuda:N")
+    if not args["ddp"] and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("started by torchrun as several processes but without --ddp: add --ddp")
     for name, value in args.items():
         if name in POSITIVE and value is not None and not value > 0:
             raise ValueError(f"--{name} {value}: must be positive")
@@ -88,12 +94,17 @@ class StopSignal:
             os._exit(128 + number)
         self.number = number
 
+    def hear(self, elsewhere: float) -> None:
+        """A signal to one rank is a signal to all. Args: elsewhere: sum of the numbers of all ranks."""
+        self.number = self.number or (signal.SIGTERM if elsewhere else 0)
+
 
 def run(main: Callable[[], int]) -> None:
     """Run a script's main and turn its end into an exit code.
 
     A ValueError is the user's to mend: one line (per machine), exit code 2. A full disk, or gradients that are not
     finite any more: one line, exit code 1. MINIMIND_DEBUG=1 shows their tracebacks. Anything else keeps its own.
+    torchrun's summary names the rank whose error came first.
     """
     code = 1
     try:
@@ -108,11 +119,30 @@ def run(main: Callable[[], int]) -> None:
         if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
             print(f"error: {explain(error)}", file=sys.stderr, flush=True)
         code = 1 if isinstance(error, OSError | FloatingPointError) else 2
+        report(error, explain(error))
+    except Exception as error:
+        report(error, "".join(traceback.format_exception(error)))
+        raise
     finally:
+        if code == 1:
+            checkpoint.rescue()
         if dist.is_initialized() and code != 1:  # after a fault the others may wait inside a collective
             dist.destroy_process_group()
     sys.stdout.flush()
     sys.exit(code)
+
+
+def report(error: Exception, text: str) -> None:
+    """Leave the error where torchrun looks for it. Its summary shows the earliest, in whole seconds.
+
+    A rank that lost its connection fails in the same second as the one that broke it, hence the delay.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        lost = isinstance(error, RuntimeError) and re.search("onnection (closed|reset|refused)|Broken pipe", str(error))
+        when = int(time.time()) + (5 if lost else 0)
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            extra = {"py_callstack": text, "timestamp": str(when)}
+            json.dump({"message": {"message": text, "extraInfo": extra}}, file)
 
 
 def die_with_launcher(number: int = signal.SIGKILL) -> None:

@@ -1,10 +1,29 @@
-"""The replica alarm: ranks that must hold the same weights are compared now and then."""
+"""What must be the same everywhere: how the processes of a job were started, and the weights that several hold."""
+
+import socket
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from runtime.parallel import is_sharded, local, unwrap, world
+from runtime.parallel import gather_objects, is_sharded, local, unwrap, world
+
+
+def agree(same: dict[str, str]) -> None:
+    """Refuse to train with processes that are not about to do the same. Every rank calls it.
+
+    Args:
+        same: see `launch.fingerprint`.
+
+    Raises:
+        ValueError: on every rank; names the first difference and where it is.
+    """
+    everyone = gather_objects((socket.gethostname(), same))
+    for rank, (host, other) in enumerate(everyone):
+        for name, value in everyone[0][1].items():
+            if other.get(name) != value:
+                what = f"{name} is {other.get(name)} on rank {rank} ({host}) and {value} on rank 0 ({everyone[0][0]})"
+                raise ValueError(f"the processes of this job differ: {what}; start all nodes with the same of it")
 
 
 def check_replicas(model: nn.Module, step: int, every: int) -> None:

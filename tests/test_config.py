@@ -77,6 +77,10 @@ ENGINES = {
         "without": {"optimizer", "tensor_parallel", "context_parallel", "offload"},
         "with": {"strategy": ("str", ("auto", "ddp", "fsdp2", "deepspeed"))},
     },
+    "train_sft_lightning": {
+        "without": {"optimizer", "tensor_parallel", "context_parallel", "offload"},
+        "with": {"strategy": ("str", ("auto", "ddp", "model_parallel"))},
+    },
     "train_sft_pipeline": {
         "without": {"strategy", "context_parallel", "offload", "bucket_cap_mb"},
         "with": {"pipeline_parallel": ("int", None), "pipeline_schedule": ("str", ("gpipe", "1f1b", "interleaved"))},

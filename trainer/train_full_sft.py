@@ -12,7 +12,6 @@ import functools
 import math
 import os
 import random
-import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +29,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.optim import make_optimizer
-from runtime.replicas import check_replicas
+from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
 
 
@@ -39,8 +38,6 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     """Join the process group that torchrun describes in the environment; returns the device of this process."""
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
     if not args.ddp:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("started by torchrun as several processes but without --ddp: add --ddp")
         device = torch.device(("cuda:0" if cuda else "cpu") if args.device in ("auto", "cuda") else args.device)
     elif "RANK" in os.environ:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
@@ -156,7 +153,7 @@ def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocas
         if len(held_out) and (done or args.eval_interval and step % args.eval_interval == 0):
             rows = (held_out, args.batch_size, autocast, args.device)
             tracker.log({"step": step, "eval_loss": parallel.evaluate(sft_loss, model, dataset, *rows)})
-        stop.number = stop.number or (signal.SIGTERM if stopping else 0)  # a signal to one rank is a signal to all
+        stop.hear(stopping)
         check_replicas(model, step, args.replica_check)
         if stopping or done or args.save_interval and step % args.save_interval == 0:
             save()
@@ -226,7 +223,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
     output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
     output.add_argument("--report_to", nargs="+", choices=("none", "wandb", "tensorboard"), default=[], help="trackers")
-    return parser.parse_args(launch.config_to_argv(sys.argv[1:], vars(parser.parse_args([]))) + sys.argv[1:])
+    return parser.parse_args(launch.command_line(vars(parser.parse_args([]))))
 
 
 def main() -> int:
@@ -234,6 +231,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
+    agree(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, args.context_parallel, args.tensor_parallel, bool(args.offload))
     setup_seed(args.seed)
 
