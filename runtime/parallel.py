@@ -303,8 +303,8 @@ def evaluate(loss_of: Callable, model: nn.Module, dataset, rows, batch_size: int
             batch = dataset.collate([dataset[row] for row in mine], **row_split())
             total += loss_of(alone, *batch, device)[0].item()
     alone.train()
-    if is_fsdp(model):
-        model.reshard()
+    for module in filter(is_fsdp, model.modules()):  # zero2 keeps whole weights until a backward pass, here for ever
+        module.reshard()
     return sum_over_ranks(total)[0] / int(dataset.supervised[rows].sum())
 
 
