@@ -24,7 +24,8 @@ install() {  # REQUIREMENTS
     [ -x "$python" ] || python3 -m venv .venv
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip
     local code=0
-    "$python" -m pip install --disable-pip-version-check -r "$1" || code=$?
+    # DeepSpeed compiles what it needs when it needs it.
+    DS_BUILD_OPS=0 "$python" -m pip install --disable-pip-version-check -r "$1" || code=$?
     # Where pip itself gave up (no network, no such version) it has left .venv as it was: no need to begin again.
     [ "$code" -gt 128 ] || rm -f "$installing"
     [ "$code" -eq 0 ] || exit "$code"

@@ -1,0 +1,214 @@
+"""Accelerate as the engine: the curve of one process, resume, trackers, and its silent fall-backs refused."""
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, run_script, write_jsonl
+
+from runtime import accelerated
+
+accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install accelerate")
+from accelerate.commands import launch as launcher  # noqa: E402
+
+SFT, SCRIPT = "trainer/train_full_sft.py", "trainer/train_sft_accelerate.py"
+TINY = "--dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --device=cpu --max_seq_len=64 --from_weight=none".split()
+RUN = "--global_batch_size=8 --batch_size=2 --epochs=2 --learning_rate=3e-3 --eval_ratio=0.05 --log_interval=1".split()
+
+# Runs the script argv[1], counting the exchanges of gradients: DDP calls the hook with each of its buckets.
+COUNTING = """
+import runpy, sys
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+made, exchanges = DDP.__init__, []
+
+def hook(state, bucket):
+    exchanges.extend([1] if bucket.is_last() else [])
+    return allreduce_hook(None, bucket)
+
+def init(self, *args, **options):
+    made(self, *args, **options)
+    self.register_comm_hook(None, hook)
+
+DDP.__init__ = init
+del sys.argv[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(f"exchanged {len(exchanges)} times", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """Data with answers of very unequal length, the last window of an epoch shorter than the others."""
+    folder = tmp_path_factory.mktemp("accelerate")
+    turns = [(f"say it {n} times", "it " * (n * 7 % 40 + 1)) for n in range(1, 98)]
+    rows = [{"instruction": question, "input": "", "output": answer} for question, answer in turns]
+    data = write_jsonl(folder / "data.jsonl", rows)
+    return [*TINY, *RUN, f"--data_path={data}", f"--cache_dir={folder / 'cache'}"]
+
+
+@pytest.fixture(scope="module")
+def one(flags, tmp_path_factory) -> dict[str, Path]:
+    """--use_moe -> the run of one process without an engine."""
+    folders = {}
+    for use_moe in "01":
+        folders[use_moe] = tmp_path_factory.mktemp("one")
+        done = run_script(SFT, *flags, f"--use_moe={use_moe}", f"--out_dir={folders[use_moe]}")
+        assert done.returncode == 0, done.stderr
+    return folders
+
+
+def metrics(out: Path, key: str) -> dict[int, float]:
+    (path,) = out.glob("full_sft_32*/metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def check_same_run(out: Path, reference: Path) -> None:
+    """Losses, gradient norms and the evaluation agree, and the weights file is as plain as the other one."""
+    for key, tolerance in (("loss", 1e-5), ("aux_loss", 1e-5), ("grad_norm", 1e-4), ("eval_loss", 1e-5), ("lr", 0)):
+        assert metrics(out, key) == pytest.approx(metrics(reference, key), rel=tolerance), key
+    ours, theirs = (torch.load(next(f.glob("full_sft_32*.pth")), weights_only=True) for f in (out, reference))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert ours[name].dtype == torch.float32
+        assert (ours[name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
+def error_of(done) -> str:
+    """The one line of a refusal; what accelerate's launcher adds behind it is not ours."""
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and "step 1/" not in done.stdout
+    return line
+
+
+@pytest.mark.parametrize("use_moe", "01")
+def test_two_processes_give_the_curve_of_one(flags, one, tmp_path, use_moe):
+    """With two micro-batches in a step, and one exchange of gradients."""
+    driver = tmp_path / "counting.py"
+    driver.write_text(COUNTING)
+    trackers = ["--report_to", "tensorboard", "wandb"] if use_moe == "0" else []
+    job = ["--ddp", *flags, f"--use_moe={use_moe}", f"--out_dir={tmp_path}", *trackers]
+    done = run_script(driver, ROOT / SCRIPT, *job, nproc=2, env={"ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"exchanged {max(metrics(tmp_path, 'loss'))} times") == 2, done.stdout
+    assert " on 2 x cpu, ddp, float32, " in done.stdout
+    check_same_run(tmp_path, one[use_moe])
+    if trackers:
+        assert list(tmp_path.glob("full_sft_32/tensorboard/minimind/events.out.tfevents.*"))
+        assert list(tmp_path.glob("full_sft_32/wandb/offline-run-*"))
+        assert json.loads((tmp_path / "full_sft_32/args.json").read_text())["report_to"] == ["tensorboard", "wandb"]
+
+
+def test_signal_saves_and_another_number_of_processes_goes_on(flags, one, tmp_path, start_script):
+    job = [*flags, f"--out_dir={tmp_path}", "--save_interval=0", "--resume=auto"]
+    process = start_script(SCRIPT, *job)
+    path = tmp_path / "full_sft_32/metrics.jsonl"
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None, process.log.read_text()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, process.log.read_text()
+    step = max(metrics(tmp_path, "loss"))
+    assert [folder.name for folder in (tmp_path / "full_sft_32/checkpoints").iterdir()] == [f"step_{step:08d}"]
+    done = run_script(SCRIPT, "--ddp", *job, nproc=2)
+    assert done.returncode == 0 and f"behind step {step}" in done.stdout, done.stderr
+    check_same_run(tmp_path, one["0"])
+    refused = run_script(SFT, *job)
+    assert "the engine was Accelerate, ddp and is None" in error_of(refused)
+
+
+def test_resume_is_bit_identical_and_passes_over_a_torn_checkpoint(flags, tmp_path):
+    job = [*flags, "--dropout=0.1", "--save_interval=4", "--max_steps=8"]
+    assert run_script(SCRIPT, *job, f"--out_dir={tmp_path / 'whole'}").returncode == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+    torn = tmp_path / "torn/full_sft_32/checkpoints/step_00000008/engine/optimizer.bin"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    done = run_script(SCRIPT, *job, f"--out_dir={tmp_path / 'torn'}", "--resume=auto")
+    assert done.returncode == 0 and "behind step 4" in done.stdout and "step_00000008 is damaged" in done.stderr
+    assert metrics(tmp_path / "torn", "loss") == metrics(tmp_path / "whole", "loss")
+    ours, whole = (torch.load(tmp_path / name / "full_sft_32.pth", weights_only=True) for name in ("torn", "whole"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_deepspeed_by_its_configuration(flags, one, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
+    config = ["--config_file", ROOT / "configs/accelerate/deepspeed_zero2.yaml", "--num_processes", 2]
+    job = [ROOT / SCRIPT, "--ddp", *flags, f"--out_dir={tmp_path}"]
+    done = run_script(launcher.__file__, *config, "--main_process_port", 0, *job)
+    assert done.returncode == 0 and " on 2 x cpu, deepspeed, " in done.stdout, done.stderr
+    check_same_run(tmp_path, one["0"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What accelerate would do in silence
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_several_processes_that_became_one(flags, tmp_path):
+    options = ["--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = run_script(launcher.__file__, *options, ROOT / SCRIPT, *flags, f"--out_dir={tmp_path}")
+    assert "accelerate launch was asked for several processes and started one" in error_of(done)
+
+
+def test_fsdp_that_would_become_ddp(flags, tmp_path):
+    config = ["--config_file", ROOT / "configs/accelerate/fsdp2.yaml", "--num_processes", 2, "--main_process_port", 0]
+    done = run_script(launcher.__file__, *config, ROOT / SCRIPT, "--ddp", *flags, f"--out_dir={tmp_path}")
+    assert "configuration asks for FSDP2, on a CPU accelerate would make it DDP; without a GPU take" in error_of(done)
+
+
+REFUSED = {
+    "another strategy": ({}, {"strategy": "fsdp2"}, "--strategy fsdp2, but accelerate was started for ddp"),
+    "FSDP without --ddp": (
+        {"ACCELERATE_USE_FSDP": "true"},
+        {"ddp": False},
+        "asks for fsdp2, which shares .* add --ddp",
+    ),
+    "FSDP 1": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "write fsdp_version: 2"),
+    "Megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "this script has DDP, FSDP2 and DeepSpeed"),
+    "compile": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "take --compile 1"),
+    "accumulation": ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, {}, "--accumulation_steps says it"),
+    "precision": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"dtype": "float16"}, "launch says --mixed_precision bf16"),
+    "fp8": ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "accelerate launch says --mixed_precision fp8"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_starts(monkeypatch, case):
+    variables, given, said = REFUSED[case]
+    for name, value in ({"RANK": "0"} | variables).items():
+        monkeypatch.setenv(name, value)
+    args = {"ddp": True, "device": "cpu", "dtype": None, "strategy": "auto"} | given
+    with pytest.raises(ValueError, match=said):
+        accelerated.check_launch(SimpleNamespace(**args))
+
+
+@pytest.mark.parametrize("package", ["accelerate", "deepspeed"])
+def test_what_is_not_installed(monkeypatch, package):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"not installed; pip install {package}"):
+        accelerated.check_launch(SimpleNamespace(ddp=True, device="cpu", dtype=None, strategy="auto"))
+
+
+def test_launchers_precision_is_obeyed(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    args = SimpleNamespace(ddp=False, device="auto", dtype=None, strategy="auto")
+    accelerated.check_launch(args)
+    assert (args.device, args.dtype) == ("cpu", "bfloat16")
+
+
+def test_deepspeed_configuration_that_contradicts_the_flags():
+    args = SimpleNamespace(batch_size=4, grad_clip=1.0)
+    config = {"gradient_clipping": 0.5, "train_batch_size": "auto"}
+    with pytest.raises(ValueError, match="DeepSpeed configuration has gradient_clipping 0.5, the flags say 1.0"):
+        accelerated.fill_deepspeed(config, args)
