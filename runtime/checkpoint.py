@@ -87,7 +87,9 @@ def work() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_run(folder: Path, keep: int, model, optimizer, scaler, progress: dict, identity: dict) -> None:
+def save_run(
+    folder: Path, keep: int, model, optimizer, scaler, progress: dict, identity: dict, own_tensors: bool = False
+) -> None:
     """Begin to save a checkpoint of the whole run. Every rank calls it at the same step; `wait` says how it went.
 
     Rank 0 writes what all ranks have; where the strategy shards, every rank writes its own.
@@ -97,13 +99,15 @@ def save_run(folder: Path, keep: int, model, optimizer, scaler, progress: dict, 
         keep: checkpoints that stay.
         progress: counters, with `step`.
         identity: what `store.check_identity` compares at a resume.
+        own_tensors: ranks hold other tensors than rank 0, as in a pipeline; what several hold is written once.
 
     Raises:
         OSError: the save before this one failed.
     """
     wait()
     tensors = run_tensors(model, optimizer)
-    sharded = is_sharded(next(iter(tensors.values()))) or any(hasattr(part, "optim") for part in parts_of(optimizer))
+    sharded = own_tensors or is_sharded(next(iter(tensors.values())))
+    sharded = sharded or any(hasattr(part, "optim") for part in parts_of(optimizer))
     run = {"scaler": scaler.state_dict(), "progress": progress, "identity": identity}
     run = copy.deepcopy(run) | {"rng": gather_objects(rng_state())}
     if sharded and "group" not in _shared:  # of its own: training uses the default one meanwhile

@@ -274,9 +274,42 @@ def load_run(found: Path | None, engine) -> dict:
     """Put a checkpoint back into the engine and the generators; returns the counters, zeros for a new run."""
     if found is None:
         return checkpoint.load_run(None, engine, None, None)
-    engine.load_checkpoint(str(found), tag=TAG)
+    if engine.zero_nvme_offload_optimizer():
+        load_from_disks(engine, found)
+    else:
+        engine.load_checkpoint(str(found), tag=TAG)
     run = torch.load(found / "run.pt", map_location="cpu", weights_only=True)
     checkpoint.set_rng_state(run["rng"][world()[0]])
     if world()[0] == 0:
         print(f"resumed from {found} behind step {run['progress']['step']}", flush=True)
     return run["progress"]
+
+
+def load_from_disks(engine, found: Path) -> None:
+    """Put back a checkpoint of a run whose optimizer state is on NVMe.
+
+    DeepSpeed brings back the files of the disk alone, and reads none for state that no step has made yet; it forgets
+    how many steps were made, and all of a group of parameters that was too small for the disk.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0  # a step that makes the state and changes no weight
+    engine.set_gradient_accumulation_boundary(True)
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=engine.device)
+    out = engine(tokens, doc_lens=[2], logits_at=torch.arange(2, device=engine.device))
+    engine.backward((out.logits.sum() + out.aux_loss) * 0.0, scale_wrt_gas=False)
+    step(engine, 0.0)
+    engine.load_checkpoint(str(found), tag=TAG)
+    path = next((found / TAG).glob(f"*zero_pp_rank_{world()[0]}_*_optim_states.pt"))
+    saved = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]  # its hash was checked
+    flats, states = engine.optimizer.fp32_partitioned_groups_flat, saved["optimizer_state_dict"]["state"]
+    for number, (flat, its_weights) in enumerate(zip(flats, saved["fp32_flat_groups"], strict=True)):
+        state = engine.optimizer.optimizer.state[flat]
+        state["step"] = states[number]["step"]
+        if its_weights.numel():  # not on the disk
+            flat.data.copy_(its_weights.data)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key].copy_(states[number][key])
+    # From there into the weights that the model computes with: partitions, and what every rank has whole.
+    engine.optimizer.checkpoint_event_prologue()
+    engine.optimizer.reset_swap_buffers()
+    engine.optimizer.checkpoint_event_epilogue()

@@ -46,7 +46,8 @@ def command_line(defaults: dict) -> list[str]:
 
 
 POSITIVE = ("max_seq_len", "epochs", "batch_size", "accumulation_steps", "global_batch_size", "learning_rate",
-            "tensor_parallel", "context_parallel", "bucket_cap_mb", "save_total_limit", "log_interval")  # fmt: skip
+            "tensor_parallel", "context_parallel", "pipeline_parallel", "bucket_cap_mb", "save_total_limit",
+            "log_interval")  # fmt: skip
 NOT_NEGATIVE = ("max_steps", "warmup_ratio", "weight_decay", "grad_clip", "num_workers", "save_interval",
                 "replica_check", "eval_interval", "eval_ratio", "preview", "seed")  # fmt: skip
 

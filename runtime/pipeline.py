@@ -48,8 +48,8 @@ def make_mesh(device: torch.device, pipeline: int, tensor: int) -> DeviceMesh:
         remedy = f"torchrun --nproc_per_node {pipeline * tensor} ... --ddp, or a multiple of it"
         raise ValueError(f"{asked} {how}: {remedy}; one process alone takes --pipeline_parallel 1")
     if not dist.is_initialized():  # schedules ask for a process group, even where nothing travels
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
     parallel.make_mesh(device, "ddp", 1, tensor)
     shape = (pipeline, processes // (pipeline * tensor), tensor)
     return init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "data", "tensor"))

@@ -3,7 +3,6 @@
 import socket
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.parallel import gather_objects, is_sharded, local, unwrap, world
@@ -37,29 +36,24 @@ def check_replicas(model: nn.Module, step: int, every: int) -> None:
     """
     if world()[1] == 1 or not every or step % every:
         return
-    named = list(unwrap(model).named_parameters())
-    sums, parts = [], []
-    for _, p in named:
-        sums.append(local(p).detach().contiguous().view(torch.int32).sum(dtype=torch.int64))
+    names, parts, sums = [], [], []
+    for name, p in unwrap(model).named_parameters():
+        names.append(name)
         parts.append(shard_number(p))
-    mine = torch.stack([torch.stack(sums), torch.tensor(parts, device=sums[0].device)])  # (2, parameters)
-    if dist.get_backend() == "nccl":
-        mine = mine.to("cuda")
-    everyone = [torch.empty_like(mine) for _ in range(world()[1])]
-    dist.all_gather(everyone, mine)
-    found = torch.stack(everyone).cpu()  # (ranks, 2, parameters)
-    for index, (name, _) in enumerate(named):
-        of_part: dict[int, dict[int, list[int]]] = {}  # part -> sum of its bits -> ranks
-        for rank, (total, part) in enumerate(found[:, :, index].tolist()):
-            of_part.setdefault(part, {}).setdefault(total, []).append(rank)
-        for ranks_of in of_part.values():
-            most = max(ranks_of.values(), key=len)
-            odd = sorted(rank for ranks in ranks_of.values() if ranks is not most for rank in ranks)
-            if odd:
-                raise FloatingPointError(
-                    f"replicas differ at step {step}: {name} of rank {', '.join(map(str, odd))} is not that of rank "
-                    f"{most[0]}; the machine of that rank is suspect. Go on from the last checkpoint: --resume auto"
-                )
+        sums.append(local(p).detach().contiguous().view(torch.int32).sum(dtype=torch.int64))
+    mine = list(zip(names, parts, torch.stack(sums).tolist(), strict=True))
+    of_part: dict[tuple[str, int], dict[int, list[int]]] = {}  # name, part -> sum of its bits -> ranks
+    for rank, theirs in enumerate(gather_objects(mine)):  # in a pipeline ranks hold other tensors
+        for name, part, total in theirs:
+            of_part.setdefault((name, part), {}).setdefault(total, []).append(rank)
+    for (name, _), ranks_of in of_part.items():
+        most = max(ranks_of.values(), key=len)
+        odd = sorted(rank for ranks in ranks_of.values() if ranks is not most for rank in ranks)
+        if odd:
+            raise FloatingPointError(
+                f"replicas differ at step {step}: {name} of rank {', '.join(map(str, odd))} is not that of rank "
+                f"{most[0]}; the machine of that rank is suspect. Go on from the last checkpoint: --resume auto"
+            )
 
 
 def shard_number(p: Tensor) -> int:

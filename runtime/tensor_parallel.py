@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.func import functional_call
 
-from model.lm import Experts, LMConfig, MiniMindLM, MoE
+from model.lm import Experts, LMConfig, MiniMindLM, MoE, SwiGLU
 
 
 def check_sizes(config: LMConfig, tensor: int) -> None:
@@ -65,21 +65,20 @@ def split_layers(model: MiniMindLM, mesh: DeviceMesh) -> None:
     if model.config.use_moe:
         # All see all tokens, but through their own experts only: the gradient of the router is a sum, too.
         block |= {"mlp": GatherAndSum(), "mlp.gate": OwnTokens(), "mlp.experts": OwnExperts()}
-        shared = RowwiseParallel(output_layouts=Partial())
-        block |= {f"mlp.shared_expert.{name}": style for name, style in (mlp | {"down_proj": shared}).items()}
+        block["mlp.shared_expert"] = OwnColumns()
     else:
         block |= {"mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())}
         block |= {f"mlp.{name}": style for name, style in mlp.items()}
     plan = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), **leave), "model.norm": AllTokens()}
     plan["lm_head"] = ColwiseParallel(input_layouts=Replicate())
     for index in range(len(model.model.layers)):
-        present = {key: style for key, style in block.items() if "shared" not in key or model.config.n_shared_experts}
-        plan |= {f"model.layers.{index}.{name}": style for name, style in present.items()}
+        plan |= {f"model.layers.{index}.{name}": style for name, style in block.items()}
     # Behind the last block every rank needs the tokens whose logits are asked for.
     plan[f"model.layers.{index}"] = PrepareModuleOutput(
         output_layouts=(Shard(1), None), desired_output_layouts=(Replicate(), None)
     )
-    parallelize_module(model, mesh, plan)
+    here = dict(model.named_modules())  # shared experts are optional, and a stage of a pipeline has some layers only
+    parallelize_module(model, mesh, {name: style for name, style in plan.items() if name in here})
     if model.config.tie_embeddings:  # parallelize_module made two parameters of one
         model.lm_head.weight = model.model.embed_tokens.weight
 
@@ -130,6 +129,22 @@ class OwnExperts(ParallelStyle):
             return F.pad(out, (0, 0, start, len(x) - stop))
 
         module.forward = forward
+        return module
+
+
+class OwnColumns(ParallelStyle):
+    """A SwiGLU around which others sum: each rank computes some inner columns, for all tokens."""
+
+    def _apply(self, module: SwiGLU, mesh: DeviceMesh) -> nn.Module:
+        splits = {"gate_proj": Shard(0), "up_proj": Shard(0), "down_proj": Shard(1)}
+        own = compute_with(
+            module,
+            lambda: {f"{name}.weight": part_of(module.get_submodule(name).weight, at) for name, at in splits.items()},
+        )
+        for name, split in splits.items():
+            layer = module.get_submodule(name)
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [split]))
+        module.forward = own
         return module
 
 
