@@ -200,9 +200,10 @@ def whole_weights(engine) -> dict[str, Tensor]:
 def describe(engine, args) -> str:
     """Size and layout, in a line."""
     sizes = (getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    offload = "".join(f", {key} to {identity_of(args.deepspeed)[key]}" for key in OFFLOADS)
+    places = {key: place for key, place in identity_of(args.deepspeed).items() if key in OFFLOADS and place != "none"}
+    offload = "".join(f", {key} to {place}" for key, place in places.items())
     dtype = str(engine.get_data_types()[0]).removeprefix("torch.")
-    how = f"DeepSpeed ZeRO {engine.zero_optimization_stage()}{offload.replace(', offload_param to none', '')}"
+    how = f"DeepSpeed ZeRO {engine.zero_optimization_stage()}{offload}"
     return f"{sum(sizes):,} parameters on {world()[1]} x {args.device.type}, {how}, {dtype}"
 
 

@@ -109,7 +109,7 @@ def run(main: Callable[[], int]) -> None:
     """
     code = 1
     try:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:  # torchrun, or DeepSpeed's launcher
             die_with_launcher()
         code = main() or 0
     except KeyboardInterrupt:
