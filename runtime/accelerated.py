@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import deepspeed_engine, engine_store, parallel
+from runtime import checkpoint, deepspeed_engine, parallel
 from runtime.optim import make_optimizer
 from runtime.parallel import is_fsdp, world
 from runtime.tracking import Tracker, wandb_reachable
@@ -153,9 +153,8 @@ def prepare(accelerator, model: nn.Module, args) -> tuple:
     Raises:
         ValueError: the wrapper is not what was asked for.
     """
-    if args.compile:  # block by block: eight blocks of one shape are then compiled once
-        for block in model.model.layers:
-            block.compile(dynamic=True)
+    if args.compile:
+        parallel.compile_blocks(model)
     if asked_for(args.ddp) == "deepspeed":  # it looks for tensors in tuples, and finds none in a dataclass
         model.register_forward_hook(deepspeed_engine.as_pair)
     optimizer = make_optimizer(model, "adamw", args.learning_rate, args.weight_decay)
@@ -247,9 +246,10 @@ def log(accelerator, tracker: Tracker, metrics: dict) -> None:
 
 def load(accelerator, found: Path | None) -> dict:
     """Put a checkpoint back into what was prepared; returns the counters, zeros for a new run."""
-    if found is not None:
-        accelerator.load_state(str(found / "engine"))
-    return engine_store.load(found)
+    if found is None:
+        return checkpoint.new_run()
+    accelerator.load_state(str(found / "engine"))
+    return checkpoint.restore(found)
 
 
 def evaluation_loader(accelerator, rows: np.ndarray, batch_size: int) -> DataLoader | None:

@@ -121,11 +121,14 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if any(map(is_sharded, tensors.values())):
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-        stager = _shared.setdefault("stager", DefaultStager(StagingOptions(False, False, False, False)))
-        return stager.stage(tensors)
+        if "stager" not in _shared:
+            _shared["stager"] = DefaultStager(StagingOptions(False, False, False, False))
+        return _shared["stager"].stage(tensors)
     places = _shared.setdefault("places", {})
     for name, tensor in tensors.items():
-        places.setdefault(name, torch.empty_like(tensor, device="cpu")).copy_(tensor)
+        if name not in places:
+            places[name] = torch.empty_like(tensor, device="cpu")
+        places[name].copy_(tensor)
     return {name: places[name] for name in tensors}
 
 
@@ -155,9 +158,7 @@ def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict, group:
     except (OSError, RuntimeError, CheckpointException) as error:
         if first:
             store.clean(folder)
-        last = next((c.name for c in store.list_checkpoints(folder) if not store.fault(c)), "")
-        advice = f"{last} is intact: make room and go on with --resume auto" if last else "none was saved before"
-        raise OSError(f"cannot save the checkpoint of step {step} in {folder}: {reason(error)}; {advice}") from error
+        raise store.not_saved(folder, step, reason(error)) from error
 
 
 def reason(error: BaseException) -> str:
@@ -232,13 +233,11 @@ def find_run(folder: Path, source: str, identity: dict) -> Path | None:
 def load_run(found: Path | None, model, optimizer, scaler) -> dict:
     """Put a checkpoint back into the wrapped model, the optimizer, the scaler and the generators.
 
-    On another number of ranks the generators cannot be those of before; they then go on from the current seed.
-
     Returns:
         The counters that were saved; zeros for a new run.
     """
     if found is None:
-        return {"step": 0, "epoch": 0, "step_in_epoch": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
+        return new_run()
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.FileSystemReader(found)
@@ -252,8 +251,21 @@ def load_run(found: Path | None, model, optimizer, scaler) -> dict:
                 device = p.device if options.get("fused") else "cpu"
                 state[key] = torch.zeros(like.size, dtype=like.properties.dtype, device=device)
     dcp.load(run_tensors(model, optimizer), storage_reader=reader, no_dist=True)
+    return restore(found, scaler)
+
+
+def new_run() -> dict:
+    """The counters of a run before its first step."""
+    return {"step": 0, "epoch": 0, "step_in_epoch": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
+
+
+def restore(found: Path, scaler: torch.amp.GradScaler | None = None) -> dict:
+    """Put back what is small in a checkpoint, scaler and generators, and say so; returns the counters.
+
+    On another number of ranks the generators cannot be those of before; they then go on from the current seed.
+    """
     run = torch.load(found / "run.pt", map_location="cpu", weights_only=True)
-    if run["scaler"] and scaler.is_enabled():
+    if run.get("scaler") and scaler is not None and scaler.is_enabled():
         scaler.load_state_dict(run["scaler"])
     rank, world_size = world()
     if len(run["rng"]) == world_size:

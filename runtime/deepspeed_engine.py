@@ -254,11 +254,7 @@ def writer_of(path: Path) -> int:
 
 def seal(path: Path) -> dict:
     """Bring a file to the disk; its size and hash."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    store.flush(path)
     return store.describe(path)
 
 
@@ -274,16 +270,12 @@ def finish(engine, run_dir: Path) -> None:
 def load_run(found: Path | None, engine) -> dict:
     """Put a checkpoint back into the engine and the generators; returns the counters, zeros for a new run."""
     if found is None:
-        return checkpoint.load_run(None, engine, None, None)
+        return checkpoint.new_run()
     if engine.zero_nvme_offload_optimizer():
         load_from_disks(engine, found)
     else:
         engine.load_checkpoint(str(found), tag=TAG)
-    run = torch.load(found / "run.pt", map_location="cpu", weights_only=True)
-    checkpoint.set_rng_state(run["rng"][world()[0]])
-    if world()[0] == 0:
-        print(f"resumed from {found} behind step {run['progress']['step']}", flush=True)
-    return run["progress"]
+    return checkpoint.restore(found)
 
 
 def load_from_disks(engine, found: Path) -> None:

@@ -7,7 +7,6 @@
 An engine's files are read by that engine alone; the identity of the run names it.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,47 +54,14 @@ def save(
             store.save_file(building / "run.pt", run)
             files = {str(path.relative_to(building)): path for path in sorted(building.rglob("*")) if path.is_file()}
             for path in files.values():
-                flush(path)
+                store.flush(path)
             store.finish(building, step, {name: store.describe(path) for name, path in files.items()}, keep)
     except (OSError, RuntimeError, CheckpointException) as error:
         if first:
             store.clean(folder)
-        last = next((c.name for c in store.list_checkpoints(folder) if not store.fault(c)), "")
-        advice = f"{last} is intact: make room and go on with --resume auto" if last else "none was saved before"
-        problem = f"cannot save the checkpoint of step {step} in {folder}: {checkpoint.reason(error)}"
-        raise OSError(f"{problem}; {advice}") from error
-
-
-def load(found: Path | None, scaler: torch.amp.GradScaler | None = None) -> dict:
-    """Put back what is ours of a checkpoint: counters, scaler, generators. Its engine reads the rest.
-
-    On another number of ranks the generators cannot be those of before; they then go on from the current seed.
-
-    Returns:
-        The counters that were saved; zeros for a new run.
-    """
-    if found is None:
-        return checkpoint.load_run(None, None, None, None)
-    run = torch.load(found / "run.pt", map_location="cpu", weights_only=True)
-    if run["scaler"] and scaler is not None and scaler.is_enabled():
-        scaler.load_state_dict(run["scaler"])
-    rank, world_size = world()
-    if len(run["rng"]) == world_size:
-        checkpoint.set_rng_state(run["rng"][rank])
-    if rank == 0:
-        print(f"resumed from {found} behind step {run['progress']['step']}", flush=True)
-    return run["progress"]
+        raise store.not_saved(folder, step, checkpoint.reason(error)) from error
 
 
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def flush(path: Path) -> None:
-    """Bring to the disk what another program wrote."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

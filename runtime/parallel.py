@@ -119,7 +119,6 @@ def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
     zero2, zero3: FSDP2. Sharded are the blocks, and once more what is left: embedding, norm and head. zero2 gathers the
     weights once per forward and backward pass, zero3 lets go of them in between.
     With tensor parallelism there is always FSDP2 around it, for ddp with shards over a single rank.
-    Compiled block by block: eight blocks of one shape are then compiled once.
     Source: Li et al., PyTorch Distributed (2020); Rajbhandari et al., ZeRO (2020); Zhao et al., PyTorch FSDP (2023).
 
     Args:
@@ -131,8 +130,7 @@ def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
     """
     device, strategy = args.device, args.strategy
     if args.compile:
-        for block in model.model.layers:
-            block.compile(dynamic=True)
+        compile_blocks(model)
     if not dist.is_initialized():
         if strategy == "dp":
             print(WHY_NOT, flush=True)
@@ -173,6 +171,12 @@ def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
         fully_shard(block, mp_policy=policy, shard_placement_fn=split_experts, **options)
     # Embedding and head are gathered in float32: so the residual stream keeps it, as under autocast.
     return fully_shard(model, **options)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile block by block, for any length: eight blocks of one shape are then compiled once."""
+    for block in model.model.layers:
+        block.compile(dynamic=True)
 
 
 def describe(model: nn.Module, args, dtype: str) -> str:

@@ -50,7 +50,7 @@ def finish(building: Path, step: int, files: dict[str, dict], keep: int) -> Path
     if place.exists():  # an invalid one of a run before, or the same step saved again
         remove(place)
     os.rename(building, place)
-    sync_folder(folder)
+    flush(folder)
     # The one just written is good, so whatever goes now, a good one remains.
     for old in list_checkpoints(folder)[max(1, keep) :]:
         remove(old)
@@ -82,13 +82,20 @@ def save_file(path: Path, state: dict | str) -> None:
         with open(temporary, "wb") as file:
             write_state(state, file)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def not_saved(folder: Path, step: int, why: str) -> OSError:
+    """The error of a save that failed; says which checkpoint is still good."""
+    last = next((c.name for c in list_checkpoints(folder) if not fault(c)), "")
+    advice = f"{last} is intact: make room and go on with --resume auto" if last else "none was saved before"
+    return OSError(f"cannot save the checkpoint of step {step} in {folder}: {why}; {advice}")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -219,9 +226,9 @@ def clean(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Bring to the disk what another program wrote to a file, or the renames in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

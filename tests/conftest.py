@@ -1,12 +1,17 @@
 """What all tests share: running scripts as users do, tiny models, data, and the same randomness every time."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import random
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import uuid
 from pathlib import Path
 
@@ -151,6 +156,33 @@ def start_script(tmp_path):
         _kill_all(process)
 
 
+def on_a_terminal(script: str, *args) -> tuple[int, str]:
+    """Exit code of a script, and what it shows on a terminal of 150 columns."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
+    process = _start([script, *args], None, None, ROOT, False, stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    shown = b""
+    with contextlib.suppress(OSError):  # raised when the other end is closed
+        while block := os.read(leader, 4096):
+            shown += block
+    os.close(leader)
+    return process.wait(60), shown.decode()
+
+
+def wait_until(process: subprocess.Popen, condition) -> None:
+    """Wait for something that a started script does, and leave it the processor; the script must not end before."""
+    while not condition():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+            pytest.fail(f"ended with {process.returncode}: {process.log.read_text()}")
+
+
+def wait_for_steps(process: subprocess.Popen, out: Path, steps: int) -> None:
+    """Until the only run in the folder `out` has logged so many steps."""
+    wait_until(process, lambda: sum(p.read_bytes().count(b"\n") for p in out.glob("*/metrics.jsonl")) >= steps)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Models and data
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +250,23 @@ def job(tmp_path_factory):
 def curve(run: Path) -> list[dict]:
     """The lines of a run's metrics."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_same_run(run: Path, reference: Path, first: int = 1) -> None:
+    """The curve from step `first` on, evaluations and final weights of a run are those of the reference."""
+    exact, close = ("tokens", "supervised_tokens", "lr", "epoch"), ("loss", "grad_norm")
+    ours, expected = ({line["step"]: line for line in curve(path) if "loss" in line} for path in (run, reference))
+    assert [*ours] == [*range(first, max(expected) + 1)]
+    for step, line in ours.items():
+        assert [line[key] for key in exact] == [expected[step][key] for key in exact]
+        assert [line[key] for key in close] == pytest.approx([expected[step][key] for key in close], rel=1e-5), step
+        assert line["aux_loss"] == pytest.approx(expected[step]["aux_loss"], rel=1e-4), step
+    evaluations = [[line["eval_loss"] for line in curve(path) if "eval_loss" in line] for path in (run, reference)]
+    assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-5) and evaluations[0]
+    weights, wanted = (torch.load(f"{path}.pth", weights_only=True) for path in (run, reference))
+    assert weights.keys() == wanted.keys()
+    for name, value in weights.items():
+        assert value.dtype == torch.float32 and (value - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -9,16 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_script, write_jsonl
+from conftest import ROOT, check_same_run, curve, run_script, wait_for_steps, write_jsonl
 
 from runtime import accelerated
 
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install accelerate")
 from accelerate.commands import launch as launcher  # noqa: E402
 
-SFT, SCRIPT = "trainer/train_full_sft.py", "trainer/train_sft_accelerate.py"
+SFT, SCRIPT, NAME = "trainer/train_full_sft.py", "trainer/train_sft_accelerate.py", "full_sft_32_moe"
 TINY = "--dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --device=cpu --max_seq_len=64 --from_weight=none".split()
-RUN = "--global_batch_size=8 --batch_size=2 --epochs=2 --learning_rate=3e-3 --eval_ratio=0.05 --log_interval=1".split()
+RUN = "--use_moe=1 --global_batch_size=8 --batch_size=2 --epochs=2 --learning_rate=3e-3 --eval_ratio=0.05".split()
 
 # Runs the script argv[1], counting the exchanges of gradients: DDP calls the hook with each of its buckets.
 COUNTING = """
@@ -52,35 +52,20 @@ def flags(tmp_path_factory) -> list[str]:
     turns = [(f"say it {n} times", "it " * (n * 7 % 40 + 1)) for n in range(1, 98)]
     rows = [{"instruction": question, "input": "", "output": answer} for question, answer in turns]
     data = write_jsonl(folder / "data.jsonl", rows)
-    return [*TINY, *RUN, f"--data_path={data}", f"--cache_dir={folder / 'cache'}"]
+    return [*TINY, *RUN, "--log_interval=1", f"--data_path={data}", f"--cache_dir={folder / 'cache'}"]
 
 
 @pytest.fixture(scope="module")
-def one(flags, tmp_path_factory) -> dict[str, Path]:
-    """--use_moe -> the run of one process without an engine."""
-    folders = {}
-    for use_moe in "01":
-        folders[use_moe] = tmp_path_factory.mktemp("one")
-        done = run_script(SFT, *flags, f"--use_moe={use_moe}", f"--out_dir={folders[use_moe]}")
-        assert done.returncode == 0, done.stderr
-    return folders
+def one(flags, tmp_path_factory) -> Path:
+    """The run of one process without an engine."""
+    out = tmp_path_factory.mktemp("one")
+    done = run_script(SFT, *flags, f"--out_dir={out}")
+    assert done.returncode == 0, done.stderr
+    return out / NAME
 
 
 def metrics(out: Path, key: str) -> dict[int, float]:
-    (path,) = out.glob("full_sft_32*/metrics.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line["step"]: line[key] for line in lines if key in line}
-
-
-def check_same_run(out: Path, reference: Path) -> None:
-    """Losses, gradient norms and the evaluation agree, and the weights file is as plain as the other one."""
-    for key, tolerance in (("loss", 1e-5), ("aux_loss", 1e-5), ("grad_norm", 1e-4), ("eval_loss", 1e-5), ("lr", 0)):
-        assert metrics(out, key) == pytest.approx(metrics(reference, key), rel=tolerance), key
-    ours, theirs = (torch.load(next(f.glob("full_sft_32*.pth")), weights_only=True) for f in (out, reference))
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        assert ours[name].dtype == torch.float32
-        assert (ours[name] - weight).norm() <= 1e-4 * weight.norm(), name
+    return {line["step"]: line[key] for line in curve(out / NAME) if key in line}
 
 
 def error_of(done) -> str:
@@ -90,37 +75,32 @@ def error_of(done) -> str:
     return line
 
 
-@pytest.mark.parametrize("use_moe", "01")
-def test_two_processes_give_the_curve_of_one(flags, one, tmp_path, use_moe):
+def test_two_processes_give_the_curve_of_one(flags, one, tmp_path):
     """With two micro-batches in a step, and one exchange of gradients."""
     driver = tmp_path / "counting.py"
     driver.write_text(COUNTING)
-    trackers = ["--report_to", "tensorboard", "wandb"] if use_moe == "0" else []
-    job = ["--ddp", *flags, f"--use_moe={use_moe}", f"--out_dir={tmp_path}", *trackers]
+    job = ["--ddp", *flags, f"--out_dir={tmp_path}", "--report_to", "tensorboard", "wandb"]
     done = run_script(driver, ROOT / SCRIPT, *job, nproc=2, env={"ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"exchanged {max(metrics(tmp_path, 'loss'))} times") == 2, done.stdout
     assert " on 2 x cpu, ddp, float32, " in done.stdout
-    check_same_run(tmp_path, one[use_moe])
-    if trackers:
-        assert list(tmp_path.glob("full_sft_32/tensorboard/minimind/events.out.tfevents.*"))
-        assert list(tmp_path.glob("full_sft_32/wandb/offline-run-*"))
-        assert json.loads((tmp_path / "full_sft_32/args.json").read_text())["report_to"] == ["tensorboard", "wandb"]
+    check_same_run(tmp_path / NAME, one)
+    assert list((tmp_path / NAME).glob("tensorboard/minimind/events.out.tfevents.*"))
+    assert list((tmp_path / NAME).glob("wandb/offline-run-*"))
+    assert json.loads((tmp_path / NAME / "args.json").read_text())["report_to"] == ["tensorboard", "wandb"]
 
 
 def test_signal_saves_and_another_number_of_processes_goes_on(flags, one, tmp_path, start_script):
     job = [*flags, f"--out_dir={tmp_path}", "--save_interval=0", "--resume=auto"]
     process = start_script(SCRIPT, *job)
-    path = tmp_path / "full_sft_32/metrics.jsonl"
-    while not (path.exists() and path.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None, process.log.read_text()
+    wait_for_steps(process, tmp_path, 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143, process.log.read_text()
     step = max(metrics(tmp_path, "loss"))
-    assert [folder.name for folder in (tmp_path / "full_sft_32/checkpoints").iterdir()] == [f"step_{step:08d}"]
+    assert [folder.name for folder in (tmp_path / NAME / "checkpoints").iterdir()] == [f"step_{step:08d}"]
     done = run_script(SCRIPT, "--ddp", *job, nproc=2)
     assert done.returncode == 0 and f"behind step {step}" in done.stdout, done.stderr
-    check_same_run(tmp_path, one["0"])
+    check_same_run(tmp_path / NAME, one)
     refused = run_script(SFT, *job)
     assert "the engine was Accelerate, ddp and is None" in error_of(refused)
 
@@ -129,12 +109,12 @@ def test_resume_is_bit_identical_and_passes_over_a_torn_checkpoint(flags, tmp_pa
     job = [*flags, "--dropout=0.1", "--save_interval=4", "--max_steps=8"]
     assert run_script(SCRIPT, *job, f"--out_dir={tmp_path / 'whole'}").returncode == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "torn")
-    torn = tmp_path / "torn/full_sft_32/checkpoints/step_00000008/engine/optimizer.bin"
+    torn = tmp_path / "torn" / NAME / "checkpoints/step_00000008/engine/optimizer.bin"
     torn.write_bytes(torn.read_bytes()[:-100])
     done = run_script(SCRIPT, *job, f"--out_dir={tmp_path / 'torn'}", "--resume=auto")
     assert done.returncode == 0 and "behind step 4" in done.stdout and "step_00000008 is damaged" in done.stderr
     assert metrics(tmp_path / "torn", "loss") == metrics(tmp_path / "whole", "loss")
-    ours, whole = (torch.load(tmp_path / name / "full_sft_32.pth", weights_only=True) for name in ("torn", "whole"))
+    ours, whole = (torch.load(tmp_path / name / f"{NAME}.pth", weights_only=True) for name in ("torn", "whole"))
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
@@ -144,7 +124,7 @@ def test_deepspeed_by_its_configuration(flags, one, tmp_path):
     job = [ROOT / SCRIPT, "--ddp", *flags, f"--out_dir={tmp_path}"]
     done = run_script(launcher.__file__, *config, "--main_process_port", 0, *job)
     assert done.returncode == 0 and " on 2 x cpu, deepspeed, " in done.stdout, done.stderr
-    check_same_run(tmp_path, one["0"])
+    check_same_run(tmp_path / NAME, one)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

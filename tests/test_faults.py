@@ -27,8 +27,11 @@ def left_over(process) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-@pytest.mark.parametrize("phase", ["data", "model", "forward", "clip", "save"])
+CASES = [(phase, "ddp") for phase in ("data", "model", "forward", "clip", "save")]
+CASES += [(phase, "zero3") for phase in ("clip", "save")]
+
+
+@pytest.mark.parametrize("phase, strategy", CASES)
 def test_a_rank_that_raises_ends_the_job(flags, tmp_path, start_script, phase, strategy):
     job = ["trainer/train_full_sft.py", *flags, f"--out_dir={tmp_path}", f"--strategy={strategy}"]
     process = start_script("tests/sabotage.py", phase, "1", *job, nproc=2)

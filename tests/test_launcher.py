@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, chat, write_jsonl
+from conftest import ROOT, chat, wait_until, write_jsonl
 
 from scripts import run_distributed
 
@@ -156,8 +156,7 @@ def processes_of(process, rank: int) -> list[int]:
 
 def wait_for(process, text: str, times: int = 1) -> None:
     """Until the job has printed a text so often; it must not end before."""
-    while process.log.read_text().count(text) < times:
-        assert process.poll() is None, process.log.read_text()
+    wait_until(process, lambda: process.log.read_text().count(text) >= times)
 
 
 def test_a_rank_dies_and_a_signal_comes(start_script, work, tiny, tmp_path):

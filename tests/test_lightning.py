@@ -1,29 +1,22 @@
 """Lightning as the engine: the curve of one process by DDP and by its model-parallel strategy, resume, signals."""
 
-import fcntl
-import json
-import os
-import pty
 import shutil
 import signal
-import struct
-import subprocess
 import sys
-import termios
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_script, write_jsonl
+from conftest import ROOT, check_same_run, curve, on_a_terminal, run_script, wait_for_steps, write_jsonl
 
 from runtime import lightning_engine
 
 pytest.importorskip("lightning", reason="PyTorch Lightning is not installed: pip install lightning")
 
-SFT, SCRIPT = "trainer/train_full_sft.py", "trainer/train_sft_lightning.py"
+SFT, SCRIPT, NAME = "trainer/train_full_sft.py", "trainer/train_sft_lightning.py", "full_sft_32_moe"
 TINY = "--dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --device=cpu --max_seq_len=64 --from_weight=none".split()
-RUN = "--global_batch_size=8 --batch_size=2 --epochs=2 --learning_rate=3e-3 --eval_ratio=0.05 --log_interval=1".split()
+RUN = "--use_moe=1 --global_batch_size=8 --batch_size=2 --epochs=2 --learning_rate=3e-3 --eval_ratio=0.05".split()
 
 # Runs the script argv[1], counting the exchanges of gradients, by DDP and by FSDP2, per bucket or block.
 COUNTING = """
@@ -62,69 +55,51 @@ def flags(tmp_path_factory) -> list[str]:
     turns = [(f"say it {n} times", "it " * (n * 7 % 40 + 1)) for n in range(1, 98)]
     rows = [{"instruction": question, "input": "", "output": answer} for question, answer in turns]
     data = write_jsonl(folder / "data.jsonl", rows)
-    return [*TINY, *RUN, f"--data_path={data}", f"--cache_dir={folder / 'cache'}"]
+    return [*TINY, *RUN, "--log_interval=1", f"--data_path={data}", f"--cache_dir={folder / 'cache'}"]
 
 
 @pytest.fixture(scope="module")
-def one(flags, tmp_path_factory) -> dict[str, Path]:
-    """--use_moe -> the run of one process without an engine."""
-    folders = {}
-    for use_moe in "01":
-        folders[use_moe] = tmp_path_factory.mktemp("one")
-        done = run_script(SFT, *flags, f"--use_moe={use_moe}", f"--out_dir={folders[use_moe]}")
-        assert done.returncode == 0, done.stderr
-    return folders
+def one(flags, tmp_path_factory) -> Path:
+    """The run of one process without an engine."""
+    out = tmp_path_factory.mktemp("one")
+    done = run_script(SFT, *flags, f"--out_dir={out}")
+    assert done.returncode == 0, done.stderr
+    return out / NAME
 
 
 def metrics(out: Path, key: str) -> dict[int, float]:
-    (path,) = out.glob("full_sft_32*/metrics.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line["step"]: line[key] for line in lines if key in line}
+    return {line["step"]: line[key] for line in curve(out / NAME) if key in line}
 
 
-def check_same_run(out: Path, reference: Path) -> None:
-    """Losses, gradient norms and the evaluation agree, and the weights file is as plain as the other one."""
-    for key, tolerance in (("loss", 1e-5), ("aux_loss", 1e-5), ("grad_norm", 1e-4), ("eval_loss", 1e-5), ("lr", 0)):
-        assert metrics(out, key) == pytest.approx(metrics(reference, key), rel=tolerance), key
-    assert metrics(out, "epoch") == metrics(reference, "epoch")
-    ours, theirs = (torch.load(next(f.glob("full_sft_32*.pth")), weights_only=True) for f in (out, reference))
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        assert ours[name].dtype == torch.float32
-        assert (ours[name] - weight).norm() <= 1e-4 * weight.norm(), name
-
-
-@pytest.mark.parametrize("use_moe, strategy", [("0", "ddp"), ("1", "model_parallel")])
-def test_two_processes_give_the_curve_of_one(flags, one, tmp_path, use_moe, strategy):
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
+def test_two_processes_give_the_curve_of_one(flags, one, tmp_path, strategy):
     """With two micro-batches in a step, and one exchange of gradients: FSDP2 has one for each block and the rest."""
     driver = tmp_path / "counting.py"
     driver.write_text(COUNTING)
-    trackers = ["--report_to", "tensorboard", "wandb"] if (use_moe, strategy) == ("0", "ddp") else []
-    job = ["--ddp", *flags, f"--strategy={strategy}", f"--use_moe={use_moe}", f"--out_dir={tmp_path}", *trackers]
+    trackers = ["--report_to", "tensorboard", "wandb"] if strategy == "ddp" else []
+    job = ["--ddp", *flags, f"--strategy={strategy}", f"--out_dir={tmp_path}", *trackers]
     done = run_script(driver, ROOT / SCRIPT, *job, nproc=2)
     assert done.returncode == 0, done.stderr
     assert f" on 2 x cpu, {strategy}, float32, " in done.stdout
     steps, each = max(metrics(tmp_path, "loss")), 1 if strategy == "ddp" else 3
     assert done.stdout.count(f"exchanged {steps * each} times") == 2, done.stdout
-    check_same_run(tmp_path, one[use_moe])
+    check_same_run(tmp_path / NAME, one)
     if trackers:
-        assert list(tmp_path.glob("full_sft_32/tensorboard/events.out.tfevents.*"))
-        assert list(tmp_path.glob("full_sft_32/wandb/offline-run-*"))
+        assert list((tmp_path / NAME).glob("tensorboard/events.out.tfevents.*"))
+        assert list((tmp_path / NAME).glob("wandb/offline-run-*"))
 
 
 def test_signal_saves_and_another_number_of_processes_goes_on(flags, one, tmp_path, start_script):
     job = [*flags, f"--out_dir={tmp_path}", "--save_interval=0", "--resume=auto"]
     process = start_script(SCRIPT, *job)
-    path = tmp_path / "full_sft_32/metrics.jsonl"
-    while not (path.exists() and path.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None, process.log.read_text()
+    wait_for_steps(process, tmp_path, 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143, process.log.read_text()
     step = max(metrics(tmp_path, "loss"))
-    assert [folder.name for folder in (tmp_path / "full_sft_32/checkpoints").iterdir()] == [f"step_{step:08d}"]
+    assert [folder.name for folder in (tmp_path / NAME / "checkpoints").iterdir()] == [f"step_{step:08d}"]
     done = run_script(SCRIPT, "--ddp", *job, nproc=2)
     assert done.returncode == 0 and f"behind step {step}" in done.stdout, done.stderr
-    check_same_run(tmp_path, one["0"])
+    check_same_run(tmp_path / NAME, one)
 
 
 @pytest.mark.parametrize("nproc, strategy", [(None, "auto"), (2, "model_parallel")])
@@ -133,19 +108,21 @@ def test_resume_is_bit_identical_and_passes_over_a_torn_checkpoint(flags, tmp_pa
     job += ["--ddp"] if nproc else []
     assert run_script(SCRIPT, *job, f"--out_dir={tmp_path / 'whole'}", nproc=nproc).returncode == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "torn")
-    torn = tmp_path / "torn/full_sft_32/checkpoints/step_00000008/engine"
+    torn = tmp_path / "torn" / NAME / "checkpoints/step_00000008/engine"
     torn = next(torn.glob("*.distcp")) if nproc else torn
     torn.write_bytes(torn.read_bytes()[:-100])
     done = run_script(SCRIPT, *job, f"--out_dir={tmp_path / 'torn'}", "--resume=auto", nproc=nproc)
     assert done.returncode == 0 and "behind step 4" in done.stdout and "step_00000008 is damaged" in done.stderr
     assert metrics(tmp_path / "torn", "loss") == metrics(tmp_path / "whole", "loss")
-    ours, whole = (torch.load(tmp_path / name / "full_sft_32.pth", weights_only=True) for name in ("torn", "whole"))
+    ours, whole = (torch.load(tmp_path / name / f"{NAME}.pth", weights_only=True) for name in ("torn", "whole"))
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
-def test_finished_run_that_is_given_more_steps(flags, tmp_path):
+def test_a_run_on_a_terminal_and_a_finished_one_that_is_given_more_steps(flags, tmp_path):
     job = [*flags, f"--out_dir={tmp_path}", "--resume=auto"]
-    assert run_script(SCRIPT, *job, "--max_steps=3").returncode == 0
+    code, shown = on_a_terminal(SCRIPT, *job, "--max_steps=3")
+    assert code == 0, shown
+    assert "Epoch 0: 100%" in shown and "3/3" in shown and "loss=" in shown  # Lightning's progress bar
     done = run_script(SCRIPT, *job, "--max_steps=3")
     assert done.returncode == 0 and "finished" in done.stdout, done.stderr
     done = run_script(SCRIPT, *job, "--max_steps=5")
@@ -159,22 +136,6 @@ def test_float16_is_scaled_as_without_lightning(flags, tmp_path):
     for script in (SFT, SCRIPT):
         assert run_script(script, *job, f"--out_dir={tmp_path / script}").returncode == 0
     assert metrics(tmp_path / SCRIPT, "loss") == metrics(tmp_path / SFT, "loss")
-
-
-def test_its_progress_bar_is_on_a_terminal(flags, tmp_path):
-    here, there = pty.openpty()
-    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))  # without a width nothing is shown
-    command = [sys.executable, ROOT / SCRIPT, *flags, f"--out_dir={tmp_path}", "--max_steps=3"]
-    process = subprocess.Popen(command, stdout=there, stderr=subprocess.DEVNULL)
-    os.close(there)
-    shown = b""
-    try:
-        while part := os.read(here, 4096):
-            shown += part
-    except OSError:  # the other end is closed
-        pass
-    assert process.wait(60) == 0, shown.decode()
-    assert "Epoch 0: 100%" in shown.decode() and "3/3" in shown.decode() and "loss=" in shown.decode()
 
 
 def test_refused_before_anything_starts(monkeypatch):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RUN_FLAGS, _kill_all, conversations, curve, write_jsonl
+from conftest import ROOT, RUN_FLAGS, _kill_all, conversations, curve, wait_for_steps, wait_until, write_jsonl
 
 HOSTS = ("mm-test-a", "mm-test-b")
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
@@ -67,8 +67,7 @@ def launch(hosts, tmp_path_factory, tmp_path):
         _kill_all(node)
 
 
-def losses(folder: Path) -> list[float]:
-    run = next(path for path in folder.iterdir() if path.is_dir())
+def losses(run: Path) -> list[float]:
     return [line["loss"] for line in curve(run) if "loss" in line]
 
 
@@ -82,23 +81,14 @@ def sent_bytes() -> int:
     return int(ip("netns", "exec", HOSTS[0], "cat", f"/sys/class/net/{CABLES[0]}/statistics/tx_bytes").stdout)
 
 
-FLAGS = ["--max_steps=6", "--global_batch_size=8", "--batch_size=4", "--from_weight=none"]
-
-
-def test_two_hosts_train_the_curve_of_one_process(launch, job, tmp_path):
-    finish(launch(0, *FLAGS), launch(1, *FLAGS))
-    alone = job("alone", 90, *FLAGS)
-    assert losses(tmp_path) == pytest.approx([line["loss"] for line in curve(alone)], rel=1e-5)
+FLAGS = ["--batch_size=4", "--global_batch_size=8", "--max_steps=6", "--from_weight=none", "--save_interval=0"]
 
 
 def test_a_host_dies_and_comes_back(launch, tmp_path):
     flags = ["--max_steps=400", "--global_batch_size=2", "--batch_size=1", "--epochs=100", "--from_weight=none"]
     flags += ["--save_interval=5", "--resume=auto"]
     first, second = launch(0, *flags, restarts=3), launch(1, *flags, restarts=3)
-    checkpoints = None
-    while not checkpoints:  # until the run has something to go on from
-        assert first.poll() is None and second.poll() is None, first.log.read_text() + second.log.read_text()
-        checkpoints = [path for path in tmp_path.glob("*/checkpoints/step_*") if path.is_dir()]
+    wait_until(first, lambda: list(tmp_path.glob("*/checkpoints/step_*")))  # the run has something to go on from
     _kill_all(second)  # the power goes: launcher and worker at once
     again = launch(1, *flags, restarts=3)
     finish(first, again)
@@ -108,19 +98,19 @@ def test_a_host_dies_and_comes_back(launch, tmp_path):
     assert [line["step"] for line in curve(run)] == [*range(1, 401)]
 
 
-def test_a_slow_link_carries_gradients_once_per_step(launch, tmp_path):
+def test_two_hosts_train_the_curve_of_one_process_over_a_slow_link(launch, job, tmp_path):
     """20 Mbit/s, measured on the cable: four micro-batches a step send no more than one."""
     limit = ["netns", "exec", HOSTS[0], "tc", "qdisc", "replace", "dev", CABLES[0], "root", "tbf"]
     limit = ip(*limit, "rate", "20mbit", "burst", "64kb", "latency", "400ms")
     if limit.returncode:
         pytest.skip(f"the link cannot be slowed down: {limit.stderr.strip()}")
-    sent, steps = {}, 6
+    alone, sent, steps = losses(job("alone", 90, *FLAGS)), {}, 6
     for size in (1, 4):
-        flags = [f"--max_steps={steps}", f"--batch_size={4 // size}", f"--accumulation_steps={size}", "--drop_last=1"]
-        flags += ["--from_weight=none", "--save_interval=0", f"--save_weight=x{size}"]
+        flags = [*FLAGS[1:], f"--batch_size={4 // size}", f"--save_weight=x{size}"]
         before = sent_bytes()
         finish(launch(0, *flags), launch(1, *flags))
         sent[size] = sent_bytes() - before
+        assert losses(tmp_path / f"x{size}_32") == pytest.approx(alone, rel=1e-5)
     weights = 4 * sum(value.numel() for value in weights_of(tmp_path).values())
     # An all-reduce over two hosts sends the gradients once; the weights go over the cable once, at the start.
     assert steps * weights < sent[1] < 1.3 * (steps + 1) * weights
@@ -142,11 +132,10 @@ def test_hosts_with_other_flags_are_refused(launch):
 
 
 def test_interrupting_one_host_stops_both_with_a_checkpoint(launch, tmp_path):
-    flags = [*FLAGS, "--max_steps=5000", "--epochs=1000", "--save_interval=0"]
+    flags = [*FLAGS, "--max_steps=5000", "--epochs=1000"]
     nodes = [launch(0, *flags), launch(1, *flags)]
-    while not list(tmp_path.glob("*/metrics.jsonl")):
-        assert nodes[0].poll() is None, nodes[0].log.read_text()
+    wait_for_steps(nodes[0], tmp_path, 3)
     nodes[1].send_signal(signal.SIGTERM)
     for node in nodes:
         node.wait(90)
-    assert list(tmp_path.glob("*/checkpoints/step_*/manifest.json"))
+    assert list(tmp_path.glob("*/checkpoints/step_*/manifest.json")), "".join(node.log.read_text() for node in nodes)

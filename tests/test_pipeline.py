@@ -7,14 +7,13 @@ import subprocess
 
 import pytest
 import torch
-from conftest import RUN_FLAGS, checkpoint_tensors, curve
+from conftest import RUN_FLAGS, check_same_run, checkpoint_tensors, curve, wait_for_steps
 
 from model.lm import LMConfig, MiniMindLM
 from runtime import pipeline, store
 
 SCRIPT = "train_sft_pipeline"
-STEPS = 6
-FLAGS = ["--n_layers=4", f"--max_steps={STEPS}", "--global_batch_size=8", "--learning_rate=3e-3", "--from_weight=none"]
+FLAGS = ["--n_layers=4", "--max_steps=6", "--global_batch_size=8", "--learning_rate=3e-3", "--from_weight=none"]
 SAVES = ["--save_interval=3", "--save_total_limit=9", "--eval_ratio=0.1", "--replica_check=2"]
 MOE = "--use_moe=1 --n_shared_experts=1"
 UNPACKED = "--packing=0 --epochs=3 --max_seq_len=100"  # the last window of an epoch is shorter: micro-batches are empty
@@ -47,27 +46,9 @@ def runs(job):
     return run
 
 
-def check_run(run, reference, first: int = 1) -> None:
-    """The curve from step `first` on, evaluations and final weights are those of the reference."""
-    ours, expected = ({line["step"]: line for line in curve(path) if "loss" in line} for path in (run, reference))
-    assert [*ours] == [*range(first, STEPS + 1)]
-    for step, line in ours.items():
-        for key in ("tokens", "supervised_tokens", "lr", "epoch"):
-            assert line[key] == expected[step][key]
-        for key in ("loss", "grad_norm"):
-            assert line[key] == pytest.approx(expected[step][key], rel=1e-5), (step, key)
-        assert line["aux_loss"] == pytest.approx(expected[step]["aux_loss"], rel=1e-4)
-    evaluations = [[line["eval_loss"] for line in curve(path) if "eval_loss" in line] for path in (run, reference)]
-    assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-5) and evaluations[0]
-    weights, wanted = (torch.load(f"{path}.pth", weights_only=True) for path in (run, reference))
-    assert weights.keys() == wanted.keys()
-    for name, value in weights.items():
-        assert value.dtype == torch.float32 and (value - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_curve_and_weights_are_those_of_one_process(runs, name):
-    check_run(runs(name), runs(LAYOUTS[name][1]))
+    check_same_run(runs(name), runs(LAYOUTS[name][1]))
     processes, _, flags = LAYOUTS[name]
     assert f" on {processes or 1} x cpu, pipeline x " in (runs(name) / "training.log").read_text()
 
@@ -88,7 +69,7 @@ def test_a_run_goes_on_elsewhere(runs, job, before, after):
     script = SCRIPT if after in LAYOUTS else "train_full_sft"
     name = re.sub(r"\W+", "_", f"{before} to {after}")
     resumed = job(name, 90, *resume, *same.split(), *flags.split(), nproc=nproc, script=script)
-    check_run(resumed, runs(MOE), first=4)
+    check_same_run(resumed, runs(MOE), first=4)
     if before == after:
         losses = [[line["loss"] for line in curve(run) if "loss" in line] for run in (resumed, runs(before))]
         assert losses[0] == losses[1][3:]  # to the bit
@@ -98,9 +79,7 @@ def test_a_signal_to_one_rank_saves_on_all(job, tmp_path, start_script, run_scri
     flags = [*RUN_FLAGS, *FLAGS[:1], *FLAGS[2:], "--ddp", "--batch_size=1", "--save_interval=0", "--epochs=50"]
     flags += [f"--data_path={job.data[90]}", f"--cache_dir={job.folder / 'cache'}", f"--out_dir={tmp_path}"]
     process = start_script(f"trainer/{SCRIPT}.py", *flags, nproc=2)
-    metrics = tmp_path / "full_sft_32/metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
-        assert process.poll() is None, process.log.read_text()
+    wait_for_steps(process, tmp_path, 3)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     subprocess.run(["kill", f"-{signal.SIGTERM.value}", children[-1]], check=True)
     process.wait(60)
@@ -119,7 +98,7 @@ def test_one_gradient_exchange_per_step_whatever_the_accumulation(job, run_scrip
         done = run_script("tests/count_collectives.py", f"trainer/{SCRIPT}.py", *flags, nproc=2)
         assert done.returncode == 0, done.stderr
         (line,) = re.findall("^collectives (.*)", done.stdout, re.MULTILINE)
-        counts.append(json.loads(line)["gloo:all_reduce"])
+        counts.append(json.loads(line)["allreduce_"])
     assert counts[0] == counts[1] > 0
 
 
@@ -184,17 +163,9 @@ def test_processes_that_do_not_fit_are_refused(monkeypatch, processes, said):
         pipeline.make_mesh(torch.device("cpu"), 2, 1)
 
 
-@pytest.mark.parametrize(
-    "nproc, given, said",
-    [
-        (None, "--pipeline_parallel=0", "--pipeline_parallel 0: must be positive"),
-        (2, "--ddp --accumulation_steps=1", "--pipeline_schedule 1f1b --pipeline_parallel 2 needs at least 2 micro-"),
-    ],
-)
-def test_bad_flags_are_one_line(job, run_script, tmp_path, nproc, given, said):
+def test_bad_flags_are_one_line(job, run_script, tmp_path):
     flags = [*RUN_FLAGS, f"--data_path={job.data[8]}", f"--cache_dir={job.folder / 'cache'}", f"--out_dir={tmp_path}"]
-    done = run_script(f"trainer/{SCRIPT}.py", *flags, *given.split(), nproc=nproc)
+    done = run_script(f"trainer/{SCRIPT}.py", *flags, "--ddp", "--accumulation_steps=1", nproc=2)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert said in line
-    assert done.returncode == 2 if nproc is None else "exitcode  : 2" in done.stderr
-    assert not list(tmp_path.rglob("*.pth"))
+    assert "--pipeline_schedule 1f1b --pipeline_parallel 2 needs at least 2 micro-batches" in line
+    assert "exitcode  : 2" in done.stderr and not list(tmp_path.rglob("*.pth"))

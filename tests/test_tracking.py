@@ -1,16 +1,9 @@
 """What a run leaves for people to see."""
 
-import fcntl
 import json
-import os
-import pty
-import struct
-import subprocess
-import sys
-import termios
 
 import pytest
-from conftest import ROOT
+from conftest import on_a_terminal
 
 TINY = "--dim=32 --n_layers=1 --n_heads=2 --n_kv_heads=1 --max_seq_len=64 --device=cpu --batch_size=2".split()
 
@@ -55,17 +48,6 @@ def test_files_of_a_run(data, tmp_path, run_script):
 
 
 def test_a_terminal_gets_a_progress_bar(data, tmp_path):
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 150, 0, 0))
-    job = [sys.executable, ROOT / "trainer/train_full_sft.py", *flags(data, tmp_path / "out"), "--max_steps=3"]
-    process = subprocess.Popen([*job, "--log_interval=1"], stdout=follower, stderr=follower, stdin=subprocess.DEVNULL)
-    os.close(follower)
-    shown = b""
-    try:
-        while block := os.read(leader, 4096):
-            shown += block
-    except OSError:  # the other end was closed
-        pass
-    assert process.wait() == 0
-    text = shown.decode()
-    assert "3/3" in text and "sup_tok/s" in text and "loss=" in text, text
+    job = [*flags(data, tmp_path / "out"), "--max_steps=3", "--log_interval=1"]
+    code, text = on_a_terminal("trainer/train_full_sft.py", *job)
+    assert code == 0 and "3/3" in text and "sup_tok/s" in text and "loss=" in text, text

@@ -269,7 +269,7 @@ def main() -> int:
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
     setup_seed(args.seed + parallel.world()[0])  # one model everywhere, but dropout of its own on every rank
-    progress = engine_store.load(found, scaler)  # Lightning reads its file in step 6
+    progress = checkpoint.restore(found, scaler) if found else checkpoint.new_run()  # its own file it reads in step 6
 
     # 5. Tracking: our files, Lightning's progress bar, and its loggers for what --report_to names
     tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
