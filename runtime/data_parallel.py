@@ -1,7 +1,7 @@
 """nn.DataParallel for rows of documents, for the record: one process, all GPUs of a machine, no --ddp."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model.lm import LMOutput
 
@@ -18,6 +18,7 @@ class RowParallel(nn.DataParallel):
         """(X, ), {doc_lens, logits_at} -> the same for each GPU: some documents, and their share of logits_at."""
         (X,), lens, at = inputs, kwargs["doc_lens"], kwargs["logits_at"]
         parts = split_documents(lens, len(device_ids))
+        self.shares = [sum(part) / max(1, sum(lens)) for part in parts]  # of the tokens, for `gather`
         ends = torch.tensor([sum(part) for part in parts]).cumsum(0).tolist()
         ends[-1] = X.size(1)  # padding goes with the last
         args, options, start = [], [], 0
@@ -29,15 +30,10 @@ class RowParallel(nn.DataParallel):
         return args, options
 
     def gather(self, outputs: list[LMOutput], output_device: int) -> LMOutput:
-        """Logits one behind the other; the auxiliary loss, a mean over tokens, is weighted by them in `forward`."""
+        """Logits one behind the other; the auxiliary loss, a mean over tokens, is weighted by them."""
         logits = torch.cat([out.logits.to(output_device) for out in outputs])
         aux_loss = sum(out.aux_loss.to(output_device) * share for out, share in zip(outputs, self.shares, strict=True))
         return LMOutput(logits, aux_loss)
-
-    def forward(self, X: Tensor, doc_lens: list[int], logits_at: Tensor) -> LMOutput:
-        parts = split_documents(doc_lens, len(self.device_ids))
-        self.shares = [sum(part) / max(1, sum(doc_lens)) for part in parts]
-        return super().forward(X, doc_lens=doc_lens, logits_at=logits_at)
 
 
 def split_documents(lens: list[int], parts: int) -> list[list[int]]:

@@ -248,20 +248,22 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
+def clip_gradients(model: nn.Module, max_norm: float, copies: list[int] | None = None) -> float:
     """Scale gradients in place to a global norm of at most max_norm (0: no limit); returns the norm before.
 
+    `copies`: for each parameter the processes that hold the same part of it; by default as it is sharded.
     Source: Pascanu et al., On the difficulty of training recurrent neural networks (2013), algorithm 1.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [local(p.grad) for p in parameters]
     # In float64: in float32 the norm of a large tensor is off by 1e-4, and not by the same in every layout.
     squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)) ** 2
-    if is_sharded(parameters[0]):
-        shares = torch.tensor([1 / holders(p) for p in parameters], dtype=torch.float64)
-        norm = sum_over_world((squares * shares.to(squares.device)).sum())[0] ** 0.5
-    else:  # the same on every rank
+    if copies is None and is_sharded(parameters[0]):
+        copies = [holders(p) for p in parameters]
+    if copies is None:  # the same on every rank
         norm = squares.sum().item() ** 0.5
+    else:
+        norm = sum_over_world((squares / torch.tensor(copies, device=squares.device)).sum())[0] ** 0.5
     scale = max_norm / (norm + 1e-6) if max_norm else 1.0
     if scale < 1.0:  # never for a norm that is not finite
         torch._foreach_mul_(gradients, scale)

@@ -277,20 +277,6 @@ class Pipeline:
         if self.tied_group is not None:
             dist.all_reduce(local(self.module.model.embed_tokens.weight.grad), group=self.tied_group)
 
-    def clip_gradients(self, max_norm: float) -> float:
-        """Scale gradients in place to a global norm of at most max_norm (0: no limit); returns the norm before.
-
-        Source: as `parallel.clip_gradients`.
-        """
-        gradients = [local(p.grad) for p in self.module.parameters()]
-        squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)) ** 2
-        squares = squares / torch.tensor(self.copies, device=squares.device)  # what several ranks hold counts once
-        norm = parallel.sum_over_world(squares.sum())[0] ** 0.5
-        scale = max_norm / (norm + 1e-6) if max_norm else 1.0
-        if scale < 1.0:  # never for a norm that is not finite
-            torch._foreach_mul_(gradients, scale)
-        return norm
-
     @torch.no_grad()
     def evaluate(self, loss_of: Callable, dataset, rows, batch_size: int) -> float:
         """As `parallel.evaluate`."""

@@ -32,7 +32,8 @@ from model.lm import LMConfig, MiniMindLM
 from runtime import launch, link, memory
 from runtime.scaling import Load, Machine, flops_per_token, step_cost
 from runtime.tensor_parallel import check_sizes
-from scripts.prepare_data import STAGES, open_data, stage_args
+from scripts.preflight import stage_flags
+from scripts.prepare_data import STAGES, open_data
 
 # From the vendors' data sheets: memory in GiB, dense bfloat16 TFLOPS, GB/s one way between the devices of a machine
 # (NVLink or PCIe), and Gbit/s of the network of a usual machine of 8.
@@ -159,7 +160,7 @@ def parse_args() -> tuple[argparse.Namespace, argparse.Namespace]:
             least = 0 if name in ("overlap", "latency_us") else 1 if isinstance(value, int) else 1e-9
             if not least <= value <= (1 if share else math.inf) or value == math.inf:
                 raise ValueError(f"--{name} {value}: must be {'a share up to 1' if share else 'positive'}")
-    args = stage_args(own.stage, rest)
+    args = stage_flags(Path(f"trainer/{STAGES[own.stage][0]}.py"), rest)
     sharers = args.tensor_parallel * args.context_parallel
     for count, name in ((own.nodes, "--nodes"), (sharers, "--tensor_parallel x --context_parallel")):
         if own.devices % count:

@@ -55,7 +55,11 @@ def check_engine(engine: str) -> None:
 
 
 def stage_flags(script: Path, argv: list[str]) -> argparse.Namespace:
-    """The flags of a stage script as its processes will see them, checked."""
+    """The flags of a stage script, --config included, as its processes will see them, checked.
+
+    Raises:
+        ValueError: an unknown flag, or a value that makes no sense.
+    """
     given, sys.argv = sys.argv, [str(script), *argv]
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the processes will say it

@@ -9,9 +9,6 @@ are fine: on shared storage the first one builds; with --per_node 1 the first on
 """
 
 import argparse
-import contextlib
-import importlib
-import io
 import os
 import sys
 import time
@@ -22,28 +19,11 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import CACHE_DIR, CachedDataset, PretrainDataset, SFTDataset, describe, load_tokenizer
 from runtime import launch
+from scripts.preflight import stage_flags
 
 STAGES = {"pretrain": ("train_pretrain", PretrainDataset), "sft": ("train_full_sft", SFTDataset)}
 ENGINES = {f"sft_{engine}": (f"train_sft_{engine}", SFTDataset)  # whose configurations the plain script refuses
            for engine in ("deepspeed", "accelerate", "lightning", "pipeline")}  # fmt: skip
-
-
-def stage_args(stage: str, argv: list[str]) -> argparse.Namespace:
-    """The flags of a stage as its training script reads them, --config included.
-
-    Raises:
-        ValueError: an unknown flag, or a value that makes no sense.
-    """
-    name = (STAGES | ENGINES)[stage][0]
-    script = importlib.import_module(f"trainer.{name}")
-    own, sys.argv = sys.argv, [f"trainer/{name}.py", *argv]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # notes on a run that is not started here
-            args = script.parse_args()
-    finally:
-        sys.argv = own
-    launch.check_flags(vars(args) | {"ddp": True})  # nothing is trained here
-    return args
 
 
 def open_data(stage: str, args: argparse.Namespace) -> CachedDataset:
@@ -61,7 +41,7 @@ def main() -> int:
     parser.add_argument("--stage", choices=STAGES | ENGINES, default="sft", help="whose script reads the data")
     parser.add_argument("--per_node", type=int, choices=(0, 1), default=0, help="1: --cache_dir is local to a machine")
     own, rest = parser.parse_known_args()
-    args = stage_args(own.stage, rest)
+    args = stage_flags(Path(f"trainer/{(STAGES | ENGINES)[own.stage][0]}.py"), rest)
 
     # One builds; the others have nothing to wait for here: training itself waits for a cache that is being built.
     torchrun, slurm = ("LOCAL_RANK", "SLURM_LOCALID") if own.per_node else ("RANK", "SLURM_PROCID")

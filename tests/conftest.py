@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -232,16 +233,23 @@ def conversations(count: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """train(name, rows, *flags, nproc=) -> the run's folder; the runs of a file share data and cache."""
+    """train(name, rows, *flags, nproc=) -> the run's folder; the runs of a file share data and cache.
+
+    With count=True the collectives that rank 0 called are counted, in collectives.json of that folder.
+    """
     folder = tmp_path_factory.mktemp("job")
     data = {count: write_jsonl(folder / f"{count}.jsonl", conversations(count)) for count in (8, 90)}
 
-    def train(name: str, rows: int, *flags: str, nproc: int | None = None, script: str = "train_full_sft"):
+    def train(name: str, rows: int, *flags: str, nproc: int | None = None, script="train_full_sft", count=False):
         out = folder / name
         fixed = [*RUN_FLAGS, f"--data_path={data[rows]}", f"--cache_dir={folder / 'cache'}", f"--out_dir={out}"]
-        done = run_script(f"trainer/{script}.py", *fixed, *flags, *(["--ddp"] if nproc else []), nproc=nproc)
+        words = [*(["tests/count_collectives.py"] if count else []), f"trainer/{script}.py", *fixed, *flags]
+        done = run_script(*words, *(["--ddp"] if nproc else []), nproc=nproc)
         assert done.returncode == 0, done.stdout + done.stderr
-        return next(path for path in out.iterdir() if path.is_dir())
+        run = next(path for path in out.iterdir() if path.is_dir())
+        if count:
+            (run / "collectives.json").write_text(re.search("^collectives (.*)", done.stdout, re.MULTILINE)[1])
+        return run
 
     train.folder, train.data = folder, data
     return train

@@ -22,8 +22,11 @@ UNPACKED = "--packing=0 --epochs=3 --max_seq_len=100"  # the last window of an e
 LAYOUTS = {
     "alone": (None, MOE, "--pipeline_parallel=1 --batch_size=2"),
     "gpipe": (2, MOE, "--pipeline_schedule=gpipe --batch_size=3"),
-    "1f1b": (2, "", "--pipeline_schedule=1f1b --batch_size=2 --gradient_checkpointing=1"),
-    "three stages": (3, UNPACKED, "--pipeline_parallel=3 --batch_size=2 --num_workers=1"),
+    "three stages, 1f1b": (
+        3,
+        UNPACKED,
+        "--pipeline_parallel=3 --batch_size=2 --num_workers=1 --pipeline_schedule=1f1b --gradient_checkpointing=1",
+    ),
     "interleaved x data": (4, MOE, "--pipeline_schedule=interleaved --batch_size=2"),
     "tensor": (4, MOE, "--tensor_parallel=2 --batch_size=2"),
 }
@@ -40,7 +43,7 @@ def runs(job):
         if name not in done:
             folder = re.sub(r"\W+", "_", name) or "dense"
             given = [*FLAGS, *SAVES, *same.split(), *flags.split()]
-            done[name] = job(folder, 90, *given, nproc=nproc, script=script)
+            done[name] = job(folder, 90, *given, nproc=nproc, script=script, count=name == "interleaved x data")
         return done[name]
 
     return run
@@ -88,18 +91,12 @@ def test_a_signal_to_one_rank_saves_on_all(job, tmp_path, start_script, run_scri
     assert store.fault(saved) == "" and "exitcode  : 143" in process.log.read_text()
 
 
-def test_one_gradient_exchange_per_step_whatever_the_accumulation(job, run_script):
-    counts = []
-    for accumulation in (1, 4):
-        flags = [*RUN_FLAGS, f"--data_path={job.data[90]}", f"--cache_dir={job.folder / 'cache'}", "--ddp"]
-        flags += ["--max_steps=3", "--from_weight=none", "--save_interval=0", "--pipeline_parallel=1", "--packing=0"]
-        flags += [f"--batch_size={4 // accumulation}", f"--accumulation_steps={accumulation}"]
-        flags += [f"--out_dir={job.folder / f'count_{accumulation}'}"]
-        done = run_script("tests/count_collectives.py", f"trainer/{SCRIPT}.py", *flags, nproc=2)
-        assert done.returncode == 0, done.stderr
-        (line,) = re.findall("^collectives (.*)", done.stdout, re.MULTILINE)
-        counts.append(json.loads(line)["allreduce_"])
-    assert counts[0] == counts[1] > 0
+def test_one_gradient_exchange_per_step_whatever_the_accumulation(runs):
+    """Six steps of two micro-batches. Rank 0 holds two blocks of 14 tensors, and the embedding, which is tied to the
+    head of the last stage; loss and norm are a message each, and so is the evaluation.
+    """
+    counts = json.loads((runs("interleaved x data") / "collectives.json").read_text())
+    assert counts["allreduce_"] == 6 * (2 * 14 + 1 + 1 + 2) + 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, tracker
 
         # 3. Clip and step. All ranks hold the same numbers here, so all of them step or all of them skip.
         scaler.unscale_(optimizer)
-        grad_norm = model.clip_gradients(args.grad_clip)
+        grad_norm = parallel.clip_gradients(model.module, args.grad_clip, model.copies)
         loss, aux_loss, stopping = parallel.sum_over_ranks(window_loss, window_aux, float(stop.number))
         finite = math.isfinite(loss + aux_loss + grad_norm)
         if finite:
