@@ -35,7 +35,7 @@ class Context:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def attend(self, q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
         """Causal attention inside each document of the row.
 

@@ -1,37 +1,26 @@
 """What all tests share: running scripts as users do, tiny models, data, and the same randomness every time."""
 
-import contextlib
-import fcntl
 import json
 import os
-import pty
 import random
 import re
-import signal
-import struct
 import subprocess
-import sys
 import tempfile
-import termios
-import uuid
 from pathlib import Path
 
 # Before torch and transformers are imported: in the tests' own process too, nothing asks a network.
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from running import ROOT, kill_all, run_ranks, run_script, start
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dataset import lm_dataset
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
-
-# What torchrun sets, and must not reach a script that a test starts without torchrun.
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # The same examples in every run, and no time limit per example: the machine may be busy.
 hypothesis.settings.register_profile(
@@ -49,87 +38,6 @@ hypothesis.settings.load_profile("suite")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _start(args, env, nproc, cwd, gpu, **streams) -> subprocess.Popen:
-    script, *rest = map(str, args)
-    command = [sys.executable]
-    if nproc is not None:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-    command += [str(ROOT / script), *rest]
-
-    tag = uuid.uuid4().hex
-    variables = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    variables.update(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", MINIMIND_TEST_TAG=tag)
-    if not gpu:
-        variables["CUDA_VISIBLE_DEVICES"] = ""
-    for name, value in (env or {}).items():
-        if value is None:
-            variables.pop(name, None)
-        else:
-            variables[name] = str(value)
-
-    process = subprocess.Popen(command, cwd=cwd, env=variables, start_new_session=True, **streams)
-    process.tag = tag
-    return process
-
-
-def _kill_all(process: subprocess.Popen) -> None:
-    """Kill a script and everything it started that still runs.
-
-    torchrun gives each rank a session of its own, so the process group is not enough: whoever carries the tag of
-    `process` in its environment belongs to it.
-    """
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    mark = f"MINIMIND_TEST_TAG={process.tag}".encode()
-    found = True
-    while found:  # until nothing is left that could have started another one meanwhile
-        found = False
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (folder / "environ").read_bytes():
-                    os.kill(int(folder.name), signal.SIGKILL)
-                    found = True
-            except OSError:  # gone meanwhile, or not ours
-                pass
-    process.wait()
-
-
-def run_script(*args, timeout=120, env=None, nproc=None, cwd=ROOT, stdin="", gpu=False) -> subprocess.CompletedProcess:
-    """Run a project script to its end, with one thread per process and without a network.
-
-    Args:
-        args: the script (relative to the repository, or absolute) and its arguments.
-        timeout: seconds; after that the test fails and shows what the script printed.
-        env: variables set on top of the environment; None takes one away.
-        nproc: run under torchrun with so many processes.
-        cwd: the folder it is started in.
-        stdin: what it reads there.
-        gpu: let it see the GPU.
-
-    Returns:
-        An object with returncode, stdout and stderr (text).
-    """
-    # Files, not pipes: a process that the script leaves behind would keep a pipe open and the test waiting.
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        given.write(stdin.encode())
-        given.seek(0)
-        process = _start(args, env, nproc, cwd, gpu, stdin=given, stdout=out, stderr=err)
-        try:
-            process.wait(timeout)
-            timed_out = False
-        except subprocess.TimeoutExpired:
-            timed_out = True
-        finally:
-            _kill_all(process)
-        out.seek(0)
-        err.seek(0)
-        stdout, stderr = (file.read().decode("utf-8", errors="replace") for file in (out, err))
-    if timed_out:
-        command = " ".join(process.args[1:])
-        pytest.fail(f"no end after {timeout} s: {command}\n{stdout[-3000:]}\n--- stderr\n{stderr[-3000:]}")
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
 @pytest.fixture(name="run_script", scope="session")
 def _run_script():
     return run_script
@@ -143,45 +51,18 @@ def start_script(tmp_path):
     """
     started = []
 
-    def start(*args, env=None, nproc=None, cwd=ROOT, gpu=False) -> subprocess.Popen:
+    def start_one(*args, env=None, nproc=None, cwd=ROOT, gpu=False) -> subprocess.Popen:
         log = tmp_path / f"script_{len(started)}.log"
         with open(log, "wb") as output:
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-            process = _start(args, env, nproc, cwd, gpu, **streams)
+            process = start(args, env, nproc, cwd, gpu, **streams)
         process.log = log
         started.append(process)
         return process
 
-    yield start
+    yield start_one
     for process in started:
-        _kill_all(process)
-
-
-def on_a_terminal(script: str, *args) -> tuple[int, str]:
-    """Exit code of a script, and what it shows on a terminal of 150 columns."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
-    process = _start([script, *args], None, None, ROOT, False, stdin=follower, stdout=follower, stderr=follower)
-    os.close(follower)
-    shown = b""
-    with contextlib.suppress(OSError):  # raised when the other end is closed
-        while block := os.read(leader, 4096):
-            shown += block
-    os.close(leader)
-    return process.wait(60), shown.decode()
-
-
-def wait_until(process: subprocess.Popen, condition) -> None:
-    """Wait for something that a started script does, and leave it the processor; the script must not end before."""
-    while not condition():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.1)
-            pytest.fail(f"ended with {process.returncode}: {process.log.read_text()}")
-
-
-def wait_for_steps(process: subprocess.Popen, out: Path, steps: int) -> None:
-    """Until the only run in the folder `out` has logged so many steps."""
-    wait_until(process, lambda: sum(p.read_bytes().count(b"\n") for p in out.glob("*/metrics.jsonl")) >= steps)
+        kill_all(process)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,11 +125,10 @@ def job(tmp_path_factory):
         out = folder / name
         fixed = [*RUN_FLAGS, f"--data_path={data[rows]}", f"--cache_dir={folder / 'cache'}", f"--out_dir={out}"]
         words = [*(["tests/count_collectives.py"] if count else []), f"trainer/{script}.py", *fixed, *flags]
-        done = run_script(*words, *(["--ddp"] if nproc else []), nproc=nproc)
-        assert done.returncode == 0, done.stdout + done.stderr
+        printed = run_ranks(*words, *(["--ddp"] if nproc else []), nproc=nproc)
         run = next(path for path in out.iterdir() if path.is_dir())
         if count:
-            (run / "collectives.json").write_text(re.search("^collectives (.*)", done.stdout, re.MULTILINE)[1])
+            (run / "collectives.json").write_text(re.search("^collectives (.*)", printed, re.MULTILINE)[1])
         return run
 
     train.folder, train.data = folder, data

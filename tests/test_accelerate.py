@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, check_same_run, curve, run_script, wait_for_steps, write_jsonl
+from conftest import check_same_run, curve, write_jsonl
+from running import ROOT, run_script, wait_for_steps
 
 from runtime import accelerated
 

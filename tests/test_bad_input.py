@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCHER_VARIABLES, ROOT, write_jsonl
+from conftest import write_jsonl
+from running import LAUNCHER_VARIABLES, ROOT
 
 from model.lm import LMConfig, MiniMindLM
 
@@ -37,10 +38,9 @@ for name, script, argv, hidden in json.load(sys.stdin):
             code = exit.code
         except BaseException as error:
             code = repr(error)
-    for module, value in saved.items():
+    for module in hidden:
         sys.modules.pop(module)
-        if value is not None:
-            sys.modules[module] = value
+    sys.modules.update((module, value) for module, value in saved.items() if value)
     results[name] = [code, out.getvalue(), err.getvalue()]
 json.dump(results, open(RESULTS, "w"))
 """

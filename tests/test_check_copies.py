@@ -5,7 +5,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ROOT
+from running import ROOT
 
 PRETRAIN = '''
     """A stage."""

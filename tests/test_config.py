@@ -5,7 +5,7 @@ import importlib
 import sys
 
 import pytest
-from conftest import ROOT
+from running import ROOT
 
 from runtime.config import ALIASES, FIXED, KNOWN, config_to_argv
 from runtime.launch import check_flags

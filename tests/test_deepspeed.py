@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, chat, run_script, write_jsonl
+from conftest import chat, write_jsonl
+from running import ROOT, run_script
 
 pytest.importorskip("deepspeed", reason="needs: DS_BUILD_OPS=0 pip install deepspeed")
 

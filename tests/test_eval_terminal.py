@@ -10,7 +10,7 @@ import sys
 import time
 
 import test_eval_model
-from conftest import ROOT
+from running import ROOT
 from test_eval_model import FACTS, SCRIPT, SHAPE, save
 
 from model.lm import LMConfig, MiniMindLM

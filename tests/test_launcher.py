@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, chat, wait_until, write_jsonl
+from conftest import chat, write_jsonl
+from running import ROOT, wait_until
 
 from scripts import run_distributed
 

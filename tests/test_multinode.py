@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RUN_FLAGS, _kill_all, conversations, curve, wait_for_steps, wait_until, write_jsonl
+from conftest import RUN_FLAGS, conversations, curve, write_jsonl
+from running import ROOT, kill_all, wait_for_steps, wait_until
 
 HOSTS = ("mm-test-a", "mm-test-b")
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
@@ -64,7 +65,7 @@ def launch(hosts, tmp_path_factory, tmp_path):
 
     yield launch
     for node in started:
-        _kill_all(node)
+        kill_all(node)
 
 
 def losses(run: Path) -> list[float]:
@@ -89,7 +90,7 @@ def test_a_host_dies_and_comes_back(launch, tmp_path):
     flags += ["--save_interval=5", "--resume=auto"]
     first, second = launch(0, *flags, restarts=3), launch(1, *flags, restarts=3)
     wait_until(first, lambda: list(tmp_path.glob("*/checkpoints/step_*")))  # the run has something to go on from
-    _kill_all(second)  # the power goes: launcher and worker at once
+    kill_all(second)  # the power goes: launcher and worker at once
     again = launch(1, *flags, restarts=3)
     finish(first, again)
     log = first.log.read_text()

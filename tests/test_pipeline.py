@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 import torch
-from conftest import RUN_FLAGS, check_same_run, checkpoint_tensors, curve, wait_for_steps
+from conftest import RUN_FLAGS, check_same_run, checkpoint_tensors, curve
+from running import wait_for_steps
 
 from model.lm import LMConfig, MiniMindLM
 from runtime import pipeline, store

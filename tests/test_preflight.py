@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import test_launcher
-from conftest import ROOT
+from running import ROOT
 from test_launcher import LAUNCHER
 
 import main

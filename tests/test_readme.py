@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from running import ROOT
 
 # Put behind the training commands: later flags win, so the command is the README's but the model is tiny.
-TINY = "--dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --max_seq_len 128 --max_steps 2 --device cpu".split()
+TINY = "--dim 32 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 128 --max_steps 2 --device cpu".split()
+TRAINING = r"train_(pretrain|full_sft|sft_pipeline)|run_distributed|main|prepare_data"
 
 
 def commands(readme: str) -> list[str]:
@@ -44,8 +45,10 @@ def test_every_command_runs(clone, run_script):
         program, *arguments = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
         script = next(word for word in arguments if word.endswith((".py", ".sh")))
         flags = arguments[arguments.index(script) + 1 :]
-        if script.endswith(".sh") or re.search(r"train_(pretrain|full_sft)", script):
+        if script.endswith(".sh") or re.search(TRAINING, script):
             flags += TINY
+        if ".yaml" in line and "prepare_data" not in script:  # the file says `resume: auto`, but these are other runs
+            flags += ["--resume", "none"]
         if script.endswith(".sh"):
             command = [program, str(clone / script), *flags]
             done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script, wait_for_steps
+from running import ROOT, run_script, wait_for_steps
 
 from runtime import store
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import on_a_terminal
+from running import on_a_terminal
 
 TINY = "--dim=32 --n_layers=1 --n_heads=2 --n_kv_heads=1 --max_seq_len=64 --device=cpu --batch_size=2".split()
 
