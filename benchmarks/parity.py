@@ -70,6 +70,7 @@ def missing(name: str) -> str:
     if package and find_spec(package) is None:
         return f"pip install {package}"
     if "NVMe" in name:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says so, in the middle of the table
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         return "" if AsyncIOBuilder().is_compatible(verbose=False) else "apt install libaio-dev"

@@ -10,4 +10,4 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 "$python" -m ruff check .
 "$python" scripts/check_copies.py
-"$python" -m pytest -n 3 --dist loadfile "$@"  # three files at a time, each test with one thread
+"$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"  # three files at a time, each test with one thread

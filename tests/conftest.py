@@ -33,6 +33,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+LONGEST = "resume launcher lightning multinode pipeline readme accelerate deepspeed faults strategies exactness".split()
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The files that take longest come first: no worker is then left alone with one at the end."""
+    place = {f"test_{name}.py": n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Running scripts
 # ---------------------------------------------------------------------------------------------------------------------

@@ -123,6 +123,15 @@ def test_commands(run_script, work, tiny, tmp_path, name):
     assert ("nccl needs a GPU, gloo is used" in done.stdout) == (name in ("launcher", "torchrun"))
 
 
+def test_the_deepspeed_launcher(run_script, tiny, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
+    words = "main.py --config config_deepspeed_example.yaml --mode train --algorithm sft".split()
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus=2", f"--master_port={free_port()}"]
+    done = run_script(*launcher, *words, *tiny, timeout=300)
+    assert done.returncode == 0 and "on 2 x cpu, DeepSpeed" in done.stdout, done.stdout + done.stderr
+    assert [row["step"] for row in rows_of(tmp_path / "out")] == [1, 2]
+
+
 def test_one_process(run_script, work, tiny, tmp_path):
     """What runs on two processes runs on one; it says so."""
     done = run_script("main.py", "--config", work / "ddp.yaml", "--mode", "train", "--algorithm", "sft", *tiny)
