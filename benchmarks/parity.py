@@ -134,8 +134,8 @@ def main() -> int:
         for name, (_, _, _, limit) in LAYOUTS.items():
             if args.only and name not in args.only or name == "one process":
                 continue
-            if missing(name):
-                print(f"{name:<30}  left out: {missing(name)}", flush=True)
+            if absent := missing(name):
+                print(f"{name:<30}  left out: {absent}", flush=True)
                 continue
             began, row, good = time.monotonic(), name.ljust(30), True
             for model in args.models:

@@ -246,9 +246,8 @@ def log(accelerator, tracker: Tracker, metrics: dict) -> None:
 
 def load(accelerator, found: Path | None) -> dict:
     """Put a checkpoint back into what was prepared; returns the counters, zeros for a new run."""
-    if found is None:
-        return checkpoint.new_run()
-    accelerator.load_state(str(found / "engine"))
+    if found is not None:
+        accelerator.load_state(str(found / "engine"))
     return checkpoint.restore(found)
 
 

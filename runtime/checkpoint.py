@@ -154,11 +154,48 @@ def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict, group:
             save_file(building / "run.pt", run)
             files = {name: file for part in everyones or [mine] for name, file in part.items()}
             files |= {name: store.describe(building / name) for name in (".metadata", "run.pt")}
-            store.finish(building, step, files, keep)
+            _shared["newest"] = store.finish(building, step, files, keep)
     except (OSError, RuntimeError, CheckpointException) as error:
         if first:
             store.clean(folder)
         raise store.not_saved(folder, step, reason(error)) from error
+
+
+def save_weights(path: Path, state_dict: dict[str, Tensor], config: str, part: str = "") -> None:
+    """Have the weights written whole, as a plain state dict, and their configuration beside them; for all ranks.
+
+    Sharded tensors are read back from the checkpoint of the `save_run` before this call: putting them together here
+    would keep every rank from training.
+
+    Args:
+        path: of the weights, `out/full_sft_512.pth`.
+        config: the JSON that goes beside it.
+        part: of several models in one only that whose names begin so, without this beginning.
+    """
+    if world()[0] == 0:
+        state_dict = {name[len(part) :]: value for name, value in state_dict.items() if name.startswith(part)}
+        later(save_file, path.with_suffix(".json"), config)
+        if any(map(is_sharded, state_dict.values())):
+            state_dict = {name: torch.empty(value.shape, device="meta") for name, value in state_dict.items()}
+        else:
+            state_dict = {name: value.to("cpu", copy=True) for name, value in state_dict.items()}
+        later(write_weights, path, state_dict, part)
+
+
+def write_weights(path: Path, state_dict: dict[str, Tensor], part: str = "") -> None:
+    if any(value.is_meta for value in state_dict.values()):
+        import torch.distributed.checkpoint as dcp
+
+        reader = dcp.FileSystemReader(_shared["newest"])
+        saved = reader.read_metadata().state_dict_metadata
+        whole = {f"model.{part}{name}": torch.empty(value.shape) for name, value in state_dict.items()}
+        whole = {name: value for name, value in whole.items() if name in saved}  # a tied head has no entry of its own
+        dcp.load(whole, storage_reader=reader, no_dist=True)
+        state_dict = {name: whole.get(f"model.{part}{name}") for name in state_dict}
+    head, embedding = state_dict.get("lm_head.weight"), state_dict.get("model.embed_tokens.weight")
+    if "lm_head.weight" in state_dict and (head is None or torch.equal(head, embedding)):
+        state_dict["lm_head.weight"] = embedding  # tied: saved once
+    save_file(path, state_dict)
 
 
 def reason(error: BaseException) -> str:
@@ -186,8 +223,9 @@ def states_of(model: nn.Module, optimizer) -> dict[str, tuple[Tensor, dict, dict
 
 
 def run_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
-    """Everything large: parameters under `model.NAME`, what the optimizer keeps for them under `optimizer.NAME.KEY`."""
-    tensors = {f"model.{name}": p.detach() for name, p in unwrap(model).named_parameters()}
+    """Everything large that training changes: parameters under `model.NAME`, what the optimizer keeps for them under
+    `optimizer.NAME.KEY`. Frozen parameters come from where they came from at the start."""
+    tensors = {f"model.{name}": p.detach() for name, p in unwrap(model).named_parameters() if p.requires_grad}
     for name, (_, state, _) in states_of(model, optimizer).items():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
     return tensors
@@ -237,7 +275,7 @@ def load_run(found: Path | None, model, optimizer, scaler) -> dict:
         The counters that were saved; zeros for a new run.
     """
     if found is None:
-        return new_run()
+        return restore(None)
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.FileSystemReader(found)
@@ -254,16 +292,16 @@ def load_run(found: Path | None, model, optimizer, scaler) -> dict:
     return restore(found, scaler)
 
 
-def new_run() -> dict:
-    """The counters of a run before its first step."""
-    return {"step": 0, "epoch": 0, "step_in_epoch": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
-
-
-def restore(found: Path, scaler: torch.amp.GradScaler | None = None) -> dict:
-    """Put back what is small in a checkpoint, scaler and generators, and say so; returns the counters.
+def restore(found: Path | None, scaler: torch.amp.GradScaler | None = None) -> dict:
+    """Put back what is small in a checkpoint, scaler and generators, and say so.
 
     On another number of ranks the generators cannot be those of before; they then go on from the current seed.
+
+    Returns:
+        The counters that were saved; zeros for a new run.
     """
+    if found is None:
+        return {"step": 0, "epoch": 0, "step_in_epoch": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
     run = torch.load(found / "run.pt", map_location="cpu", weights_only=True)
     if run.get("scaler") and scaler is not None and scaler.is_enabled():
         scaler.load_state_dict(run["scaler"])

@@ -231,7 +231,7 @@ def save_run(folder: Path, keep: int, engine, progress: dict, identity: dict) ->
         dist.barrier()
         engine.save_checkpoint(str(building), tag=TAG)
         paths = (path for path in building.rglob("*") if path.is_file() and writer_of(path) == rank)
-        mine = {str(path.relative_to(building)): seal(path) for path in paths}
+        mine = {str(path.relative_to(building)): store.seal(path) for path in paths}
         files = {name: file for part in gather_objects(mine) for name, file in part.items()}
         rng = gather_objects(checkpoint.rng_state())
         if rank == 0:
@@ -252,12 +252,6 @@ def writer_of(path: Path) -> int:
     return int(number[1] or number[2]) if number else 0
 
 
-def seal(path: Path) -> dict:
-    """Bring a file to the disk; its size and hash."""
-    store.flush(path)
-    return store.describe(path)
-
-
 def finish(engine, run_dir: Path) -> None:
     """At the end of a run: the weights in the precision of training if the file asks for them, disks cleaned up."""
     if engine.zero_gather_16bit_weights_on_model_save():
@@ -270,7 +264,7 @@ def finish(engine, run_dir: Path) -> None:
 def load_run(found: Path | None, engine) -> dict:
     """Put a checkpoint back into the engine and the generators; returns the counters, zeros for a new run."""
     if found is None:
-        return checkpoint.new_run()
+        return checkpoint.restore(None)
     if engine.zero_nvme_offload_optimizer():
         load_from_disks(engine, found)
     else:

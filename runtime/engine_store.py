@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from runtime import checkpoint, store
-from runtime.parallel import gather_objects, world
+from runtime.parallel import gather_objects, is_sharded, world
 
 
 def save(
@@ -52,10 +53,8 @@ def save(
         barrier()
         if first:
             store.save_file(building / "run.pt", run)
-            files = {str(path.relative_to(building)): path for path in sorted(building.rglob("*")) if path.is_file()}
-            for path in files.values():
-                store.flush(path)
-            store.finish(building, step, {name: store.describe(path) for name, path in files.items()}, keep)
+            paths = (path for path in sorted(building.rglob("*")) if path.is_file())
+            store.finish(building, step, {str(path.relative_to(building)): store.seal(path) for path in paths}, keep)
     except (OSError, RuntimeError, CheckpointException) as error:
         if first:
             store.clean(folder)
@@ -65,3 +64,19 @@ def save(
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def whole_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict on the CPU with every tensor whole, on rank 0; elsewhere empty. Every rank calls it.
+
+    One tensor at a time is put together, so that no other process ever holds the whole model.
+    """
+    whole = {}
+    for name, value in state_dict.items():
+        value = value.full_tensor() if is_sharded(value) else value
+        if world()[0] == 0:
+            whole[name] = value.to("cpu", copy=True)
+    head, embedding = whole.get("lm_head.weight"), whole.get("model.embed_tokens.weight")
+    if head is not None and embedding is not None and torch.equal(head, embedding):
+        whole["lm_head.weight"] = embedding  # tied: saved once
+    return whole

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
-from model.lm import LMConfig, LMOutput
+from model.lm import Block, LMConfig, LMOutput
 from runtime import memory
 from runtime.data_parallel import WHY_NOT, RowParallel
 
@@ -166,16 +166,21 @@ def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
         return Shard(1) if p.dim() == 3 and p.size(1) % mesh.shape[-1] == 0 else None
 
     low = None if dtype == "float32" else getattr(torch, dtype)
-    for block in model.model.layers:
+    for block in blocks(model):
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(block, mp_policy=policy, shard_placement_fn=split_experts, **options)
     # Embedding and head are gathered in float32: so the residual stream keeps it, as under autocast.
     return fully_shard(model, **options)
 
 
+def blocks(model: nn.Module) -> list[Block]:
+    """The blocks of a model, whatever stands on or beside them: a head for rewards, a second model."""
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile block by block, for any length: eight blocks of one shape are then compiled once."""
-    for block in model.model.layers:
+    for block in blocks(model):
         block.compile(dynamic=True)
 
 
@@ -184,7 +189,9 @@ def describe(model: nn.Module, args, dtype: str) -> str:
     shared = "".join(f", {name} parallel x {size}" for name, size in _sizes.items() if size > 1)
     how = f"{args.strategy}{shared}" if dist.is_initialized() or args.strategy == "dp" else "no strategy"
     parameters = sum(p.numel() for p in model.parameters())
-    return f"{parameters:,} parameters on {world()[1]} x {args.device.type}, {how}, {dtype}"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = f" ({trained:,} of them trained)" if trained < parameters else ""
+    return f"{parameters:,} parameters{frozen} on {world()[1]} x {args.device.type}, {how}, {dtype}"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -200,22 +207,6 @@ def local(tensor: Tensor) -> Tensor:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor: one that may lie on several processes."""
     return hasattr(tensor, "to_local")
-
-
-def whole_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict on the CPU with every tensor whole, on rank 0; elsewhere empty. Every rank calls it.
-
-    One tensor at a time is put together, so that no other process ever holds the whole model.
-    """
-    whole = {}
-    for name, value in state_dict.items():
-        value = value.full_tensor() if is_sharded(value) else value
-        if world()[0] == 0:
-            whole[name] = value.to("cpu", copy=True)
-    head, embedding = whole.get("lm_head.weight"), whole.get("model.embed_tokens.weight")
-    if head is not None and embedding is not None and torch.equal(head, embedding):
-        whole["lm_head.weight"] = embedding  # tied: saved once
-    return whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +236,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         from runtime.tensor_parallel import sharded_cross_entropy
 
         return sharded_cross_entropy(logits.float(), targets, _groups["tensor"])
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return token_losses(logits, targets).sum()
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target] of every token, (K,) float32; logits (K, vocab), whole, in any dtype."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def clip_gradients(model: nn.Module, max_norm: float, copies: list[int] | None = None) -> float:
@@ -290,28 +286,6 @@ def sum_over_world(*values: Tensor | float) -> list[float]:
 def sum_over_ranks(*values: Tensor | float) -> list[float]:
     """Sum each number over data and context ranks; the ranks of a tensor group all know it, there it counts once."""
     return [number / _sizes["tensor"] for number in sum_over_world(*values)]
-
-
-@torch.no_grad()
-def evaluate(loss_of: Callable, model: nn.Module, dataset, rows, batch_size: int, autocast, device) -> float:
-    """Mean loss per supervised token of some rows; each counts once, whatever the number of ranks.
-
-    Args:
-        loss_of: (model, X, Y, loss_mask, doc_lens, device) -> (summed loss, auxiliary loss), as in training.
-        rows: (n,) ids into the dataset, the same on every rank.
-    """
-    (rank, ranks), alone = data_world(), unwrap(model)
-    alone.eval()
-    total = 0.0
-    for at in range(0, len(rows), batch_size * ranks):  # the same number of passes on every rank, some without a row
-        mine = rows[at + rank * batch_size : at + (rank + 1) * batch_size]
-        with autocast:
-            batch = dataset.collate([dataset[row] for row in mine], **row_split())
-            total += loss_of(alone, *batch, device)[0].item()
-    alone.train()
-    for module in filter(is_fsdp, model.modules()):  # zero2 keeps whole weights until a backward pass, here for ever
-        module.reshard()
-    return sum_over_ranks(total)[0] / int(dataset.supervised[rows].sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -279,7 +279,7 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, loss_of: Callable, dataset, rows, batch_size: int) -> float:
-        """As `parallel.evaluate`."""
+        """As `evaluation.evaluate`."""
         (rank, ranks), total = self.data_world, 0.0
         self.module.eval()
         for at in range(0, len(rows), ranks * batch_size * self.micro_batches):

@@ -158,7 +158,8 @@ def find(folder: Path, resume: str) -> Path | None:
 # Flags on which the order of the data or the model depends: a run that goes on must have the same.
 SAME_RUN = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "dropout", "use_moe", "n_experts",
             "n_experts_per_tok", "n_shared_experts", "packing", "drop_last", "seed", "eval_ratio",
-            "optimizer")  # fmt: skip
+            "optimizer", "kl", "kl_weight", "kl_temperature", "group_size", "temperature", "updates_per_rollout",
+            "ppo_epochs", "mini_batches")  # fmt: skip
 
 
 def identity_of(flags: dict, global_batch: int, data_key: str) -> dict:
@@ -212,6 +213,12 @@ def describe(path: Path) -> dict:
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
+def seal(path: Path) -> dict:
+    """Bring to the disk what another program wrote to a file; its size and hash."""
+    flush(path)
+    return describe(path)
+
+
 def remove(checkpoint: Path) -> None:
     """Take a checkpoint out of sight in one step, then delete it."""
     trash = checkpoint.with_name(f".old-{checkpoint.name}")
@@ -227,7 +234,7 @@ def clean(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Bring to the disk what another program wrote to a file, or the renames in a folder."""
+    """Bring to the disk what was written to a file by whomever, or the renames in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

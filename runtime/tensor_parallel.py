@@ -9,13 +9,14 @@ section 4.2.2, for the split by token.
 
 import copy
 from collections.abc import Callable
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -83,15 +84,22 @@ def split_layers(model: MiniMindLM, mesh: DeviceMesh) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def compute_with(module: nn.Module, tensors: Callable[[], dict[str, Tensor]]) -> Callable:
-    """The module's own forward, to be called with other tensors in the place of its parameters."""
+def spread(module: nn.Module, mesh: DeviceMesh, placements: dict[str, Placement], gradient=None) -> Callable:
+    """Spread parameters over the ranks; returns the module's forward pass with this rank's part of them.
+
+    `gradient` says what the gradient of that part is; by default it is placed as the parameter.
+    """
     plain = copy.copy(module)  # keeps the forward of its class when that of `module` is replaced
-    return lambda *args: functional_call(plain, tensors(), args)
+    for name, placement in placements.items():
+        owner, _, leaf = name.rpartition(".")
+        whole = attrgetter(name)(module).detach()
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(distribute_tensor(whole, mesh, [placement])))
 
+    def forward(*args):
+        parts = {n: attrgetter(n)(module).to_local(grad_placements=[gradient or at]) for n, at in placements.items()}
+        return functional_call(plain, parts, args)
 
-def part_of(parameter: Tensor, grad_placement) -> Tensor:
-    """This rank's part of a parameter, for computing; `grad_placement` says what its gradient is."""
-    return parameter.to_local(grad_placements=[grad_placement])
+    return forward
 
 
 class OwnTokens(ParallelStyle):
@@ -100,9 +108,7 @@ class OwnTokens(ParallelStyle):
     gradient = Partial()
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        forward = compute_with(module, lambda: {"weight": part_of(module.weight, self.gradient)})
-        module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Replicate()]))
-        module.forward = forward
+        module.forward = spread(module, mesh, {"weight": Replicate()}, self.gradient)
         return module
 
 
@@ -116,12 +122,9 @@ class OwnExperts(ParallelStyle):
     """The experts of a layer: each rank computes its own, for all tokens, and leaves zeros where others compute."""
 
     def _apply(self, module: Experts, mesh: DeviceMesh) -> nn.Module:
-        names = ("gate_up_proj", "down_proj")
         experts = module.down_proj.size(0) // mesh.size()
         first = mesh.get_local_rank() * experts
-        own = compute_with(module, lambda: {name: part_of(getattr(module, name), Shard(0)) for name in names})
-        for name in names:
-            setattr(module, name, nn.Parameter(distribute_tensor(getattr(module, name).detach(), mesh, [Shard(0)])))
+        own = spread(module, mesh, {"gate_up_proj": Shard(0), "down_proj": Shard(0)})
 
         def forward(x: Tensor, ends: Tensor) -> Tensor:
             start, stop = F.pad(ends, (1, 0))[[first, first + experts]].tolist()
@@ -136,15 +139,9 @@ class OwnColumns(ParallelStyle):
     """A SwiGLU around which others sum: each rank computes some inner columns, for all tokens."""
 
     def _apply(self, module: SwiGLU, mesh: DeviceMesh) -> nn.Module:
-        splits = {"gate_proj": Shard(0), "up_proj": Shard(0), "down_proj": Shard(1)}
-        own = compute_with(
-            module,
-            lambda: {f"{name}.weight": part_of(module.get_submodule(name).weight, at) for name, at in splits.items()},
-        )
-        for name, split in splits.items():
-            layer = module.get_submodule(name)
-            layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [split]))
-        module.forward = own
+        columns, rows = Shard(0), Shard(1)  # of weights, which are (out, in)
+        splits = {"gate_proj.weight": columns, "up_proj.weight": columns, "down_proj.weight": rows}
+        module.forward = spread(module, mesh, splits)
         return module
 
 

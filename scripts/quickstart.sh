@@ -10,7 +10,8 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh requirements.txt
 
 model="--dim 192 --n_layers 4 --n_heads 6 --n_kv_heads 3 --max_seq_len 256"
-recipe="--dtype bfloat16 --optimizer muon --learning_rate 3e-3 --batch_size 8 --save_interval 0 --log_interval 50"
+dtype=$("$python" -c "import torch; from runtime.optim import fast_dtype; print(fast_dtype(torch.device('cpu')))")
+recipe="--dtype ${dtype#torch.} --optimizer muon --learning_rate 3e-3 --batch_size 8 --save_interval 0 --log_interval 50"
 export GOMP_SPINCOUNT=2000  # threads that wait soon let others run: on a busy machine the default is ten times slower
 say() { printf '\n=== %s\n' "$*"; }
 begin=$SECONDS

@@ -32,7 +32,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 
-
 LONGEST = "resume launcher lightning multinode pipeline readme accelerate deepspeed faults strategies exactness".split()
 
 
@@ -151,19 +150,47 @@ def curve(run: Path) -> list[dict]:
 
 def check_same_run(run: Path, reference: Path, first: int = 1) -> None:
     """The curve from step `first` on, evaluations and final weights of a run are those of the reference."""
-    exact, close = ("tokens", "supervised_tokens", "lr", "epoch"), ("loss", "grad_norm")
+    exact, close = ("tokens", "supervised_tokens", "lr", "epoch"), ("loss", "aux_loss", "grad_norm")
     ours, expected = ({line["step"]: line for line in curve(path) if "loss" in line} for path in (run, reference))
     assert [*ours] == [*range(first, max(expected) + 1)]
     for step, line in ours.items():
         assert [line[key] for key in exact] == [expected[step][key] for key in exact]
         assert [line[key] for key in close] == pytest.approx([expected[step][key] for key in close], rel=1e-5), step
-        assert line["aux_loss"] == pytest.approx(expected[step]["aux_loss"], rel=1e-4), step
     evaluations = [[line["eval_loss"] for line in curve(path) if "eval_loss" in line] for path in (run, reference)]
     assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-5) and evaluations[0]
     weights, wanted = (torch.load(f"{path}.pth", weights_only=True) for path in (run, reference))
     assert weights.keys() == wanted.keys()
     for name, value in weights.items():
         assert value.dtype == torch.float32 and (value - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss."""
+    return {line["step"]: line["loss"] for line in curve(run) if "loss" in line}
+
+
+# A run under the engines of other libraries, and the one that it must equal.
+ENGINE_RUN = "full_sft_32_moe"
+
+
+@pytest.fixture(scope="module")
+def engine_flags(tmp_path_factory) -> list[str]:
+    """Data with answers of very unequal length, the last window of an epoch shorter than the others."""
+    folder = tmp_path_factory.mktemp("engine")
+    turns = [(f"say it {n} times", "it " * (n * 7 % 40 + 1)) for n in range(1, 98)]
+    rows = [{"instruction": question, "input": "", "output": answer} for question, answer in turns]
+    data = write_jsonl(folder / "data.jsonl", rows)
+    flags = "--max_seq_len=64 --from_weight=none --use_moe=1 --global_batch_size=8 --batch_size=2 --epochs=2"
+    flags += f" --learning_rate=3e-3 --eval_ratio=0.05 --data_path={data} --cache_dir={folder / 'cache'}"
+    return [*RUN_FLAGS, *flags.split()]
+
+
+@pytest.fixture(scope="module")
+def one_process(engine_flags, tmp_path_factory) -> Path:
+    """The run of one process without an engine."""
+    out = tmp_path_factory.mktemp("one")
+    run_ranks("trainer/train_full_sft.py", *engine_flags, f"--out_dir={out}")
+    return out / ENGINE_RUN
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:

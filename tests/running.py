@@ -47,25 +47,28 @@ def start(args, env, nproc, cwd, gpu, **streams) -> subprocess.Popen:
     return process
 
 
-def kill_all(process: subprocess.Popen) -> None:
-    """Kill a script and everything it started that still runs.
+def processes_of(process: subprocess.Popen, *variables: str) -> list[int]:
+    """Ids of what a script has started and is still there, older ones first; with such variables in its environment.
 
     torchrun gives each rank a session of its own, so the process group is not enough: whoever carries the tag of
     `process` in its environment belongs to it.
     """
+    marks, found = {word.encode() for word in (f"MINIMIND_TEST_TAG={process.tag}", *variables)}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or not ours
+            if marks <= set((folder / "environ").read_bytes().split(b"\0")):
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill a script and everything it started that still runs."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-    mark = f"MINIMIND_TEST_TAG={process.tag}".encode()
-    found = True
-    while found:  # until nothing is left that could have started another one meanwhile
-        found = False
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (folder / "environ").read_bytes():
-                    os.kill(int(folder.name), signal.SIGKILL)
-                    found = True
-            except OSError:  # gone meanwhile, or not ours
-                pass
+    while left := processes_of(process):  # until nothing is left that could have started another one meanwhile
+        for number in left:
+            with contextlib.suppress(OSError):
+                os.kill(number, signal.SIGKILL)
     process.wait()
 
 
@@ -125,19 +128,24 @@ def _be_script(words: list[str], variables: dict[str, str], output: Path) -> Non
     runpy.run_path(words[0], run_name="__main__")
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_ranks(*args, nproc=None) -> str:
     """Run a project script to its good end, as nproc ranks that no launcher watches; returns what they printed."""
     words = [str(ROOT / args[0]), *map(str, args[1:])]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    ranks = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)} | meeting if nproc else {}
+    variables = {"CUDA_VISIBLE_DEVICES": ""}
+    if nproc:
+        variables |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as folder:
         outputs, processes = [Path(folder) / str(rank) for rank in range(nproc or 1)], []
         for rank, output in enumerate(outputs):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if nproc else {}
-            variables = {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"} | ranks | own
-            processes.append(FORKS.Process(target=_be_script, args=(words, variables, output)))
+            processes.append(FORKS.Process(target=_be_script, args=(words, variables | own, output)))
             processes[-1].start()
         for process in processes:
             process.join(180)

@@ -4,12 +4,12 @@ import json
 import shutil
 import signal
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import check_same_run, curve, write_jsonl
+from conftest import ENGINE_RUN as NAME
+from conftest import check_same_run, losses
 from running import ROOT, run_script, wait_for_steps
 
 from runtime import accelerated
@@ -17,56 +17,7 @@ from runtime import accelerated
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install accelerate")
 from accelerate.commands import launch as launcher  # noqa: E402
 
-SFT, SCRIPT, NAME = "trainer/train_full_sft.py", "trainer/train_sft_accelerate.py", "full_sft_32_moe"
-TINY = "--dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --device=cpu --max_seq_len=64 --from_weight=none".split()
-RUN = "--use_moe=1 --global_batch_size=8 --batch_size=2 --epochs=2 --learning_rate=3e-3 --eval_ratio=0.05".split()
-
-# Runs the script argv[1], counting the exchanges of gradients: DDP calls the hook with each of its buckets.
-COUNTING = """
-import runpy, sys
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel as DDP
-
-made, exchanges = DDP.__init__, []
-
-def hook(state, bucket):
-    exchanges.extend([1] if bucket.is_last() else [])
-    return allreduce_hook(None, bucket)
-
-def init(self, *args, **options):
-    made(self, *args, **options)
-    self.register_comm_hook(None, hook)
-
-DDP.__init__ = init
-del sys.argv[0]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    print(f"exchanged {len(exchanges)} times", flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory) -> list[str]:
-    """Data with answers of very unequal length, the last window of an epoch shorter than the others."""
-    folder = tmp_path_factory.mktemp("accelerate")
-    turns = [(f"say it {n} times", "it " * (n * 7 % 40 + 1)) for n in range(1, 98)]
-    rows = [{"instruction": question, "input": "", "output": answer} for question, answer in turns]
-    data = write_jsonl(folder / "data.jsonl", rows)
-    return [*TINY, *RUN, "--log_interval=1", f"--data_path={data}", f"--cache_dir={folder / 'cache'}"]
-
-
-@pytest.fixture(scope="module")
-def one(flags, tmp_path_factory) -> Path:
-    """The run of one process without an engine."""
-    out = tmp_path_factory.mktemp("one")
-    done = run_script(SFT, *flags, f"--out_dir={out}")
-    assert done.returncode == 0, done.stderr
-    return out / NAME
-
-
-def metrics(out: Path, key: str) -> dict[int, float]:
-    return {line["step"]: line[key] for line in curve(out / NAME) if key in line}
+SFT, SCRIPT = "trainer/train_full_sft.py", "trainer/train_sft_accelerate.py"
 
 
 def error_of(done) -> str:
@@ -76,56 +27,54 @@ def error_of(done) -> str:
     return line
 
 
-def test_two_processes_give_the_curve_of_one(flags, one, tmp_path):
+def test_two_processes_give_the_curve_of_one(engine_flags, one_process, tmp_path):
     """With two micro-batches in a step, and one exchange of gradients."""
-    driver = tmp_path / "counting.py"
-    driver.write_text(COUNTING)
-    job = ["--ddp", *flags, f"--out_dir={tmp_path}", "--report_to", "tensorboard", "wandb"]
-    done = run_script(driver, ROOT / SCRIPT, *job, nproc=2, env={"ACCELERATE_USE_CPU": "true"})
+    job = ["--ddp", *engine_flags, f"--out_dir={tmp_path}", "--report_to", "tensorboard", "wandb"]
+    done = run_script("tests/count_exchanges.py", ROOT / SCRIPT, *job, nproc=2, env={"ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"exchanged {max(metrics(tmp_path, 'loss'))} times") == 2, done.stdout
+    assert done.stdout.count(f"exchanged {max(losses(tmp_path / NAME))} times") == 2, done.stdout
     assert " on 2 x cpu, ddp, float32, " in done.stdout
-    check_same_run(tmp_path / NAME, one)
+    check_same_run(tmp_path / NAME, one_process)
     assert list((tmp_path / NAME).glob("tensorboard/minimind/events.out.tfevents.*"))
     assert list((tmp_path / NAME).glob("wandb/offline-run-*"))
     assert json.loads((tmp_path / NAME / "args.json").read_text())["report_to"] == ["tensorboard", "wandb"]
 
 
-def test_signal_saves_and_another_number_of_processes_goes_on(flags, one, tmp_path, start_script):
-    job = [*flags, f"--out_dir={tmp_path}", "--save_interval=0", "--resume=auto"]
+def test_signal_saves_and_another_number_of_processes_goes_on(engine_flags, one_process, tmp_path, start_script):
+    job = [*engine_flags, f"--out_dir={tmp_path}", "--save_interval=0", "--resume=auto"]
     process = start_script(SCRIPT, *job)
     wait_for_steps(process, tmp_path, 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143, process.log.read_text()
-    step = max(metrics(tmp_path, "loss"))
+    step = max(losses(tmp_path / NAME))
     assert [folder.name for folder in (tmp_path / NAME / "checkpoints").iterdir()] == [f"step_{step:08d}"]
     done = run_script(SCRIPT, "--ddp", *job, nproc=2)
     assert done.returncode == 0 and f"behind step {step}" in done.stdout, done.stderr
-    check_same_run(tmp_path / NAME, one)
+    check_same_run(tmp_path / NAME, one_process)
     refused = run_script(SFT, *job)
     assert "the engine was Accelerate, ddp and is None" in error_of(refused)
 
 
-def test_resume_is_bit_identical_and_passes_over_a_torn_checkpoint(flags, tmp_path):
-    job = [*flags, "--dropout=0.1", "--save_interval=4", "--max_steps=8"]
+def test_resume_is_bit_identical_and_passes_over_a_torn_checkpoint(engine_flags, tmp_path):
+    job = [*engine_flags, "--dropout=0.1", "--save_interval=4", "--max_steps=8"]
     assert run_script(SCRIPT, *job, f"--out_dir={tmp_path / 'whole'}").returncode == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "torn")
     torn = tmp_path / "torn" / NAME / "checkpoints/step_00000008/engine/optimizer.bin"
     torn.write_bytes(torn.read_bytes()[:-100])
     done = run_script(SCRIPT, *job, f"--out_dir={tmp_path / 'torn'}", "--resume=auto")
     assert done.returncode == 0 and "behind step 4" in done.stdout and "step_00000008 is damaged" in done.stderr
-    assert metrics(tmp_path / "torn", "loss") == metrics(tmp_path / "whole", "loss")
+    assert losses(tmp_path / "torn" / NAME) == losses(tmp_path / "whole" / NAME)
     ours, whole = (torch.load(tmp_path / name / f"{NAME}.pth", weights_only=True) for name in ("torn", "whole"))
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
-def test_deepspeed_by_its_configuration(flags, one, tmp_path):
+def test_deepspeed_by_its_configuration(engine_flags, one_process, tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
     config = ["--config_file", ROOT / "configs/accelerate/deepspeed_zero2.yaml", "--num_processes", 2]
-    job = [ROOT / SCRIPT, "--ddp", *flags, f"--out_dir={tmp_path}"]
+    job = [ROOT / SCRIPT, "--ddp", *engine_flags, f"--out_dir={tmp_path}"]
     done = run_script(launcher.__file__, *config, "--main_process_port", 0, *job)
     assert done.returncode == 0 and " on 2 x cpu, deepspeed, " in done.stdout, done.stderr
-    check_same_run(tmp_path / NAME, one)
+    check_same_run(tmp_path / NAME, one_process)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,15 +82,15 @@ def test_deepspeed_by_its_configuration(flags, one, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_several_processes_that_became_one(flags, tmp_path):
+def test_several_processes_that_became_one(engine_flags, tmp_path):
     options = ["--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = run_script(launcher.__file__, *options, ROOT / SCRIPT, *flags, f"--out_dir={tmp_path}")
+    done = run_script(launcher.__file__, *options, ROOT / SCRIPT, *engine_flags, f"--out_dir={tmp_path}")
     assert "accelerate launch was asked for several processes and started one" in error_of(done)
 
 
-def test_fsdp_that_would_become_ddp(flags, tmp_path):
+def test_fsdp_that_would_become_ddp(engine_flags, tmp_path):
     config = ["--config_file", ROOT / "configs/accelerate/fsdp2.yaml", "--num_processes", 2, "--main_process_port", 0]
-    done = run_script(launcher.__file__, *config, ROOT / SCRIPT, "--ddp", *flags, f"--out_dir={tmp_path}")
+    done = run_script(launcher.__file__, *config, ROOT / SCRIPT, "--ddp", *engine_flags, f"--out_dir={tmp_path}")
     assert "configuration asks for FSDP2, on a CPU accelerate would make it DDP; without a GPU take" in error_of(done)
 
 

@@ -3,14 +3,13 @@
 import argparse
 import json
 import shutil
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import chat, write_jsonl
-from running import ROOT, run_script
+from running import ROOT, free_port, run_script
 
 pytest.importorskip("deepspeed", reason="needs: DS_BUILD_OPS=0 pip install deepspeed")
 
@@ -316,17 +315,14 @@ def test_another_number_of_processes_is_refused(work, zero3):
 
 def test_the_deepspeed_launcher_and_a_tutorials_file(work):
     """Optimizer and scheduler of the file, the profiler, and the flag that this launcher adds."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = TUTORIAL | {"fp16": {"enabled": False}, "gradient_accumulation_steps": 2, "train_batch_size": 16}
     config |= {"wall_clock_breakdown": True, "flops_profiler": {"enabled": True, "profile_step": 1}}
     (work / "tutorial.json").write_text(json.dumps(config))
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus=2", "--master_port", port, ROOT / SCRIPT]
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus=2", f"--master_port={free_port()}"]
     words = "--dim 48 --n_layers 1 --n_heads 4 --n_kv_heads 2 --device cpu --from_weight none --packing 0 --max_steps 3"
     words += f" --data_path {work}/data.jsonl --cache_dir {work}/cache --out_dir {work} --save_weight tutorial"
     words += f" --log_interval 1 --deepspeed_config {work}/tutorial.json"
-    done = run_script(*launcher, *words.split(), timeout=400)
+    done = run_script(*launcher, ROOT / SCRIPT, *words.split(), timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     rates = [line["lr"] for line in metrics(work, "tutorial")]
     assert rates[0] == 0 and 0 < rates[-1] < 3e-5, "WarmupLR of the file"

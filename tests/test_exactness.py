@@ -76,12 +76,13 @@ def test_gradient_of_a_step_is_the_same_in_every_layout(job, start, tokenizer, u
         assert relative_error(without, whole) > 1e-3
 
 
-def test_curves_of_1_2_and_4_processes_agree(job):
+@pytest.mark.parametrize("use_moe", [0, 1], ids=["dense", "moe"])
+def test_curves_of_1_2_and_4_processes_agree(job, use_moe):
     # 90 rows at 8 a step: the last window of an epoch has 2 rows, so with 4 processes two ranks have none.
-    flags = ["--use_moe=1", "--packing=0", "--epochs=2", "--max_steps=20", "--global_batch_size=8"]
+    flags = [f"--use_moe={use_moe}", "--packing=0", "--epochs=2", "--max_steps=20", "--global_batch_size=8"]
     flags += ["--learning_rate=3e-3", "--eval_ratio=0.05"]
-    runs = {n: curve(job(f"curve{n}", 90, *flags, f"--batch_size={8 // n}", nproc=n)) for n in (2, 4)}
-    reference = curve(job("curve1", 90, *flags, "--batch_size=3"))
+    runs = {n: curve(job(f"curve{n}_{use_moe}", 90, *flags, f"--batch_size={8 // n}", nproc=n)) for n in (2, 4)}
+    reference = curve(job(f"curve1_{use_moe}", 90, *flags, "--batch_size=3"))
     assert [line["step"] for line in reference] == [*range(1, 21), 20] and "eval_loss" in reference[-1]
     assert reference[19]["loss"] < 0.9 * reference[0]["loss"]
     for lines in runs.values():

@@ -1,10 +1,10 @@
 """What goes wrong on one rank ends the job on all of them, at once, with the first error shown and no orphan."""
 
 import re
-from pathlib import Path
 
 import pytest
 from conftest import RUN_FLAGS, conversations, curve, write_jsonl
+from running import processes_of
 
 
 @pytest.fixture(scope="module")
@@ -13,18 +13,6 @@ def flags(tmp_path_factory):
     data = write_jsonl(folder / "data.jsonl", conversations(90))
     fixed = [*RUN_FLAGS, f"--data_path={data}", f"--cache_dir={folder / 'cache'}", "--from_weight=none", "--ddp"]
     return [*fixed, "--batch_size=2", "--save_interval=4", "--max_steps=12"]
-
-
-def left_over(process) -> list[str]:
-    """Processes that were started by a script and outlived it."""
-    mark, found = f"MINIMIND_TEST_TAG={process.tag}".encode(), []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            pass
-    return found
 
 
 CASES = [(phase, "ddp") for phase in ("data", "model", "forward", "clip", "save")]
@@ -39,7 +27,7 @@ def test_a_rank_that_raises_ends_the_job(flags, tmp_path, start_script, phase, s
     log = process.log.read_text()
     assert f"sabotage in {phase}" in log
     assert re.search(rf"first observed failure(.|\n)*rank +: 1 (.|\n)*sabotage in {phase}", log), log
-    assert not left_over(process)
+    assert not processes_of(process)
 
 
 def test_replicas_that_differ_stop_the_run(flags, tmp_path, run_script):

@@ -4,14 +4,13 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import chat, write_jsonl
-from running import ROOT, wait_until
+from running import ROOT, free_port, processes_of, wait_until
 
 from scripts import run_distributed
 
@@ -75,12 +74,6 @@ def tiny(work, tmp_path, tiny_flags):
     places = [word for name, place in places.items() for word in (f"--{name}", str(place))]
     more = "--max_seq_len 64 --packing 0 --max_steps 2 --log_interval 1 --from_weight none --save_interval 0"
     return [*tiny_flags, *places, *more.split()]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,19 +144,6 @@ def test_two_nodes(start_script, work, tiny, tmp_path):
     assert len(rows_of(tmp_path / "out")) == 2
 
 
-def processes_of(process, rank: int) -> list[int]:
-    """Ids of a rank of a running job; its data processes come after it."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:  # gone meanwhile, or not ours
-            continue
-        if {f"MINIMIND_TEST_TAG={process.tag}".encode(), f"RANK={rank}".encode()} <= set(variables):
-            found.append(int(folder.name))
-    return sorted(found)
-
-
 def wait_for(process, text: str, times: int = 1) -> None:
     """Until the job has printed a text so often; it must not end before."""
     wait_until(process, lambda: process.log.read_text().count(text) >= times)
@@ -174,7 +154,7 @@ def test_a_rank_dies_and_a_signal_comes(start_script, work, tiny, tmp_path):
     more = "--max_steps 0 --epochs 1000 --num_workers 1 --save_interval 2 --resume auto".split()
     process = start_script(LAUNCHER, "--nproc_per_node", 2, "--max_restarts", 1, *tiny, *more)
     wait_for(process, " step 5/")
-    os.kill(processes_of(process, 1)[0], signal.SIGKILL)
+    os.kill(processes_of(process, "RANK=1")[0], signal.SIGKILL)  # its data process comes after it
     wait_for(process, "resumed from ")
     wait_for(process, " step ", process.log.read_text().count(" step ") + 3)
     process.send_signal(signal.SIGTERM)
@@ -182,7 +162,7 @@ def test_a_rank_dies_and_a_signal_comes(start_script, work, tiny, tmp_path):
     (step,) = re.findall(r"stopped by signal 15 at step (\d+)", process.log.read_text())
     assert (tmp_path / f"out/full_sft_32/checkpoints/step_{int(step):08d}").is_dir()
     assert [row["step"] for row in rows_of(tmp_path / "out")] == list(range(1, int(step) + 1))
-    assert not processes_of(process, 0) and not processes_of(process, 1)
+    assert not processes_of(process, "RANK=0") and not processes_of(process, "RANK=1")
 
 
 RUN = f"""import sys

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RUN_FLAGS, conversations, curve, write_jsonl
+from conftest import RUN_FLAGS, conversations, curve, losses, write_jsonl
 from running import ROOT, kill_all, wait_for_steps, wait_until
 
 HOSTS = ("mm-test-a", "mm-test-b")
@@ -68,10 +68,6 @@ def launch(hosts, tmp_path_factory, tmp_path):
         kill_all(node)
 
 
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in curve(run) if "loss" in line]
-
-
 def finish(*nodes: subprocess.Popen) -> None:
     for node in nodes:
         assert node.wait(240) == 0, node.log.read_text()
@@ -89,7 +85,12 @@ def test_a_host_dies_and_comes_back(launch, tmp_path):
     flags = ["--max_steps=400", "--global_batch_size=2", "--batch_size=1", "--epochs=100", "--from_weight=none"]
     flags += ["--save_interval=5", "--resume=auto"]
     first, second = launch(0, *flags, restarts=3), launch(1, *flags, restarts=3)
-    wait_until(first, lambda: list(tmp_path.glob("*/checkpoints/step_*")))  # the run has something to go on from
+
+    def saved() -> list[Path]:
+        assert second.poll() is None, second.log.read_text()
+        return list(tmp_path.glob("*/checkpoints/step_*"))
+
+    wait_until(first, saved)  # the run has something to go on from
     kill_all(second)  # the power goes: launcher and worker at once
     again = launch(1, *flags, restarts=3)
     finish(first, again)

@@ -23,11 +23,8 @@ UNPACKED = "--packing=0 --epochs=3 --max_seq_len=100"  # the last window of an e
 LAYOUTS = {
     "alone": (None, MOE, "--pipeline_parallel=1 --batch_size=2"),
     "gpipe": (2, MOE, "--pipeline_schedule=gpipe --batch_size=3"),
-    "three stages, 1f1b": (
-        3,
-        UNPACKED,
-        "--pipeline_parallel=3 --batch_size=2 --num_workers=1 --pipeline_schedule=1f1b --gradient_checkpointing=1",
-    ),
+    "1f1b": (2, "", "--pipeline_schedule=1f1b --batch_size=2 --gradient_checkpointing=1"),
+    "three stages": (3, UNPACKED, "--pipeline_parallel=3 --batch_size=2 --num_workers=1"),
     "interleaved x data": (4, MOE, "--pipeline_schedule=interleaved --batch_size=2"),
     "tensor": (4, MOE, "--tensor_parallel=2 --batch_size=2"),
 }
@@ -161,9 +158,17 @@ def test_processes_that_do_not_fit_are_refused(monkeypatch, processes, said):
         pipeline.make_mesh(torch.device("cpu"), 2, 1)
 
 
-def test_bad_flags_are_one_line(job, run_script, tmp_path):
+@pytest.mark.parametrize(
+    "nproc, given, said",
+    [
+        (None, "--pipeline_parallel=0", "--pipeline_parallel 0: must be positive"),
+        (2, "--ddp --accumulation_steps=1", "--pipeline_schedule 1f1b --pipeline_parallel 2 needs at least 2 micro-"),
+    ],
+)
+def test_bad_flags_are_one_line(job, run_script, tmp_path, nproc, given, said):
     flags = [*RUN_FLAGS, f"--data_path={job.data[8]}", f"--cache_dir={job.folder / 'cache'}", f"--out_dir={tmp_path}"]
-    done = run_script(f"trainer/{SCRIPT}.py", *flags, "--ddp", "--accumulation_steps=1", nproc=2)
+    done = run_script(f"trainer/{SCRIPT}.py", *flags, *given.split(), nproc=nproc)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "--pipeline_schedule 1f1b --pipeline_parallel 2 needs at least 2 micro-batches" in line
-    assert "exitcode  : 2" in done.stderr and not list(tmp_path.rglob("*.pth"))
+    assert said in line
+    assert done.returncode == 2 if nproc is None else "exitcode  : 2" in done.stderr
+    assert not list(tmp_path.rglob("*.pth"))

@@ -20,6 +20,7 @@ LAYOUTS = {
 # From -> to: checkpoints of the first go on under the second.
 MOVES = [
     ("one", "zero1"), ("zero1", "zero3 offload"), ("zero3 offload", "ddp x 3"), ("all", "one"), ("zero2", "tensor"),
+    ("context", "zero2"),
 ]  # fmt: skip
 
 

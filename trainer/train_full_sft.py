@@ -28,6 +28,7 @@ from dataset.packing import batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
+from runtime.evaluation import evaluate
 from runtime.optim import make_optimizer
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
@@ -86,10 +87,8 @@ def Logger(content: str) -> None:
 # Copied from trainer.train_pretrain.save_weights
 def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
     """Have the float32 weights written as a plain state dict, the model's shape as JSON beside it; for all ranks."""
-    state_dict = parallel.whole_tensors(model.module.state_dict() if hasattr(model, "module") else model.state_dict())
-    if is_main_process():
-        checkpoint.later(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
-        checkpoint.later(checkpoint.save_file, path, state_dict)
+    state_dict = model.module.state_dict() if hasattr(model, "module") else model.state_dict()
+    checkpoint.save_weights(path, state_dict, config.to_json())
 
 
 def sft_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +151,7 @@ def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocas
             tracker.log(metrics | {"total_tokens": progress["tokens"]})
         if len(held_out) and (done or args.eval_interval and step % args.eval_interval == 0):
             rows = (held_out, args.batch_size, autocast, args.device)
-            tracker.log({"step": step, "eval_loss": parallel.evaluate(sft_loss, model, dataset, *rows)})
+            tracker.log({"step": step, "eval_loss": evaluate(sft_loss, model, dataset, *rows)})
         stop.hear(stopping)
         check_replicas(model, step, args.replica_check)
         if stopping or done or args.save_interval and step % args.save_interval == 0:

@@ -86,7 +86,7 @@ def Logger(content: str) -> None:
 # Differs from trainer.train_pretrain.save_weights: accelerate puts sharded weights together
 def save_weights(accelerator, model: torch.nn.Module, config: LMConfig, path: Path) -> None:
     """Have `model.module.state_dict()`, in float32, written, the model's shape as JSON beside it; for all ranks."""
-    state_dict = parallel.whole_tensors(accelerated.whole_weights(accelerator, model))
+    state_dict = engine_store.whole_tensors(accelerated.whole_weights(accelerator, model))
     if is_main_process():
         checkpoint.later(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
         checkpoint.later(checkpoint.save_file, path, state_dict)

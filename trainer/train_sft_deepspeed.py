@@ -33,6 +33,7 @@ from dataset.packing import batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import checkpoint, deepspeed_config, deepspeed_engine, launch, parallel
+from runtime.evaluation import evaluate
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
 
@@ -155,7 +156,7 @@ def train_epoch(args, plan, dataset, held_out, model, tracker, progress, stop, s
             tracker.log(metrics | {"total_tokens": progress["tokens"]})
         if len(held_out) and (done or args.eval_interval and step % args.eval_interval == 0):
             rows = (held_out, args.batch_size, nullcontext(), args.device)
-            tracker.log({"step": step, "eval_loss": parallel.evaluate(sft_loss, model, dataset, *rows)})
+            tracker.log({"step": step, "eval_loss": evaluate(sft_loss, model, dataset, *rows)})
         stop.hear(stopping)
         check_replicas(model, step, args.replica_check)
         if stopping or done or args.save_interval and step % args.save_interval == 0:

@@ -28,6 +28,7 @@ from dataset.packing import plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import checkpoint, engine_store, launch, lightning_engine, parallel
+from runtime.evaluation import evaluate
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
 
@@ -82,10 +83,11 @@ def Logger(content: str) -> None:
         print(content, flush=True)
 
 
-# Copied from trainer.train_pretrain.save_weights
+# Differs from trainer.train_pretrain.save_weights: sharded weights are put together before they are saved
 def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
     """Have the float32 weights written as a plain state dict, the model's shape as JSON beside it; for all ranks."""
-    state_dict = parallel.whole_tensors(model.module.state_dict() if hasattr(model, "module") else model.state_dict())
+    state_dict = model.module.state_dict() if hasattr(model, "module") else model.state_dict()
+    state_dict = engine_store.whole_tensors(state_dict)
     if is_main_process():
         checkpoint.later(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
         checkpoint.later(checkpoint.save_file, path, state_dict)
@@ -155,7 +157,7 @@ def train_epoch(trainer, args, plans, dataset, held_out, model, scaler, autocast
                 lightning_engine.log(trainer, tracker, metrics | {"total_tokens": progress["tokens"]})
             if len(held_out) and (done or args.eval_interval and step % args.eval_interval == 0):
                 rows = (held_out, args.batch_size, autocast, args.device)
-                metrics = {"step": step, "eval_loss": parallel.evaluate(sft_loss, self.model, dataset, *rows)}
+                metrics = {"step": step, "eval_loss": evaluate(sft_loss, self.model, dataset, *rows)}
                 lightning_engine.log(trainer, tracker, metrics)
             self.stop.hear(stopping)
             check_replicas(self.model, step, args.replica_check)
@@ -269,7 +271,7 @@ def main() -> int:
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
     setup_seed(args.seed + parallel.world()[0])  # one model everywhere, but dropout of its own on every rank
-    progress = checkpoint.restore(found, scaler) if found else checkpoint.new_run()  # its own file it reads in step 6
+    progress = checkpoint.restore(found, scaler)  # Lightning reads its file in step 6
 
     # 5. Tracking: our files, Lightning's progress bar, and its loggers for what --report_to names
     tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
