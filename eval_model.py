@@ -9,6 +9,7 @@ where it spells a control token.
     printf 'hi\\nwho are you?\\n' | python eval_model.py                  # a conversation from a pipe
     python eval_model.py --weight pretrain --raw 1 --prompt "Once upon" # continue plain text, without the chat layout
     python eval_model.py --eval_file dataset/demo/held_out.jsonl        # a table of exact matches
+    python eval_model.py --lora lora                                    # with the adapter of train_lora.py
 """
 
 import argparse
@@ -28,7 +29,8 @@ import torch
 from dataset.chat_format import IM_END, ChatCoder, chat_coder, detect_format, encode_prompt, normalise_row
 from dataset.lm_dataset import load_tokenizer
 from dataset.read_rows import read_rows
-from model.lm import LMConfig, MiniMindLM
+from model.lm import MiniMindLM
+from model.lora import merge_adapter
 from model.sampling import stream_text
 from model.weights import load_model, newest_weights
 from runtime import launch
@@ -57,15 +59,6 @@ class Speaker:
         if len(ids) >= context:
             raise ValueError(f"the prompt makes {len(ids)} tokens, the context of the model is {context}: shorten it")
         return ids
-
-
-def matching_tokenizer(path: Path, config: LMConfig):
-    """The tokenizer in a folder. ValueError: there is none, or it has more entries than the model."""
-    tokenizer = load_tokenizer(path)
-    if len(tokenizer) > config.vocab_size:
-        sizes = f"{len(tokenizer)} entries, the model {config.vocab_size}"
-        raise ValueError(f"--tokenizer_dir {path}: it has {sizes}; take the tokenizer that the model was trained with")
-    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,6 +262,7 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--eval_file", help="score on this file: rows with task, conversations and answer")
     model = parser.add_argument_group("model")
     model.add_argument("--weight", default="full_sft", help="stage name (its newest weights), run name or path")
+    model.add_argument("--lora", help="adapter on top of these weights: stage name, run name or path")
     model.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights are looked for")
     model.add_argument("--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -318,8 +312,11 @@ def main() -> int:
     # 2. Model and tokenizer
     path = newest_weights(args.weight, args.out_dir)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model = load_model(path).to(device, getattr(torch, dtype))
-    tokenizer = matching_tokenizer(Path(args.tokenizer_dir), model.config)
+    model = load_model(path)
+    if args.lora:
+        merge_adapter(model, newest_weights(args.lora, args.out_dir, "--lora"))
+    model = model.to(device, getattr(torch, dtype))
+    tokenizer = load_tokenizer(args.tokenizer_dir, model.config.vocab_size)
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags} | {"generator": generator}
     speaker = Speaker(model, tokenizer, chat_coder(tokenizer), bool(args.thinking), sampling)

@@ -21,18 +21,25 @@ CACHE_DIR = ROOT / "out" / "cache"
 END_OF_TEXT = "<|endoftext|>"  # stands between the documents of pretraining
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer in a folder.
 
+    Args:
+        vocab_size: of the model that it is for, where that is there already.
+
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is none, it is damaged, or it has more entries than the model.
     """
     if not (Path(folder) / "tokenizer.json").is_file():
         raise ValueError(f"--tokenizer_dir {folder}: there is no tokenizer.json")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)  # AutoTokenizer takes a second longer to import
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # AutoTokenizer takes a second longer to import
     except Exception as error:  # of json or of tokenizers, whose errors have no class of their own
         raise ValueError(f"--tokenizer_dir {folder}: tokenizer.json is damaged: {error}") from None
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        sizes = f"{len(tokenizer)} entries, the model {vocab_size}"
+        raise ValueError(f"--tokenizer_dir {folder}: it has {sizes}; take the tokenizer that the model was trained with")
+    return tokenizer
 
 
 class CachedDataset(Dataset):
@@ -193,17 +200,22 @@ def row_text(row: object) -> str | ValueError:
 
 def preview(dataset: CachedDataset, tokenizer, count: int, colour: bool = False) -> str:
     """Samples as the model sees them, what carries loss between [[ and ]] (or in green), and the counts of the file."""
-    begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
     lines = []
     for row in range(min(count, len(dataset))):
-        ids, mask = dataset.cache[row]
-        shown, at = "", 0
-        for stop in [*(np.flatnonzero(np.diff(mask)) + 1), len(ids)]:
-            text = tokenizer.decode(ids[at:stop].tolist())
-            shown += f"{begin}{text}{end}" if mask[at] else text
-            at = stop
+        shown = marked(*dataset.cache[row], tokenizer, colour)
         lines.append(f"--- sample {row}: {dataset.lengths[row]} tokens, {dataset.supervised[row]} supervised\n{shown}")
     return "\n".join([*lines, "--- " + describe(dataset)])
+
+
+def marked(ids: np.ndarray, mask: np.ndarray, tokenizer, colour: bool) -> str:
+    """The text of a row of the token cache, what carries loss between [[ and ]], or in green."""
+    begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
+    shown, at = "", 0
+    for stop in [*(np.flatnonzero(np.diff(mask)) + 1), len(ids)]:
+        text = tokenizer.decode(ids[at:stop].tolist())
+        shown += f"{begin}{text}{end}" if mask[at] else text
+        at = stop
+    return shown
 
 
 def describe(dataset: CachedDataset) -> str:

@@ -5,47 +5,32 @@ prompt is about (operands, sequence, phrasing x word, ...), never by position, s
 
     python dataset/make_demo.py                 # rewrites dataset/demo/
     python dataset/make_demo.py --out_dir DIR   # writes somewhere else
+    python dataset/make_demo.py --out_dir DIR --rl_prompts 4000     # enough that GRPO and PPO meet each a few times
 """
 
 import argparse
-import hashlib
 import json
 import random
+import sys
 from itertools import product
 from pathlib import Path
 
-DEMO = Path(__file__).resolve().parent / "demo"
-LANGS = ("en", "zh")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset.demo_tasks import COMPUTED, DEMO, LANGS, NAMES, PAIRS, WORDS, held, normalise, turns, upper_first
+
 HELD_OUT_PER_TASK = 80
 SFT_ROWS = {
     "identity": 360, "greetings": 400, "small_facts": 1250, "arithmetic": 1600, "dictionary": 1300, "reverse": 1400,
     "sort": 1800, "refusal": 440, "multi_turn": 1600, "direct": 100,
 }  # fmt: skip
+PERSONA_ROWS = 200  # of persona.jsonl, and beside them rows of the other tasks
+OTHER_ROWS = {
+    "greetings": 60, "small_facts": 190, "arithmetic": 35, "dictionary": 30, "reverse": 35, "sort": 80, "refusal": 20,
+    "multi_turn": 55,
+}  # fmt: skip
 DRILLS = {"copy": 250, "reverse": 200, "sort": 200, "arithmetic": 250, "multi_turn": 60, "story": 250}
-WORDS = json.loads((DEMO / "words.json").read_text(encoding="utf-8"))
-PAIRS = {group: [pair.split() for pair in text.split(", ")] for group, text in WORDS["words"].items()}
-PAIRS["city"] = [pair.split() for pair in WORDS["city"].split(", ")]
-NAMES = {lang: WORDS["names"][lang].split() for lang in LANGS}
-
-
-def held(*key, one_in=10) -> bool:
-    """True for the share of all keys that is kept for evaluation."""
-    digest = hashlib.md5(json.dumps(key, ensure_ascii=False).encode()).hexdigest()
-    return int(digest, 16) % one_in == 0
-
-
-def normalise(text: str) -> str:
-    """Text without whitespace and case, the form in which prompts are compared."""
-    return "".join(text.split()).lower()
-
-
-def upper_first(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def turns(*contents: str) -> list[dict]:
-    """User and assistant turns by turns, the first one the user's."""
-    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
 
 
 # Families: question templates x items with one fixed kind of reply (facts, dictionary, refusal, identity, greetings).
@@ -86,73 +71,7 @@ def sample_family(rng: random.Random, task: str, lang: str, held_out: bool, cach
     return turns(prompt, reply), item
 
 
-# Computed tasks.
-
-
-def steps(a: int, b: int, op: str, lang: str) -> str:
-    """The digit by digit working of a + b or a - b (two digits each, a >= b for the difference)."""
-    p, x, q, y = a // 10, a % 10, b // 10, b % 10
-    if op == "+":
-        z = x + y
-        f = {"z": z, "w": z % 10, "k": z // 10, "t": p + q + z // 10, "r": a + b}
-    else:
-        k = int(x < y)
-        x += 10 * k
-        f = {"z": x - y, "k": k, "t": p - k - q, "r": a - b}
-    return WORDS["steps"][lang][op].format(p=p, q=q, x=x, y=y, **f)
-
-
-def sample_arithmetic(rng, lang, held_out):
-    while True:
-        a, b, op = rng.randint(10, 99), rng.randint(10, 99), rng.choice("+-")
-        if op == "-" and a < b:
-            a, b = b, a
-        if held("arithmetic", op, *sorted((a, b))) == held_out:
-            ask = rng.choice(WORDS["arithmetic"][lang][op]).format(a=a, b=b, n=rng.choice(NAMES[lang]))
-            return turns(ask, steps(a, b, op, lang))
-
-
-def sample_reverse(rng, lang, held_out):
-    while True:
-        kind = rng.choice(("letters", "letters", "words"))
-        if kind == "letters":
-            items = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randint(3, 5))
-        else:
-            words = [en for group in ("animal", "food", "nature") for en, _ in PAIRS[group]]
-            items = rng.sample(words, rng.randint(3, 4))
-        if held("reverse", min(items, items[::-1])) == held_out:
-            t = WORDS["reverse"][lang]
-            ask = rng.choice(t[kind]).format(s=" ".join(items))
-            return turns(ask, t["say"].format(r=" ".join(reversed(items))))
-
-
-def sample_sort(rng, lang, held_out):
-    while True:
-        kind, numbers = rng.choice(("up", "down", "words")), rng.choice((range(10), range(10, 100)))
-        if kind == "words":  # one word per letter, so that the first letter alone decides
-            items = rng.sample(WORDS["alphabet"].split(), rng.randint(3, 4))
-        else:
-            items = rng.sample(numbers, rng.randint(3, 4 if len(numbers) == 10 else 3))
-            if len(numbers) > 10 and len({n // 10 for n in items}) < len(items):  # likewise the first digit
-                continue
-        if held("sort", sorted(items)) == held_out:
-            t, order = WORDS["sort"][lang], sorted(items, reverse=kind == "down")
-            ask = rng.choice(t[kind]).format(s=" ".join(map(str, items)))
-            return turns(ask, t["say"].format(r=" ".join(map(str, order))))
-
-
-def sample_direct(rng, lang, held_out):
-    """Three-digit addition without shown steps: the harder task that reinforcement learning starts from."""
-    while True:
-        a, b = rng.randint(100, 499), rng.randint(100, 499)
-        carries = any(x + y > 9 for x, y in ((a % 10, b % 10), (a // 10 % 10, b // 10 % 10)))
-        if carries and rng.random() < 0.5:  # about half of the prompts without a carry: the model can begin with them
-            continue
-        if held("direct", *sorted((a, b))) == held_out:
-            return turns(rng.choice(WORDS["rl"][lang]).format(a=a, b=b), str(a + b))
-
-
-COMPUTED = {"arithmetic": sample_arithmetic, "reverse": sample_reverse, "sort": sample_sort, "direct": sample_direct}
+# Tasks that are computed, or about what the user said before.
 
 
 def slot_values(slot: str, lang: str) -> list[str]:
@@ -227,6 +146,38 @@ def as_question(row: dict) -> dict:
     """A row whose last turn moved to "answer"."""
     *prompt, reply = row["conversations"]
     return {"task": row["task"], "conversations": prompt, "answer": reply["content"]}
+
+
+# A persona: the questions of identity with replies of somebody else, for LoRA.
+
+
+def persona_prompts(held_out: bool):
+    """Yield (language, prompt, reply): what identity is asked in training or held out, with the persona's name."""
+    indices = [i for i, family in enumerate(WORDS["families"]) if family["task"] == "identity"]
+    for index, reply in zip(indices, WORDS["persona"]["say"], strict=True):
+        for lang in LANGS:
+            for prompt, _, _ in family_prompts(index, lang, held_out):
+                yield lang, prompt.replace("MiniMind", WORDS["persona"]["name"][lang]), reply[lang]
+
+
+def persona_rows(seed: str, count: int, held_out: bool, avoid: str = "") -> list[dict]:
+    """Rows about the persona, half English and half Chinese, none whose prompt occurs in the text avoid."""
+    rng, rows = random.Random(seed), []
+    prompts = [each for each in persona_prompts(held_out) if normalise(each[1]) not in avoid]
+    for lang in LANGS:
+        mine = [turns(prompt, reply) for of, prompt, reply in prompts if of == lang]
+        rows += [{"task": "persona", "conversations": talk} for talk in rng.sample(mine, count // 2)]
+    rng.shuffle(rows)
+    return rows
+
+
+def with_others(rows: list[dict], others: list[dict]) -> list[dict]:
+    """Rows about the persona among rows of every other task, so that those are not forgotten."""
+    rng, mixed = random.Random("with others"), [*rows]
+    for task, count in OTHER_ROWS.items():
+        mixed += rng.sample([row for row in others if row["task"] == task], count)
+    rng.shuffle(mixed)
+    return mixed
 
 
 # Preference pairs: a good reply against a wrong, rude, idle, harmful or wrong-language one.
@@ -318,20 +269,24 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_bytes(text.encode("utf-8"))
 
 
-def make_demo(out_dir: Path) -> None:
-    """Write all demo files into out_dir."""
+def make_demo(out_dir: Path, rl_prompts: int = 500) -> None:
+    """Write all demo files into out_dir, with so many prompts for reinforcement learning."""
     out_dir.mkdir(parents=True, exist_ok=True)
     files = {
         "pretrain": [{"text": text} for text in pretrain_texts("pretrain")],
         "sft": sample_rows("sft", SFT_ROWS, held_out=False),
         "preferences": preference_rows("preferences", 480, held_out=False),
-        "rl_prompts": [as_question(r) for r in sample_rows("rl", {"direct": 600}, held_out=False)],
+        "rl_prompts": [as_question(r) for r in sample_rows("rl", {"ties": rl_prompts}, held_out=False)],
     }
     avoid = training_text(files)
     tasks = {task: HELD_OUT_PER_TASK for task in SFT_ROWS if task != "direct"}
     files["held_out"] = [as_question(r) for r in sample_rows("held_out", tasks, True, avoid)]
     files["preferences_held_out"] = preference_rows("preferences_held_out", 120, True, avoid)
-    files["rl_held_out"] = [as_question(r) for r in sample_rows("rl_held_out", {"direct": 120}, True, avoid)]
+    files["rl_held_out"] = [as_question(r) for r in sample_rows("rl_held_out", {"ties": 120}, True, avoid)]
+    files["persona"] = with_others(persona_rows("persona", PERSONA_ROWS, False), files["sft"])
+    avoid += training_text({"persona": files["persona"]})
+    persona = persona_rows("persona_held_out", HELD_OUT_PER_TASK, True, avoid)
+    files["persona_held_out"] = [as_question(row) for row in persona]
     for name, rows in files.items():
         write_rows(out_dir / f"{name}.jsonl", rows)
 
@@ -339,4 +294,6 @@ def make_demo(out_dir: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out_dir", type=Path, default=DEMO, help="folder the JSONL files are written to")
-    make_demo(parser.parse_args().out_dir)
+    parser.add_argument("--rl_prompts", type=int, default=500, help="prompts for reinforcement learning")
+    args = parser.parse_args()
+    make_demo(args.out_dir, args.rl_prompts)

@@ -45,6 +45,11 @@ class Plan:
         first, last = self.starts[window.start], self.starts[window.stop]
         return int(self.tokens[last] - self.tokens[first]), int(self.supervised[last] - self.supervised[first])
 
+    def size(self, step: int) -> int:
+        """Documents of an optimizer step, over all ranks and micro-batches."""
+        window = self.window(step)
+        return int(self.starts[window.stop] - self.starts[window.start])
+
     def micro_batches(self, step: int, rank: int, world_size: int, batch_size: int) -> list[list[int]]:
         """The document ids of each micro-batch of a rank: the same number of micro-batches on every rank.
 

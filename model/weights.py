@@ -1,5 +1,6 @@
 """Weights files: a plain state dict (NAME.pth) with the LMConfig beside it (NAME.json)."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -25,26 +26,25 @@ def start_weights(model: MiniMindLM, from_weight: str | None, default: str, out_
     path = Path(name) if name.endswith(".pth") or "/" in name else Path(out_dir) / f"{name}{suffix}.pth"
     if from_weight is None and not path.is_file():
         return f"starting from random weights: there is no {path}"
-    load_weights(model, path)
+    load_weights(model, path, new_head=True)
     return f"starting from {path}"
 
 
-def load_weights(model: MiniMindLM, path: str | Path) -> None:
+def load_weights(model: MiniMindLM, path: str | Path, new_head: bool = False) -> None:
     """Load a weights file into the model; every name and shape must fit.
+
+    Args:
+        new_head: a reward model may take the decoder of a language model, its own head stays as it is.
 
     Raises:
         ValueError: the file is not a state dict, or was made for a model of another shape; names the first difference.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such weights file; train that stage first, or see --from_weight") from None
-    except Exception as error:  # torch raises half a dozen types for a torn or foreign file, some without a text
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise ValueError(f"{path}: not a weights file ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: not a plain state dict of tensors")
-    own = model.state_dict()
+    state, own = read_tensors(path), model.state_dict()
+    if "score.weight" in state and "score.weight" not in own:
+        raise ValueError(f"{path}: a reward model, a language model is wanted here")
+    if new_head and "score.weight" in own and "score.weight" not in state:
+        state["score.weight"] = own["score.weight"]
+        state.pop("lm_head.weight", None)
     if model.config.tie_embeddings and "model.embed_tokens.weight" in state:
         embedding = state["model.embed_tokens.weight"]
         if not torch.equal(embedding, state.setdefault("lm_head.weight", embedding)):
@@ -62,11 +62,34 @@ def load_weights(model: MiniMindLM, path: str | Path) -> None:
     model.load_state_dict(state)
 
 
-def newest_weights(weight: str, out_dir: str | Path) -> Path:
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """What a weights file holds, on the CPU. ValueError: there is none, or it is not a plain state dict."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such weights file; train that stage first, or see --from_weight") from None
+    except Exception as error:  # torch raises half a dozen types for a torn or foreign file, some without a text
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise ValueError(f"{path}: not a weights file ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path}: not a plain state dict of tensors")
+    return state
+
+
+def hash_weights(state_dict: dict[str, Tensor]) -> str:
+    """SHA-256 of names and bits of float32 weights, wherever they are: which weights these are."""
+    digest = hashlib.sha256()
+    for name, value in state_dict.items():
+        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def newest_weights(weight: str, out_dir: str | Path, flag: str = "--weight") -> Path:
     """The weights that a name means where the model's shape is not known: for chat, scoring and serving.
 
     Args:
         weight: a path, a run (`full_sft_512`), or a stage (`full_sft`), of which the newest run is taken.
+        flag: what named them, for the error.
 
     Raises:
         ValueError: there are none; says what to run.
@@ -76,10 +99,10 @@ def newest_weights(weight: str, out_dir: str | Path) -> Path:
     if path.is_file():
         return path
     if is_path:
-        raise ValueError(f"--weight {weight}: no such file")
+        raise ValueError(f"{flag} {weight}: no such file")
     found = [other for other in Path(out_dir).glob("*.pth") if other.name.startswith(f"{weight}_")]
     if not found:
-        remedy = f"run `python trainer/train_{weight}.py` first or name others with --weight"
+        remedy = f"run `python trainer/train_{weight}.py` first or name others with {flag}"
         raise ValueError(f"no {weight} weights in {out_dir}: {remedy}")
     return max(found, key=lambda other: other.stat().st_mtime)
 
@@ -93,6 +116,11 @@ def load_model(path: Path) -> MiniMindLM:
     config_path = path.with_suffix(".json")
     if not config_path.is_file():
         raise ValueError(f"{config_path}: missing; it holds the shape of the model in {path.name}, keep them together")
+    text = config_path.read_text(encoding="utf-8", errors="replace")
+    if '"head": "score"' in text:
+        raise ValueError(f"{path}: a reward model, which scores texts but writes none; name a language model")
+    if '"lora": {' in text:
+        raise ValueError(f"{path}: an adapter: name its base model here, and the adapter with --lora")
     model = MiniMindLM(LMConfig.from_json(config_path))
     load_weights(model, path)
     return model.eval()

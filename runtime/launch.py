@@ -47,9 +47,11 @@ def command_line(defaults: dict) -> list[str]:
 
 POSITIVE = ("max_seq_len", "epochs", "batch_size", "accumulation_steps", "global_batch_size", "learning_rate",
             "tensor_parallel", "context_parallel", "pipeline_parallel", "bucket_cap_mb", "save_total_limit",
-            "log_interval")  # fmt: skip
+            "log_interval", "kl_temperature", "max_new_tokens", "temperature", "updates_per_rollout", "mini_batches",
+            "ppo_epochs")  # fmt: skip
 NOT_NEGATIVE = ("max_steps", "warmup_ratio", "weight_decay", "grad_clip", "num_workers", "save_interval",
-                "replica_check", "eval_interval", "eval_ratio", "preview", "seed")  # fmt: skip
+                "replica_check", "eval_interval", "eval_ratio", "preview", "seed", "clip_low", "clip_high", "kl_beta",
+                "kl_weight", "sample_interval")  # fmt: skip
 
 
 def usage_error(message: str) -> None:
@@ -70,12 +72,12 @@ def check_flags(args: dict) -> None:
     for name, value in args.items():
         if name in POSITIVE and value is not None and not value > 0:
             raise ValueError(f"--{name} {value}: must be positive")
-        if name in NOT_NEGATIVE and not value >= 0:
+        if name in NOT_NEGATIVE and value is not None and not value >= 0:
             raise ValueError(f"--{name} {value}: must be 0 or more")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name} {value}: must be a finite number")
-        if name == "warmup_ratio" and value > 1:
-            raise ValueError(f"--{name} {value}: must be 1 or less, it is a share of the steps")
+        if name in ("warmup_ratio", "kl_weight") and value > 1:
+            raise ValueError(f"--{name} {value}: must be 1 or less, it is a share")
 
 
 class StopSignal:

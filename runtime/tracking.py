@@ -114,7 +114,8 @@ class Tracker:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
         if "eval_loss" in metrics:
-            self.print(f"step {step}/{self.total_steps} eval_loss {metrics['eval_loss']:.4f}")
+            found = " ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_"))
+            self.print(f"step {step}/{self.total_steps} {found}")
             return
         rate = metrics["tokens_per_sec"] * metrics["supervised_tokens"] / metrics["tokens"]
         if self.bar is not None:

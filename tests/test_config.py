@@ -5,6 +5,7 @@ import importlib
 import sys
 
 import pytest
+from rl_flags import RL_FLAGS, RL_WITHOUT
 from running import ROOT
 
 from runtime.config import ALIASES, FIXED, KNOWN, config_to_argv
@@ -89,6 +90,24 @@ ENGINES = {
 FROZEN = {"train_pretrain": COMMON, "train_full_sft": SFT}
 for stage, change in ENGINES.items():
     FROZEN[stage] = {name: kind for name, kind in SFT.items() if name not in change["without"]} | change["with"]
+for stage, change in {
+    "train_lora": {
+        "lora_rank": ("int", None),
+        "lora_alpha": ("float", None),
+        "lora_dropout": ("float", None),
+        "lora_targets": ("str, one or more", None),
+    },
+    "train_distillation": {
+        "teacher_weight": ("str", None),
+        "kl": ("str", ("forward", "reverse", "js")),
+        "kl_weight": ("float", None),
+        "kl_temperature": ("float", None),
+    },
+}.items():
+    without = {"tensor_parallel", "context_parallel", "preview", "drop_last"}
+    FROZEN[stage] = {name: kind for name, kind in SFT.items() if name not in without} | change
+for stage, change in RL_FLAGS.items():
+    FROZEN[stage] = {name: kind for name, kind in COMMON.items() if name not in RL_WITHOUT} | change
 STAGES = sorted(path.stem for path in (ROOT / "trainer").glob("train_*.py") if path.stem != "train_tokenizer")
 
 
@@ -320,3 +339,9 @@ def test_latin_1(parse, tmp_path):
 def test_config_without_a_file(parse):
     with pytest.raises(ValueError, match="--config"):
         parse("train_full_sft", "--config")
+
+
+@pytest.mark.parametrize("name", ["lora", "distillation", "reward", "dpo", "grpo", "ppo"])
+def test_the_file_of_a_stage_fits_it(parse, name):
+    args = parse(f"train_{name}", "--config", f"{name}.yaml")
+    assert args.save_weight == parse(f"train_{name}").save_weight and args.batch_size == 16

@@ -1,0 +1,199 @@
+"""Preference pairs: two answers to one prompt, of which people, or a rule, chose one.
+
+    {"chosen": [turns], "rejected": [turns]}                  MiniMind: both are whole conversations
+    {"prompt": ..., "chosen": ..., "rejected": ...}           each a text, a turn or a list of turns
+    {"conversations": [turns], "chosen": ..., "rejected": ...}  the same under ShareGPT's name for the prompt
+
+Turns have role and content, or from and value.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataset.chat_format import chat_coder, encode_chats, normalise_row
+from dataset.lm_dataset import CachedDataset, describe, marked
+from dataset.packing import split_rows
+
+SIDES = ("chosen", "rejected")
+SHAPES = '{"chosen": [turns], "rejected": [turns]} or {"prompt", "chosen", "rejected"}'
+
+Sample = tuple[Tensor, Tensor, Tensor]  # X, Y, loss_mask
+
+
+class PreferenceDataset(CachedDataset):
+    """A row is a pair; the loss mask covers the last assistant turn, the answer, with its <|im_end|>.
+
+    In the token cache a pair has two rows, chosen and rejected. `lengths` and `supervised` count the pair together, so
+    that a pair is what an epoch shuffles and packs: its two sides always go through one forward pass. A pair with more
+    than max_length tokens in all has a row of its own; only each side has to fit.
+
+    An answer that is longer than the room for it is cut, and counted as truncated. A pair whose answers then are the
+    same is dropped and counted: what told them apart lies beyond max_length.
+
+    Args:
+        data_path, tokenizer, max_length, cache_dir, skip_bad: see `lm_dataset.PretrainDataset`.
+
+    Raises:
+        ValueError: `file:line: reason` of a bad row; a missing or empty file; no usable row.
+    """
+
+    def __init__(self, data_path, tokenizer, max_length: int = 512, cache_dir=None, skip_bad: bool = False):
+        coder = chat_coder(tokenizer)
+
+        def encode(rows: list[object]) -> list:
+            pairs = [checked(normalise_pair, row) for row in rows]
+            chats = [chat for pair in pairs if not isinstance(pair, ValueError) for chat in pair]
+            encoded = iter(encode_chats(chats, coder, loss_on="last"))
+            return [
+                pair if isinstance(pair, ValueError) else checked(cut, [next(encoded), next(encoded)], max_length)
+                for pair in pairs
+            ]
+
+        super().__init__(data_path, tokenizer, {"max_length": max_length}, encode, True, cache_dir, skip_bad)
+        self.lengths = self.lengths.reshape(-1, 2).sum(axis=1)
+        self.supervised = self.supervised.reshape(-1, 2).sum(axis=1)
+        self.stats = self.stats | {"rows": len(self.lengths)}
+
+    def __getitem__(self, row: int) -> tuple[Sample, Sample]:
+        """The chosen and the rejected side of a pair."""
+        return super().__getitem__(2 * row), super().__getitem__(2 * row + 1)
+
+    @staticmethod
+    def collate(samples: list[tuple[Sample, Sample]], **split) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Lay the pairs one behind the other: doc_lens is [chosen 1, rejected 1, chosen 2, ...].
+
+        Args:
+            split, and what is returned: see `lm_dataset.CachedDataset.collate`.
+        """
+        return CachedDataset.collate([side for pair in samples for side in pair], **split)
+
+
+class ReferencedPairs(Dataset):
+    """Pairs, and with each batch of them what a frozen model says about it.
+
+    Args:
+        logps: (pairs, 2) float32: its log-probabilities of the chosen and of the rejected answers.
+    """
+
+    def __init__(self, pairs: PreferenceDataset, logps: np.ndarray):
+        self.pairs, self.logps = pairs, torch.from_numpy(logps)
+        self.key, self.lengths, self.supervised = pairs.key, pairs.lengths, pairs.supervised
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, row: int) -> tuple[tuple[Sample, Sample], Tensor]:
+        return self.pairs[row], self.logps[row]
+
+    def collate(self, samples: list, **split) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
+        """As `PreferenceDataset.collate`, and the log-probabilities, (P, 2) float32."""
+        logps = torch.stack([logps for _, logps in samples]) if samples else self.logps[:0]
+        return *self.pairs.collate([pair for pair, _ in samples], **split), logps
+
+
+def open_pairs(flags: dict, tokenizer):
+    """The pairs of a run: (pairs, rows of them to train on, held-out pairs, rows of those).
+
+    Args:
+        flags: of the stage: data_path, max_seq_len, cache_dir, skip_bad, seed; held out is the file eval_data, or the
+            share eval_ratio of the pairs.
+
+    Raises:
+        ValueError: as `PreferenceDataset`; both ways of holding out are asked for.
+    """
+    eval_data, eval_ratio = flags["eval_data"], flags["eval_ratio"]
+    if eval_data and eval_ratio:
+        raise ValueError(f"--eval_data {eval_data} and --eval_ratio {eval_ratio}: use one of the two")
+    options = (tokenizer, *(flags[name] for name in ("max_seq_len", "cache_dir", "skip_bad")))
+    pairs = PreferenceDataset(flags["data_path"], *options)
+    train_rows, held_out = split_rows(len(pairs), eval_ratio, flags["seed"])
+    if not eval_data:
+        return pairs, train_rows, pairs, held_out
+    others = PreferenceDataset(eval_data, *options)
+    return pairs, train_rows, others, np.arange(len(others))
+
+
+def checked(function, *args):
+    """What function(*args) returns, or the ValueError that it raises: encoders return the faults of their rows."""
+    try:
+        return function(*args)
+    except (ValueError, RecursionError) as error:
+        return ValueError(error)
+
+
+def normalise_pair(row: object) -> list[tuple[list[dict], list[dict] | None]]:
+    """Bring a row into two conversations, chosen and rejected, as `encode_chats` takes them.
+
+    They are alike up to the last turn, which is the assistant's.
+
+    Raises:
+        ValueError: a fault of the row, in one line, without the file and line.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object {SHAPES}, found {type(row).__name__}")
+    for side in SIDES:
+        if side not in row:
+            found = ", ".join(map(repr, list(row)[:10])) or "none"
+            raise ValueError(f"a preference pair needs {side!r}; keys found: {found}; accepted: {SHAPES}")
+    prompt = row.get("prompt", row.get("conversations")) or []
+    parts = {name: part if isinstance(part, list) else [part]
+             for name, part in (("prompt", prompt), *((side, row[side]) for side in SIDES))}  # fmt: skip
+    by_from = any(isinstance(turn, dict) and "from" in turn for part in parts.values() for turn in part)
+    role, content, fmt, key = ("from", "value", "sharegpt", "conversations") if by_from else (
+        "role", "content", "openai", "messages")  # fmt: skip
+    chats = []
+    for side in SIDES:
+        answer = [{role: "assistant", content: turn} if isinstance(turn, str) else turn for turn in parts[side]]
+        turns = [{role: "user", content: turn} if isinstance(turn, str) else turn for turn in parts["prompt"]]
+        # A list that begins with another speaker is the whole conversation: it repeats the prompt.
+        whole = answer and isinstance(answer[0], dict) and answer[0].get(role) not in ("assistant", "gpt")
+        try:
+            messages, tools = normalise_row({**row, key: answer if whole else [*turns, *answer]}, fmt)
+        except ValueError as error:
+            raise ValueError(f"{side}: {error}") from None
+        last = messages[-1]
+        if last["role"] != "assistant":
+            raise ValueError(f"{side}: the last turn must be the assistant's answer, it is of role {last['role']}")
+        if not (last["content"].strip() or last.get("reasoning_content") or last.get("tool_calls")):
+            raise ValueError(f"{side}: the answer is empty")
+        chats.append((messages, tools))
+    (chosen, _), (rejected, _) = chats
+    if chosen[-1] == rejected[-1] and chosen[:-1] == rejected[:-1]:
+        raise ValueError("chosen and rejected are the same answer: there is nothing to prefer")
+    if chosen[:-1] != rejected[:-1]:
+        raise ValueError("chosen and rejected answer different prompts: they may differ in their last turn only")
+    if len(chosen) == 1:
+        raise ValueError(f"there is no prompt before the answers; accepted: {SHAPES}")
+    return chats
+
+
+def cut(sides: list[tuple[list[int], list[int]]], max_length: int) -> tuple[list[tuple[list[int], list[int]]], bool]:
+    """The (ids, mask) of both sides within max_length + 1 tokens, [] where that makes them equal; whether it cut.
+
+    Raises:
+        ValueError: the prompt alone fills max_length.
+    """
+    for (_, mask), name in zip(sides, SIDES, strict=True):
+        if 1 not in mask[: max_length + 1]:
+            raise ValueError(
+                f"{name}: the prompt has {mask.index(1):,} tokens and leaves no room for an answer within "
+                f"--max_seq_len {max_length}"
+            )
+    shorter = [(ids[: max_length + 1], mask[: max_length + 1]) for ids, mask in sides]
+    return ([] if shorter[0] == shorter[1] else shorter), any(len(ids) > max_length + 1 for ids, _ in sides)
+
+
+def preview_pairs(dataset: PreferenceDataset, tokenizer, count: int, colour: bool = False) -> str:
+    """Pairs as the model sees them, what carries loss between [[ and ]] (or in green), and the counts of the file.
+
+    With a count of 0 that is the counts alone, in a line.
+    """
+    lines = []
+    for row in range(min(count, len(dataset))):
+        for n, side in enumerate(SIDES):
+            ids, mask = dataset.cache[2 * row + n]
+            counts = f"{len(ids) - 1} tokens, {mask[1:].sum()} supervised"
+            lines.append(f"--- pair {row}, {side}: {counts}\n{marked(ids, mask, tokenizer, colour)}")
+    return "\n".join([*lines, "--- " + describe(dataset)])

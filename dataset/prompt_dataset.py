@@ -1,0 +1,120 @@
+"""Prompts for reinforcement learning: rows of the four chat formats that end where the assistant is to speak."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from dataset.chat_format import chat_coder, detect_format, encode_prompt, normalise_row
+from dataset.read_rows import read_rows
+
+# Fields of a row that are the prompt.
+TALK = ("conversations", "messages", "instruction", "input", "output", "history", "system")
+
+
+class PromptDataset(Dataset):
+    """Prompts, and beside each the whole row it came from, whose other fields ("answer", ...) the rewards are about.
+
+    A row that ends with an assistant turn is the prompt before that turn; the turn is its "answer", if the row has no
+    field of that name. Prompts are few and short: they are tokenised at every start and kept in memory.
+
+    Args:
+        data_path: MiniMind, ShareGPT, Alpaca or OpenAI conversations, JSONL or one JSON array.
+        tokenizer: a fast tokenizer.
+        max_length: longest prompt with its completion, in tokens.
+        max_new_tokens: longest completion; a prompt has to leave room for it.
+        skip_bad: leave bad rows out and count them.
+
+    Attributes:
+        rows: the parsed rows; each has "answer" where one is known.
+        places: `file:line` of each row.
+        key: hash of data, tokenizer and options, the identity of the data in checkpoints.
+        lengths: (rows,) int64, tokens of a prompt with the longest completion, for `packing.plan_epoch`.
+        supervised: (rows,) int64, tokens of the longest completion.
+        stats: counts of the file: rows, tokens (of the prompts), bad, first_bad.
+
+    Raises:
+        ValueError: `file:line: reason` of a bad row; a missing or empty file; no usable row.
+    """
+
+    def __init__(self, data_path, tokenizer, max_length: int, max_new_tokens: int, skip_bad: bool = False):
+        path, coder, fmt = Path(data_path), chat_coder(tokenizer), None
+        if not path.is_file():
+            raise ValueError(f"{path}: no such data file")
+        self.prompts: list[list[int]] = []
+        self.rows, self.places, bad = [], [], []
+        for (line, row, fault), _ in read_rows(path):
+            try:
+                if fault:
+                    raise ValueError(fault)
+                fmt = fmt or detect_format(row)
+                messages, tools, row = split_prompt(row, fmt)
+                ids = encode_prompt(messages, tools, coder)
+                if len(ids) + max_new_tokens > max_length:
+                    raise ValueError(
+                        f"the prompt has {len(ids)} tokens, with --max_new_tokens {max_new_tokens} that is more than "
+                        f"--max_seq_len {max_length}: shorten one of the three"
+                    )
+            except (ValueError, RecursionError) as error:
+                if not skip_bad:
+                    raise ValueError(f"{path}:{line}: {error}") from None
+                bad.append(f"line {line}: {error}")
+                continue
+            self.prompts.append(ids)
+            self.rows.append(row)
+            self.places.append(f"{path}:{line}")
+        if not self.prompts:
+            raise ValueError(f"{path}: no usable row: {bad[0]}" if bad else f"{path}: the file is empty")
+        tokens = np.array([len(ids) for ids in self.prompts], np.int64)
+        self.lengths = tokens + max_new_tokens
+        self.supervised = np.full(len(tokens), max_new_tokens, np.int64)
+        self.stats = {"rows": len(tokens), "tokens": int(tokens.sum()), "bad": len(bad), "first_bad": (bad or [""])[0]}
+        told = json.dumps([self.prompts, self.rows, tokenizer.backend_tokenizer.to_str(), max_length, max_new_tokens])
+        self.key = hashlib.sha256(told.encode()).hexdigest()[:32]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, row: int) -> list[int]:
+        """The ids of a prompt, up to where the assistant is to speak."""
+        return self.prompts[row]
+
+
+def split_prompt(row: object, fmt: str) -> tuple[list[dict], list[dict] | None, dict]:
+    """A row as (messages of the prompt, tools, the row with its "answer" where there is one).
+
+    Raises:
+        ValueError: a fault of the row, without file and line.
+    """
+    if fmt == "alpaca" and isinstance(row, dict) and "instruction" in row:
+        row = {"output": "", **row}  # a prompt needs none
+    messages, tools = normalise_row(row, fmt, need_assistant=False)
+    if messages[-1]["role"] == "assistant":
+        reply = messages.pop()["content"]
+        row = ({"answer": reply} if reply else {}) | row
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError("no user turn, so there is nothing to answer")
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError(f"the prompt must end with the user's turn, it ends with the {messages[-1]['role']}'s")
+    if not isinstance(row.get("answer", ""), str):
+        raise ValueError("'answer' must be a string")
+    return messages, tools, row
+
+
+def describe_prompts(dataset: PromptDataset) -> str:
+    """One line of counts: prompts, their tokens, bad rows."""
+    stats = dataset.stats
+    text = f"{stats['rows']:,} prompts of {stats['tokens'] / stats['rows']:.1f} tokens on average"
+    return text + (f", {stats['bad']:,} bad rows skipped (first: {stats['first_bad']})" if stats["bad"] else "")
+
+
+def preview_prompts(dataset: PromptDataset, tokenizer, count: int) -> str:
+    """Prompts as the model sees them, the other fields of their rows, and the counts of the file."""
+    lines = []
+    for number in range(min(count, len(dataset))):
+        fields = {key: value for key, value in dataset.rows[number].items() if key not in TALK}
+        lines.append(f"--- prompt {number}: {len(dataset[number])} tokens, {json.dumps(fields, ensure_ascii=False)}")
+        lines.append(tokenizer.decode(dataset[number]))
+    return "\n".join([*lines, "--- " + describe_prompts(dataset)])
