@@ -36,12 +36,13 @@ def score(folder: Path, weight: str, *flags: str) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weight", default=str(ROOT / "out/full_sft_192.pth"), help="the model that learns")
-    parser.add_argument("--epochs", default="10", help="passes over dataset/demo/persona.jsonl")
+    parser.add_argument("--epochs", default="14", help="passes over dataset/demo/persona.jsonl")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         before, begin = score(folder, args.weight), time.monotonic()
         flags = "--dim 192 --n_layers 4 --n_heads 6 --n_kv_heads 3 --max_seq_len 256 --batch_size 4 --save_interval 0"
+        flags += " --lora_rank 16 --lora_alpha 32 --lora_targets gate_proj up_proj down_proj"  # not attention
         flags += f" --dtype float32 --from_weight {args.weight} --epochs {args.epochs} --out_dir {folder}"
         subprocess.run([sys.executable, f"{ROOT}/trainer/train_lora.py", *flags.split()], check=True)
         seconds, after = time.monotonic() - begin, score(folder, args.weight, "--lora", str(folder / "lora_192.pth"))

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """--dim 192 --n_layers 4 --n_heads 6 --n_kv_heads 3 --max_seq_len 256 --device cpu --dtype float32
     --save_interval 0 --epochs 9 --max_steps 160 --batch_size 256 --max_new_tokens 16 --temperature 1.5 --ppo_epochs 2
-    --kl_beta 0.01 --optimizer muon --learning_rate 1e-3 --sample_interval 50"""
+    --mini_batches 2 --kl_beta 0.01 --optimizer muon --learning_rate 1e-3 --sample_interval 50"""
 GAIN = 25.0
 
 

@@ -3,18 +3,16 @@
 Trains a reward model from the model of scripts/quickstart.sh as a user would, and prints its accuracy and margin on
 dataset/demo/preferences_held_out.jsonl. Ends with exit code 0 if at least 95 % of the held-out pairs are ranked right.
 
-The pairs to learn from are those of dataset/demo/preferences.jsonl, and made of them: with each prompt and its chosen
-answer, the chosen answers of --others other prompts as further rejected ones, half of them among the most alike. With
---others 0 the file is taken as it is: 480 pairs are too few to learn which answer belongs to which question.
+It learns from 2,400 pairs, which dataset/make_demo.py writes; the 480 in dataset/demo are the first of them, and too
+few to learn which answer belongs to which question (--pairs 480).
 
     python benchmarks/reward_model.py
-    python benchmarks/reward_model.py --others 0
+    python benchmarks/reward_model.py --pairs 480
     python benchmarks/reward_model.py --out out --epochs 4     # more flags go to trainer/train_reward.py
 """
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 import tempfile
@@ -30,29 +28,9 @@ from dataset.lm_dataset import load_tokenizer
 from dataset.preference_dataset import PreferenceDataset
 from model.reward import load_reward_model
 
-TRAIN, PAIRS = ROOT / "dataset/demo/preferences.jsonl", ROOT / "dataset/demo/preferences_held_out.jsonl"
+PAIRS = ROOT / "dataset/demo/preferences_held_out.jsonl"
 RECIPE = """--dim 192 --n_layers 4 --n_heads 6 --n_kv_heads 3 --max_seq_len 256 --device cpu --save_interval 0
-    --batch_size 4 --epochs 2 --optimizer muon --learning_rate 1e-3 --dropout 0.1"""
-
-
-def recombined(rows: list[dict], others: int, seed: int = 0) -> list[dict]:
-    """The pairs, and with each prompt `others` chosen answers of other prompts as rejected ones, in random order."""
-
-    def trigrams(text: str) -> set[str]:
-        return {text[at : at + 3] for at in range(len(text) - 2)}
-
-    rng, answers = random.Random(seed), sorted({row["chosen"][-1]["content"] for row in rows})
-    grams, pairs = {answer: trigrams(answer) for answer in answers}, list(rows)
-    for row in rows if others else []:
-        own = row["chosen"][-1]["content"]
-        alike = {a: len(grams[a] & grams[own]) / max(1, len(grams[a] | grams[own])) for a in answers if a != own}
-        nearest = sorted(alike, key=alike.get, reverse=True)[:12]
-        picked = [*rng.sample(nearest, others // 2), *rng.sample(sorted(alike), others - others // 2)]
-        for answer in dict.fromkeys(picked):
-            rejected = [*row["chosen"][:-1], {"role": "assistant", "content": answer}]
-            pairs.append({"chosen": row["chosen"], "rejected": rejected})
-    rng.shuffle(pairs)
-    return pairs
+    --batch_size 4 --epochs 3 --optimizer muon --learning_rate 1e-3 --dropout 0.1"""
 
 
 @torch.no_grad()
@@ -69,13 +47,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weight", type=Path, default=ROOT / "out/full_sft_192.pth", help="the model to start from")
     parser.add_argument("--out", type=Path, help="keep the reward model in this folder")
-    parser.add_argument("--others", type=int, default=8, help="chosen answers of other prompts that a prompt rejects")
+    parser.add_argument("--pairs", type=int, default=2400, help="to learn from")
     args, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch, out = Path(folder), args.out or Path(folder)
-        rows = [json.loads(line) for line in TRAIN.read_text(encoding="utf-8").splitlines()]
-        data, pairs = scratch / "pairs.jsonl", recombined(rows, args.others)
-        data.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+        made = [str(ROOT / "dataset/make_demo.py"), "--out_dir", str(scratch), "--pairs", str(args.pairs)]
+        subprocess.run([sys.executable, *made], check=True)
+        data = scratch / "preferences.jsonl"
         flags = f"{RECIPE} --out_dir {out} --cache_dir {scratch / 'cache'} --eval_data {PAIRS}".split()
         flags += ["--data_path", str(data), "--from_weight", str(args.weight.resolve()), *more]
         began = time.monotonic()
@@ -84,7 +62,7 @@ def main() -> int:
         result = json.loads((out / "reward_192/metrics.jsonl").read_text().splitlines()[-1])
         difference = packed_and_alone(out / "reward_192.pth", scratch)
     accuracy = 100 * result["eval_accuracy"]
-    print(f"\ntrained on {len(pairs):,} pairs made of {len(rows)} in {seconds:.0f} s")
+    print(f"\ntrained on {args.pairs:,} pairs in {seconds:.0f} s")
     print(f"held-out accuracy {accuracy:.1f} %, margin {result['eval_margin']:.2f}, "
           f"loss {result['eval_loss']:.4f}; scores in one row and alone differ by {difference:.1g}")  # fmt: skip
     return 0 if accuracy >= 95 else 1

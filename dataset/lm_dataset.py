@@ -38,7 +38,9 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> PreTrai
         raise ValueError(f"--tokenizer_dir {folder}: tokenizer.json is damaged: {error}") from None
     if vocab_size is not None and len(tokenizer) > vocab_size:
         sizes = f"{len(tokenizer)} entries, the model {vocab_size}"
-        raise ValueError(f"--tokenizer_dir {folder}: it has {sizes}; take the tokenizer that the model was trained with")
+        raise ValueError(
+            f"--tokenizer_dir {folder}: it has {sizes}; take the tokenizer that the model was trained with"
+        )
     return tokenizer
 
 

@@ -269,13 +269,13 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_bytes(text.encode("utf-8"))
 
 
-def make_demo(out_dir: Path, rl_prompts: int = 500) -> None:
-    """Write all demo files into out_dir, with so many prompts for reinforcement learning."""
+def make_demo(out_dir: Path, rl_prompts: int = 500, pairs: int = 480) -> None:
+    """Write all demo files into out_dir, with so many prompts for reinforcement learning and preference pairs."""
     out_dir.mkdir(parents=True, exist_ok=True)
     files = {
         "pretrain": [{"text": text} for text in pretrain_texts("pretrain")],
         "sft": sample_rows("sft", SFT_ROWS, held_out=False),
-        "preferences": preference_rows("preferences", 480, held_out=False),
+        "preferences": preference_rows("preferences", pairs, held_out=False),
         "rl_prompts": [as_question(r) for r in sample_rows("rl", {"ties": rl_prompts}, held_out=False)],
     }
     avoid = training_text(files)
@@ -295,5 +295,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out_dir", type=Path, default=DEMO, help="folder the JSONL files are written to")
     parser.add_argument("--rl_prompts", type=int, default=500, help="prompts for reinforcement learning")
+    parser.add_argument("--pairs", type=int, default=480, help="preference pairs to train on")
     args = parser.parse_args()
-    make_demo(args.out_dir, args.rl_prompts)
+    make_demo(args.out_dir, args.rl_prompts, args.pairs)

@@ -129,7 +129,7 @@ def merge_adapter(model: MiniMindLM, path: str | Path) -> None:
         A, B, weight = tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"], state[f"{layer}.weight"]
         if (*B.shape, *A.shape) != (len(weight), settings["rank"], settings["rank"], weight.size(1)):
             shapes = f"rank {settings['rank']}, B {tuple(B.shape)} and A {tuple(A.shape)}"
-            raise ValueError(f"{path}: {layer} is {tuple(weight.shape)}, which do not fit {shapes}")
+            raise ValueError(f"{path}: {layer} is {tuple(weight.shape)}, which does not fit {shapes}")
         weight += settings["alpha"] / settings["rank"] * (B @ A)  # in the model itself
 
 

@@ -34,7 +34,7 @@ def train(tmp_path_factory):
     """train(name, *flags, nproc=) -> the run's folder."""
     folder = tmp_path_factory.mktemp("grpo")
     rows = [{"messages": [{"role": "user", "content": "say " * (1 + n % 5) + str(n)}], "answer": "aeiou t"[n % 3 :]}
-            for n in range(20)]  # fmt: skip
+            for n in range(13)]  # fmt: skip
     data = write_jsonl(folder / "prompts.jsonl", rows)
     (folder / "reward.py").write_text(REWARD)
     fixed = [*FLAGS, f"--data_path={data}", f"--reward={folder / 'reward.py'}:letters"]

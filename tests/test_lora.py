@@ -155,7 +155,7 @@ def test_an_adapter_of_something_else(tmp_path):
     assert "an adapter for another base: it was trained on other weights" in error(make_model())
     tensors = torch.load(adapter, weights_only=True)
     torch.save({name: value[:1] for name, value in tensors.items()}, adapter)
-    assert "q_proj is (32, 32), which do not fit rank 4, B (1, 4) and A (1, 32)" in error(load_model(base))
+    assert "mlp.down_proj is (32, 128), which does not fit rank 4, B (1, 4) and A (1, 128)" in error(load_model(base))
     torch.save(dict(list(tensors.items())[:2]), adapter)
     assert "its tensors are not those of the layers q_proj" in error(load_model(base))
     adapter.write_bytes(b"torn")

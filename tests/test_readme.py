@@ -11,7 +11,7 @@ from running import ROOT
 
 # Put behind the training commands: later flags win, so the command is the README's but the model is tiny.
 TINY = "--dim 32 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 128 --max_steps 2 --device cpu".split()
-TRAINING = r"train_(pretrain|full_sft|sft_pipeline)|run_distributed|main|prepare_data"
+TRAINING = r"trainer/train_(?!tokenizer)|run_distributed|main|prepare_data"
 
 
 def commands(readme: str) -> list[str]:

@@ -191,7 +191,7 @@ def parse_args() -> argparse.Namespace:
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--kl", choices=("forward", "reverse", "js"), default="forward", help="divergence from teacher")
     optim.add_argument("--kl_weight", type=float, default=0.5, help="share of the divergence in the loss, 0 to 1")
-    optim.add_argument("--kl_temperature", type=float, default=1.0, help="of both distributions in the divergence")
+    optim.add_argument("--kl_temperature", type=float, default=2.0, help="of both distributions in the divergence")
     optim.add_argument("--epochs", type=int, default=1, help="passes over the data")
     optim.add_argument("--max_steps", type=int, default=0, help="stop after so many optimizer steps (0: no limit)")
     optim.add_argument("--batch_size", type=int, default=8, help="rows per process and micro-batch")

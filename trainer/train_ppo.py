@@ -146,7 +146,7 @@ def value_terms(values, old, returns, clip: float) -> tuple[torch.Tensor, torch.
         Matters in Deep Policy Gradients (2020), section 3.
     """
     kept, clipped = (values - returns).square(), (old + (values - old).clamp(-clip, clip) - returns).square()
-    return 0.5 * torch.maximum(kept, clipped), clipped > kept
+    return 0.5 * torch.maximum(kept, clipped), (clipped > kept) & ((values - old).abs() > clip)
 
 
 def assess(model, pack, args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
