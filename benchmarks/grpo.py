@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = """--dim 192 --n_layers 4 --n_heads 6 --n_kv_heads 3 --max_seq_len 256 --device cpu --dtype float32
-    --save_interval 0 --epochs 9 --max_steps 150 --batch_size 64 --group_size 8 --max_new_tokens 16 --temperature 1.5
+    --save_interval 0 --epochs 9 --max_steps 200 --batch_size 64 --group_size 8 --max_new_tokens 16 --temperature 1.5
     --optimizer muon --learning_rate 1.5e-3 --sample_interval 50"""
 FROM, TO = 60.0, 90.0
 

@@ -25,7 +25,7 @@ SFT_ROWS = {
     "identity": 360, "greetings": 400, "small_facts": 1250, "arithmetic": 1600, "dictionary": 1300, "reverse": 1400,
     "sort": 1800, "refusal": 440, "multi_turn": 1600, "direct": 100,
 }  # fmt: skip
-PERSONA_ROWS = 200  # of persona.jsonl, and beside them rows of the other tasks
+PERSONA_ROWS = 200  # of persona.jsonl, and beside them up to so many rows of the other tasks
 OTHER_ROWS = {
     "greetings": 60, "small_facts": 190, "arithmetic": 35, "dictionary": 30, "reverse": 35, "sort": 80, "refusal": 20,
     "multi_turn": 55,
@@ -171,11 +171,11 @@ def persona_rows(seed: str, count: int, held_out: bool, avoid: str = "") -> list
     return rows
 
 
-def with_others(rows: list[dict], others: list[dict]) -> list[dict]:
-    """Rows about the persona among rows of every other task, so that those are not forgotten."""
+def with_others(rows: list[dict], others: list[dict], share: float) -> list[dict]:
+    """Rows about the persona among a share of OTHER_ROWS of every other task, so that those are not forgotten."""
     rng, mixed = random.Random("with others"), [*rows]
     for task, count in OTHER_ROWS.items():
-        mixed += rng.sample([row for row in others if row["task"] == task], count)
+        mixed += rng.sample([row for row in others if row["task"] == task], round(share * count))
     rng.shuffle(mixed)
     return mixed
 
@@ -269,8 +269,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_bytes(text.encode("utf-8"))
 
 
-def make_demo(out_dir: Path, rl_prompts: int = 500, pairs: int = 480) -> None:
-    """Write all demo files into out_dir, with so many prompts for reinforcement learning and preference pairs."""
+def make_demo(out_dir: Path, rl_prompts=80, pairs=480, persona=PERSONA_ROWS, others=0.1) -> None:
+    """Write all demo files into out_dir; the numbers are those of the flags below."""
     out_dir.mkdir(parents=True, exist_ok=True)
     files = {
         "pretrain": [{"text": text} for text in pretrain_texts("pretrain")],
@@ -283,10 +283,10 @@ def make_demo(out_dir: Path, rl_prompts: int = 500, pairs: int = 480) -> None:
     files["held_out"] = [as_question(r) for r in sample_rows("held_out", tasks, True, avoid)]
     files["preferences_held_out"] = preference_rows("preferences_held_out", 120, True, avoid)
     files["rl_held_out"] = [as_question(r) for r in sample_rows("rl_held_out", {"ties": 120}, True, avoid)]
-    files["persona"] = with_others(persona_rows("persona", PERSONA_ROWS, False), files["sft"])
+    files["persona"] = with_others(persona_rows("persona", persona, False), files["sft"], others)
     avoid += training_text({"persona": files["persona"]})
-    persona = persona_rows("persona_held_out", HELD_OUT_PER_TASK, True, avoid)
-    files["persona_held_out"] = [as_question(row) for row in persona]
+    asked = persona_rows("persona_held_out", HELD_OUT_PER_TASK, True, avoid)
+    files["persona_held_out"] = [as_question(row) for row in asked]
     for name, rows in files.items():
         write_rows(out_dir / f"{name}.jsonl", rows)
 
@@ -294,7 +294,8 @@ def make_demo(out_dir: Path, rl_prompts: int = 500, pairs: int = 480) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out_dir", type=Path, default=DEMO, help="folder the JSONL files are written to")
-    parser.add_argument("--rl_prompts", type=int, default=500, help="prompts for reinforcement learning")
+    parser.add_argument("--rl_prompts", type=int, default=80, help="prompts for reinforcement learning")
     parser.add_argument("--pairs", type=int, default=480, help="preference pairs to train on")
-    args = parser.parse_args()
-    make_demo(args.out_dir, args.rl_prompts, args.pairs)
+    parser.add_argument("--persona", type=int, default=PERSONA_ROWS, help="rows about the persona")
+    parser.add_argument("--others", type=float, default=0.1, help="share of OTHER_ROWS that go beside those")
+    make_demo(**vars(parser.parse_args()))

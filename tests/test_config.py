@@ -5,8 +5,8 @@ import importlib
 import sys
 
 import pytest
-from rl_flags import RL_FLAGS, RL_WITHOUT
 from running import ROOT
+from stage_flags import LATER_STAGES
 
 from runtime.config import ALIASES, FIXED, KNOWN, config_to_argv
 from runtime.launch import check_flags
@@ -90,24 +90,8 @@ ENGINES = {
 FROZEN = {"train_pretrain": COMMON, "train_full_sft": SFT}
 for stage, change in ENGINES.items():
     FROZEN[stage] = {name: kind for name, kind in SFT.items() if name not in change["without"]} | change["with"]
-for stage, change in {
-    "train_lora": {
-        "lora_rank": ("int", None),
-        "lora_alpha": ("float", None),
-        "lora_dropout": ("float", None),
-        "lora_targets": ("str, one or more", None),
-    },
-    "train_distillation": {
-        "teacher_weight": ("str", None),
-        "kl": ("str", ("forward", "reverse", "js")),
-        "kl_weight": ("float", None),
-        "kl_temperature": ("float", None),
-    },
-}.items():
-    without = {"tensor_parallel", "context_parallel", "preview", "drop_last"}
-    FROZEN[stage] = {name: kind for name, kind in SFT.items() if name not in without} | change
-for stage, change in RL_FLAGS.items():
-    FROZEN[stage] = {name: kind for name, kind in COMMON.items() if name not in RL_WITHOUT} | change
+for stage, (without, own) in LATER_STAGES.items():
+    FROZEN[stage] = {name: kind for name, kind in SFT.items() if name not in without} | own
 STAGES = sorted(path.stem for path in (ROOT / "trainer").glob("train_*.py") if path.stem != "train_tokenizer")
 
 

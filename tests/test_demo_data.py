@@ -55,7 +55,7 @@ def test_regenerating_gives_the_committed_bytes(tmp_path):
 
 
 def test_all_files_together_are_at_most_3_mib():
-    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 3 * 2**20
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 3_000_000
 
 
 @pytest.mark.parametrize("name", FILES)
