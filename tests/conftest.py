@@ -32,7 +32,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 
-LONGEST = "resume launcher lightning multinode pipeline readme accelerate deepspeed faults strategies exactness".split()
+LONGEST = "readme resume launcher lightning multinode pipeline accelerate deepspeed faults strategies exactness".split()
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -117,8 +117,9 @@ FORKS.set_forkserver_preload(
 )  # fmt: skip
 
 
-def _be_script(words: list[str], variables: dict[str, str], output: Path) -> None:
+def _be_script(words: list[str], variables: dict[str, str], output: Path, cwd: Path) -> None:
     """What a fork does."""
+    os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # as in a process of its own
     os.environ.update(variables)
     with open(output, "wb") as file:
@@ -134,7 +135,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(*args, nproc=None) -> str:
+def run_ranks(*args, nproc=None, cwd=ROOT) -> str:
     """Run a project script to its good end, as nproc ranks that no launcher watches; returns what they printed."""
     words = [str(ROOT / args[0]), *map(str, args[1:])]
     variables = {"CUDA_VISIBLE_DEVICES": ""}
@@ -145,7 +146,7 @@ def run_ranks(*args, nproc=None) -> str:
         outputs, processes = [Path(folder) / str(rank) for rank in range(nproc or 1)], []
         for rank, output in enumerate(outputs):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if nproc else {}
-            processes.append(FORKS.Process(target=_be_script, args=(words, variables | own, output)))
+            processes.append(FORKS.Process(target=_be_script, args=(words, variables | own, output, cwd)))
             processes[-1].start()
         for process in processes:
             process.join(180)

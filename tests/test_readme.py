@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from running import ROOT, run_ranks
 
 # Put behind the training commands: later flags win, so the command is the README's but the model is tiny.
 TINY = "--dim 32 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 128 --max_steps 2 --device cpu".split()
@@ -51,12 +51,15 @@ def test_every_command_runs(clone, run_script):
             flags += ["--resume", "none"]
         if script.endswith(".sh"):
             command = [program, str(clone / script), *flags]
-            done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300)
-        else:
-            nproc = arguments[arguments.index("--nproc_per_node") + 1] if program == "torchrun" else None
-            assert program in ("python", "torchrun", ".venv/bin/python")
-            done = run_script(clone / script, *flags, nproc=nproc, cwd=clone, stdin="hello\n/exit\n", timeout=180)
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        assert done.stdout, line
+            done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            continue
+        assert program in ("python", "torchrun", ".venv/bin/python")
+        if script == "eval_model.py":
+            done = run_script(clone / script, *flags, cwd=clone, stdin="hello\n/exit\n", timeout=180)
+            assert done.returncode == 0 and done.stdout, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            continue
+        nproc = int(arguments[arguments.index("--nproc_per_node") + 1]) if program == "torchrun" else None
+        assert run_ranks(clone / script, *flags, nproc=nproc, cwd=clone), line
     written = {path.name for path in (clone / "out").iterdir()}
     assert {"pretrain_32.pth", "full_sft_32.pth", "full_sft_32.previous", "my_tokenizer", "cache"} <= written

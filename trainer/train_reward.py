@@ -195,7 +195,7 @@ def parse_args() -> argparse.Namespace:
     optim.add_argument("--batch_size", type=int, default=8, help="rows per process and micro-batch")
     optim.add_argument("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
     optim.add_argument("--global_batch_size", type=int, help="rows per optimizer step (default: product of the others)")
-    optim.add_argument("--learning_rate", type=float, default=5e-4, help="peak learning rate")
+    optim.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate")
     optim.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
     optim.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the blocks' matrices")
     optim.add_argument("--weight_decay", type=float, default=0.1, help="of matrices")
