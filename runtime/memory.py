@@ -10,6 +10,7 @@ import functools
 import json
 import os
 from collections import defaultdict
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ GIB = 2**30
 
 def parameter_shapes(config: LMConfig) -> dict[str, torch.Size]:
     """Name and shape of every parameter, a tied one once. No memory is taken: the model is built on the meta device."""
-    return shapes_of(config.to_json())
+    shape = {field.name: getattr(config, field.name) for field in fields(LMConfig)}  # a reward model's has more
+    return shapes_of(LMConfig(**shape).to_json())
 
 
 @functools.cache
