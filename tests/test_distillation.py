@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import RUN_FLAGS, SIZES, check_same_run, curve
 from running import run_script
+from stage_runs import resumed_three_times, same_bits
 
 from model.distillation import Student, divergence, load_teacher
 from model.lm import LMConfig, MiniMindLM
@@ -248,17 +249,8 @@ def test_low_precision(train, one, dtype):
 
 
 def test_three_resumes_are_bit_identical(train):
-    flags = ["--dropout=0.1", "--save_interval=2", "--max_steps=8", "--save_total_limit=9", "--batch_size=4"]
-    whole = train("whole", *flags)
-    for left in (2, 4, 6, None):  # the step behind which the run is as if killed
-        parts = train("parts", *flags, "--resume=auto")
-        for path in (parts / "checkpoints").glob("step_*") if left else []:
-            if int(path.name[5:]) > left:
-                shutil.rmtree(path)
-    lines = [[{k: v for k, v in line.items() if k != "tokens_per_sec"} for line in curve(r)] for r in (whole, parts)]
-    assert lines[0] == lines[1]
-    weights = [torch.load(f"{run}.pth", weights_only=True) for run in (whole, parts)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    flags = ["--dropout=0.1", "--batch_size=4"]
+    same_bits(resumed_three_times(train, *flags), train("whole", *flags, "--save_interval=2", "--max_steps=8"))
 
 
 def test_another_teacher_is_another_run(train, one, job):

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from conftest import RUN_FLAGS, curve, write_jsonl
-from running import run_ranks, run_script
+from conftest import curve, write_jsonl
+from running import run_script
+from stage_runs import pair_runs, same_bits, same_metrics
 
 from dataset.preference_dataset import PreferenceDataset
 from model.lm import LMConfig, MiniMindLM
@@ -129,37 +130,12 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """train(name, *flags, nproc=) -> the run's folder. The last window of an epoch is shorter than the others."""
-    folder = tmp_path_factory.mktemp("dpo")
-    rows = [
-        {"prompt": f"say {n}", "chosen": "yes " * (1 + n * n % 11), "rejected": "no " * (1 + n * 5 % 13)}
-        for n in range(57)
-    ]
-    data = write_jsonl(folder / "pairs.jsonl", rows)
-    fixed = [*RUN_FLAGS, f"--data_path={data}", f"--cache_dir={folder / 'cache'}", "--max_seq_len=64"]
-    fixed += ["--from_weight=none", "--global_batch_size=4", "--batch_size=2", f"--max_steps={STEPS}", "--epochs=9"]
-    fixed += ["--eval_ratio=0.1", "--learning_rate=3e-4", "--replica_check=1", "--save_interval=5", "--dropout=0.1"]
-
-    def train(name: str, *flags: str, nproc=None):
-        words = ["trainer/train_dpo.py", *fixed, f"--out_dir={folder / name}", *flags]
-        train.printed = run_ranks(*words, *(["--ddp"] if nproc else []), nproc=nproc)
-        return next(path for path in (folder / name).iterdir() if path.is_dir() and not path.name.endswith("previous"))
-
-    train.fixed, train.folder = fixed, folder
-    return train
+    return pair_runs("dpo", tmp_path_factory.mktemp("dpo"), STEPS, "--learning_rate=3e-4", "--dropout=0.1")
 
 
 @pytest.fixture(scope="module")
 def alone(train):
     return train("alone", "--use_moe=1", "--save_total_limit=9")
-
-
-def same_curve(run, reference, rel=1e-5) -> None:
-    ours, expected = curve(run), curve(reference)
-    assert [line["step"] for line in ours] == [line["step"] for line in expected]
-    for line, wanted in zip(ours, expected, strict=True):
-        names = [name for name in wanted if name != "tokens_per_sec"]
-        assert [line[n] for n in names] == pytest.approx([wanted[n] for n in names], rel=rel, abs=2e-6), line["step"]
 
 
 def test_it_learns_and_logs(alone):
@@ -179,7 +155,7 @@ def test_it_learns_and_logs(alone):
 def test_two_ranks_train_as_one(train, alone, strategy):
     cached = ["--cache_reference=1"] if strategy == "zero3" else []  # its pairs are shared by the ranks
     run = train(strategy, "--use_moe=1", f"--strategy={strategy}", *cached, nproc=2)
-    same_curve(run, alone)
+    same_metrics(run, alone, rel=1e-5, abs=2e-6)
     ours, wanted = (torch.load(f"{path}.pth") for path in (run, alone))
     for name, value in ours.items():
         assert (value - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name
@@ -187,7 +163,7 @@ def test_two_ranks_train_as_one(train, alone, strategy):
 
 def test_a_cached_reference_gives_the_same_losses(train, alone):
     run = train("cached", "--use_moe=1", "--cache_reference=1")
-    same_curve(run, alone, rel=1e-6)
+    same_metrics(run, alone, rel=1e-6, abs=2e-6)
     kept = list((train.folder / "cache").glob("reference_*.npy"))
     before = kept[0].stat().st_mtime_ns
     train("again", "--use_moe=1", "--cache_reference=1", "--max_steps=1")
@@ -200,10 +176,7 @@ def test_three_resumes_change_nothing(train, alone):
     for step in (5, 10, 15):
         place = source / "checkpoints" / f"step_{step:08d}"
         source = train("resumed", "--use_moe=1", "--save_total_limit=9", f"--resume={place}")
-    ours, wanted = ([{**line, "tokens_per_sec": 0} for line in curve(run)] for run in (source, alone))
-    assert ours == wanted[5:]
-    for name, value in torch.load(f"{source}.pth").items():
-        assert torch.equal(value, torch.load(f"{alone}.pth")[name]), name
+    same_bits(source, alone, first=5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -225,7 +198,7 @@ def test_a_run_goes_on_with_its_own_reference_only(train, alone, tmp_path):
     """Other weights under --from_weight would be another reference: one line, and exit code 2."""
     place = alone / "checkpoints" / "step_00000005"
     weights = f"--from_weight={alone}.pth"
-    done = run_script("trainer/train_dpo.py", *train.fixed, "--use_moe=1", f"--resume={place}", weights,
+    done = run_script("trainer/train_dpo.py", *train.flags, "--use_moe=1", f"--resume={place}", weights,
                       f"--out_dir={tmp_path}")  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "this is another run: the weights of --from_weight was" in done.stderr

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import curve, write_jsonl
-from running import run_ranks, run_script
+from conftest import curve
+from running import run_script
+from stage_runs import prompt_runs, same_bits, same_rollouts
 
 from runtime import store
 from trainer import train_grpo as grpo
@@ -15,63 +16,11 @@ FLAGS = "--dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --device=cpu --max_seq
 FLAGS += " --group_size=4 --batch_size=3 --global_batch_size=6 --epochs=9 --max_steps=12 --learning_rate=2e-3"
 FLAGS = (FLAGS + " --log_interval=1 --from_weight=none --warmup_ratio=0 --replica_check=1 --save_interval=4").split()
 TWO_PASSES = "--updates_per_rollout=2 --mini_batches=2 --kl_beta=0.05".split()
-# A model that has learned nothing gets some of this reward by chance; the same completions, the same numbers.
-REWARD = """
-import os
-calls = []
-def killing(*args):
-    calls.append(1)
-    return os.kill(os.getpid(), 9) if len(calls) == 3 else letters(*args)
-def letters(prompts, completions, rows):
-    return [min(1.0, sum(c in row["answer"] for c in text) / 20) for text, row in zip(completions, rows)]
-def broken(prompts, completions, rows):
-    return [float("nan")] * len(rows)
-"""
 
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """train(name, *flags, nproc=) -> the run's folder."""
-    folder = tmp_path_factory.mktemp("grpo")
-    rows = [{"messages": [{"role": "user", "content": "say " * (1 + n % 5) + str(n)}], "answer": "aeiou t"[n % 3 :]}
-            for n in range(13)]  # fmt: skip
-    data = write_jsonl(folder / "prompts.jsonl", rows)
-    (folder / "reward.py").write_text(REWARD)
-    fixed = [*FLAGS, f"--data_path={data}", f"--reward={folder / 'reward.py'}:letters"]
-
-    def run(name, *flags, nproc=None):
-        words = [*fixed, f"--out_dir={folder / name}", *flags, *(["--ddp"] if nproc else [])]
-        run_ranks("trainer/train_grpo.py", *words, nproc=nproc)
-        return next(path for path in (folder / name).iterdir() if path.is_dir())
-
-    run.folder, run.flags, done = folder, fixed, {}
-
-    def one(*flags, name="one"):
-        if name not in done:
-            done[name] = run(name, *flags)
-        return done[name]
-
-    run.one = one
-    return run
-
-
-def same_curve(run, reference, rel=1e-5):
-    ours, expected = curve(run), curve(reference)
-    exact = ("step", "epoch", "lr", "tokens", "supervised_tokens", "completion_length", "truncated")
-    close = ("loss", "aux_loss", "grad_norm", "reward", "reward_std", "kl", "entropy", "ratio")
-    assert len(ours) == len(expected) > 9
-    for line, wanted in zip(ours, expected, strict=True):
-        assert [line[key] for key in exact] == [wanted[key] for key in exact]  # the same rollouts
-        for key in close:
-            assert line[key] == pytest.approx(wanted[key], rel=rel, abs=1e-6), (line["step"], key)
-
-
-def same_run(run, reference):
-    """To the last bit; only the measured speed differs."""
-    lines, wanted = ([{**line, "tokens_per_sec": 0} for line in curve(path)] for path in (run, reference))
-    assert lines == wanted
-    weights, expected = (torch.load(f"{path}.pth", weights_only=True) for path in (run, reference))
-    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    return prompt_runs("grpo", tmp_path_factory.mktemp("grpo"), FLAGS, 13)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +123,7 @@ def test_ranks_follow_the_curve_of_one_process(train, nproc, flags):
     moe = ["--use_moe=1"] if "moe" in flags else []
     reference = train.one(*TWO_PASSES, *moe, name="moe" if moe else "two passes")
     run = train(flags.split()[0] + str(nproc), *TWO_PASSES, *flags.split(), nproc=nproc)
-    same_curve(run, reference)
+    same_rollouts(run, reference)
     first = curve(run)[0]
     assert first["ratio"] == pytest.approx(1, abs=1e-6) and any(line["kl"] > 1e-4 for line in curve(run))
     weights, wanted = (torch.load(f"{path}.pth", weights_only=True) for path in (run, reference))
@@ -190,7 +139,7 @@ def test_three_resumes_are_bit_identical(train):
             if int(newer.name[5:]) > step:
                 store.remove(newer)
         train("resumed", *flags, "--resume=auto")
-        same_run(run, whole)
+        same_bits(run, whole)
 
 
 def test_bfloat16_is_finite_and_every_loss_runs(train):
@@ -208,7 +157,7 @@ def test_killed_during_a_rollout(train):
     assert killed.returncode == -9
     saved = store.list_checkpoints(train.folder / "killed/grpo_32/checkpoints")
     assert saved and store.fault(saved[-1]) == ""
-    same_run(train("killed", *TWO_PASSES, "--resume=auto"), train.one(*TWO_PASSES, name="two passes"))
+    same_bits(train("killed", *TWO_PASSES, "--resume=auto"), train.one(*TWO_PASSES, name="two passes"))
 
 
 def test_a_group_of_one_is_refused(train):

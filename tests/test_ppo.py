@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import checkpoint_tensors, curve, write_jsonl
-from running import run_ranks, run_script
-from test_grpo import REWARD, same_curve, same_run
+from conftest import checkpoint_tensors, curve
+from running import run_script
+from stage_runs import prompt_runs, same_bits, same_rollouts
 
 from model.lm import LMConfig
 from model.reward import RewardConfig, RewardModel
@@ -24,28 +24,7 @@ FLAGS = FLAGS.split()
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """train(name, *flags, nproc=) -> the run's folder."""
-    folder = tmp_path_factory.mktemp("ppo")
-    rows = [{"messages": [{"role": "user", "content": "say " * (1 + n % 5) + str(n)}], "answer": "aeiou t"[n % 3 :]}
-            for n in range(25)]  # fmt: skip
-    data = write_jsonl(folder / "prompts.jsonl", rows)
-    (folder / "reward.py").write_text(REWARD)
-    fixed = [*FLAGS, f"--data_path={data}", f"--reward={folder / 'reward.py'}:letters"]
-
-    def run(name, *flags, nproc=None):
-        words = [*fixed, f"--out_dir={folder / name}", *flags, *(["--ddp"] if nproc else [])]
-        run_ranks("trainer/train_ppo.py", *words, nproc=nproc)
-        return next(path for path in (folder / name).iterdir() if path.is_dir())
-
-    run.folder, run.flags, done = folder, fixed, {}
-
-    def one(*flags, name="one"):
-        if name not in done:
-            done[name] = run(name, *flags)
-        return done[name]
-
-    run.one = one
-    return run
+    return prompt_runs("ppo", tmp_path_factory.mktemp("ppo"), FLAGS, 25)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,7 +87,7 @@ def test_clipped_losses():
 
 
 def same_ppo_curve(run, reference):
-    same_curve(run, reference)
+    same_rollouts(run, reference)
     for line, wanted in zip(curve(run), curve(reference), strict=True):
         for key in ("policy_loss", "value_loss", "clipped", "value_clipped"):
             assert line[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-5), (line["step"], key)
@@ -150,7 +129,7 @@ def test_three_resumes_are_bit_identical(train):
             if int(newer.name[5:]) > step:
                 store.remove(newer)
         train("resumed", *flags, "--resume=auto")
-        same_run(run, whole)
+        same_bits(run, whole)
 
 
 def test_killed_during_a_rollout(train):
@@ -159,7 +138,7 @@ def test_killed_during_a_rollout(train):
     assert killed.returncode == -9
     saved = store.list_checkpoints(train.folder / "killed/ppo_32/checkpoints")
     assert saved and store.fault(saved[-1]) == ""
-    same_run(train("killed", "--resume=auto"), train.one())
+    same_bits(train("killed", "--resume=auto"), train.one())
 
 
 def test_a_reward_model_judges_and_starts_the_critic(train):

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import RUN_FLAGS, curve, write_jsonl
-from running import run_ranks
+from conftest import curve
+from stage_runs import pair_runs, same_bits, same_metrics
 
 from model.lm import LMConfig, MiniMindLM
 from model.reward import RewardConfig, RewardModel, load_reward_model
@@ -131,36 +131,12 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """train(name, *flags, nproc=) -> the run's folder. The last window of an epoch is shorter than the others."""
-    folder = tmp_path_factory.mktemp("reward")
-    rows = [
-        {"prompt": f"say {n}", "chosen": "yes " * (1 + n * n % 11), "rejected": "no " * (1 + n * 5 % 13)}
-        for n in range(57)
-    ]
-    data = write_jsonl(folder / "pairs.jsonl", rows)
-    fixed = [*RUN_FLAGS, f"--data_path={data}", f"--cache_dir={folder / 'cache'}", "--max_seq_len=64"]
-    fixed += ["--from_weight=none", "--global_batch_size=4", "--batch_size=2", f"--max_steps={STEPS}", "--epochs=9"]
-    fixed += ["--eval_ratio=0.1", "--learning_rate=3e-3", "--replica_check=1", "--save_interval=5"]
-
-    def train(name: str, *flags: str, nproc=None):
-        words = ["trainer/train_reward.py", *fixed, f"--out_dir={folder / name}", *flags]
-        run_ranks(*words, *(["--ddp"] if nproc else []), nproc=nproc)
-        return next(path for path in (folder / name).iterdir() if path.is_dir() and not path.name.endswith("previous"))
-
-    return train
+    return pair_runs("reward", tmp_path_factory.mktemp("reward"), STEPS, "--learning_rate=3e-3")
 
 
 @pytest.fixture(scope="module")
 def alone(train):
     return train("alone", "--use_moe=1")
-
-
-def same_curve(run, reference) -> None:
-    ours, expected = curve(run), curve(reference)
-    assert [line["step"] for line in ours] == [line["step"] for line in expected]
-    for line, wanted in zip(ours, expected, strict=True):
-        names = [name for name in wanted if name != "tokens_per_sec"]
-        assert [line[n] for n in names] == pytest.approx([wanted[n] for n in names], rel=1e-5, abs=1e-7), line["step"]
 
 
 def test_it_learns_and_logs(alone):
@@ -178,7 +154,7 @@ def test_it_learns_and_logs(alone):
 def test_two_ranks_train_as_one(train, alone, strategy):
     """An odd number of rows in some windows: a rank then takes part without a pair."""
     run = train(strategy, "--use_moe=1", f"--strategy={strategy}", nproc=2)
-    same_curve(run, alone)
+    same_metrics(run, alone, rel=1e-5, abs=1e-7)
     ours, wanted = load_reward_model(f"{run}.pth"), load_reward_model(f"{alone}.pth")
     for (name, value), other in zip(ours.state_dict().items(), wanted.state_dict().values(), strict=True):
         assert (value - other).norm() <= 1e-4 * other.norm(), name
@@ -190,10 +166,7 @@ def test_three_resumes_change_nothing(train):
     source = whole = train("whole", *flags)
     for step in (5, 10, 15):
         source = train("resumed", *flags, f"--resume={source / 'checkpoints' / f'step_{step:08d}'}")
-    ours, wanted = ([{**line, "tokens_per_sec": 0} for line in curve(run)] for run in (source, whole))
-    assert ours == wanted[5:]
-    for name, value in torch.load(f"{source}.pth").items():
-        assert torch.equal(value, torch.load(f"{whole}.pth")[name]), name
+    same_bits(source, whole, first=5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
