@@ -8,32 +8,19 @@ scripts/quickstart.sh as the teacher.
     python benchmarks/distillation.py
 """
 
-import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import torch
+from demo_model import DEMO, ROOT, arguments, run
 
 from dataset.lm_dataset import SFTDataset, load_tokenizer
 from model.weights import load_model
 
-
-def train(script: str, folder: Path, steps: int, *flags: str) -> tuple[Path, float]:
-    """Run a stage; returns the weights that it wrote, and its seconds."""
-    fixed = "--dim 128 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 256 --from_weight none --save_interval 0"
-    fixed += f" --optimizer muon --learning_rate 3e-3 --batch_size 4 --epochs 99 --max_steps {steps} --log_interval 50"
-    places = ["--out_dir", str(folder / script), "--cache_dir", str(folder / "cache")]
-    places += ["--data_path", str(folder / "sft.jsonl")]
-    begin = time.monotonic()
-    subprocess.run([sys.executable, f"{ROOT}/trainer/{script}.py", *fixed.split(), *places, *flags], check=True)
-    return next((folder / script).glob("*.pth")), time.monotonic() - begin
+STUDENT = """--dim 128 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 256 --device cpu --save_interval 0
+    --from_weight none --optimizer muon --learning_rate 3e-3 --batch_size 4 --epochs 99 --log_interval 50"""
 
 
 @torch.no_grad()
@@ -48,35 +35,38 @@ def held_out_loss(weights: Path, dataset: SFTDataset) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher_weight", default=str(ROOT / "out/full_sft_192.pth"), help="teacher")
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of either")
     parser.add_argument("--rows", type=int, default=2000, help="rows of dataset/demo/sft.jsonl")
     parser.add_argument("--kl", nargs="+", default=["forward"], help="divergences to try")
     parser.add_argument("--kl_weight", default="0.5", help="share of the divergence in the loss")
     parser.add_argument("--kl_temperature", default="2.0", help="of both distributions in the divergence")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rows = (ROOT / "dataset/demo/sft.jsonl").read_text("utf-8").splitlines(keepends=True)[: args.rows]
-        (folder / "sft.jsonl").write_text("".join(rows), encoding="utf-8")
-        rows = [json.loads(line) for line in (ROOT / "dataset/demo/held_out.jsonl").read_text("utf-8").splitlines()]
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        rows = (DEMO / "sft.jsonl").read_text("utf-8").splitlines(keepends=True)[: args.rows]
+        (scratch / "sft.jsonl").write_text("".join(rows), encoding="utf-8")
+        rows = [json.loads(line) for line in (DEMO / "held_out.jsonl").read_text("utf-8").splitlines()]
         rows = [[*row["conversations"], {"role": "assistant", "content": row["answer"]}] for row in rows]
-        path = folder / "held_out.jsonl"
+        path = scratch / "held_out.jsonl"
         path.write_text("".join(json.dumps({"conversations": row}) + "\n" for row in rows))
         tokenizer = load_tokenizer(ROOT / "model/minimind_tokenizer")
-        held_out = SFTDataset(path, tokenizer, 256, cache_dir=folder / "cache", loss_on="last")
-        lines = [f"teacher: held-out loss {held_out_loss(Path(args.teacher_weight), held_out):.4f}"]
-        weights, seconds = train("train_full_sft", folder, args.steps)
-        plain = held_out_loss(weights, held_out)
+        held_out = SFTDataset(path, tokenizer, 256, cache_dir=scratch / "cache", loss_on="last")
+
+        def student(script: str, *flags) -> tuple[float, float]:
+            """Train one; its held-out loss, and the seconds."""
+            out = scratch / script
+            places = ["--data_path", scratch / "sft.jsonl", "--cache_dir", scratch / "cache", "--out_dir", out]
+            seconds = run(f"trainer/{script}.py", *STUDENT.split(), "--max_steps", args.steps, *places, *flags)
+            return held_out_loss(next(out.glob("*.pth")), held_out), seconds
+
+        plain, seconds = student("train_full_sft")
+        lines = [f"teacher: held-out loss {held_out_loss(args.weight, held_out):.4f}"]
         lines.append(f"student by SFT, {args.steps} steps, {seconds:.0f} s: held-out loss {plain:.4f}")
         better = True
         for kl in args.kl:
             how = ("--kl", kl, "--kl_weight", args.kl_weight, "--kl_temperature", args.kl_temperature)
-            weights, seconds = train(
-                "train_distillation", folder, args.steps, "--teacher_weight", args.teacher_weight, *how
-            )
-            loss = held_out_loss(weights, held_out)
+            loss, seconds = student("train_distillation", "--teacher_weight", args.weight.resolve(), *how)
             lines.append(f"student by {' '.join(how)}, {args.steps} steps, {seconds:.0f} s: held-out loss {loss:.4f}")
             better = better and loss < plain
     print("\n" + "\n".join(lines))

@@ -9,42 +9,20 @@ after. Ends with exit code 0 if the first share is at least 95 % and no task has
     python benchmarks/dpo.py --loss_type ipo --beta 0.5     # more flags go to trainer/train_dpo.py
 """
 
-import argparse
-import json
-import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from demo_model import DEMO, ROOT, SHAPE, arguments, exact_match, metrics, run
 
 from dataset.lm_dataset import load_tokenizer
 from dataset.preference_dataset import PreferenceDataset
 from model.weights import load_model
 from runtime.reference import logps_of
 
-PAIRS = ROOT / "dataset/demo/preferences_held_out.jsonl"
-RECIPE = """--dim 192 --n_layers 4 --n_heads 6 --n_kv_heads 3 --max_seq_len 256 --device cpu --save_interval 0
-    --batch_size 4 --epochs 2 --learning_rate 5e-5 --beta 1 --sft_weight 1 --cache_reference 1"""
-
-
-def run(script: str, *flags) -> None:
-    """Run a script of the project; what it prints is shown."""
-    subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], check=True)
-
-
-def exact_match(weights: Path, scratch: Path) -> dict[str, float]:
-    """Percent of the held-out prompts of each task that the model answers exactly."""
-    out = scratch / f"{weights.stem}.jsonl"
-    run("eval_model.py", "--weight", weights, "--eval_file", ROOT / "dataset/demo/held_out.jsonl", "--eval_out", out)
-    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    asked, right = (Counter(row["task"] for row in rows if row["right"] >= least) for least in (False, True))
-    return {task: 100 * right[task] / asked[task] for task in sorted(asked)}
+PAIRS = DEMO / "preferences_held_out.jsonl"
+RECIPE = "--batch_size 4 --epochs 2 --learning_rate 5e-5 --beta 1 --sft_weight 1 --cache_reference 1"
 
 
 @torch.no_grad()
@@ -57,23 +35,19 @@ def likelier(weights: Path, scratch: Path) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weight", type=Path, default=ROOT / "out/full_sft_192.pth", help="the model to start from")
-    args, more = parser.parse_known_args()
-    weights = args.weight.resolve()
+    args, more = arguments(__doc__).parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        before = exact_match(weights, scratch)
-        flags = f"{RECIPE} --out_dir {scratch} --cache_dir {scratch / 'cache'} --eval_data {PAIRS}"
-        began = time.monotonic()
-        run("trainer/train_dpo.py", *flags.split(), "--from_weight", weights, *more)
-        seconds = time.monotonic() - began
-        metrics = [json.loads(line) for line in (scratch / "dpo_192/metrics.jsonl").read_text().splitlines()]
-        after = exact_match(scratch / "dpo_192.pth", scratch)
-        plain = [likelier(path, scratch) for path in (weights, scratch / "dpo_192.pth")]
-    accuracy = 100 * metrics[-1]["eval_accuracy"]
-    print(f"\ntrained in {seconds:.0f} s; first loss {metrics[0]['loss']:.7f}")
-    print(f"held-out preference accuracy by reward {accuracy:.1f} %, margin {metrics[-1]['eval_margin']:.2f}; "
+        trained, cache = scratch / "dpo_192.pth", scratch / "cache"
+        before = exact_match(scratch, "held_out", "--weight", args.weight)
+        flags = [*SHAPE, *RECIPE.split(), "--out_dir", scratch, "--cache_dir", cache, "--eval_data", PAIRS]
+        seconds = run("trainer/train_dpo.py", *flags, "--from_weight", args.weight.resolve(), *more)
+        steps = metrics(scratch / "dpo_192")
+        after = exact_match(scratch, "held_out", "--weight", trained)
+        plain = [likelier(path, scratch) for path in (args.weight, trained)]
+    accuracy = 100 * steps[-1]["eval_accuracy"]
+    print(f"\ntrained in {seconds:.0f} s; first loss {steps[0]['loss']:.7f}")
+    print(f"held-out preference accuracy by reward {accuracy:.1f} %, margin {steps[-1]['eval_margin']:.2f}; "
           f"chosen is likelier in {plain[0]:.1f} % of the pairs before and {plain[1]:.1f} % after")  # fmt: skip
     for task, value in before.items():
         print(f"{task:12} exact match {value:5.1f} % before, {after[task]:5.1f} % after, {after[task] - value:+5.1f}")

@@ -11,26 +11,19 @@ few to learn which answer belongs to which question (--pairs 480).
     python benchmarks/reward_model.py --out out --epochs 4     # more flags go to trainer/train_reward.py
 """
 
-import argparse
-import json
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from demo_model import DEMO, ROOT, SHAPE, arguments, metrics, run
 
 from dataset.lm_dataset import load_tokenizer
 from dataset.preference_dataset import PreferenceDataset
 from model.reward import load_reward_model
 
-PAIRS = ROOT / "dataset/demo/preferences_held_out.jsonl"
-RECIPE = """--dim 192 --n_layers 4 --n_heads 6 --n_kv_heads 3 --max_seq_len 256 --device cpu --save_interval 0
-    --batch_size 4 --epochs 3 --optimizer muon --learning_rate 1e-3 --dropout 0.1"""
+PAIRS = DEMO / "preferences_held_out.jsonl"
+RECIPE = "--batch_size 4 --epochs 3 --optimizer muon --learning_rate 1e-3 --dropout 0.1"
 
 
 @torch.no_grad()
@@ -44,22 +37,17 @@ def packed_and_alone(weights: Path, scratch: Path) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weight", type=Path, default=ROOT / "out/full_sft_192.pth", help="the model to start from")
+    parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, help="keep the reward model in this folder")
     parser.add_argument("--pairs", type=int, default=2400, help="to learn from")
     args, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch, out = Path(folder), args.out or Path(folder)
-        made = [str(ROOT / "dataset/make_demo.py"), "--out_dir", str(scratch), "--pairs", str(args.pairs)]
-        subprocess.run([sys.executable, *made], check=True)
-        data = scratch / "preferences.jsonl"
-        flags = f"{RECIPE} --out_dir {out} --cache_dir {scratch / 'cache'} --eval_data {PAIRS}".split()
-        flags += ["--data_path", str(data), "--from_weight", str(args.weight.resolve()), *more]
-        began = time.monotonic()
-        subprocess.run([sys.executable, str(ROOT / "trainer/train_reward.py"), *flags], check=True)
-        seconds = time.monotonic() - began
-        result = json.loads((out / "reward_192/metrics.jsonl").read_text().splitlines()[-1])
+        run("dataset/make_demo.py", "--out_dir", scratch, "--pairs", args.pairs)
+        flags = [*SHAPE, *RECIPE.split(), "--data_path", scratch / "preferences.jsonl", "--eval_data", PAIRS]
+        flags += ["--out_dir", out, "--cache_dir", scratch / "cache", "--from_weight", args.weight.resolve(), *more]
+        seconds = run("trainer/train_reward.py", *flags)
+        result = metrics(out / "reward_192")[-1]
         difference = packed_and_alone(out / "reward_192.pth", scratch)
     accuracy = 100 * result["eval_accuracy"]
     print(f"\ntrained on {args.pairs:,} pairs in {seconds:.0f} s")

@@ -12,12 +12,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.ops import document_attention, linear_cross_entropy
 from model.sampling import KVCache, sample
 
 
@@ -83,10 +85,10 @@ class LMConfig:
             raise ValueError(f"{path}: not a model configuration ({error})") from None
 
 
-@dataclass
-class LMOutput:
-    logits: Tensor  # (B, T, vocab), or (K, vocab) when logits_at was given
+class LMOutput(NamedTuple):  # a tuple: DDP, FSDP and DeepSpeed look for tensors in those
+    logits: Tensor | None  # (B, T, vocab), or (K, vocab) when logits_at was given; None when targets were
     aux_loss: Tensor  # scalar float32: aux_loss_alpha x load-balancing loss; 0 for a dense model
+    loss: Tensor | None = None  # scalar float32: cross-entropy summed over the targets
 
 
 @dataclass
@@ -133,18 +135,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-@torch._disable_dynamo  # lengths change all the time; torch.compiler.disable would import the compiler here: 2 s
-def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
-    """Causal attention inside each document of a packed row: q (1, H, N, D), k and v (1, H_kv, N, D) -> (1, H, N, D).
-
-    A call per document costs no work outside its own triangle and no mask, and makes neighbours independent by
-    construction: the result of one document cannot depend on another one, not even by a rounding.
-    """
-    lens = [n for n in doc_lens.tolist() if n]
-    docs = zip(q.split(lens, 2), k.split(lens, 2), v.split(lens, 2), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in docs], dim=2)
 
 
 class Attention(nn.Module):
@@ -289,7 +279,13 @@ class Block(nn.Module):
         return x + F.dropout(out, self.dropout, self.training), aux_loss
 
 
-class Decoder(nn.Module):  # everything below the head
+class Head(nn.Linear):
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits of x (K, dim), or their summed cross-entropy with targets (K,)."""
+        return super().forward(x) if targets is None else linear_cross_entropy(x, self.weight, targets)
+
+
+class Decoder(nn.Module):  # all below the head
     def __init__(self, config: LMConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
@@ -304,7 +300,7 @@ class MiniMindLM(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing  # recompute each block in the backward pass, for memory
         self.context = None  # runtime/context_parallel.py sets it where processes share a row
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = Head(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for name, p in self.named_parameters():  # GPT-2's initialisation: residual outputs shrink with depth
@@ -319,8 +315,9 @@ class MiniMindLM(nn.Module):
         doc_lens: list[int] | None = None,
         logits_at: Tensor | None = None,
         cache: KVCache | None = None,
+        targets: Tensor | None = None,
     ) -> LMOutput:
-        """Next-token logits.
+        """Next-token logits, or the loss without them.
 
         Args:
             input_ids: (B, T) int64.
@@ -328,6 +325,7 @@ class MiniMindLM(nn.Module):
             doc_lens: lengths of the documents packed into the one row (B = 1); tokens behind them are padding.
             logits_at: (K,) int64, positions in the flattened (B * T); the head runs on these alone.
             cache: keys and values of the tokens before input_ids; is extended.
+            targets: (K,) int64, the tokens that follow at logits_at.
 
         Raises:
             ValueError: a document or context longer than max_seq_len; a token id outside the vocabulary.
@@ -345,7 +343,9 @@ class MiniMindLM(nn.Module):
             cache.length += input_ids.size(1)
         if logits_at is not None:
             x = x.reshape(-1, x.size(-1))[logits_at]  # (K, dim), before the norm: it works token by token
-        return LMOutput(self.lm_head(self.model.norm(x)), torch.stack(aux_losses).mean())
+        x, aux_loss = self.model.norm(x), torch.stack(aux_losses).mean()
+        logits, loss = (self.lm_head(x), None) if targets is None else (None, self.lm_head(x, targets))
+        return LMOutput(logits, aux_loss, loss)
 
     @torch._disable_dynamo  # reads lengths and ids on the host
     def layout(

@@ -155,8 +155,6 @@ def prepare(accelerator, model: nn.Module, args) -> tuple:
     """
     if args.compile:
         parallel.compile_blocks(model)
-    if asked_for(args.ddp) == "deepspeed":  # it looks for tensors in tuples, and finds none in a dataclass
-        model.register_forward_hook(deepspeed_engine.as_pair)
     optimizer = make_optimizer(model, "adamw", args.learning_rate, args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
     wrappers = {"DistributedDataParallel": "ddp", "DeepSpeedEngine": "deepspeed"}

@@ -176,25 +176,31 @@ def save_weights(path: Path, state_dict: dict[str, Tensor], config: str, part: s
         state_dict = {name[len(part) :]: value for name, value in state_dict.items() if name.startswith(part)}
         later(save_file, path.with_suffix(".json"), config)
         if any(map(is_sharded, state_dict.values())):
-            state_dict = {name: torch.empty(value.shape, device="meta") for name, value in state_dict.items()}
+            later(write_saved_weights, path, {name: value.shape for name, value in state_dict.items()}, part)
         else:
-            state_dict = {name: value.to("cpu", copy=True) for name, value in state_dict.items()}
-        later(write_weights, path, state_dict, part)
+            later(write_weights, path, {name: value.to("cpu", copy=True) for name, value in state_dict.items()})
 
 
-def write_weights(path: Path, state_dict: dict[str, Tensor], part: str = "") -> None:
-    if any(value.is_meta for value in state_dict.values()):
-        import torch.distributed.checkpoint as dcp
+def write_saved_weights(path: Path, shapes: dict[str, torch.Size], part: str) -> None:
+    """Write the weights of the newest checkpoint; `part` as in `save_weights`."""
+    import torch.distributed.checkpoint as dcp
 
-        reader = dcp.FileSystemReader(_shared["newest"])
-        saved = reader.read_metadata().state_dict_metadata
-        whole = {f"model.{part}{name}": torch.empty(value.shape) for name, value in state_dict.items()}
-        whole = {name: value for name, value in whole.items() if name in saved}  # a tied head has no entry of its own
-        dcp.load(whole, storage_reader=reader, no_dist=True)
-        state_dict = {name: whole.get(f"model.{part}{name}") for name in state_dict}
-    head, embedding = state_dict.get("lm_head.weight"), state_dict.get("model.embed_tokens.weight")
-    if "lm_head.weight" in state_dict and (head is None or torch.equal(head, embedding)):
-        state_dict["lm_head.weight"] = embedding  # tied: saved once
+    reader = dcp.FileSystemReader(_shared["newest"])
+    saved = reader.read_metadata().state_dict_metadata
+    whole = {f"model.{part}{name}": torch.empty(shape) for name, shape in shapes.items()}
+    whole = {name: value for name, value in whole.items() if name in saved}
+    dcp.load(whole, storage_reader=reader, no_dist=True)
+    state_dict = {name: whole.get(f"model.{part}{name}") for name in shapes}
+    if state_dict.get("lm_head.weight", ...) is None:  # tied: it has no entry of its own
+        state_dict["lm_head.weight"] = state_dict["model.embed_tokens.weight"]
+    write_weights(path, state_dict)
+
+
+def write_weights(path: Path, state_dict: dict[str, Tensor]) -> None:
+    """Write whole tensors of the CPU; a head that equals the embedding is tied to it, and is saved once."""
+    head = state_dict.get("lm_head.weight")
+    if head is not None and torch.equal(head, state_dict["model.embed_tokens.weight"]):
+        state_dict["lm_head.weight"] = state_dict["model.embed_tokens.weight"]
     save_file(path, state_dict)
 
 

@@ -15,25 +15,26 @@ class RowParallel(nn.DataParallel):
     """nn.DataParallel splits batches by row; ours are one row of documents, so it is split between documents."""
 
     def scatter(self, inputs: tuple, kwargs: dict, device_ids: list[int]) -> tuple[list, list]:
-        """(X, ), {doc_lens, logits_at} -> the same for each GPU: some documents, and their share of logits_at."""
-        (X,), lens, at = inputs, kwargs["doc_lens"], kwargs["logits_at"]
+        """(X, ), {doc_lens, logits_at, targets} -> the same for each GPU: some documents and what belongs to them."""
+        (X,), lens, at, targets = inputs, kwargs["doc_lens"], kwargs["logits_at"], kwargs["targets"]
         parts = split_documents(lens, len(device_ids))
         self.shares = [sum(part) / max(1, sum(lens)) for part in parts]  # of the tokens, for `gather`
         ends = torch.tensor([sum(part) for part in parts]).cumsum(0).tolist()
         ends[-1] = X.size(1)  # padding goes with the last
         args, options, start = [], [], 0
         for device, part, end in zip(device_ids, parts, ends, strict=False):
-            own = at[(at >= start) & (at < end)] - start
+            own = (at >= start) & (at < end)
             args.append((X[:, start:end].to(device),))
-            options.append({"doc_lens": part, "logits_at": own.to(device)})
+            moved = {"logits_at": (at[own] - start).to(device), "targets": targets[own].to(device)}
+            options.append({"doc_lens": part, **moved})
             start = end
         return args, options
 
     def gather(self, outputs: list[LMOutput], output_device: int) -> LMOutput:
-        """Logits one behind the other; the auxiliary loss, a mean over tokens, is weighted by them."""
-        logits = torch.cat([out.logits.to(output_device) for out in outputs])
+        """The loss is a sum; the auxiliary loss, a mean over tokens, is weighted by them."""
+        loss = sum(out.loss.to(output_device) for out in outputs)
         aux_loss = sum(out.aux_loss.to(output_device) * share for out, share in zip(outputs, self.shares, strict=True))
-        return LMOutput(logits, aux_loss)
+        return LMOutput(None, aux_loss, loss)
 
 
 def split_documents(lens: list[int], parts: int) -> list[list[int]]:

@@ -4,7 +4,6 @@ A checkpoint has DeepSpeed's own files, those that its `zero_to_fp32.py` reads, 
 when it is whole (`runtime/store.py`), and a run that goes on has as many processes and the stage that it had.
 """
 
-import collections
 import fcntl
 import importlib.util
 import math
@@ -20,14 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
-from model.lm import LMOutput
 from runtime import checkpoint, parallel, store
 from runtime.deepspeed_config import OFFLOADS, section
 from runtime.optim import make_optimizer
 from runtime.parallel import gather_objects, world
 
 TAG = "deepspeed"  # of a checkpoint inside its folder
-Pair = collections.namedtuple("Pair", "logits aux_loss")
 LOUD = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler")
 
 
@@ -78,8 +75,6 @@ def start(model: nn.Module, config: dict, args):
 
     deprecated = r"`torch.distributed.\w+` is deprecated"  # by torch, in DeepSpeed's calls
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
-    # DeepSpeed looks for tensors in tuples, where its hooks for the backward pass go; it finds none in a dataclass.
-    model.register_forward_hook(as_pair)
     load_ops(config)
     zero = section(config, "zero_optimization")
     optimizer = None
@@ -131,10 +126,6 @@ def load_ops(config: dict) -> None:
                 raise ValueError(
                     f"DeepSpeed's {builder.name} cannot be built, are g++ and ninja there? {why}"
                 ) from None
-
-
-def as_pair(model: nn.Module, inputs: tuple, output: LMOutput) -> Pair:
-    return Pair(output.logits, output.aux_loss)
 
 
 def cpu_adam(like: torch.optim.AdamW) -> torch.optim.Optimizer:
@@ -282,8 +273,8 @@ def load_from_disks(engine, found: Path) -> None:
         group["lr"] = 0.0  # a step that makes the state and changes no weight
     engine.set_gradient_accumulation_boundary(True)
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=engine.device)
-    out = engine(tokens, doc_lens=[2], logits_at=torch.arange(2, device=engine.device))
-    engine.backward((out.logits.sum() + out.aux_loss) * 0.0, scale_wrt_gas=False)
+    out = engine(tokens, doc_lens=[2], logits_at=torch.arange(2, device=engine.device), targets=tokens[0])
+    engine.backward((out.loss + out.aux_loss) * 0.0, scale_wrt_gas=False)
     step(engine, 0.0)
     engine.load_checkpoint(str(found), tag=TAG)
     path = next((found / TAG).glob(f"*zero_pp_rank_{world()[0]}_*_optim_states.pt"))

@@ -76,7 +76,4 @@ def whole_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         value = value.full_tensor() if is_sharded(value) else value
         if world()[0] == 0:
             whole[name] = value.to("cpu", copy=True)
-    head, embedding = whole.get("lm_head.weight"), whole.get("model.embed_tokens.weight")
-    if head is not None and embedding is not None and torch.equal(head, embedding):
-        whole["lm_head.weight"] = embedding  # tied: saved once
     return whole

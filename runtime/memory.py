@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from model.lm import LMConfig, MiniMindLM
+from model.ops import CHUNK, LEAST
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 FLOAT = 4  # bytes of a float32
@@ -162,8 +163,9 @@ def activations(
     Per token and block, with c = `width` bytes of what matrix products read: both RMSNorms keep their input and the
     normalised input in float32 (a GPU's fused kernel the input alone: there this is an upper bound) and give one
     tensor to the projections; so do the norms of q and k; attention reads rotated q, k and v and keeps its result twice
-    (per document, and laid out for o_proj); SwiGLU keeps gate, up, silu(gate) and their product. Logits are float32 and
-    there for supervised tokens only: cross-entropy has three tensors of their size when its backward begins.
+    (per document, and laid out for o_proj); SwiGLU keeps gate, up, silu(gate) and their product. Behind the head there
+    are its gradients: of what it reads, and of its weights in float32; logits exist for a chunk of tokens only, where
+    tensor ranks do not share them: then cross-entropy has three tensors of their size when its backward begins.
 
     Args: see `estimate`; width: 4 for float32, 2 for float16 and bfloat16.
     """
@@ -183,7 +185,12 @@ def activations(
     dropout = 2 * c * dim if config.dropout else 0  # the masks behind attention and MLP
     block = tokens * (norms + attention + mlp + dropout)
     in_flight = tokens * 3 * c * inner  # the gradients of SwiGLU's three inner tensors
-    head = supervised * ((8 + c) * dim + 3 * FLOAT * config.vocab_size / tp)
+    head = supervised * (8 + c) * dim
+    if tp > 1:
+        head += supervised * 3 * FLOAT * config.vocab_size / tp
+    else:
+        chunk = min(supervised, max(LEAST, CHUNK // config.vocab_size)) * config.vocab_size
+        head += supervised * c * dim + FLOAT * config.vocab_size * dim + chunk * (FLOAT if c == FLOAT else FLOAT + c)
     if gradient_checkpointing:  # the input of every block, and one block computed anew
         return config.n_layers * tokens * FLOAT * dim + max(block + in_flight, head)
     return config.n_layers * block + max(in_flight, head)

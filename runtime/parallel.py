@@ -17,16 +17,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree
 
-from model.lm import Block, LMConfig, LMOutput
+from model.lm import Block, LMConfig
 from runtime import memory
 from runtime.data_parallel import WHY_NOT, RowParallel
 
 PATIENCE = timedelta(hours=12)  # of a rank that waits for another one to tokenise; a dead one is noticed at once
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "dp")
 SHARDED = ("zero2", "zero3")
-_pytree.register_dataclass(LMOutput)  # else DDP's static graph overlooks the tensors in it, and trains wrongly
 _sizes = {"context": 1, "tensor": 1}  # of the mesh; what is left of the processes are data ranks
 _groups: dict[str, dist.ProcessGroup] = {}
 
@@ -223,20 +221,6 @@ def sync_gradients(model: nn.Module, sync: bool) -> AbstractContextManager:
 
 def is_fsdp(model: nn.Module) -> bool:
     return hasattr(model, "set_requires_gradient_sync")
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum of -log softmax(logits)[target] over all tokens, in float32.
-
-    Args:
-        logits: (K, vocab); with tensor parallelism (K, vocab / N), this process' part of the vocabulary.
-        targets: (K,) int64.
-    """
-    if _sizes["tensor"] > 1:
-        from runtime.tensor_parallel import sharded_cross_entropy
-
-        return sharded_cross_entropy(logits.float(), targets, _groups["tensor"])
-    return token_losses(logits, targets).sum()
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

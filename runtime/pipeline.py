@@ -155,11 +155,14 @@ class Stage(nn.Module):
         x = F.pad(x, (0, 0, 0, self.room - x.size(1)))
         return (x, aux_loss) if self.model.config.use_moe else x
 
-    def head(self, received: tuple[Tensor, ...], input_ids: Tensor, doc_lens: list[int], logits_at: Tensor) -> LMOutput:
+    def head(
+        self, received: tuple[Tensor, ...], input_ids: Tensor, doc_lens: list[int], logits_at: Tensor, targets: Tensor
+    ) -> LMOutput:
         """What `MiniMindLM.forward` returns, from what the stage below returned."""
         x, aux_loss = self.blocks(received, input_ids, doc_lens)
         x = x.reshape(-1, x.size(-1))[logits_at]  # (K, dim)
-        return LMOutput(self.model.lm_head(self.model.model.norm(x)), aux_loss / self.model.config.n_layers)
+        loss = self.model.lm_head(self.model.model.norm(x), targets)
+        return LMOutput(None, aux_loss / self.model.config.n_layers, loss)
 
     def blocks(self, received: tuple[Tensor, ...], input_ids: Tensor, doc_lens: list[int]) -> tuple[Tensor, Tensor]:
         """Hidden states (1, N, dim) behind the layers of this stage; auxiliary losses of all layers so far, summed."""

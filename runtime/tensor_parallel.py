@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.func import functional_call
 
-from model.lm import Experts, LMConfig, MiniMindLM, MoE, SwiGLU
+from model.lm import Experts, Head, LMConfig, MiniMindLM, MoE, SwiGLU
 
 
 def check_sizes(config: LMConfig, tensor: int) -> None:
@@ -71,7 +71,7 @@ def split_layers(model: MiniMindLM, mesh: DeviceMesh) -> None:
         block |= {"mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())}
         block |= {f"mlp.{name}": style for name, style in mlp.items()}
     plan = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), **leave), "model.norm": AllTokens()}
-    plan["lm_head"] = ColwiseParallel(input_layouts=Replicate())
+    plan["lm_head"] = OwnVocabulary()
     for index in range(len(model.model.layers)):
         plan |= {f"model.layers.{index}.{name}": style for name, style in block.items()}
     # Behind the last block every rank needs the tokens whose logits are asked for.
@@ -163,6 +163,21 @@ class GatherAndSum(ParallelStyle):
 
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
+        return module
+
+
+class OwnVocabulary(ParallelStyle):
+    """The head: each rank has the logits of some tokens of the vocabulary, and the loss is put together of these."""
+
+    def _apply(self, module: Head, mesh: DeviceMesh) -> nn.Module:
+        own = spread(module, mesh, {"weight": Shard(0)})
+
+        def forward(x: Tensor, targets: Tensor | None = None) -> Tensor:
+            x = DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+            logits = own(x)
+            return logits if targets is None else sharded_cross_entropy(logits.float(), targets, mesh.get_group())
+
+        module.forward = forward
         return module
 
 

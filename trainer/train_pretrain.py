@@ -93,10 +93,10 @@ def pretrain_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tenso
     Returns: the summed loss, and the model's auxiliary loss (a mean over tokens), float32 scalars.
     Source: Bengio et al., A Neural Probabilistic Language Model (2003), eq. 2.
     """
-    supervised = loss_mask.flatten().nonzero().squeeze(1)  # (K,), all but the place of a rank without a row
-    targets = Y.flatten()[supervised].to(device, non_blocking=True)
-    out = model(X.to(device, non_blocking=True), doc_lens=doc_lens, logits_at=supervised.to(device, non_blocking=True))
-    return parallel.cross_entropy(out.logits, targets), out.aux_loss
+    at = loss_mask.flatten().nonzero().squeeze(1)  # (K,), all but the place of a rank without a row
+    X, targets, at = (tensor.to(device, non_blocking=True) for tensor in (X, Y.flatten()[at], at))
+    out = model(X, doc_lens=doc_lens, logits_at=at, targets=targets)
+    return out.loss, out.aux_loss
 
 
 def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocast, tracker, progress, stop, save):

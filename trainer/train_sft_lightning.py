@@ -90,22 +90,22 @@ def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
     state_dict = engine_store.whole_tensors(state_dict)
     if is_main_process():
         checkpoint.later(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
-        checkpoint.later(checkpoint.save_file, path, state_dict)
+        checkpoint.later(checkpoint.write_weights, path, state_dict)
 
 
 # Copied from trainer.train_full_sft.sft_loss
 def sft_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy summed over the supervised tokens: -log p(Y[t] | X[..t]) wherever loss_mask[t] is 1.
 
-    The head computes logits for those tokens alone. The caller divides by their number in the whole global batch.
+    The head works on those tokens alone. The caller divides by their number in the whole global batch.
     Args: X, Y, loss_mask: (1, N) int64 on the CPU, documents one behind the other; doc_lens: their lengths.
     Returns: the summed loss, and the model's auxiliary loss (a mean over tokens), float32 scalars.
     Source: Ouyang et al., InstructGPT (2022), section 3.1; the mask keeps the prompt out of the loss.
     """
-    supervised = loss_mask.flatten().nonzero().squeeze(1)  # (K,), found on the CPU: a GPU would have to be waited for
-    targets = Y.flatten()[supervised].to(device, non_blocking=True)
-    out = model(X.to(device, non_blocking=True), doc_lens=doc_lens, logits_at=supervised.to(device, non_blocking=True))
-    return parallel.cross_entropy(out.logits, targets), out.aux_loss
+    at = loss_mask.flatten().nonzero().squeeze(1)  # (K,), found on the CPU: a GPU would have to be waited for
+    X, targets, at = (tensor.to(device, non_blocking=True) for tensor in (X, Y.flatten()[at], at))
+    out = model(X, doc_lens=doc_lens, logits_at=at, targets=targets)
+    return out.loss, out.aux_loss
 
 
 def train_epoch(trainer, args, plans, dataset, held_out, model, scaler, autocast, tracker, progress, found, save):

@@ -1,0 +1,24 @@
+"""A mixture of experts against the dense model with the same active parameters: the time of a training step."""
+
+import torch
+from common import dtypes, figure, in_turn, model_of, ratio, samples_of
+from training import ROWS, Loop, ours
+
+SHAPE = {"dim": 512, "n_layers": 8, "vocab_size": 6400, "max_seq_len": 768}
+
+
+def measure(args) -> list[dict]:
+    device, samples, lines = torch.device(args.device), samples_of(args.data_path, 768), []
+    for kind in dtypes(device):
+        dense = model_of(device, **SHAPE)
+        width = dense.config.hidden_dim  # one expert of four is as wide as the whole dense MLP
+        moe = model_of(device, **SHAPE, use_moe=True, n_experts=4, n_experts_per_tok=1, moe_hidden_dim=width)
+        loops = {"dense": Loop(dense, device, kind, ours), "MoE": Loop(moe, device, kind, ours)}
+        for loop in loops.values():
+            loop(samples[:ROWS])
+        turns = [samples[at : at + ROWS] for at in range(ROWS, ROWS * (args.rounds + 3), ROWS)]
+        seconds = in_turn(loops, turns)
+        lines.append(
+            figure(f"MoE, 4 experts, top-1: step time / dense, {kind}", ratio(seconds, "MoE", "dense"), most=1.15)
+        )
+    return lines

@@ -1,0 +1,73 @@
+"""Operations of the model where time and memory go, each written so that what is not needed never exists."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK = 2**22  # logits that exist at once, 16 MiB in float32, but for
+LEAST = 64  # tokens at least: fewer would not be worth a pass over the weights
+
+
+@torch._disable_dynamo  # lengths change all the time; torch.compiler.disable would import the compiler here: 2 s
+def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
+    """Causal attention inside each document of a packed row: q (1, H, N, D), k and v (1, H_kv, N, D) -> (1, H, N, D).
+
+    A call per document costs no work outside its own triangle and no mask, and makes neighbours independent by
+    construction: the result of one document cannot depend on another one, not even by a rounding.
+    """
+    lens = [n for n in doc_lens.tolist() if n]
+    docs = zip(q.split(lens, 2), k.split(lens, 2), v.split(lens, 2), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in docs], dim=2)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """See `linear_cross_entropy`. The gradients are made in the forward pass, while the logits are there."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
+        head, rows = weight.to(x.dtype), max(LEAST, CHUNK // len(weight))
+        loss = torch.zeros((), device=x.device)
+        grad_x = torch.empty_like(x) if with_gradients else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and weight.requires_grad else None
+        for at in range(0, len(x), rows):
+            part, target = x[at : at + rows], targets[at : at + rows].unsqueeze(1)
+            logits = (part @ head.T).float()
+            logits -= logits.amax(dim=1, keepdim=True)
+            at_target = logits.gather(1, target)
+            total = logits.exp_().sum(dim=1, keepdim=True)
+            loss += (total.log() - at_target).sum()
+            if grad_x is None:
+                continue
+            grad = logits.div_(total).scatter_add_(1, target, -torch.ones_like(at_target)).to(x.dtype)
+            torch.mm(grad, head, out=grad_x[at : at + rows])
+            if grad_weight is not None and grad.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, part)
+            elif grad_weight is not None:
+                grad_weight += grad.T @ part
+        ctx.gradients, ctx.dtype = (grad_x, grad_weight), weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.gradients
+        ctx.gradients = None  # they are scaled in place
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad).to(ctx.dtype)
+        return grad_x.mul_(grad.to(grad_x.dtype)), grad_weight, None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(x @ weight.T)[target], summed over tokens: CHUNK logits at a time, made once, never kept.
+
+    Args:
+        x: (K, dim), in the dtype of the matrix products; K may be 0.
+        weight: (vocab, dim) of the head, in any dtype. Its gradient is summed in float32.
+        targets: (K,) int64.
+
+    Returns: float32 scalar, to be differentiated once.
+    Source: the gradient softmax - one_hot of Bishop, Pattern Recognition and Machine Learning (2006), eq. 4.109, taken
+    in the forward pass as in Hsu et al., Liger Kernel (2024), section 3.2.
+    """
+    return LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())

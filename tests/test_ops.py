@@ -1,0 +1,78 @@
+"""The operations of model/ops.py against their definitions: values, gradients, and what they never allocate."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import ops
+
+DIM, VOCAB = 32, 700
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(ops, "CHUNK", 8 * VOCAB)
+    monkeypatch.setattr(ops, "LEAST", 4)
+
+
+def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, DIM, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(VOCAB, DIM, generator=generator) * 0.3).requires_grad_()
+    return x, weight, torch.randint(VOCAB, (tokens,), generator=generator)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 29])
+def test_loss_and_gradients_are_those_of_cross_entropy(tokens):
+    x, weight, targets = inputs(tokens)
+    (3 * ops.linear_cross_entropy(x, weight, targets)).backward()
+    gradients = [x.grad, weight.grad]
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = F.cross_entropy(F.linear(*exact), targets, reduction="sum")
+    (3 * expected).backward()
+    assert ops.linear_cross_entropy(x, weight, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+    for ours, theirs in zip(gradients, (exact[0].grad, exact[1].grad), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_the_weight_is_summed_in_float32():
+    x, weight, targets = inputs(64, torch.bfloat16)
+    ops.linear_cross_entropy(x, weight, targets).backward()
+    exact = weight.detach().clone().requires_grad_()
+    F.cross_entropy(F.linear(x.detach().float(), exact), targets, reduction="sum").backward()
+    assert x.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
+    assert (weight.grad - exact.grad).norm() < 0.01 * exact.grad.norm()
+
+
+def test_without_a_token_there_are_gradients_of_zero():
+    x, weight, targets = inputs(0)
+    loss = ops.linear_cross_entropy(x, weight, targets)
+    loss.backward()
+    assert loss.item() == 0 and x.grad.shape == (0, DIM) and not weight.grad.any()
+
+
+def test_what_is_frozen_or_not_differentiated_costs_nothing():
+    x, weight, targets = inputs(29)
+    ops.linear_cross_entropy(x, weight.detach(), targets).backward()
+    expected = x.grad
+    x.grad = None
+    ops.linear_cross_entropy(x, weight, targets).backward()
+    assert torch.equal(x.grad, expected)
+    with torch.no_grad():
+        assert ops.linear_cross_entropy(x, weight, targets).grad_fn is None
+
+
+def test_logits_exist_for_a_chunk_of_tokens_only():
+    x, weight, targets = inputs(64)
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    with Watch():
+        ops.linear_cross_entropy(x, weight, targets).backward()
+    assert max(sizes) == weight.numel() < 64 * VOCAB and 8 * VOCAB in sizes
