@@ -31,7 +31,7 @@ from dataset.lm_dataset import load_tokenizer
 from dataset.read_rows import read_rows
 from model.lm import MiniMindLM
 from model.lora import merge_adapter
-from model.sampling import stream_text
+from model.sampling import complete, sampler, stream_text
 from model.weights import load_model, newest_weights
 from runtime import launch
 
@@ -198,28 +198,26 @@ def read_questions(path: Path, speaker: Speaker) -> list[dict]:
 
 
 def answer_all(questions: list[dict], speaker: Speaker, batch_size: int) -> None:
-    """Fill in `reply` and `right` of every question, greedily, batch by batch with padding on the left.
+    """Fill in `reply` and `right` of every question, greedily.
 
-    Questions whose answers are of like length share a batch, as its steps are those of the longest. A reply twice as
-    long as the longest answer of its batch is wrong already and is cut there, unless the model thinks first.
+    A reply twice as long as the answer is wrong already and is cut there, unless the model thinks first.
     """
-    device, pad, eos = speaker.model.lm_head.weight.device, speaker.tokenizer.pad_token_id or 0, speaker.end_of_turn
-    order = sorted(questions, key=lambda q: (q["answer_len"], len(q["ids"])))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        width, steps = max(len(q["ids"]) for q in batch), speaker.sampling["max_new_tokens"]
-        ids = torch.tensor([[pad] * (width - len(q["ids"])) + q["ids"] for q in batch], device=device)
-        mask = torch.tensor([[0] * (width - len(q["ids"])) + [1] * len(q["ids"]) for q in batch], device=device)
-        if not speaker.thinking:
-            steps = min(steps, 2 * batch[-1]["answer_len"] + 16)
-        replies = speaker.model.generate(ids, mask, max_new_tokens=steps, eos_token_id=eos).tolist()
-        for question, reply in zip(batch, replies, strict=True):
-            reply = reply[: reply.index(eos)] if eos in reply else reply
-            text = speaker.tokenizer.decode(reply, skip_special_tokens=True)
-            question["reply"] = text.rpartition("</think>")[2].strip()
-            question["right"] = question["reply"] == question["answer"]
+    longest, eos, done = speaker.sampling["max_new_tokens"], speaker.end_of_turn, 0
+    limits = [longest if speaker.thinking else min(longest, 2 * q["answer_len"] + 16) for q in questions]
+    limits = [min(n, speaker.model.config.max_seq_len - len(q["ids"])) for n, q in zip(limits, questions, strict=True)]
+    replies: list[list[int]] = [[] for _ in questions]
+    prompts = [question["ids"] for question in questions]
+    greedy = sampler(prompts, speaker.model.config.vocab_size, speaker.model.lm_head.weight.device)
+    for row, _, token in complete(speaker.model, prompts, limits, greedy, eos, batch_size=batch_size):
+        for number, token_id in zip(row.tolist(), token.tolist(), strict=True):
+            replies[number].append(token_id)
+            done += token_id == eos
         if sys.stderr.isatty():
-            print(f"\r{start + len(batch)}/{len(order)} ", end="", file=sys.stderr, flush=True)
+            print(f"\r{done}/{len(questions)} ", end="", file=sys.stderr, flush=True)
+    for question, reply in zip(questions, replies, strict=True):
+        text = speaker.tokenizer.decode(reply[: reply.index(eos)] if eos in reply else reply, skip_special_tokens=True)
+        question["reply"] = text.rpartition("</think>")[2].strip()
+        question["right"] = question["reply"] == question["answer"]
 
 
 def table(questions: list[dict]) -> str:

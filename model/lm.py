@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.ops import document_attention, linear_cross_entropy
-from model.sampling import KVCache, sample
+from model.ops import Linear, autocast_dtype, document_attention, linear_cross_entropy
+from model.sampling import KVCache, complete, sampler
 
 
 @dataclass
@@ -102,13 +102,8 @@ class Layout:
     mask: Tensor | None  # (B, 1, T, S) bool: which keys a query sees; None: plain causal attention
     doc_of: Tensor | None  # (B * T,) int64: the document of each token, docs for padding; only where MoE trains
     cache: KVCache | None
+    places: tuple[Tensor, Tensor] | None  # rows and positions in the cache, of the tokens; see `KVCache.write`
     context: object | None  # set where processes share the row and each holds a part of its tokens
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of x use: autocast's where it is on, else x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class RMSNorm(nn.Module):
@@ -146,10 +141,10 @@ class Attention(nn.Module):
     def __init__(self, config: LMConfig, index: int):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.q_proj = Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.k_proj = Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.v_proj = Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.o_proj = Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
@@ -161,12 +156,15 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(heads).transpose(1, 2)
         q, k = apply_rope(q, layout.cos, layout.sin), apply_rope(k, layout.cos, layout.sin)
         if layout.cache is not None:
-            k, v = layout.cache.append(self.index, k, v)
+            layout.cache.write(self.index, k, v, *layout.places)
+            k, v = (k, v) if layout.attend is not None else layout.cache.read(self.index)
         if layout.attend is not None:
             out = layout.attend(q, k, v, layout.doc_lens)
-        else:  # one new token sees every key: not causal in the sense of the kernel, which aligns at the first key
+        else:  # a new token sees every key: not causal in the sense of the kernel, which aligns at the first key
             causal = layout.mask is None and T > 1
-            out = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=causal, enable_gqa=True)
+            q = q.view(B, k.size(1), -1, self.head_dim) if T == 1 else q  # a group of heads as queries of one head
+            out = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=causal, enable_gqa=T > 1)
+            out = out.view(B, -1, T, self.head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -175,9 +173,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
-        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
-        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+        self.gate_proj = Linear(dim, hidden_dim, bias=False)
+        self.up_proj = Linear(dim, hidden_dim, bias=False)
+        self.down_proj = Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -279,7 +277,7 @@ class Block(nn.Module):
         return x + F.dropout(out, self.dropout, self.training), aux_loss
 
 
-class Head(nn.Linear):
+class Head(Linear):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits of x (K, dim), or their summed cross-entropy with targets (K,)."""
         return super().forward(x) if targets is None else linear_cross_entropy(x, self.weight, targets)
@@ -324,7 +322,8 @@ class MiniMindLM(nn.Module):
             attention_mask: (B, T) 0/1, with a cache (B, held + T); 0 marks padding, on either side.
             doc_lens: lengths of the documents packed into the one row (B = 1); tokens behind them are padding.
             logits_at: (K,) int64, positions in the flattened (B * T); the head runs on these alone.
-            cache: keys and values of the tokens before input_ids; is extended.
+            cache: keys and values of the tokens before input_ids, row by row; is extended. Documents of a packed row
+                are prompts: each goes to rows of its own, see `KVCache.filled`.
             targets: (K,) int64, the tokens that follow at logits_at.
 
         Raises:
@@ -339,8 +338,6 @@ class MiniMindLM(nn.Module):
             else:
                 x, aux_loss = block(x, layout)
             aux_losses.append(aux_loss)
-        if cache is not None:
-            cache.length += input_ids.size(1)
         if logits_at is not None:
             x = x.reshape(-1, x.size(-1))[logits_at]  # (K, dim), before the norm: it works token by token
         x, aux_loss = self.model.norm(x), torch.stack(aux_losses).mean()
@@ -353,12 +350,12 @@ class MiniMindLM(nn.Module):
     ) -> Layout:
         """Positions, masks and document borders of one forward pass; checks what the caller passed."""
         (B, T), device, config = input_ids.shape, input_ids.device, self.config
-        held = 0 if cache is None else cache.length
+        held = 0 if cache is None or doc_lens is not None else int(cache.lengths.max())
         longest = held + T if doc_lens is None else max(doc_lens, default=0)
         if longest > config.max_seq_len:
             raise ValueError(f"context of {longest} tokens is longer than max_seq_len {config.max_seq_len}")
-        mask, doc_of, row = None, None, T if self.context is None else T * self.context.size
-        if doc_lens is not None and (B != 1 or sum(doc_lens) > row or cache is not None):
+        row = T if self.context is None else T * self.context.size
+        if doc_lens is not None and (B != 1 or sum(doc_lens) > row):
             raise ValueError(f"doc_lens must fit the {row} tokens of one row; they sum to {sum(doc_lens)}, rows: {B}")
         # Reading ids back from a GPU waits for it: in training the ids come from our own tokenizer.
         if (device.type == "cpu" or not self.training) and input_ids.numel():
@@ -366,20 +363,31 @@ class MiniMindLM(nn.Module):
             if low < 0 or high >= config.vocab_size:
                 raise ValueError(f"token ids {low} to {high} do not fit a vocabulary of {config.vocab_size} entries")
 
+        mask, doc_of, places = None, None, None
         lens = [T] * B if doc_lens is None else doc_lens
         lens = torch.tensor([*lens, B * row - sum(lens)])  # on the CPU, as is what is made of it: no waiting for a GPU
         part = slice(None) if self.context is None else self.context.part(row)  # what this process holds of the row
         if doc_lens is not None:
-            position = torch.cat([torch.arange(n) for n in lens])[part].to(device).unsqueeze(0)
+            position = torch.cat([torch.arange(n) for n in lens])[part].unsqueeze(0)
         elif attention_mask is not None:
-            position = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)[:, -T:]
+            position = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+            key, query = torch.arange(T, device=device), torch.arange(T, device=device).view(T, 1)
+            # Padding sees itself alone: a row without any key would be NaN.
+            mask = (key <= query) & attention_mask.bool().view(B, 1, 1, -1) | (key == query)
         else:
-            position = torch.arange(held, held + T, device=device).expand(B, T)
-        if attention_mask is not None or (held and T > 1):
-            key, query = torch.arange(held + T, device=device), torch.arange(held, held + T, device=device).view(T, 1)
-            mask = (key <= query).expand(B, 1, T, held + T)
-            if attention_mask is not None:  # padding sees itself alone: a row without any key would be NaN
-                mask = mask & attention_mask.bool().view(B, 1, 1, -1) | (key == query)
+            position = torch.arange(T).expand(B, T) + (0 if cache is None else cache.lengths.unsqueeze(1))
+        if cache is not None:
+            if doc_lens is not None:
+                rows = cache.filled.repeat_interleave(lens[:-1], dim=1)  # (copies, T)
+                cache.lengths[cache.filled] = lens[:-1]
+            else:
+                rows = torch.arange(B).repeat_interleave(T)
+                if held and (T > 1 or cache.lengths.min() < held):  # to be added: each layer would convert a bool
+                    hidden = torch.arange(held + T) > position.view(B, 1, T, 1)
+                    mask = torch.zeros(hidden.shape, dtype=cache.kv.dtype).masked_fill_(hidden, -math.inf).to(device)
+                cache.lengths += T
+            places = rows.to(device), position.flatten().to(device)
+        position = position.to(device)
         if config.use_moe and cache is None:
             doc_of = torch.arange(len(lens)).repeat_interleave(lens)[part].to(device)
             if attention_mask is not None:
@@ -387,62 +395,37 @@ class MiniMindLM(nn.Module):
         frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
         angle = position[:, None, :, None].float() * frequency  # (B, 1, T, D / 2)
         attend = None if doc_lens is None else document_attention if self.context is None else self.context.attend
-        return Layout(angle.cos(), angle.sin(), lens, attend, mask, doc_of, cache, self.context)
+        return Layout(angle.cos(), angle.sin(), lens, attend, mask, doc_of, cache, places, self.context)
 
-    @torch.inference_mode()
     def stream(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        eos_token_id: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int = 512,
+        eos_token_id: int | None = None, **sampling,
+    ) -> Iterator[Tensor]:  # fmt: skip
         """Generate token by token with a KV cache.
 
         Args:
             input_ids: (B, T) int64, prompts of unequal length padded on the left.
             attention_mask: (B, T) 0/1, needed where there is padding.
             max_new_tokens: at most so many; generation also ends when the context is full.
-            temperature: 0 takes the most probable token, else logits are divided by it and sampled.
+            eos_token_id: ends a row; a row that has ended yields eos until all have.
+            temperature: 0 (default) takes the most probable token, else logits are divided by it and sampled.
             top_k, top_p: sample among the k most probable tokens / the smallest set of probability >= p; 0 and 1: off.
             repetition_penalty: > 1 lowers the logits of tokens already in the context; 1: off.
-            eos_token_id: ends a row; a row that has ended yields eos until all have.
+            generator: torch.Generator.
 
         Yields: (B,) int64, the next token of every row.
         """
-        (B, T), device, tokens = input_ids.shape, input_ids.device, input_ids
+        B, T = input_ids.shape
         if T > self.config.max_seq_len:
             raise ValueError(f"prompt of {T} tokens is longer than max_seq_len {self.config.max_seq_len}")
-        steps = min(max_new_tokens, self.config.max_seq_len - T)
-        cache = KVCache(self.config, B, T + steps, device, autocast_dtype(self.lm_head.weight))
-        seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=device)
-        ended = torch.zeros(B, dtype=torch.bool, device=device)
-        row = torch.arange(1, B + 1, device=device)  # the last token of each stands at row * T - 1 of the flattened
-        for _ in range(steps):
-            logits = self(tokens, attention_mask, logits_at=row * tokens.size(1) - 1, cache=cache).logits.float()
-            if repetition_penalty != 1.0:
-                if attention_mask is not None:  # padding does not count as seen; the last token is a real one
-                    tokens = torch.where(attention_mask[:, -tokens.size(1) :].bool(), tokens, tokens[:, -1:])
-                seen.scatter_(1, tokens, True)
-                # Keskar et al., CTRL (2019), section 4.1, with the sign rule that keeps a penalty a penalty.
-                penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-                logits = torch.where(seen, penalised, logits)
-            token = sample(logits, temperature, top_k, top_p, generator)
-            if eos_token_id is not None:
-                token = token.masked_fill(ended, eos_token_id)
-                ended |= token == eos_token_id
-            yield token
-            if eos_token_id is not None and ended.all():
-                return
-            tokens = token.unsqueeze(1)
-            if attention_mask is not None:
-                attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [ids[seen.bool()].tolist() for ids, seen in zip(input_ids, mask, strict=True)]
+        limits = [min(max_new_tokens, self.config.max_seq_len - T)] * B
+        choose = sampler(prompts, self.config.vocab_size, input_ids.device, **sampling)
+        for row, _, token in complete(self, prompts, limits, choose, eos_token_id, batch_size=B):
+            tokens = input_ids.new_full((B,), 0 if eos_token_id is None else eos_token_id)
+            tokens[row] = token
+            yield tokens
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **sampling) -> Tensor:
         """The tokens of `stream` (same arguments) as one tensor (B, new) int64."""

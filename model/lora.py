@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.lm import Block, LMConfig, MiniMindLM
+from model.ops import Linear
 from model.weights import hash_weights, read_tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -62,7 +63,7 @@ def add_lora(model: MiniMindLM, targets: list[str] | None, rank: int, alpha: flo
     for block in (module for module in model.modules() if isinstance(module, Block)):
         for parent in block.modules():
             for name, layer in parent.named_children():
-                if type(layer) is nn.Linear:  # a router is one that does more
+                if type(layer) is Linear:  # a router is one that does more
                     layers.setdefault(name, []).append((parent, layer))
     chosen = [name for name in TARGETS if name in layers] if targets is None else list(dict.fromkeys(targets))
     if missing := [name for name in chosen if name not in layers]:

@@ -1,25 +1,157 @@
-"""What generation needs: the cache of keys and values, drawing the next token, turning tokens into text."""
+"""Generation: the cache of keys and values, completing prompts, drawing the next token, turning tokens into text."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from model.ops import autocast_dtype
+
+PREFILL = 2048  # tokens of prompts in a pass: more would only outgrow the processor's own cache
+
 
 class KVCache:
-    """Keys and values of all layers, preallocated: (2, n_layers, B, n_kv_heads, capacity, head_dim)."""
+    """Keys and values of all layers, preallocated: kv (2, n_layers, rows, n_kv_heads, capacity, head_dim)."""
 
-    def __init__(self, config, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (2, config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
+    def __init__(self, config, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (2, config.n_layers, rows, config.n_kv_heads, capacity, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens held, the same for every layer between two forward passes
+        self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens that each row holds, on the CPU
+        self.filled = torch.arange(rows).unsqueeze(0)  # (copies, documents): the rows that packed documents go to
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, n_kv_heads, T, head_dim) behind what is held; returns all keys and values of the layer."""
-        held = self.kv[:, layer, :, :, : self.length + k.size(2)]
-        held[0, :, :, self.length :], held[1, :, :, self.length :] = k, v
-        return held[0], held[1]
+    def write(self, layer: int, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """Put k, v (B, n_kv_heads, T, head_dim) there: rows (copies, B * T) or (B * T,), positions (B * T,)."""
+        for held, new in zip(self.kv[:, layer], (k, v), strict=True):
+            held[rows, :, positions] = new.transpose(1, 2).flatten(0, 1).to(held.dtype)
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, (rows, n_kv_heads, longest row, head_dim) each."""
+        return self.kv[:, layer, :, :, : int(self.lengths.max())].unbind(0)
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all other rows."""
+        self.kv, self.lengths = self.kv[:, :, rows.to(self.kv.device)], self.lengths[rows]
+
+
+@torch.no_grad()
+def complete(
+    model,
+    prompts: list[list[int]],
+    limits: list[int],
+    choose: Callable[[Tensor, Tensor, Tensor], Tensor],
+    end: int | None = None,
+    samples: int = 1,
+    batch_size: int = 64,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Complete prompts token by token. A completion that has ended leaves, and the next prompt takes its place.
+
+    Prompts are read in packs without padding, once for all their samples.
+
+    Args:
+        model: a MiniMindLM.
+        prompts: token ids; the samples of prompt p are the rows p * samples to (p + 1) * samples - 1.
+        limits: the most tokens for each prompt; prompt and completion fit the model's max_seq_len.
+        choose: (logits (R, vocab) float32, row (R,), place (R,)) -> (R,) int64: the tokens that stand at these places
+            of these rows' completions. Rows are in no order.
+        end: the token that ends a completion.
+        batch_size: prompts that are worked on at once.
+
+    Yields: (row, place, token), (R,) int64 each: the next token of every row that goes on.
+    """
+    device, waiting = model.lm_head.weight.device, [number for number, limit in enumerate(limits) if limit > 0]
+    size = samples * min(batch_size, len(waiting))
+    capacity = max((len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)), default=0)
+    cache = KVCache(model.config, size, capacity, device, autocast_dtype(model.lm_head.weight))
+    row, place, left = torch.zeros(3, size, dtype=torch.int64)  # what each seat works on, how far it is, what is left
+    token, logits = torch.zeros(size, dtype=torch.int64, device=device), None
+    while True:
+        # 1. One more token for those that go on. An empty seat costs its share of the pass, but may hold nothing.
+        going = left > 0
+        if going.any():
+            cache.lengths[~going] = 0
+            logits = model(token.unsqueeze(1), cache=cache).logits.squeeze(1).float()
+
+        # 2. Prompts for the empty seats
+        seats = (~going).nonzero().squeeze(1)
+        new, waiting = waiting[: len(seats) // samples], waiting[len(seats) // samples :]
+        if new:
+            seats = seats[: len(new) * samples].view(-1, samples)
+            first = read_prompts(model, cache, [prompts[number] for number in new], seats.T).float()
+            logits = first.new_zeros(size, first.size(1)) if logits is None else logits
+            logits[seats.flatten().to(device)] = first.repeat_interleave(samples, dim=0)
+            numbers = torch.tensor(new).unsqueeze(1)
+            row[seats], place[seats] = numbers * samples + torch.arange(samples), 0
+            left[seats] = torch.tensor([limits[number] for number in new]).unsqueeze(1)
+
+        # 3. The next token of each
+        seats = (left > 0).nonzero().squeeze(1)
+        if not len(seats):
+            return
+        where = row[seats].to(device), place[seats].to(device)
+        chosen = choose(logits[seats.to(device)], *where)
+        yield *where, chosen
+        token[seats.to(device)] = chosen
+        place[seats] += 1
+        left[seats] -= 1
+        if end is not None:
+            left[seats[(chosen == end).cpu()]] = 0
+
+        # 4. Seats that nobody will take are given up; a copy of the cache for each would cost more than it saves.
+        seats = (left > 0).nonzero().squeeze(1)
+        if not waiting and len(seats) <= 0.75 * size:
+            cache.keep(seats)
+            row, place, left, token, size = row[seats], place[seats], left[seats], token[seats.to(device)], len(seats)
+
+
+def read_prompts(model, cache: KVCache, prompts: list[list[int]], rows: Tensor) -> Tensor:
+    """Fill rows (copies, prompts) of the cache; returns the logits behind each prompt, (prompts, vocab)."""
+    logits, begin, device = [], 0, model.lm_head.weight.device
+    while begin < len(prompts):
+        end, tokens = begin, 0
+        while end < len(prompts) and (end == begin or tokens + len(prompts[end]) <= PREFILL):
+            tokens += len(prompts[end])
+            end += 1
+        pack, lens = sum(prompts[begin:end], []), [len(ids) for ids in prompts[begin:end]]
+        cache.filled = rows[:, begin:end]
+        last = (torch.tensor(lens).cumsum(0) - 1).to(device)
+        ids = torch.tensor([pack], device=device)
+        logits.append(model(ids, doc_lens=lens, logits_at=last, cache=cache).logits)
+        begin = end
+    return torch.cat(logits)
+
+
+def sampler(
+    prompts: list[list[int]],
+    vocab_size: int,
+    device: torch.device,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """What `complete` chooses tokens with: `sample`, after a penalty on what stands in a prompt and its completion.
+
+    Source: Keskar et al., CTRL (2019), section 4.1, with the sign rule that keeps a penalty a penalty.
+    """
+
+    def choose(logits: Tensor, row: Tensor, place: Tensor) -> Tensor:
+        return sample(logits, temperature, top_k, top_p, generator)
+
+    if repetition_penalty == 1.0:
+        return choose
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+    for row, ids in enumerate(prompts):
+        seen[row, ids] = True
+
+    def choose_less_seen(logits: Tensor, row: Tensor, place: Tensor) -> Tensor:
+        penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        token = choose(torch.where(seen[row], penalised, logits), row, place)
+        seen[row, token] = True
+        return token
+
+    return choose_less_seen
 
 
 def sample(

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.lm import MiniMindLM, autocast_dtype
-from model.sampling import KVCache
+from model import sampling
+from model.lm import MiniMindLM
 from runtime import parallel
 
 
@@ -116,58 +116,33 @@ def generate(
         temperature: logits are divided by it; 0 takes the most probable token (log_probs are then those at 1).
         end: the token that ends a completion.
     """
-    training = model.training
+    if not prompts:
+        return empty()
+    training, device, N = model.training, model.lm_head.weight.device, len(prompts) * samples
+    seeds = [[seed, step, number, sample] for number in numbers for sample in range(samples)]
+    uniform = np.stack([np.random.default_rng(key).random(max_new_tokens) for key in seeds])
+    uniform = torch.from_numpy(uniform).to(device)
+    ids = torch.zeros(N, max_new_tokens, dtype=torch.int64, device=device)
+    log_probs = torch.zeros(N, max_new_tokens, device=device)
+    lengths, last = torch.zeros(2, N, dtype=torch.int64, device=device)
+
+    def choose(logits: Tensor, row: Tensor, place: Tensor) -> Tensor:
+        distribution = (logits / (temperature or 1.0)).log_softmax(dim=-1)  # (R, vocab)
+        token = draw(distribution, uniform[row, place]) if temperature else distribution.argmax(dim=-1)
+        log_probs[row, place] = distribution.gather(1, token.unsqueeze(1)).squeeze(1)
+        return token
+
     model.eval()
-    parts = []
-    for at in range(0, len(prompts), batch_size):
-        batch, mine = prompts[at : at + batch_size], numbers[at : at + batch_size]
-        seeds = [[seed, step, number, sample] for number in mine for sample in range(samples)]
-        uniform = np.stack([np.random.default_rng(key).random(max_new_tokens) for key in seeds])
-        with autocast:
-            parts.append(complete(model, batch, samples, torch.from_numpy(uniform), temperature, end))
+    with autocast:
+        limits = [max_new_tokens] * len(prompts)
+        for row, place, token in sampling.complete(model, prompts, limits, choose, end, samples, batch_size):
+            ids[row, place], lengths[row], last[row] = token, place + 1, token
     model.train(training)
-    return Rollout(*(torch.cat(widened(tensors)) for tensors in zip(*parts, strict=True))) if parts else empty()
-
-
-def complete(model, prompts, samples: int, uniform: Tensor, temperature: float, end: int) -> tuple[Tensor, ...]:
-    """The tensors of a `Rollout` for a few prompts; uniform (N, max_new_tokens) float64 decides every draw."""
-    device, N, C = model.lm_head.weight.device, *uniform.shape
-    lengths = torch.tensor([len(ids) for ids in prompts])
-    width = int(lengths.max())
-    padded = torch.stack([F.pad(torch.tensor(ids), (width - len(ids), 0)) for ids in prompts])  # on the left
-    mask = torch.arange(width) >= (width - lengths).unsqueeze(1)
-    B, mask, uniform = len(prompts), mask.to(device), uniform.to(device)
-
-    # The samples of a prompt share the pass over it.
-    cache = KVCache(model.config, B, width + C, device, autocast_dtype(model.lm_head.weight))
-    last = torch.arange(1, B + 1, device=device) * width - 1
-    logits = model(padded.to(device), mask, logits_at=last, cache=cache).logits.repeat_interleave(samples, dim=0)
-    cache.kv, mask = cache.kv.repeat_interleave(samples, dim=2), mask.repeat_interleave(samples, dim=0)
-
-    tokens = torch.zeros(N, C, dtype=torch.int64, device=device)
-    log_probs = torch.zeros(N, C, device=device)
-    done = torch.full((N,), C, device=device)  # tokens of each completion
-    ended = torch.zeros(N, dtype=torch.bool, device=device)
-    row, going = torch.arange(N, device=device), torch.ones(N, dtype=torch.bool, device=device)  # of those in the batch
-    for t in range(C):
-        distribution = (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)  # (rows, vocab)
-        token = draw(distribution, uniform[row, t]) if temperature else distribution.argmax(dim=-1)
-        tokens[row[going], t] = token[going]
-        log_probs[row[going], t] = distribution.gather(1, token.unsqueeze(1)).squeeze(1)[going]
-        over = going & (token == end)
-        done[row[over]], ended[row[over]] = t + 1, True
-        going = going & ~over
-        left = int(going.sum())
-        if not left or t + 1 == C:
-            break
-        if left <= 0.75 * len(row):  # a copy of the cache for every row that ends would cost more than it saves
-            row, token, mask, cache.kv = row[going], token[going], mask[going], cache.kv[:, :, going]
-            going = going[going]
-        mask = F.pad(mask, (0, 1), value=True)
-        logits = model(token.unsqueeze(1), mask, cache=cache).logits.squeeze(1)
-    prompt_ids = torch.stack([F.pad(torch.tensor(ids), (0, width - len(ids))) for ids in prompts])
-    ours = (prompt_ids.repeat_interleave(samples, dim=0), lengths.repeat_interleave(samples))
-    return *ours, tokens.cpu(), done.cpu(), log_probs.cpu(), ended.cpu()
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+    width = int(prompt_lengths.max())
+    prompt_ids = torch.stack([F.pad(torch.tensor(prompt), (0, width - len(prompt))) for prompt in prompts])
+    told = (values.cpu() for values in (ids, lengths, log_probs, last == end))
+    return Rollout(prompt_ids.repeat_interleave(samples, dim=0), prompt_lengths.repeat_interleave(samples), *told)
 
 
 def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
@@ -178,14 +153,6 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     cumulated = log_probs.double().exp().cumsum(dim=-1)
     point = uniform.unsqueeze(1) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, point, right=True).squeeze(1).clamp_max(log_probs.size(1) - 1)
-
-
-def widened(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """Pad (n, width) tensors on the right to one width; (n,) tensors stay as they are."""
-    if tensors[0].dim() == 1:
-        return [*tensors]
-    width = max(tensor.size(1) for tensor in tensors)
-    return [F.pad(tensor, (0, width - tensor.size(1))) for tensor in tensors]
 
 
 def empty() -> Rollout:

@@ -30,21 +30,19 @@ def test_cached_logits_equal_uncached(kind, steps):
     x = ids(2, 70)
     cache = KVCache(model.config, 2, 70, x.device, torch.float32)
     cached = [model(part, cache=cache).logits for part in x.split(steps, dim=1)]
-    assert cache.length == 70
+    assert cache.lengths.tolist() == [70, 70]
     assert (torch.cat(cached, dim=1) - model(x).logits).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_cached_logits_of_a_padded_batch_equal_each_prompt_alone(kind):
+def test_cached_logits_behind_packed_prompts_equal_each_prompt_alone(kind):
     model = build(**KINDS[kind])
     prompts, tail = [ids(1, n) for n in (30, 4, 17, 1)], ids(4, 12)
-    x, mask = left_padded(prompts)
-    cache = KVCache(model.config, 4, 42, x.device, torch.float32)
-    steps = [model(x, mask, cache=cache).logits[:, -1:]]
-    for n in range(12):
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        steps.append(model(tail[:, n : n + 1], mask, cache=cache).logits)
+    cache, ends = KVCache(model.config, 4, 42, torch.device("cpu"), torch.float32), torch.tensor([30, 34, 51, 52]) - 1
+    packed = model(torch.cat(prompts, dim=1), doc_lens=[30, 4, 17, 1], logits_at=ends, cache=cache)
+    steps = [packed.logits.unsqueeze(1)]
+    steps += [model(tail[:, n : n + 1], cache=cache).logits for n in range(12)]
     batched = torch.cat(steps, dim=1)
     for row, prompt in enumerate(prompts):
         alone = model(torch.cat([prompt, tail[row : row + 1]], dim=1)).logits[:, prompt.size(1) - 1 :]

@@ -83,9 +83,10 @@ def test_what_is_drawn_depends_on_nothing_but_seed_step_prompt_and_sample():
 
 def test_rows_that_have_ended_cost_no_work():
     model, rows = tiny(), []
-    model.register_forward_pre_hook(lambda module, args: rows.append(args[0].size(0)))
+    model.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape))
     tried = write(model, prompts_of([4] * 8), samples=8, temperature=1.5)
-    assert rows[0] == 8  # the samples of a prompt share the pass over it
+    assert rows[0] == (1, 8 * 4)  # without padding, and the samples of a prompt share the pass over it
+    rows = [count for count, _ in rows]
     for t, count in enumerate(rows[1:], start=1):
         left = int((tried.lengths > t).sum())
         assert left <= count and (left > 0.75 * count)

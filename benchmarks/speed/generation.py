@@ -1,9 +1,25 @@
-"""New tokens per second against transformers' generate, with the same weights, prompts and number of new tokens."""
+"""New tokens per second against transformers' generate: the same weights, prompts and lengths of the completions.
+
+Once all completions have the same length; once each has one of its own, as completions of a trained model have.
+"""
 
 import torch
 from common import autocast, dtypes, figure, in_turn, model_of, qwen, ratio, seconds_of
+from transformers import StoppingCriteria
+
+from model.sampling import complete, sampler
 
 BATCH, NEW = 64, 128
+
+
+class OwnLengths(StoppingCriteria):
+    """transformers' way to end each row at a length of its own."""
+
+    def __init__(self, ends: torch.Tensor):
+        self.ends = ends
+
+    def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
+        return input_ids.size(1) >= self.ends
 
 
 def measure(args) -> list[dict]:
@@ -13,26 +29,34 @@ def measure(args) -> list[dict]:
     theirs.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(0)
     lens = torch.randint(16, 257, (BATCH,), generator=generator)
-    mask = (torch.arange(int(lens.max())) >= lens.max() - lens.unsqueeze(1)).long()
+    width = int(lens.max())
+    mask = (torch.arange(width) >= width - lens.unsqueeze(1)).long()
     ids = torch.randint(10, 6400, mask.shape, generator=generator) * mask
+    prompts = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
+    limits = {"each 128": [NEW] * BATCH, "1 to 128": torch.randint(1, NEW + 1, (BATCH,), generator=generator).tolist()}
     ids, mask = ids.to(device), mask.to(device)
-    new: dict[str, torch.Tensor] = {}
+
+    def ours(limits: list[int]) -> torch.Tensor:
+        out = torch.zeros(BATCH, NEW, dtype=torch.int64, device=device)
+        choose = sampler(prompts, 6400, device)
+        for row, place, token in complete(model, prompts, limits, choose, batch_size=BATCH):
+            out[row, place] = token
+        return out
 
     @torch.inference_mode()
-    def ours() -> None:
-        new["ours"] = model.generate(ids, mask, max_new_tokens=NEW)
-
-    @torch.inference_mode()
-    def peer() -> None:
-        options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-        new["theirs"] = theirs.generate(ids, attention_mask=mask, **options)[:, ids.size(1) :]
+    def peer(limits: list[int]) -> torch.Tensor:
+        ends = OwnLengths(width + torch.tensor(limits, device=device))
+        options = {"max_new_tokens": max(limits), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        return theirs.generate(ids, attention_mask=mask, stopping_criteria=[ends], **options)[:, width:]
 
     for kind in dtypes(device):
-        works = {"ours": lambda _: seconds_of(ours, device), "transformers": lambda _: seconds_of(peer, device)}
-        with autocast(device, kind):
-            times = in_turn(works, range(args.rounds))
-        same = (new["ours"] == new["theirs"]).float().mean().item()
-        detail = f"{BATCH * NEW / min(times['ours']):,.0f} tokens/s; {same:.1%} of the tokens are the same"
-        what = f"generation, {BATCH} prompts of 16 to 256 tokens, {NEW} new, {kind}: tokens/s / transformers' generate"
-        lines.append(figure(what, 1 / ratio(times, "ours", "transformers"), least=4.0, detail=detail))
+        for name, most in limits.items():
+            with autocast(device, kind):
+                works = {"ours": lambda _, most=most: seconds_of(lambda: ours(most), device)}
+                works["transformers"] = lambda _, most=most: seconds_of(lambda: peer(most), device)
+                times, a, b = in_turn(works, range(args.rounds)), ours(most), peer(most)
+            same = sum(int((x[:n] == y[:n]).sum()) for x, y, n in zip(a, b, most, strict=True)) / sum(most)
+            detail = f"{sum(most) / min(times['ours']):,.0f} tokens/s; {same:.1%} of the tokens are the same"
+            what = f"generation, {BATCH} prompts of 16 to 256 tokens, {name} new, {kind}: tokens/s / transformers"
+            lines.append(figure(what, 1 / ratio(times, "ours", "transformers"), least=4.0, detail=detail))
     return lines
