@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.ops import Linear, autocast_dtype, document_attention, linear_cross_entropy
+from model.ops import Linear, apply_rope, document_attention, linear_cross_entropy, rms_norm
 from model.sampling import KVCache, complete, sampler
 
 
@@ -107,29 +107,13 @@ class Layout:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32, returned in the dtype of matrix products.
-
-    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019), eq. 4.
-    """
-
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Cast once here: the two or three projections that follow would each cast the same tensor again.
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(autocast_dtype(x))
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + D/2]) of x (B, H, T, D) by the angle of their position.
-
-    Source: Su et al., RoFormer (2021), eq. 34, in the half-split layout of the Llama and Qwen weights.
-    """
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    def forward(self, x: Tensor) -> Tensor:  # cast once: the projections that follow would each cast the same again
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):

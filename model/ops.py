@@ -25,6 +25,74 @@ class Linear(nn.Linear):
         return (self.weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], -1)
 
 
+class NormalisedRows(torch.autograd.Function):
+    """RMSNorm in few passes over memory: see `rms_norm`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide, scale = x.float(), weight.float()
+        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).mul_(scale).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        wide, grad, scale, inverse = (t.reshape(-1, t.size(-1)).float() for t in (x, grad, weight, inverse))
+        product, scale = grad * wide, scale[0]
+        slope = (product @ scale).unsqueeze(1).mul_(inverse**3).div_(x.size(-1))  # (rows, 1)
+        grad_weight = inverse.squeeze(1) @ product
+        grad_x = torch.mul(grad, scale, out=product).mul_(inverse).addcmul_(wide, slope, value=-1)
+        return grad_x.view(x.shape).to(x.dtype), grad_weight.to(weight.dtype), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, computed in float32, returned in the dtype of matrix products.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019), eq. 4.
+    """
+    dtype = autocast_dtype(x)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler does better by itself
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
+    return NormalisedRows.apply(x, weight, eps, dtype)
+
+
+class Rotation(torch.autograd.Function):
+    """The turning of pairs by angles, whose gradient is turned back: see `apply_rope`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(grad, cos, -sin), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (a, b), out = x.chunk(2, dim=-1), torch.empty_like(x)
+    left, right = out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=right).addcmul_(a, sin)
+    return out
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + D/2]) of x (B, H, T, D) by the angle of their position.
+
+    Source: Su et al., RoFormer (2021), eq. 34, in the half-split layout of the Llama and Qwen weights.
+    """
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if torch.compiler.is_compiling():
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return Rotation.apply(x, cos, sin)
+
+
 @torch._disable_dynamo  # lengths change all the time; torch.compiler.disable would import the compiler here: 2 s
 def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
     """Causal attention inside each document of a packed row: q (1, H, N, D), k and v (1, H_kv, N, D) -> (1, H, N, D).

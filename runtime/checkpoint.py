@@ -2,17 +2,12 @@
 
 Tensors are saved under the names of the parameters (`optimizer.NAME.exp_avg` for what belongs to one), and each process
 saves what it holds, in the format of torch.distributed.checkpoint: so a checkpoint loads under another strategy and on
-another number of processes. A save copies the tensors and leaves the rest to a thread, which has what the processor has
-left over.
+another number of processes. A save copies the tensors and leaves the rest to a thread, which takes its time.
 """
 
 import copy
-import os
-import queue
 import random
-import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from runtime import store
+from runtime import background, store
+from runtime.background import later, pause, wait
 from runtime.optim import Muon
 from runtime.parallel import gather_objects, is_sharded, unwrap, world
 from runtime.store import identity_of, save_file
@@ -31,55 +27,13 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 __all__ = ["save_run", "find_run", "load_run", "later", "wait", "save_file", "identity_of"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Later: one thread does the writing, in order
-# ---------------------------------------------------------------------------------------------------------------------
-
-_jobs: queue.Queue = queue.Queue()
-_problems: list[Exception] = []
-_shared: dict = {}  # the thread, the stager with its copies, and the process group of the thread
-
-
-def later(job: Callable, *args) -> None:
-    """Have the writing thread call job(*args) behind everything it was given before."""
-    if "thread" not in _shared:
-        _shared["thread"] = threading.Thread(target=work, daemon=True)  # a fault must not wait for it
-        _shared["thread"].start()
-    _jobs.put((job, args))
-
-
-def wait() -> None:
-    """Until all that was asked for is on the disk. The end of a run and the next save call it.
-
-    Raises:
-        OSError: something could not be written; says which checkpoint is still good.
-    """
-    _jobs.join()
-    if _problems:
-        problem, _problems[:] = _problems[0], []
-        raise problem
+_shared: dict = {}  # the stager or the places of the copies, the process group of the writing thread
 
 
 def rescue() -> None:
     """In a process that is about to end with a fault: finish what it writes, if it needs no other process for that."""
     if "group" not in _shared:
-        _jobs.join()
-
-
-def work() -> None:
-    try:  # the lowest priority, for this thread alone: training has the processor whenever it wants it
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-    except (AttributeError, OSError):
-        pass
-    while True:
-        job, args = _jobs.get()
-        try:
-            if not _problems:
-                job(*args)
-        except Exception as error:
-            _problems.append(error)
-        finally:
-            _jobs.task_done()
+        background.finish()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,6 +60,7 @@ def save_run(
     """
     wait()
     tensors = run_tensors(model, optimizer)
+    background.share_cores(next(iter(tensors.values())).device.type == "cpu")
     sharded = own_tensors or is_sharded(next(iter(tensors.values())))
     sharded = sharded or any(hasattr(part, "optim") for part in parts_of(optimizer))
     run = {"scaler": scaler.state_dict(), "progress": progress, "identity": identity}
@@ -137,6 +92,11 @@ def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict, group:
     import torch.distributed.checkpoint as dcp  # here, as it takes a second
     from torch.distributed.checkpoint.api import CheckpointException
 
+    class Leisurely(dcp.DefaultSavePlanner):
+        def resolve_data(self, item):  # is called for a tensor, or a part of one, before it is written
+            pause()
+            return super().resolve_data(item)
+
     step, first = run["progress"]["step"], world()[0] == 0
     building = folder / f".tmp-step_{step:08d}"
     try:
@@ -145,8 +105,8 @@ def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict, group:
         if group is not None:
             dist.barrier(group)
         writer = dcp.FileSystemWriter(building)
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
-        mine = {path.name: store.describe(path) for path in building.glob(f"__{world()[0]}_*")}
+        dcp.save(tensors, storage_writer=writer, planner=Leisurely(), process_group=group, no_dist=group is None)
+        mine = {path.name: store.describe(path, pause) for path in building.glob(f"__{world()[0]}_*")}
         everyones = [None] * group.size() if group is not None and first else None
         if group is not None:
             dist.gather_object(mine, everyones, group=group)
@@ -190,6 +150,7 @@ def write_saved_weights(path: Path, shapes: dict[str, torch.Size], part: str) ->
     whole = {f"model.{part}{name}": torch.empty(shape) for name, shape in shapes.items()}
     whole = {name: value for name, value in whole.items() if name in saved}
     dcp.load(whole, storage_reader=reader, no_dist=True)
+    pause()
     state_dict = {name: whole.get(f"model.{part}{name}") for name in shapes}
     if state_dict.get("lm_head.weight", ...) is None:  # tied: it has no entry of its own
         state_dict["lm_head.weight"] = state_dict["model.embed_tokens.weight"]

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -205,11 +206,13 @@ def refuse_other_shapes(folder: Path) -> None:
             )
 
 
-def describe(path: Path) -> dict:
+def describe(path: Path, between: Callable[[], None] = lambda: None) -> dict:
+    """Size and hash of a file; `between` is called between its blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
+            between()
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 

@@ -76,3 +76,37 @@ def test_logits_exist_for_a_chunk_of_tokens_only():
     with Watch():
         ops.linear_cross_entropy(x, weight, targets).backward()
     assert max(sizes) == weight.numel() < 64 * VOCAB and 8 * VOCAB in sizes
+
+
+@pytest.mark.parametrize("shape", [(1, 50, 48), (2, 7, 3, 16)], ids=str)
+def test_rms_norm_and_its_gradients_are_those_of_the_definition(shape):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(shape, generator=generator), torch.randn(shape[-1], generator=generator)
+    x[..., 0, :] = 0  # a row without a direction
+    upstream = torch.randn(shape, generator=generator)
+    ours, exact = (
+        [t.to(kind, copy=True).requires_grad_() for t in (x, weight)] for kind in (torch.float32, torch.float64)
+    )
+    y = ops.rms_norm(*ours, 1e-6)
+    expected = exact[0] * (exact[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * exact[1]
+    (y * upstream).sum().backward()
+    (expected * upstream.double()).sum().backward()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(ops.rms_norm(*ours, 1e-6), y, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_rotation_is_that_of_complex_numbers_and_its_gradient_the_inverse(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 9, 16, generator=generator).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    x, angle = x.requires_grad_(), torch.rand(1, 1, 9, 8, generator=generator) * 6
+    y = ops.apply_rope(x, angle.cos(), angle.sin())
+    a, b = x.detach().float().chunk(2, dim=-1)
+    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
+    accuracy = {"rtol": 0, "atol": 1e-6 if dtype == torch.float32 else 0.05}
+    torch.testing.assert_close(y.detach().float(), torch.cat((turned.real, turned.imag), dim=-1), **accuracy)
+    y.backward(y.detach())
+    torch.testing.assert_close(x.grad, x.detach(), **accuracy)
