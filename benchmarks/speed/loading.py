@@ -13,7 +13,7 @@ TINY = """--dim=64 --n_layers=1 --n_heads=2 --n_kv_heads=1 --max_seq_len=512 --d
     --save_interval=0"""
 START = """
 import resource, sys, time
-import torch, numpy, transformers
+import torch, torch._dynamo, numpy, transformers  # torch loads its compiler with the first optimizer
 begin = time.perf_counter()
 sys.path.insert(0, {root!r})
 sys.argv = ["train_full_sft.py", *{flags!r}]
@@ -36,7 +36,7 @@ def write(path: Path, rows: list[str], count: int) -> Path:
 
 
 def train(folder: Path, data: Path, *more: str) -> tuple[float, float]:
-    """Seconds of training as the log has them, and the peak of memory in MB."""
+    """Seconds of training per token, as the log has them behind the second step, and the peak of memory in MB."""
     flags = [*TINY.split(), f"--data_path={data}", f"--cache_dir={folder / 'cache'}", f"--out_dir={folder / data.stem}"]
     code = "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     script = "import atexit, resource; atexit.register(lambda: print('PEAK', resource.getrusage(0).ru_maxrss));" + code
@@ -44,19 +44,19 @@ def train(folder: Path, data: Path, *more: str) -> tuple[float, float]:
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     metrics = next((folder / data.stem).glob("*/metrics.jsonl")).read_text().splitlines()
     steps = [json.loads(line) for line in metrics][2:]
-    seconds = sum(line["tokens"] / line["tokens_per_sec"] for line in steps if "tokens_per_sec" in line)
-    return seconds, int(out.split("PEAK")[1]) / 1024
+    seconds = sum(line["tokens"] / line["tokens_per_sec"] for line in steps)
+    return seconds / sum(line["tokens"] for line in steps), int(out.split("PEAK")[1]) / 1024
 
 
 def measure(args) -> list[dict]:
     rows = (ROOT / "dataset/demo/sft.jsonl").read_text("utf-8").splitlines(keepends=True)
     with tempfile.TemporaryDirectory() as name:
-        folder, few = Path(name), 4000
+        folder, few = Path(name), args.few_rows
         small, large = write(folder / "small.jsonl", rows, few), write(folder / "large.jsonl", rows, 10 * few)
         flags = ("--log_interval=1", "--batch_size=8")
         train(folder, small, *flags, "--max_steps=3"), train(folder, large, *flags, "--max_steps=3")  # caches
         times = [(train(folder, small, *flags), train(folder, large, *flags)) for _ in range(args.rounds)]
-        ratios = sorted(many[0] / one[0] / 10 for one, many in times)
+        ratios = sorted(many[0] / one[0] for one, many in times)
         grown = max(many[1] - one[1] for one, many in times)
         lines = [figure("epoch over 10 x the rows: time / 10", ratios[len(ratios) // 2], most=1.03,
                         detail=f"{grown:+.0f} MB of memory")]  # fmt: skip

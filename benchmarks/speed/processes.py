@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common import ROOT, figure
 
-STEPS = 12
+STEPS = 9
 
 
 def run(folder: Path, data: str, processes: int) -> subprocess.Popen:
@@ -23,7 +23,7 @@ def run(folder: Path, data: str, processes: int) -> subprocess.Popen:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *launcher, str(ROOT / "trainer/train_full_sft.py"), "--ddp", "--strategy=ddp"]
     flags = f"--data_path={data} --out_dir={folder} --cache_dir={folder.parent / 'cache'} --from_weight=none --dim=512"
-    flags += f" --max_seq_len=768 --batch_size=2 --global_batch_size={8 * processes} --max_steps={STEPS} --device=cpu"
+    flags += f" --max_seq_len=768 --batch_size=1 --global_batch_size={4 * processes} --max_steps={STEPS} --device=cpu"
     flags += " --log_interval=1 --save_interval=0"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, *flags.split()], env=environment, stdout=subprocess.DEVNULL)

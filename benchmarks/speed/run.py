@@ -31,7 +31,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--large", action="store_true", help="training: also 768 x 8 with a vocabulary of 32k")
     parser.add_argument("--compile", action="store_true", help="training: also with torch.compile")
     parser.add_argument("--start_rows", type=int, default=1_000_000, help="loading: rows of the start")
-    parser.add_argument("--loss_rows", type=int, default=1600, help="time_to_loss: rows of the epoch")
+    parser.add_argument("--few_rows", type=int, default=1000, help="loading: rows of the short epoch")
+    parser.add_argument("--loss_rows", type=int, default=800, help="time_to_loss: rows of the epoch")
     parser.add_argument(
         "--loss_steps", type=int, nargs="+", default=[20, 30, 40, 60, 80, 120], help="time_to_loss: tries"
     )
