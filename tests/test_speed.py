@@ -39,7 +39,7 @@ def test_variants_take_turns_and_ratios_are_taken_within_a_turn():
 def test_the_harness_prints_a_table_and_writes_it(tmp_path):
     out = tmp_path / "table.json"
     command = [sys.executable, str(ROOT / "benchmarks/speed/run.py"), "--only", "loading", "--rounds", "1"]
-    command += ["--start_rows", "200", "--few_rows", "20", "--json", str(out)]
+    command += ["--start_rows", "200", "--few_rows", "400", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = json.loads(out.read_text())["table"]
