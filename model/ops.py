@@ -16,35 +16,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """x @ weight.T, as nn.Linear. A CPU multiplies few rows, as a step of generation has, faster from the right."""
+    """x @ weight.T, as nn.Linear. A CPU multiplies the few rows of a step of generation faster from the right."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, whole = x.numel() // x.size(-1), type(x) is Tensor and x.device.type == "cpu"
-        if torch.is_grad_enabled() or not (whole and 8 <= rows <= 128 and autocast_dtype(x) == torch.float32):
+        step = x.dim() == 3 and x.size(1) == 1 and 8 <= x.size(0) <= 128  # a token of each row
+        if not step or torch.is_grad_enabled() or x.device.type != "cpu" or autocast_dtype(x) != torch.float32:
             return super().forward(x)
-        return (self.weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], -1)
-
-
-class NormalisedRows(torch.autograd.Function):
-    """RMSNorm in few passes over memory: see `rms_norm`."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        wide, scale = x.float(), weight.float()
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(scale).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight, inverse = ctx.saved_tensors
-        wide, grad, scale, inverse = (t.reshape(-1, t.size(-1)).float() for t in (x, grad, weight, inverse))
-        product, scale = grad * wide, scale[0]
-        slope = (product @ scale).unsqueeze(1).mul_(inverse**3).div_(x.size(-1))  # (rows, 1)
-        grad_weight = inverse.squeeze(1) @ product
-        grad_x = torch.mul(grad, scale, out=product).mul_(inverse).addcmul_(wide, slope, value=-1)
-        return grad_x.view(x.shape).to(x.dtype), grad_weight.to(weight.dtype), None, None
+        return (self.weight @ x.squeeze(1).T).T.contiguous().unsqueeze(1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -52,10 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019), eq. 4.
     """
-    dtype = autocast_dtype(x)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler does better by itself
-        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
-    return NormalisedRows.apply(x, weight, eps, dtype)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(autocast_dtype(x))
 
 
 class Rotation(torch.autograd.Function):

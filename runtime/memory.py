@@ -160,19 +160,20 @@ def activations(
 ) -> float:
     """Bytes that forward keeps for backward, at the peak: what autograd saves, plus the gradients in flight there.
 
-    Per token and block, with c = `width` bytes of what matrix products read: both RMSNorms keep their input in float32
-    and give one tensor to the projections; those of q and k keep theirs; attention reads rotated q, k and v and keeps
-    its result twice (per document, and laid out for o_proj); SwiGLU keeps gate, up, silu(gate) and their product. Of
-    the head there are the gradients: of what it reads, and of its weights in float32; logits exist for a chunk of
-    tokens only, unless tensor ranks share them: then cross-entropy has three tensors of their size in the end.
+    Per token and block, with c = `width` bytes of what matrix products read: both RMSNorms keep their input and the
+    normalised input in float32 (a GPU's fused kernel the input alone: there this is an upper bound) and give one
+    tensor to the projections; so do the norms of q and k; attention reads rotated q, k and v and keeps its result twice
+    (per document, and laid out for o_proj); SwiGLU keeps gate, up, silu(gate) and their product. Behind the head there
+    are its gradients: of what it reads, and of its weights in float32; logits exist for a chunk of tokens only, where
+    tensor ranks do not share them: then cross-entropy has three tensors of their size when its backward begins.
 
     Args: see `estimate`; width: 4 for float32, 2 for float16 and bfloat16.
     """
     c, dim, tp = width, config.dim, tensor_parallel
     q, kv = config.n_heads * config.head_dim / tp, config.n_kv_heads * config.head_dim / tp
     tokens, supervised = tokens / context_parallel, supervised / context_parallel
-    attention = q * 4 * c + kv * (c + 2 * c * context_parallel)  # keys and values of the whole row are gathered
-    norms = 2 * (FLOAT * dim / tp + c * dim)  # sequence parallel between the products, gathered before them
+    attention = q * (8 + 3 * c) + kv * (8 + 2 * c * context_parallel)  # keys and values of the whole row are gathered
+    norms = 2 * (8 * dim / tp + c * dim)  # sequence parallel between the products, gathered before them
     if config.use_moe:
         visits = config.n_experts_per_tok + 15 * config.n_experts / tokens  # an expert's rows are filled up to 16
         inner = (visits * config.moe_hidden_dim + config.n_shared_experts * config.moe_hidden_dim) / tp
@@ -184,12 +185,12 @@ def activations(
     dropout = 2 * c * dim if config.dropout else 0  # the masks behind attention and MLP
     block = tokens * (norms + attention + mlp + dropout)
     in_flight = tokens * 3 * c * inner  # the gradients of SwiGLU's three inner tensors
-    head = supervised * (FLOAT + c) * dim  # input of the last norm, and its output or the gradient of that
+    head = supervised * (8 + c) * dim
     if tp > 1:
         head += supervised * 3 * FLOAT * config.vocab_size / tp
     else:
         chunk = min(supervised, max(LEAST, CHUNK // config.vocab_size)) * config.vocab_size
-        head += FLOAT * config.vocab_size * dim + chunk * (FLOAT if c == FLOAT else FLOAT + c)
+        head += supervised * c * dim + FLOAT * config.vocab_size * dim + chunk * (FLOAT if c == FLOAT else FLOAT + c)
     if gradient_checkpointing:  # the input of every block, and one block computed anew
         return config.n_layers * tokens * FLOAT * dim + max(block + in_flight, head)
     return config.n_layers * block + max(in_flight, head)
