@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.ops import Linear, apply_rope, document_attention, linear_cross_entropy, rms_norm
+from model.ops import Linear, apply_rope, document_attention, few_lengths, linear_cross_entropy, rms_norm, uncompiled
 from model.sampling import KVCache, complete, sampler
 
 
@@ -207,7 +207,7 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_expert = SwiGLU(config.dim, config.moe_hidden_dim * config.n_shared_experts)
 
-    @torch._disable_dynamo  # tracing grouped_mm demands bfloat16; it runs in every dtype
+    @uncompiled  # tracing grouped_mm demands bfloat16; it runs in every dtype
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         top_k, n_experts = self.config.n_experts_per_tok, self.config.n_experts
         flat = x.reshape(-1, x.size(-1))  # (N, dim)
@@ -313,6 +313,9 @@ class MiniMindLM(nn.Module):
         Raises:
             ValueError: a document or context longer than max_seq_len; a token id outside the vocabulary.
         """
+        T = input_ids.size(1)
+        if doc_lens is not None and cache is None and self.context is None:
+            input_ids = F.pad(input_ids, (0, few_lengths(T, self.lm_head.weight) - T))
         layout = self.layout(input_ids, attention_mask, doc_lens, cache)
         x = self.model.embed_tokens(input_ids)  # (B, T, dim)
         aux_losses = []
@@ -322,13 +325,14 @@ class MiniMindLM(nn.Module):
             else:
                 x, aux_loss = block(x, layout)
             aux_losses.append(aux_loss)
+        x = x[:, :T]
         if logits_at is not None:
             x = x.reshape(-1, x.size(-1))[logits_at]  # (K, dim), before the norm: it works token by token
         x, aux_loss = self.model.norm(x), torch.stack(aux_losses).mean()
         logits, loss = (self.lm_head(x), None) if targets is None else (None, self.lm_head(x, targets))
         return LMOutput(logits, aux_loss, loss)
 
-    @torch._disable_dynamo  # reads lengths and ids on the host
+    @uncompiled  # reads lengths and ids on the host
     def layout(
         self, input_ids: Tensor, attention_mask: Tensor | None, doc_lens: list[int] | None, cache: KVCache | None
     ) -> Layout:

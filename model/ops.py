@@ -1,5 +1,8 @@
 """Operations of the model where time and memory go, each written so that what is not needed never exists."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,10 +12,34 @@ CHUNK = 2**22  # logits that exist at once, 16 MiB in float32, but for
 LEAST = 64  # tokens at least: fewer would not be worth a pass over the weights
 
 
+def uncompiled(function: Callable) -> Callable:
+    """Have torch.compile call a function as it is. torch.compiler.disable would import the compiler here: 2 s."""
+    opaque = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return (opaque if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return call
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products of x use: autocast's where it is on, else x's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def few_lengths(tokens: int, weight: Tensor) -> int:
+    """How long to make a row of so many tokens: a little longer where a CPU prepares bfloat16 products by their shape.
+
+    It takes some milliseconds for every new one, and rows of documents hardly ever have the same length. A row grows by
+    3 % at most, and there are 32 lengths between one power of two and the next.
+    """
+    whole = type(weight) is nn.Parameter  # not spread over processes, which have lengths of their own to keep
+    if not whole or weight.device.type != "cpu" or autocast_dtype(weight) != torch.bfloat16:
+        return tokens
+    step = 2 ** max(0, tokens.bit_length() - 6)
+    return -(-tokens // step) * step
 
 
 class Linear(nn.Linear):
@@ -68,7 +95,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return Rotation.apply(x, cos, sin)
 
 
-@torch._disable_dynamo  # lengths change all the time; torch.compiler.disable would import the compiler here: 2 s
+@uncompiled  # lengths change all the time
 def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
     """Causal attention inside each document of a packed row: q (1, H, N, D), k and v (1, H_kv, N, D) -> (1, H, N, D).
 
@@ -76,8 +103,45 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Ten
     construction: the result of one document cannot depend on another one, not even by a rounding.
     """
     lens = [n for n in doc_lens.tolist() if n]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return MixedAttention.apply(q, k, v, lens)
     docs = zip(q.split(lens, 2), k.split(lens, 2), v.split(lens, 2), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in docs], dim=2)
+
+
+class MixedAttention(torch.autograd.Function):
+    """`document_attention` in bfloat16 on a CPU, whose gradients are made in float32.
+
+    The backward kernel of the CPU is two to four times slower in bfloat16 than in float32 on documents of up to some
+    hundred tokens, as it prepares a product of its own for every length; the forward kernel is not.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
+        ctx.lens, group, out, stats = lens, q.size(1) // k.size(1), torch.empty_like(q), []
+        wide = q, *(t.repeat_interleave(group, dim=1) for t in (k, v))  # (1, H, N, D) each
+        for part, *qkv in zip(*(t.split(lens, 2) for t in (out, *wide)), strict=True):
+            doc, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv, is_causal=True)
+            part.copy_(doc)
+            stats.append(log_sum)
+        ctx.save_for_backward(q, k, v, out, *stats)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *stats = ctx.saved_tensors
+        group = q.size(1) // k.size(1)
+        wide = [t.float() for t in (grad, q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), out)]
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        docs = zip(*(t.split(ctx.lens, 2) for t in (*wide, *grads)), stats, strict=True)
+        for *tensors, to_q, to_k, to_v, log_sum in docs:
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            by_q, by_k, by_v = kernel(*tensors, log_sum, 0.0, True)
+            to_q.copy_(by_q)
+            to_k.copy_(by_k.unflatten(1, (-1, group)).sum(2))
+            to_v.copy_(by_v.unflatten(1, (-1, group)).sum(2))
+        return *grads, None
 
 
 class LinearCrossEntropy(torch.autograd.Function):

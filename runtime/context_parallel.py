@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
 
-from model.ops import document_attention
+from model.ops import document_attention, uncompiled
 
 
 class Context:
@@ -35,7 +35,7 @@ class Context:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    @torch._disable_dynamo
+    @uncompiled
     def attend(self, q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
         """Causal attention inside each document of the row.
 

@@ -28,7 +28,7 @@ def make_optimizer(
         {"params": [p for p in rest if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    adamw = build(torch.optim.AdamW, groups, shard, lr=lr, betas=(0.9, 0.95), fused=True)
+    adamw = build(AdamW, groups, shard, lr=lr, betas=(0.9, 0.95), fused=True)
     if not inner:
         return adamw
     return Muon(build(OrthogonalMomentum, inner, shard, lr=lr, weight_decay=weight_decay), adamw)
@@ -42,7 +42,20 @@ def build(kind: type, parameters: list, shard: bool, **options) -> torch.optim.O
     return ZeroRedundancyOptimizer(parameters, kind, **options)
 
 
-class OrthogonalMomentum(torch.optim.Optimizer):
+class Uncompiled(torch.optim.Optimizer):
+    """torch's optimizer without its guards for torch.compile, which import the compiler: two seconds of every start."""
+
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+    state_dict = torch.optim.Optimizer.state_dict.__wrapped__
+    load_state_dict = torch.optim.Optimizer.load_state_dict.__wrapped__
+
+
+class AdamW(Uncompiled, torch.optim.AdamW):
+    step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
+
+
+class OrthogonalMomentum(Uncompiled):
     """Replaces the momentum of a matrix by the nearest orthogonal matrix, so that all directions learn at one pace.
 
     Source: Jordan et al., Muon (2024), with Nesterov momentum; the size of an update, 0.2 sqrt(max(m, n)), as in Liu et
