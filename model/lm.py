@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.ops import Linear, apply_rope, document_attention, few_lengths, linear_cross_entropy, rms_norm, uncompiled
+from model.ops import (
+    Linear,
+    apply_rope,
+    document_attention,
+    grouped_linear,
+    length_step,
+    linear_cross_entropy,
+    rms_norm,
+    round_up,
+    uncompiled,
+)
 from model.sampling import KVCache, complete, sampler
 
 
@@ -175,9 +185,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (M, dim) sorted by expert; ends (n,) int32: where each expert's rows end. Returns (M, dim)."""
-        gate_up, down = (w.to(x.dtype).transpose(1, 2) for w in (self.gate_up_proj, self.down_proj))
-        gate, up = F.grouped_mm(x, gate_up, offs=ends).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, down, offs=ends)
+        (gate, up), down = self.gate_up_proj.to(x.dtype).chunk(2, dim=1), self.down_proj.to(x.dtype)
+        return grouped_linear(F.silu(grouped_linear(x, gate, ends)) * grouped_linear(x, up, ends), down, ends)
 
 
 class Router(nn.Linear):
@@ -217,14 +226,18 @@ class MoE(nn.Module):
             weight = weight / weight.sum(dim=-1, keepdim=True)
         # The rows of an expert are filled up to a multiple of 16: a product of few rows is rounded in another way (MKL:
         # fewer than 4 a thread), so the routing of one document would change its neighbours' logits by 1e-6.
-        block = 16 if layout.attend is not None else 1
+        packed, n_rows = layout.attend is not None, top_k * len(flat)
+        block = max(16, 4 * length_step(n_rows // n_experts, self.experts.down_proj)) if packed else 1
         visit = F.one_hot(choice.flatten(), n_experts)  # (N * k, E)
         size = (visit.sum(dim=0) + block - 1) // block * block  # (E,)
         ends = size.cumsum(dim=0)
         row = (visit * (visit.cumsum(dim=0) - 1 + ends - size)).sum(dim=1)  # (N * k,) sorted by expert
-        ends[-1] = n_rows = (row.numel() + n_experts * (block - 1)) // block * block  # a shape known beforehand
+        if x.device.type == "cpu":
+            n_rows = int(ends[-1])
+        else:  # a shape that is known beforehand: a GPU would have to be waited for
+            ends[-1] = n_rows = round_up(n_rows + n_experts * (block - 1), block)
         rows = flat.new_zeros(n_rows, flat.size(1)).index_copy(0, row, flat.repeat_interleave(top_k, dim=0))
-        out = self.experts(rows, ends.int())[row].view(-1, top_k, flat.size(1))
+        out = self.experts(rows, ends.int()).index_select(0, row).view(-1, top_k, flat.size(1))
         out = (out * weight.unsqueeze(-1).to(out.dtype)).sum(dim=1)  # (N, dim)
         if self.config.n_shared_experts:
             out = out + self.shared_expert(flat)
@@ -315,7 +328,7 @@ class MiniMindLM(nn.Module):
         """
         T = input_ids.size(1)
         if doc_lens is not None and cache is None and self.context is None:
-            input_ids = F.pad(input_ids, (0, few_lengths(T, self.lm_head.weight) - T))
+            input_ids = F.pad(input_ids, (0, round_up(T, length_step(T, self.lm_head.weight)) - T))
         layout = self.layout(input_ids, attention_mask, doc_lens, cache)
         x = self.model.embed_tokens(input_ids)  # (B, T, dim)
         aux_losses = []

@@ -29,17 +29,21 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def few_lengths(tokens: int, weight: Tensor) -> int:
-    """How long to make a row of so many tokens: a little longer where a CPU prepares bfloat16 products by their shape.
+def length_step(tokens: int, weight: Tensor) -> int:
+    """Of what the lengths of rows should be a multiple, around so many tokens, for products with a weight.
 
-    It takes some milliseconds for every new one, and rows of documents hardly ever have the same length. A row grows by
-    3 % at most, and there are 32 lengths between one power of two and the next.
+    A CPU prepares bfloat16 products by their shape, which takes milliseconds for every new one, and rows of documents
+    hardly ever have the same length. With the step returned they grow by 3 % at most, and there are 32 lengths between
+    one power of two and the next.
     """
     whole = type(weight) is nn.Parameter  # not spread over processes, which have lengths of their own to keep
     if not whole or weight.device.type != "cpu" or autocast_dtype(weight) != torch.bfloat16:
-        return tokens
-    step = 2 ** max(0, tokens.bit_length() - 6)
-    return -(-tokens // step) * step
+        return 1
+    return 2 ** max(0, tokens.bit_length() - 6)
+
+
+def round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 class Linear(nn.Linear):
@@ -142,6 +146,28 @@ class MixedAttention(torch.autograd.Function):
             to_k.copy_(by_k.unflatten(1, (-1, group)).sum(2))
             to_v.copy_(by_v.unflatten(1, (-1, group)).sum(2))
         return *grads, None
+
+
+class GroupedLinear(torch.autograd.Function):
+    """See `grouped_linear`. The gradient of the weight comes in the weight's own layout, not in that of its transpose."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, ends = ctx.saved_tensors
+        grad = grad.contiguous()
+        by_weight = F.grouped_mm(grad.T, x, offs=ends) if ctx.needs_input_grad[1] else None
+        return F.grouped_mm(grad, weight, offs=ends), by_weight, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (M, in) @ weight[group].T -> (M, out); weight (groups, out, in), ends (groups,) int32: where a group's rows end."""
+    return GroupedLinear.apply(x, weight, ends)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

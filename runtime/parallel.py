@@ -236,8 +236,12 @@ def clip_gradients(model: nn.Module, max_norm: float, copies: list[int] | None =
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [local(p.grad) for p in parameters]
-    # In float64: in float32 the norm of a large tensor is off by 1e-4, and not by the same in every layout.
-    squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)) ** 2
+    # In float64: in float32 the norm of a large tensor is off by 1e-4, and not by the same in every layout. That of a
+    # row is not, and a CPU takes a tenth of the time for it.
+    if gradients[0].device.type == "cpu":
+        squares = torch.stack([torch.linalg.vector_norm(g, dim=-1).double().square().sum() for g in gradients])
+    else:
+        squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)) ** 2
     if copies is None and is_sharded(parameters[0]):
         copies = [holders(p) for p in parameters]
     if copies is None:  # the same on every rank
