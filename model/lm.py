@@ -327,8 +327,8 @@ class MiniMindLM(nn.Module):
             ValueError: a document or context longer than max_seq_len; a token id outside the vocabulary.
         """
         T = input_ids.size(1)
-        if doc_lens is not None and cache is None and self.context is None:
-            input_ids = F.pad(input_ids, (0, round_up(T, length_step(T, self.lm_head.weight)) - T))
+        if doc_lens is not None and self.context is None:
+            input_ids = F.pad(input_ids, (0, round_up(T, length_step(T, self.model.embed_tokens.weight)) - T))
         layout = self.layout(input_ids, attention_mask, doc_lens, cache)
         x = self.model.embed_tokens(input_ids)  # (B, T, dim)
         aux_losses = []
@@ -387,7 +387,7 @@ class MiniMindLM(nn.Module):
                     hidden = torch.arange(held + T) > position.view(B, 1, T, 1)
                     mask = torch.zeros(hidden.shape, dtype=cache.kv.dtype).masked_fill_(hidden, -math.inf).to(device)
                 cache.lengths += T
-            places = rows.to(device), position.flatten().to(device)
+            places = rows.to(device), position.flatten()[: rows.size(-1)].to(device)
         position = position.to(device)
         if config.use_moe and cache is None:
             doc_of = torch.arange(len(lens)).repeat_interleave(lens)[part].to(device)

@@ -61,7 +61,44 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019), eq. 4.
     """
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(autocast_dtype(x))
+    dtype = autocast_dtype(x)
+    if x.device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        return BlockwiseNorm.apply(x, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
+
+
+class BlockwiseNorm(torch.autograd.Function):
+    """`rms_norm` to bfloat16 on a CPU, some rows at a time: what lies between input and result stays in its cache."""
+
+    BLOCK = 2**17  # elements: half a MiB in float32
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows, out = x.reshape(-1, x.size(-1)), torch.empty(x.shape, dtype=torch.bfloat16)
+        scale = torch.empty(len(rows), 1)  # 1 / rms
+        step = max(1, BlockwiseNorm.BLOCK // rows.size(1))
+        for part, result, factor in zip(*(t.split(step) for t in (rows, out.view_as(rows), scale)), strict=True):
+            part = part.float()
+            torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=factor)
+            factor.square_().div_(rows.size(1)).add_(eps).rsqrt_()
+            result.copy_((part * factor).mul_(weight))
+        ctx.save_for_backward(x, weight, scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        by_x, by_weight = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(weight)
+        tensors = [t.reshape(-1, x.size(-1)) for t in (x, grad, by_x)]
+        step = max(1, BlockwiseNorm.BLOCK // x.size(-1))
+        for part, upstream, result, factor in zip(*(t.split(step) for t in (*tensors, scale)), strict=True):
+            unit, upstream = part * factor, upstream.float()  # (rows, D) float32: x / rms(x)
+            both = unit * upstream
+            by_weight += both.sum(0)
+            along = (both @ weight).div_(x.size(-1)).unsqueeze(1)  # what only changes the length of x has no effect
+            result.copy_((upstream * weight).addcmul_(unit, along, value=-1).mul_(factor))
+        return by_x, by_weight, None
 
 
 class Rotation(torch.autograd.Function):
@@ -149,7 +186,7 @@ class MixedAttention(torch.autograd.Function):
 
 
 class GroupedLinear(torch.autograd.Function):
-    """See `grouped_linear`. The gradient of the weight comes in the weight's own layout, not in that of its transpose."""
+    """See `grouped_linear`. The gradient of the weight comes in the layout of the weight, not of its transpose."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -166,7 +203,7 @@ class GroupedLinear(torch.autograd.Function):
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x (M, in) @ weight[group].T -> (M, out); weight (groups, out, in), ends (groups,) int32: where a group's rows end."""
+    """x (M, in) @ weight[group].T -> (M, out); weight (groups, out, in); ends (groups,) int32: where their rows end."""
     return GroupedLinear.apply(x, weight, ends)
 
 

@@ -6,28 +6,29 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from model.few_rows import FewRows, suits
 from model.ops import autocast_dtype
 
 PREFILL = 2048  # tokens of prompts in a pass: more would only outgrow the processor's own cache
 
 
 class KVCache:
-    """Keys and values of all layers, preallocated: kv (2, n_layers, rows, n_kv_heads, capacity, head_dim)."""
+    """Keys and values of all layers, preallocated: kv (n_layers, 2, rows, n_kv_heads, capacity, head_dim)."""
 
     def __init__(self, config, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (2, config.n_layers, rows, config.n_kv_heads, capacity, config.head_dim)
+        shape = (config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens that each row holds, on the CPU
         self.filled = torch.arange(rows).unsqueeze(0)  # (copies, documents): the rows that packed documents go to
 
     def write(self, layer: int, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Put k, v (B, n_kv_heads, T, head_dim) there: rows (copies, B * T) or (B * T,), positions (B * T,)."""
-        for held, new in zip(self.kv[:, layer], (k, v), strict=True):
-            held[rows, :, positions] = new.transpose(1, 2).flatten(0, 1).to(held.dtype)
+        """Put k, v (B, n_kv_heads, T, head_dim) there: rows (copies, n) or (n,), positions (n,), n = B * T at most."""
+        for held, new in zip(self.kv[layer], (k, v), strict=True):
+            held[rows, :, positions] = new.transpose(1, 2).flatten(0, 1)[: len(positions)].to(held.dtype)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, (rows, n_kv_heads, longest row, head_dim) each."""
-        return self.kv[:, layer, :, :, : int(self.lengths.max())].unbind(0)
+        return self.kv[layer, :, :, :, : int(self.lengths.max())].unbind(0)
 
     def keep(self, rows: Tensor) -> None:
         """Forget all other rows."""
@@ -60,9 +61,11 @@ def complete(
     Yields: (row, place, token), (R,) int64 each: the next token of every row that goes on.
     """
     device, waiting = model.lm_head.weight.device, [number for number, limit in enumerate(limits) if limit > 0]
+    waiting.sort(key=lambda number: -len(prompts[number]))  # neighbours of one length are read and attended to together
     size = samples * min(batch_size, len(waiting))
     capacity = max((len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)), default=0)
     cache = KVCache(model.config, size, capacity, device, autocast_dtype(model.lm_head.weight))
+    few_rows = FewRows(model, cache) if suits(model, cache.kv.dtype) else None
     row, place, left = torch.zeros(3, size, dtype=torch.int64)  # what each seat works on, how far it is, what is left
     token, logits = torch.zeros(size, dtype=torch.int64, device=device), None
     while True:
@@ -70,7 +73,10 @@ def complete(
         going = left > 0
         if going.any():
             cache.lengths[~going] = 0
-            logits = model(token.unsqueeze(1), cache=cache).logits.squeeze(1).float()
+            if few_rows is not None:
+                logits = few_rows(token)
+            else:
+                logits = model(token.unsqueeze(1), cache=cache).logits.squeeze(1).float()
 
         # 2. Prompts for the empty seats
         seats = (~going).nonzero().squeeze(1)

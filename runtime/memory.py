@@ -160,9 +160,9 @@ def activations(
 ) -> float:
     """Bytes that forward keeps for backward, at the peak: what autograd saves, plus the gradients in flight there.
 
-    Per token and block, with c = `width` bytes of what matrix products read: both RMSNorms keep their input and the
-    normalised input in float32 (a GPU's fused kernel the input alone: there this is an upper bound) and give one
-    tensor to the projections; so do the norms of q and k; attention reads rotated q, k and v and keeps its result twice
+    Per token and block, with c = `width` bytes of what matrix products read: both RMSNorms keep their input, in float32
+    the normalised input, too (a GPU's fused kernel does not: there this is an upper bound), and give one tensor to the
+    projections; so do the norms of q and k; attention reads rotated q, k and v and keeps its result twice
     (per document, and laid out for o_proj); SwiGLU keeps gate, up, silu(gate) and their product. Behind the head there
     are its gradients: of what it reads, and of its weights in float32; logits exist for a chunk of tokens only, where
     tensor ranks do not share them: then cross-entropy has three tensors of their size when its backward begins.
@@ -172,10 +172,11 @@ def activations(
     c, dim, tp = width, config.dim, tensor_parallel
     q, kv = config.n_heads * config.head_dim / tp, config.n_kv_heads * config.head_dim / tp
     tokens, supervised = tokens / context_parallel, supervised / context_parallel
-    attention = q * (8 + 3 * c) + kv * (8 + 2 * c * context_parallel)  # keys and values of the whole row are gathered
-    norms = 2 * (8 * dim / tp + c * dim)  # sequence parallel between the products, gathered before them
+    kept = 2 * FLOAT if c == FLOAT else FLOAT  # by a norm
+    attention = q * (kept + 3 * c) + kv * (kept + 2 * c * context_parallel)  # all of a row's keys and values
+    norms = 2 * (kept * dim / tp + c * dim)  # sequence parallel between the products, gathered before them
     if config.use_moe:
-        visits = config.n_experts_per_tok + 15 * config.n_experts / tokens  # an expert's rows are filled up to 16
+        visits = config.n_experts_per_tok + 8 * config.n_experts / tokens  # rows of an expert are filled up to 16
         inner = (visits * config.moe_hidden_dim + config.n_shared_experts * config.moe_hidden_dim) / tp
         # The rows sorted by expert, the results in the order of the tokens twice, and the router's float32 input.
         mlp = 4 * c * inner + c * dim * (visits + 2 * config.n_experts_per_tok) + (0 if c == FLOAT else FLOAT * dim)
@@ -185,7 +186,7 @@ def activations(
     dropout = 2 * c * dim if config.dropout else 0  # the masks behind attention and MLP
     block = tokens * (norms + attention + mlp + dropout)
     in_flight = tokens * 3 * c * inner  # the gradients of SwiGLU's three inner tensors
-    head = supervised * (8 + c) * dim
+    head = supervised * (kept + c) * dim
     if tp > 1:
         head += supervised * 3 * FLOAT * config.vocab_size / tp
     else:

@@ -8,6 +8,8 @@ Sharded tensors and FSDP2 are imported where they are used: they cost two second
 """
 
 import math
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -21,10 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from model.lm import Block, LMConfig
 from runtime import memory
 from runtime.data_parallel import WHY_NOT, RowParallel
+from runtime.optim import fast_dtype
 
 PATIENCE = timedelta(hours=12)  # of a rank that waits for another one to tokenise; a dead one is noticed at once
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "dp")
 SHARDED = ("zero2", "zero3")
+WORTH_COMPILING = 1e14  # operations of a run, per process: minutes of a CPU, of which a quarter is saved
 _sizes = {"context": 1, "tensor": 1}  # of the mesh; what is left of the processes are data ranks
 _groups: dict[str, dist.ProcessGroup] = {}
 
@@ -180,6 +184,27 @@ def compile_blocks(model: nn.Module) -> None:
     """torch.compile block by block, for any length: eight blocks of one shape are then compiled once."""
     for block in blocks(model):
         block.compile(dynamic=True)
+
+
+def choose_compile(config: LMConfig, dataset, args, dtype: str, global_batch: int) -> int:
+    """--compile, or where it is not given: 1 where compiling takes less time than it saves in the run; says so then.
+
+    A function of flags, data and the kind of machine, not of a clock: a run that goes on computes as it did before.
+    Wins were measured for dense models on CPUs that multiply bfloat16: a step takes three quarters of its time.
+    """
+    if args.compile is not None:
+        return args.compile
+    row = args.max_seq_len if args.packing else dataset.lengths.mean()
+    tokens = min(args.total_steps * global_batch * row, args.epochs * dataset.lengths.sum()) / world()[1]
+    operations = 6 * memory.parameter_count(config) * tokens
+    wins = args.device.type == "cpu" and dtype == "bfloat16" and fast_dtype(args.device) == torch.bfloat16
+    plain = not config.use_moe and not args.gradient_checkpointing and max(_sizes.values()) == 1
+    plain = plain and args.strategy not in SHARDED and shutil.which(os.environ.get("CXX", "g++")) is not None
+    if not (wins and plain and operations > WORTH_COMPILING):
+        return 0
+    if world()[0] == 0:
+        print(f"--compile 1: half a minute in the first step, for {operations:.1e} operations to come", flush=True)
+    return 1
 
 
 def describe(model: nn.Module, args, dtype: str) -> str:

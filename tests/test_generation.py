@@ -4,6 +4,8 @@ import pytest
 import torch
 from test_model import KINDS, MOE, TINY, build, huggingface, ids
 
+from model.few_rows import GROUP, FewRows, suits
+from model.lora import add_lora
 from model.sampling import KVCache, sample, stream_text
 
 
@@ -47,6 +49,35 @@ def test_cached_logits_behind_packed_prompts_equal_each_prompt_alone(kind):
     for row, prompt in enumerate(prompts):
         alone = model(torch.cat([prompt, tail[row : row + 1]], dim=1)).logits[:, prompt.size(1) - 1 :]
         assert (batched[row] - alone[0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
+@torch.no_grad()
+def test_the_forward_pass_of_few_rows_gives_the_logits_of_the_model(dtype, most):
+    """Gains that are not 1, rows that are full, begun and empty, more of them than attend together."""
+    model, rows = build(), GROUP + 3
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            p.copy_(torch.rand(p.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        assert suits(model, dtype)
+        caches = [KVCache(model.config, rows, 50, torch.device("cpu"), dtype) for _ in range(2)]
+        for cache in caches:
+            cache.kv.normal_(generator=torch.Generator().manual_seed(0))
+            cache.lengths = torch.arange(rows) * 2
+        few_rows = FewRows(model, caches[0])
+        for token in ids(3, rows):
+            ours, logits = few_rows(token), model(token.unsqueeze(1), cache=caches[1]).logits.squeeze(1)
+            assert ours.dtype == torch.float32 and (ours - logits).abs().max() <= most * logits.abs().max()
+    assert torch.equal(caches[0].lengths, caches[1].lengths)
+    torch.testing.assert_close(caches[0].kv, caches[1].kv, rtol=0, atol=most * float(caches[1].kv.abs().max()))
+
+
+def test_few_rows_are_for_plain_dense_models():
+    assert suits(build(), torch.float32) and not suits(build(**KINDS["moe"]), torch.float32)
+    adapted = build()
+    add_lora(adapted, ["q_proj"], 2, 2.0, 0.0)
+    assert not suits(adapted, torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)

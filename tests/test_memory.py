@@ -1,10 +1,13 @@
 """The memory estimate: parameters exactly, activations against what autograd saves, ZeRO's divisions, the choice."""
 
+from argparse import Namespace
+
+import numpy as np
 import pytest
 import torch
 
 from model.lm import LMConfig, MiniMindLM
-from runtime import memory
+from runtime import memory, parallel
 
 TINY = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "max_seq_len": 256}
 MODELS = {
@@ -122,6 +125,25 @@ def test_choose_strategy_takes_the_first_that_fits():
         assert chosen == strategy and reason.startswith(f"{strategy}: needs") and "\n" not in reason
     chosen, reason = memory.choose_strategy(LARGE, CPU, memory=2**20, data_ranks=8, **RUN)
     assert chosen == "zero3" and "nothing fits" in reason and "ddp" in reason
+
+
+def test_compiling_is_chosen_where_it_was_measured_to_win(monkeypatch):
+    monkeypatch.setattr(parallel, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(parallel.shutil, "which", lambda name: name)
+    dataset = Namespace(lengths=np.full(1000, 200))
+    run = {"compile": None, "max_seq_len": 512, "packing": 1, "total_steps": 200, "epochs": 1, "device": CPU}
+    run |= {"gradient_checkpointing": 0, "strategy": "ddp"}
+
+    def chosen(dtype="bfloat16", shape=LARGE, **changed):
+        return parallel.choose_compile(shape, dataset, Namespace(**run | changed), dtype, global_batch=8)
+
+    operations = 6 * memory.parameter_count(LARGE) * 1000 * 200  # of the epoch: it is shorter than 200 full windows
+    assert operations > parallel.WORTH_COMPILING and chosen() == 1
+    assert chosen(total_steps=20) == 0 and chosen(total_steps=20, compile=1) == 1 and chosen(compile=0) == 0
+    assert chosen("float32") == chosen(strategy="zero3") == chosen(gradient_checkpointing=1) == 0
+    assert chosen(shape=LMConfig(use_moe=True, dim=1024)) == chosen(device=torch.device("cuda")) == 0
+    monkeypatch.setattr(parallel.shutil, "which", lambda name: None)
+    assert chosen() == 0
 
 
 def test_choose_strategy_knows_what_cannot_be_had():

@@ -110,3 +110,61 @@ def test_the_rotation_is_that_of_complex_numbers_and_its_gradient_the_inverse(dt
     torch.testing.assert_close(y.detach().float(), torch.cat((turned.real, turned.imag), dim=-1), **accuracy)
     y.backward(y.detach())
     torch.testing.assert_close(x.grad, x.detach(), **accuracy)
+
+
+def test_attention_in_bfloat16_and_its_gradients_are_near_those_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    lens, kind = torch.tensor([5, 1, 40, 0]), torch.bfloat16
+    q, k, v, upstream = (torch.randn(1, heads, 46, 16, generator=generator).to(kind) for heads in (6, 2, 2, 6))
+    ours, exact = ([t.to(d, copy=True).requires_grad_() for t in (q, k, v)] for d in (kind, torch.float64))
+    out, expected = (ops.document_attention(*t, lens) for t in (ours, exact))
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]
+    for mine, theirs in pairs:
+        assert mine.dtype == kind and (mine.double() - theirs).norm() < 0.01 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_block_by_block_is_that_of_the_definition(dtype, monkeypatch):
+    monkeypatch.setattr(ops.BlockwiseNorm, "BLOCK", 3 * 16)  # the last block is a shorter one
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 5, 16, generator=generator).to(dtype), torch.randn(16, generator=generator)
+    x[0, 0] = 0
+    upstream = torch.randn(2, 5, 16, generator=generator).bfloat16()
+    ours, exact = ([t.to(d, copy=True).requires_grad_() for t, d in zip((x, weight), kinds, strict=True)]
+                   for kinds in ((dtype, torch.float32), (torch.float64,) * 2))  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.rms_norm(*ours, 1e-6)
+    expected = exact[0] * (exact[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * exact[1]
+    y.backward(upstream)
+    expected.backward(upstream.double())
+    assert y.dtype == torch.bfloat16 and ours[0].grad.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(ours[1].grad.double(), exact[1].grad, rtol=1e-4, atol=1e-4)
+    accuracy = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
+    torch.testing.assert_close(ours[0].grad[0, 1:].double(), exact[0].grad[0, 1:], **accuracy)
+
+
+def test_grouped_products_are_those_of_each_group():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(20, 8, generator=generator), torch.randn(3, 16, 8, generator=generator)
+    ends, parts = torch.tensor([4, 4, 20], dtype=torch.int32), (slice(0, 4), slice(4, 4), slice(4, 20))
+    ours, exact = ([t.to(d, copy=True).requires_grad_() for t in (x, weight)] for d in (torch.float32, torch.float64))
+    y = ops.grouped_linear(*ours, ends)
+    expected = torch.cat([exact[0][part] @ w.T for part, w in zip(parts, exact[1], strict=True)])
+    y.sum().backward()  # a gradient without strides of its own
+    expected.sum().backward()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=1e-5)
+    assert ours[1].grad.is_contiguous()
+
+
+def test_rows_get_few_lengths_in_bfloat16_and_keep_theirs_elsewhere():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    assert ops.length_step(5000, weight) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        lengths = {n: ops.round_up(n, ops.length_step(n, weight)) for n in range(1, 9000)}
+    assert all(n <= longer <= 1.035 * n for n, longer in lengths.items())
+    assert len({longer for n, longer in lengths.items() if 4096 <= n < 8192}) <= 33

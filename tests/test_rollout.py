@@ -293,7 +293,7 @@ def test_a_reward_model_scores_each_completion_by_itself(load, tokenizer, tmp_pa
         save_file(tmp_path / f"{name}.json", config.to_json())
     scores = judged(load(f"{tmp_path}/fits.pth:2"), tokenizer, ["one", "four", "seventy seven"])
     ids = torch.tensor([[9, 9, *tokenizer.encode("four"), tokenizer.convert_tokens_to_ids("<|im_end|>")]])
-    assert scores[1].item() == pytest.approx(2 * model.eval()(ids).scores.item(), abs=1e-6)
+    assert scores[1].item() == pytest.approx(2 * model.eval()(ids).scores.item(), rel=1e-6)
     with pytest.raises(ValueError, match=r"short.pth: made for 6400 tokens and contexts of 16, needed are 6400 and 32"):
         load(f"{tmp_path}/short.pth")
     save_file(tmp_path / "short.json", RewardConfig(**(shape | {"dim": 64})).to_json())

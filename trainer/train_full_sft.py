@@ -210,7 +210,7 @@ def parse_args() -> argparse.Namespace:
     system.add_argument("--offload", type=int, choices=(0, 1), default=0, help="1: zero2, zero3 live in CPU memory")
     system.add_argument("--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB")
     system.add_argument("--replica_check", type=int, default=100, help="steps between checks of replicas (0: never)")
-    system.add_argument("--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block")
+    system.add_argument("--compile", type=int, choices=(0, 1), help="1: torch.compile each block")
     system.add_argument("--gradient_checkpointing", type=int, choices=(0, 1), default=0, help="1: saves memory")
     output = parser.add_argument_group("output")
     output.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights and runs are written")
@@ -266,6 +266,7 @@ def main() -> int:
     # 5. Strategy, compile, wrap, optimizer
     setup_seed(args.seed + parallel.world()[0])  # one model everywhere, but dropout of its own on every rank
     args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
+    args.compile = parallel.choose_compile(config, dataset, args, dtype, global_batch)
     model = parallel.wrap(model, args, dtype, global_batch)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay, args.strategy == "zero1")
     progress = checkpoint.load_run(found, model, optimizer, scaler)

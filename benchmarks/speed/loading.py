@@ -13,7 +13,7 @@ TINY = """--dim=64 --n_layers=1 --n_heads=2 --n_kv_heads=1 --max_seq_len=512 --d
     --save_interval=0"""
 START = """
 import resource, sys, time
-import torch, torch._dynamo, numpy, transformers  # torch loads its compiler with the first optimizer
+import torch, numpy, transformers
 begin = time.perf_counter()
 sys.path.insert(0, {root!r})
 sys.argv = ["train_full_sft.py", *{flags!r}]
