@@ -186,7 +186,7 @@ def compile_blocks(model: nn.Module) -> None:
         block.compile(dynamic=True)
 
 
-def choose_compile(config: LMConfig, dataset, args, dtype: str, global_batch: int) -> int:
+def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: int) -> int:
     """--compile, or where it is not given: 1 where compiling takes less time than it saves in the run; says so then.
 
     A function of flags, data and the kind of machine, not of a clock: a run that goes on computes as it did before.
@@ -196,9 +196,9 @@ def choose_compile(config: LMConfig, dataset, args, dtype: str, global_batch: in
         return args.compile
     row = args.max_seq_len if args.packing else dataset.lengths.mean()
     tokens = min(args.total_steps * global_batch * row, args.epochs * dataset.lengths.sum()) / world()[1]
-    operations = 6 * memory.parameter_count(config) * tokens
+    operations = 6 * sum(p.numel() for p in model.parameters()) * tokens
     wins = args.device.type == "cpu" and dtype == "bfloat16" and fast_dtype(args.device) == torch.bfloat16
-    plain = not config.use_moe and not args.gradient_checkpointing and max(_sizes.values()) == 1
+    plain = not model.config.use_moe and not args.gradient_checkpointing and max(_sizes.values()) == 1
     plain = plain and args.strategy not in SHARDED and shutil.which(os.environ.get("CXX", "g++")) is not None
     if not (wins and plain and operations > WORTH_COMPILING):
         return 0

@@ -135,7 +135,9 @@ def test_compiling_is_chosen_where_it_was_measured_to_win(monkeypatch):
     run |= {"gradient_checkpointing": 0, "strategy": "ddp"}
 
     def chosen(dtype="bfloat16", shape=LARGE, **changed):
-        return parallel.choose_compile(shape, dataset, Namespace(**run | changed), dtype, global_batch=8)
+        with torch.device("meta"):
+            model = MiniMindLM(shape)
+        return parallel.choose_compile(model, dataset, Namespace(**run | changed), dtype, global_batch=8)
 
     operations = 6 * memory.parameter_count(LARGE) * 1000 * 200  # of the epoch: it is shorter than 200 full windows
     assert operations > parallel.WORTH_COMPILING and chosen() == 1

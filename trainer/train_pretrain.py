@@ -259,7 +259,7 @@ def main() -> int:
     # 5. Strategy, compile, wrap, optimizer
     setup_seed(args.seed + parallel.world()[0])  # one model everywhere, but dropout of its own on every rank
     args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
-    args.compile = parallel.choose_compile(config, dataset, args, dtype, global_batch)
+    args.compile = parallel.choose_compile(model, dataset, args, dtype, global_batch)
     model = parallel.wrap(model, args, dtype, global_batch)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay, args.strategy == "zero1")
     progress = checkpoint.load_run(found, model, optimizer, scaler)
