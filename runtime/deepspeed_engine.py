@@ -79,7 +79,8 @@ def start(model: nn.Module, config: dict, args):
     zero = section(config, "zero_optimization")
     optimizer = None
     if "optimizer" not in config:
-        optimizer = make_optimizer(model, "adamw", args.learning_rate, args.weight_decay)
+        ours = make_optimizer(model, "adamw", args.learning_rate, args.weight_decay)
+        optimizer = torch.optim.AdamW(ours.param_groups, fused=True)  # DeepSpeed takes torch's own class, no other
         offloaded = section(zero, "offload_optimizer").get("device", "none") != "none"
         if offloaded and config.get("zero_force_ds_cpu_optimizer", True):
             optimizer = cpu_adam(optimizer)
