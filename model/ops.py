@@ -89,16 +89,17 @@ class BlockwiseNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        by_x, by_weight = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(weight)
+        gain = weight.float()
+        by_x, by_weight = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(gain)
         tensors = [t.reshape(-1, x.size(-1)) for t in (x, grad, by_x)]
         step = max(1, BlockwiseNorm.BLOCK // x.size(-1))
         for part, upstream, result, factor in zip(*(t.split(step) for t in (*tensors, scale)), strict=True):
             unit, upstream = part * factor, upstream.float()  # (rows, D) float32: x / rms(x)
             both = unit * upstream
             by_weight += both.sum(0)
-            along = (both @ weight).div_(x.size(-1)).unsqueeze(1)  # what only changes the length of x has no effect
-            result.copy_((upstream * weight).addcmul_(unit, along, value=-1).mul_(factor))
-        return by_x, by_weight, None
+            along = (both @ gain).div_(x.size(-1)).unsqueeze(1)  # what only changes the length of x has no effect
+            result.copy_((upstream * gain).addcmul_(unit, along, value=-1).mul_(factor))
+        return by_x, by_weight.to(weight.dtype), None
 
 
 class Rotation(torch.autograd.Function):

@@ -144,6 +144,10 @@ def test_rms_norm_block_by_block_is_that_of_the_definition(dtype, monkeypatch):
     torch.testing.assert_close(ours[1].grad.double(), exact[1].grad, rtol=1e-4, atol=1e-4)
     accuracy = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
     torch.testing.assert_close(ours[0].grad[0, 1:].double(), exact[0].grad[0, 1:], **accuracy)
+    low = weight.bfloat16().requires_grad_()  # as FSDP2 and DeepSpeed hand them over
+    with torch.autocast("cpu", torch.bfloat16):
+        ops.rms_norm(x, low, 1e-6).backward(upstream)
+    assert low.grad.dtype == torch.bfloat16 and (low.grad - exact[1].grad).norm() < 0.02 * exact[1].grad.norm()
 
 
 def test_grouped_products_are_those_of_each_group():
