@@ -21,7 +21,7 @@ from model.weights import load_model
 from trainer.train_full_sft import get_lr, sft_loss
 
 SHAPE = {"dim": 256, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 768}
-FLAGS = "--optimizer muon --learning_rate 2e-3 --batch_size 4 --from_weight none --save_interval 0 --device cpu"
+FLAGS = "--optimizer muon --learning_rate 1e-2 --batch_size 2 --from_weight none --save_interval 0 --device cpu"
 
 
 @torch.no_grad()
