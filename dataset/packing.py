@@ -53,15 +53,11 @@ class Plan:
     def micro_batches(self, step: int, rank: int, world_size: int, batch_size: int) -> list[list[int]]:
         """The document ids of each micro-batch of a rank: the same number of micro-batches on every rank.
 
-        The rows of a window are dealt out by length, back and forth, so that no rank has to wait long for another.
         Some may be without a document: their forward and backward passes keep the ranks in step, so that a strategy
         which exchanges weights in them never waits for a rank that has nothing to do.
         """
         rows = self.window(step)
-        by_length = sorted(rows, key=lambda row: self.tokens[self.starts[row]] - self.tokens[self.starts[row + 1]])
-        rounds = [by_length[at : at + world_size] for at in range(0, len(rows), world_size)]
-        turns = [turn[::-1] if n % 2 and len(turn) == world_size else turn for n, turn in enumerate(rounds)]
-        mine = sorted(turn[rank] for turn in turns if rank < len(turn))
+        mine = rows[rank::world_size]
         most = -(-len(rows) // world_size)  # of rank 0
         batches = [mine[at : at + batch_size] for at in range(0, most, batch_size)]
         return [[doc for row in rows for doc in self.documents(row)] for rows in batches]
