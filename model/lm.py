@@ -229,7 +229,7 @@ class MoE(nn.Module):
         packed, n_rows = layout.attend is not None, top_k * len(flat)
         block = max(16, 4 * length_step(n_rows // n_experts, self.experts.down_proj)) if packed else 1
         visit = F.one_hot(choice.flatten(), n_experts)  # (N * k, E)
-        size = (visit.sum(dim=0) + block - 1) // block * block  # (E,)
+        size = round_up(visit.sum(dim=0), block)  # (E,)
         ends = size.cumsum(dim=0)
         row = (visit * (visit.cumsum(dim=0) - 1 + ends - size)).sum(dim=1)  # (N * k,) sorted by expert
         if x.device.type == "cpu":

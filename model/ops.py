@@ -42,7 +42,8 @@ def length_step(tokens: int, weight: Tensor) -> int:
     return 2 ** max(0, tokens.bit_length() - 6)
 
 
-def round_up(number: int, step: int) -> int:
+def round_up(number: int | Tensor, step: int) -> int | Tensor:
+    """The next multiple of `step`; of each number in a tensor of integers."""
     return -(-number // step) * step
 
 
