@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.attention import document_attention
 from model.ops import (
     Linear,
     apply_rope,
-    document_attention,
     grouped_linear,
     length_step,
     linear_cross_entropy,

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**22  # logits that exist at once, 16 MiB in float32, but for
+CHUNK = 2**24  # logits that exist at once, 64 MiB in float32, but for
 LEAST = 64  # tokens at least: fewer would not be worth a pass over the weights
+BLOCK = 2**19  # numbers in float32, 2 MiB, that a core of a CPU keeps in its cache from one pass over them to the next
 
 
 def uncompiled(function: Callable) -> Callable:
@@ -138,55 +139,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return Rotation.apply(x, cos, sin)
 
 
-@uncompiled  # lengths change all the time
-def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
-    """Causal attention inside each document of a packed row: q (1, H, N, D), k and v (1, H_kv, N, D) -> (1, H, N, D).
-
-    A call per document costs no work outside its own triangle and no mask, and makes neighbours independent by
-    construction: the result of one document cannot depend on another one, not even by a rounding.
-    """
-    lens = [n for n in doc_lens.tolist() if n]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return MixedAttention.apply(q, k, v, lens)
-    docs = zip(q.split(lens, 2), k.split(lens, 2), v.split(lens, 2), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in docs], dim=2)
-
-
-class MixedAttention(torch.autograd.Function):
-    """`document_attention` in bfloat16 on a CPU, whose gradients are made in float32.
-
-    The backward kernel of the CPU is two to four times slower in bfloat16 than in float32 on documents of up to some
-    hundred tokens, as it prepares a product of its own for every length; the forward kernel is not.
-    """
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
-        ctx.lens, group, out, stats = lens, q.size(1) // k.size(1), torch.empty_like(q), []
-        wide = q, *(t.repeat_interleave(group, dim=1) for t in (k, v))  # (1, H, N, D) each
-        for part, *qkv in zip(*(t.split(lens, 2) for t in (out, *wide)), strict=True):
-            doc, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv, is_causal=True)
-            part.copy_(doc)
-            stats.append(log_sum)
-        ctx.save_for_backward(q, k, v, out, *stats)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *stats = ctx.saved_tensors
-        group = q.size(1) // k.size(1)
-        wide = [t.float() for t in (grad, q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), out)]
-        grads = [torch.empty_like(t) for t in (q, k, v)]
-        docs = zip(*(t.split(ctx.lens, 2) for t in (*wide, *grads)), stats, strict=True)
-        for *tensors, to_q, to_k, to_v, log_sum in docs:
-            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-            by_q, by_k, by_v = kernel(*tensors, log_sum, 0.0, True)
-            to_q.copy_(by_q)
-            to_k.copy_(by_k.unflatten(1, (-1, group)).sum(2))
-            to_v.copy_(by_v.unflatten(1, (-1, group)).sum(2))
-        return *grads, None
-
-
 class GroupedLinear(torch.autograd.Function):
     """See `grouped_linear`. The gradient of the weight comes in the layout of the weight, not of its transpose."""
 
@@ -209,30 +161,41 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return GroupedLinear.apply(x, weight, ends)
 
 
+def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (M, N) float32 += a.T @ b; a (K, M), b (K, N). Products in another dtype exist BLOCK numbers at a time."""
+    if a.dtype == torch.float32:
+        total.addmm_(a.T, b)
+        return
+    rows = max(1, 8 * BLOCK // b.size(1))
+    for part, columns in zip(total.split(rows), a.split(rows, dim=1), strict=True):
+        part += columns.T @ b
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """See `linear_cross_entropy`. The gradients are made in the forward pass, while the logits are there."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
         head, rows = weight.to(x.dtype), max(LEAST, CHUNK // len(weight))
+        step = max(1, BLOCK // len(weight)) if x.device.type == "cpu" else rows
         loss = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if with_gradients else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and weight.requires_grad else None
         for at in range(0, len(x), rows):
             part, target = x[at : at + rows], targets[at : at + rows].unsqueeze(1)
-            logits = (part @ head.T).float()
-            logits -= logits.amax(dim=1, keepdim=True)
-            at_target = logits.gather(1, target)
-            total = logits.exp_().sum(dim=1, keepdim=True)
-            loss += (total.log() - at_target).sum()
-            if grad_x is None:
-                continue
-            grad = logits.div_(total).scatter_add_(1, target, -torch.ones_like(at_target)).to(x.dtype)
-            torch.mm(grad, head, out=grad_x[at : at + rows])
-            if grad_weight is not None and grad.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, part)
-            elif grad_weight is not None:
-                grad_weight += grad.T @ part
+            chunk = part @ head.T  # logits, and then their gradient
+            for block, right in zip(chunk.split(step), target.split(step), strict=True):
+                logits = block.float()
+                logits -= logits.amax(dim=1, keepdim=True)
+                at_target = logits.gather(1, right)
+                total = logits.exp_().sum(dim=1, keepdim=True)
+                loss += (total.log() - at_target).sum()
+                if grad_x is not None:
+                    block.copy_(logits.div_(total).scatter_add_(1, right, -torch.ones_like(at_target)))
+            if grad_x is not None:
+                torch.mm(chunk, head, out=grad_x[at : at + rows])
+            if grad_weight is not None:
+                add_products(grad_weight, chunk, part)
         ctx.gradients, ctx.dtype = (grad_x, grad_weight), weight.dtype
         return loss
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
 
-from model.ops import document_attention, uncompiled
+from model.attention import document_attention
+from model.ops import uncompiled
 
 
 class Context:

@@ -1,0 +1,130 @@
+"""Causal attention inside each document of a packed row."""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.ops import round_up, uncompiled
+
+STEP = 32  # what documents are filled up to a multiple of: a CPU prepares bfloat16 products by their shape, for long
+BLOCK = 256  # queries whose scores exist at once; a block of the next ones sees more keys
+LOG2_E = math.log2(math.e)  # exp(x) = exp2(x * LOG2_E), which a CPU computes in half the time
+
+
+@uncompiled  # lengths change all the time
+def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
+    """Causal attention inside each document of a packed row: q (1, H, N, D), k and v (1, H_kv, N, D) -> (1, H, N, D).
+
+    A call per document costs no work outside its own triangle and no mask, and makes neighbours independent by
+    construction: the result of one document cannot depend on another one, not even by a rounding.
+    """
+    lens = [n for n in doc_lens.tolist() if n]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return BlockwiseAttention.apply(q, k, v, tuple(lens))
+    docs = zip(q.split(lens, 2), k.split(lens, 2), v.split(lens, 2), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in docs], dim=2)
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """`document_attention` in bfloat16 on a CPU, with a backward pass of batched products.
+
+    The backward kernel of torch multiplies piece by piece, and has these products prepared anew for every length. Here
+    documents lie apart, filled up to a multiple of STEP, and the heads that share keys and values make one long matrix
+    of queries: the product itself sums their gradients. Scores are made in float32, as in the forward kernel.
+
+    Source: Dao, FlashAttention-2 (2023), algorithm 2, with blocks of queries and all the keys that they see at once.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lens: tuple[int, ...]) -> Tensor:
+        heads, kv_heads = ctx.heads = q.size(1), k.size(1)
+        ctx.lens, group = lens, heads // kv_heads
+        q, k, v = pack(q, lens), pack(k, lens), pack(v, lens)
+        out, log_sums = torch.empty_like(q), torch.empty(len(q), 1)  # log2 of the sum of exp(score), float32
+        wide = [apart(t, lens, heads) for t in (q, out, log_sums)]
+        narrow = [apart(t, lens, kv_heads) for t in (k, v)]
+        for n, queries, result, log_sum, *pair in zip(lens, *wide, *narrow, strict=True):
+            queries = queries.unflatten(0, (kv_heads, group))
+            keys, values = (t.unsqueeze(1).expand_as(queries) for t in pair)
+            doc, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, is_causal=True)
+            result.copy_(doc.flatten(0, 1))
+            torch.mul(log.flatten(0, 1).unsqueeze(2), LOG2_E, out=log_sum)
+            log_sum[:, n:] = math.inf  # what fills up a document has no share in anything
+        ctx.save_for_backward(q, k, v, log_sums)
+        return unpack(out, lens, heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v, log_sums), lens, (heads, kv_heads) = ctx.saved_tensors, ctx.lens, ctx.heads
+        by_q, by_k, by_v = (torch.empty_like(t) for t in (q, k, v))
+        wide = [apart(t, lens, heads) for t in (pack(grad, lens), q, log_sums, by_q)]
+        narrow = [apart(t, lens, kv_heads) for t in (k, v, by_k, by_v)]
+        for tensors in zip(*wide, *narrow, strict=True):
+            document_gradients(*tensors)
+        scale = q.size(1) ** -0.5
+        return (
+            unpack(by_q, lens, heads).mul_(scale),
+            unpack(by_k, lens, kv_heads).mul_(scale),
+            unpack(by_v, lens, kv_heads),
+            None,
+        )
+
+
+def document_gradients(
+    grad: Tensor, q: Tensor, log_sum: Tensor, by_q: Tensor, k: Tensor, v: Tensor, by_k: Tensor, by_v: Tensor
+) -> None:
+    """Fill by_q (H, P, D), by_k and by_v (H_kv, P, D) with the gradients of a document, the first two unscaled.
+
+    Args:
+        grad, q: (H, P, D) bfloat16.
+        log_sum: (H, P, 1) float32, log2 of the sum of exp(score).
+        k, v: (H_kv, P, D) bfloat16.
+    """
+    (heads, length, size), kv_heads = q.shape, len(k)
+    scaled = k.float().mul_(size**-0.5 * LOG2_E)
+    for at in reversed(range(0, length, BLOCK)):  # the last block is the first to see, and fills, all keys
+        end = min(length, at + BLOCK)
+        queries, upstream = (t[:, at:end].reshape(kv_heads, -1, size) for t in (q, grad))  # a group of heads as one
+        p = torch.bmm(queries.float(), scaled[:, :end].mT)  # (H_kv, group * block, end) float32
+        p.view(heads, -1, end).sub_(log_sum[:, at:end]).exp2_().tril_(at)
+        p = p.to(q.dtype)
+        by_p = torch.bmm(upstream, v[:, :end].mT)
+        by_score = torch._softmax_backward_data(by_p, p, -1, q.dtype)
+        by_q[:, at:end] = torch.bmm(by_score, k[:, :end]).view(heads, -1, size)
+        by_k[:, :end].baddbmm_(by_score.mT, queries, beta=end < length)
+        by_v[:, :end].baddbmm_(p.mT, upstream, beta=end < length)
+
+
+@functools.lru_cache(maxsize=4)  # the same for all layers of a model
+def places(lens: tuple[int, ...], heads: int) -> tuple[Tensor, Tensor]:
+    """Which (token, head) of a row stands at each place of documents apart, and the place of each (token, head)."""
+    sources, targets, first, begin = [], [], 0, 0
+    head = torch.arange(heads)
+    for n in lens:
+        length = round_up(n, STEP)
+        token = torch.arange(length).clamp_max(n - 1)  # filled up with the last token
+        sources.append(((begin + token) * heads + head.unsqueeze(1)).flatten())
+        targets.append((first + head * length + token[:n].unsqueeze(1)).flatten())
+        first, begin = first + heads * length, begin + n
+    return torch.cat(sources), torch.cat(targets)
+
+
+def pack(x: Tensor, lens: tuple[int, ...]) -> Tensor:
+    """(1, H, N, D) -> (places, D): documents one behind the other, each (H, P, D), P its length filled up."""
+    return x.transpose(1, 2).reshape(-1, x.size(3)).index_select(0, places(lens, x.size(1))[0])
+
+
+def unpack(packed: Tensor, lens: tuple[int, ...], heads: int) -> Tensor:
+    """The inverse of `pack`."""
+    return packed.index_select(0, places(lens, heads)[1]).view(1, -1, heads, packed.size(1)).transpose(1, 2)
+
+
+def apart(packed: Tensor, lens: tuple[int, ...], heads: int) -> list[Tensor]:
+    """The documents, (H, P, D) each, as views."""
+    docs = packed.split([heads * round_up(n, STEP) for n in lens])
+    return [doc.view(heads, -1, packed.size(1)) for doc in docs]
