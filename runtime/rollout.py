@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset.packing import Plan
 from model import sampling
 from model.lm import MiniMindLM
 from runtime import parallel
@@ -218,6 +219,11 @@ def counts_of(packs: list[Pack]) -> list[int]:
     """Completions, tokens and tokens of completions in some packs."""
     each = [(len(p.rows), sum(p.doc_lens), len(p.targets)) for p in packs]
     return [sum(column) for column in zip(*each, strict=True)] or [0, 0, 0]
+
+
+def own_prompts(plan: Plan, window: int, rank: int, ranks: int) -> list[int]:
+    """The prompts of a window that a rank completes, every ranks-th: how long completions get, nobody knows yet."""
+    return [prompt for row in plan.window(window)[rank::ranks] for prompt in plan.documents(row)]
 
 
 def shares(prompts: int, window: int, rank: int, ranks: int, samples: int, parts: int) -> list[list[int]]:

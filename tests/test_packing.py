@@ -110,14 +110,30 @@ def test_ranks_and_micro_batches_partition_every_window(global_batch, world_size
         seen = []
         for rank in range(world_size):
             micro = plan.micro_batches(step, rank, world_size, batch_size)
-            mine = window[rank::world_size]
+            own = len(window[rank::world_size])
             # As many as rank 0 needs: a rank without a row still takes part in the exchange of weights and gradients.
             assert len(micro) == len(plan.micro_batches(step, 0, world_size, batch_size)) > 0
             assert all(plan.micro_batches(step, 0, world_size, batch_size))
-            assert list(itertools.chain(*micro)) == list(itertools.chain(*mine))
-            assert [bool(docs) for docs in micro] == [at * batch_size < len(mine) for at in range(len(micro))]
-            seen += itertools.chain(*micro)
+            assert [bool(docs) for docs in micro] == [at * batch_size < own for at in range(len(micro))]
+            hand = list(itertools.chain(*micro))
+            mine = [row for row in window if row[0] in hand]
+            assert hand == list(itertools.chain(*mine)) and len(mine) == own
+            seen += hand
         assert sorted(seen) == sorted(itertools.chain(*window))
+
+
+@pytest.mark.parametrize("packing", [0, 1])
+@pytest.mark.parametrize("global_batch, world_size", [(16, 2), (32, 4), (64, 8)])
+def test_ranks_get_about_the_same_number_of_tokens(global_batch, world_size, packing):
+    plan = make_plan(400, packing=packing, global_batch=global_batch)
+    full = [step for step in range(plan.steps) if len(plan.window(step)) == global_batch]
+    assert full
+    for step in full:
+        places = {doc: place for place, doc in enumerate(plan.order.tolist())}
+        sizes = np.diff(plan.tokens)
+        shares = [sum(sizes[places[doc]] for doc in itertools.chain(*plan.micro_batches(step, rank, world_size, 4)))
+                  for rank in range(world_size)]  # fmt: skip
+        assert max(shares) < 1.05 * np.mean(shares)
 
 
 def test_micro_batches_have_batch_size_rows():

@@ -134,7 +134,8 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    return pair_runs("reward", tmp_path_factory.mktemp("reward"), STEPS, "--learning_rate=3e-3")
+    # At 3e-3 the ninth step meets a tie of the router, and layouts part by 1e-5.
+    return pair_runs("reward", tmp_path_factory.mktemp("reward"), STEPS, "--learning_rate=2.5e-3")
 
 
 @pytest.fixture(scope="module")

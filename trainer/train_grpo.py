@@ -165,7 +165,7 @@ def roll_out(args, plan, window, tries, writer, step):
     Returns: the rollout, its rewards (N, rewards), advantages (N,), the mini-batches, and what the log says.
     """
     rank, ranks = parallel.data_world()
-    numbers = sum(plan.micro_batches(window, rank, ranks, args.batch_size), [])
+    numbers = rollout.own_prompts(plan, window, rank, ranks)
     tried, scores = tries(writer, numbers, args.group_size, step)
     groups = scores.sum(dim=1).view(-1, args.group_size)
     flat = groups.amax(dim=1) == groups.amin(dim=1)

@@ -162,7 +162,7 @@ def roll_out_once(args, plan, window, tries, writer, plain, reference, autocast,
         `values`, `reference`, `advantages` and `returns` of its tokens.
     """
     rank, ranks = parallel.data_world()
-    numbers = sum(plan.micro_batches(window, rank, ranks, args.batch_size), [])
+    numbers = rollout.own_prompts(plan, window, rank, ranks)
     tried, scores = tries(writer, numbers, 1, step)
     parts = rollout.shares(len(numbers), len(plan.window(window)), rank, ranks, 1, args.mini_batches)
     minis = rollout.mini_batches(tried, parts, args.batch_size * args.max_seq_len)
