@@ -95,4 +95,4 @@ class FewRows:
             x += out @ torch.cat(parts).view(R, H * D).T
             gate, up = (gate_up @ self.normed(x, 0).to(self.dtype)).chunk(2)
             x += down @ F.silu(gate).mul_(up)
-        return (self.head @ self.normed(x, 0).to(self.dtype)).T.float()
+        return (self.normed(x, 0).to(self.dtype).T @ self.head.T).float()

@@ -95,7 +95,7 @@ def complete(
         if not len(seats):
             return
         where = row[seats].to(device), place[seats].to(device)
-        chosen = choose(logits[seats.to(device)], *where)
+        chosen = choose(logits if len(seats) == size else logits[seats.to(device)], *where)
         yield *where, chosen
         token[seats.to(device)] = chosen
         place[seats] += 1

@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--few_rows", type=int, default=1000, help="loading: rows of the short epoch")
     parser.add_argument("--loss_rows", type=int, default=800, help="time_to_loss: rows of the epoch")
     parser.add_argument(
-        "--loss_steps", type=int, nargs="+", default=[16, 20, 24, 30, 40, 60, 80, 120], help="time_to_loss: tries"
+        "--loss_steps", type=int, nargs="+", default=[16, 18, 20, 24, 30, 40, 60, 80, 120], help="time_to_loss: tries"
     )
     parser.add_argument("--json", type=Path, help="file for the table")
     return parser.parse_args()
