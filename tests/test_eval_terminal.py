@@ -26,6 +26,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / SCRIPT), *map(str, args)],
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env={**os.environ, "TERM": "dumb"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
         )  # fmt: skip
         os.close(slave)
         self.seen = b""

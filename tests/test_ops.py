@@ -14,6 +14,7 @@ DIM, VOCAB = 32, 700
 def small_chunks(monkeypatch):
     monkeypatch.setattr(ops, "CHUNK", 8 * VOCAB)
     monkeypatch.setattr(ops, "LEAST", 4)
+    monkeypatch.setattr(ops, "BLOCK", 3 * VOCAB)  # of a chunk's 8 rows; gradients of weights come in two pieces
 
 
 def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
