@@ -340,7 +340,7 @@ class MiniMindLM(nn.Module):
             aux_losses.append(aux_loss)
         x = x[:, :T]
         if logits_at is not None:
-            x = x.reshape(-1, x.size(-1))[logits_at]  # (K, dim), before the norm: it works token by token
+            x = x.reshape(-1, x.size(-1)).index_select(0, logits_at)  # (K, dim), before the norm: it works row by row
         x, aux_loss = self.model.norm(x), torch.stack(aux_losses).mean()
         logits, loss = (self.lm_head(x), None) if targets is None else (None, self.lm_head(x, targets))
         return LMOutput(logits, aux_loss, loss)
