@@ -6,6 +6,7 @@ document, or with packing a pack of documents that together have at most max_seq
 """
 
 import functools
+import heapq
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,11 +71,12 @@ class Plan:
         """
         sizes = np.diff(self.tokens[self.starts[rows.start : rows.stop + 1]]).tolist()
         hands = [[] for _ in range(world_size)]
-        tokens, room = [0] * world_size, [len(rows[rank::world_size]) for rank in range(world_size)]
+        takers = [(0, rank) for rank in range(min(len(rows), world_size))]  # a heap: tokens so far, rank
         for size, row in sorted(zip(sizes, rows, strict=True), key=lambda pair: -pair[0]):
-            rank = min((rank for rank in range(world_size) if room[rank]), key=tokens.__getitem__)
+            tokens, rank = heapq.heappop(takers)
             hands[rank].append(row)
-            tokens[rank], room[rank] = tokens[rank] + size, room[rank] - 1
+            if len(hands[rank]) < len(rows[rank::world_size]):
+                heapq.heappush(takers, (tokens + size, rank))
         return [sorted(hand) for hand in hands]
 
     def documents(self, row: int) -> list[int]:

@@ -162,7 +162,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (M, N) float32 += a.T @ b; a (K, M), b (K, N). Products in another dtype exist BLOCK numbers at a time."""
+    """total (M, N) float32 += a.T @ b; a (K, M), b (K, N). In another dtype some rows at a time: cast, then added."""
     if a.dtype == torch.float32:
         total.addmm_(a.T, b)
         return

@@ -28,7 +28,7 @@ from runtime.optim import fast_dtype
 PATIENCE = timedelta(hours=12)  # of a rank that waits for another one to tokenise; a dead one is noticed at once
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "dp")
 SHARDED = ("zero2", "zero3")
-WORTH_COMPILING = 1e14  # operations of a run, per process: minutes of a CPU, of which a quarter is saved
+WORTH_COMPILING = 1e14  # operations of a run, per process: minutes of a CPU, of which a seventh is saved
 _sizes = {"context": 1, "tensor": 1}  # of the mesh; what is left of the processes are data ranks
 _groups: dict[str, dist.ProcessGroup] = {}
 

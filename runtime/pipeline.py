@@ -160,7 +160,7 @@ class Stage(nn.Module):
     ) -> LMOutput:
         """What `MiniMindLM.forward` returns, from what the stage below returned."""
         x, aux_loss = self.blocks(received, input_ids, doc_lens)
-        x = x.reshape(-1, x.size(-1))[logits_at]  # (K, dim)
+        x = x.reshape(-1, x.size(-1)).index_select(0, logits_at)  # (K, dim)
         loss = self.model.lm_head(self.model.model.norm(x), targets)
         return LMOutput(None, aux_loss / self.model.config.n_layers, loss)
 
