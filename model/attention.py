@@ -25,6 +25,16 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Ten
     lens = [n for n in doc_lens.tolist() if n]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return BlockwiseAttention.apply(q, k, v, tuple(lens))
+    return one_by_one(q, k, v, lens)
+
+
+@uncompiled
+def prompt_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
+    """`document_attention` without a backward pass to prepare for."""
+    return one_by_one(q, k, v, [n for n in doc_lens.tolist() if n])
+
+
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
     docs = zip(q.split(lens, 2), k.split(lens, 2), v.split(lens, 2), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in docs], dim=2)
 

@@ -54,9 +54,9 @@ class FewRows:
     def joined(self, norm, *layers) -> Tensor:
         return (torch.cat([layer.weight for layer in layers]) * norm.weight).to(self.dtype)
 
-    def normed(self, x: Tensor, dim: int) -> Tensor:
-        """x / rms(x) over a dimension, in float32; the gain is part of the matrix behind it."""
-        return x * x.square().sum(dim, keepdim=True).div_(x.size(dim)).add_(self.config.norm_eps).rsqrt_()
+    def scale(self, x: Tensor, dim: int) -> Tensor:
+        """1 / rms(x) over a dimension; the gain of a norm is part of the matrix behind it."""
+        return x.square().sum(dim, keepdim=True).div_(x.size(dim)).add_(self.config.norm_eps).rsqrt_()
 
     def __call__(self, token: Tensor) -> Tensor:
         """token (R,) int64, R being the rows of the cache -> logits (R, vocab) float32."""
@@ -67,32 +67,34 @@ class FewRows:
         config, cache, R = self.config, self.cache, len(token)
         H, KV, D, capacity = config.n_heads, config.n_kv_heads, config.head_dim, cache.kv.size(-2)
         cos, sin = self.cos[:, cache.lengths], self.sin[:, cache.lengths]  # (D / 2, R)
-        place = ((torch.arange(R * KV) * capacity).view(R, KV) + cache.lengths.unsqueeze(1)).flatten()
+        place = (torch.arange(2 * R * KV) * capacity).view(2, R, KV) + cache.lengths.unsqueeze(1)
+        place = place.transpose(0, 1).flatten()  # of the new key and value of each row, among all of a layer
         cache.lengths += 1
-        groups = []
-        for rows in torch.arange(R).split(GROUP):
-            lens, rows = cache.lengths[rows], slice(int(rows[0]), int(rows[-1]) + 1)
-            hidden, mask = torch.arange(int(lens.max())) >= lens.view(-1, 1, 1, 1), None
+        held, sizes, masks = [], [len(part) for part in cache.lengths.split(GROUP)], []
+        for rows, lens in zip(torch.arange(R).split(sizes), cache.lengths.split(sizes), strict=True):
+            most = int(lens.max())
+            hidden, mask = torch.arange(most) >= lens.view(-1, 1, 1, 1), None
             if hidden.any():
                 mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -math.inf)
-            groups.append((rows, hidden.size(-1), mask))
+            masks.append(mask)
+            held.append(cache.kv[:, :, rows[0] : rows[-1] + 1, :, :most].flatten(0, 1).unbind(0))
 
         x = self.embedding[token].T.float().contiguous()  # (dim, R)
         for layer, (qkv, gains, out, gate_up, down) in enumerate(self.layers):
-            heads = (qkv @ self.normed(x, 0).to(self.dtype)).view(H + 2 * KV, D, R)
-            turned = self.normed(heads[: H + KV].float(), 1).mul_(gains)
-            a, b = turned.chunk(2, dim=1)
-            turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=1)
-            qk = torch.empty(R, H + KV, D, dtype=self.dtype).copy_(turned.permute(2, 0, 1))
-            k, v = qk[:, H:], heads[H + KV :].permute(2, 0, 1)
-            for held, new in zip(cache.kv[layer], (k, v), strict=True):
-                held.view(-1, D).index_copy_(0, place, new.reshape(-1, D))
-            q = qk[:, :H].unflatten(1, (KV, -1))  # a group of heads as queries of one head
-            parts = []
-            for rows, most, mask in groups:
-                keys, values = cache.kv[layer, :, rows, :, :most]
-                parts.append(F.scaled_dot_product_attention(q[rows], keys, values, mask))
+            heads = (qkv @ (x * self.scale(x, 0)).to(self.dtype)).view(H + 2 * KV, D, R).float()
+            turned, qk = heads.clone(), heads[: H + KV]
+            qk.mul_(self.scale(qk, 1)).mul_(gains)
+            (a, b), (left, right) = qk.chunk(2, dim=1), turned[: H + KV].chunk(2, dim=1)
+            torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
+            torch.mul(b, cos, out=right).addcmul_(a, sin)
+            heads = torch.empty(R, H + 2 * KV, D, dtype=self.dtype).copy_(turned.permute(2, 0, 1))
+            cache.kv[layer].view(-1, D).index_copy_(0, place, heads[:, H:].reshape(-1, D))
+            parts = heads[:, :H].unflatten(1, (KV, -1)).split(sizes)  # a group of heads as queries of one head
+            parts = [
+                F.scaled_dot_product_attention(q, part[2 * layer], part[2 * layer + 1], mask)
+                for q, part, mask in zip(parts, held, masks, strict=True)
+            ]
             x += out @ torch.cat(parts).view(R, H * D).T
-            gate, up = (gate_up @ self.normed(x, 0).to(self.dtype)).chunk(2)
+            gate, up = (gate_up @ (x * self.scale(x, 0)).to(self.dtype)).chunk(2)
             x += down @ F.silu(gate).mul_(up)
-        return (self.normed(x, 0).to(self.dtype).T @ self.head.T).float()
+        return ((x * self.scale(x, 0)).to(self.dtype).T @ self.head.T).float()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import document_attention
+from model.attention import document_attention, prompt_attention
 from model.ops import (
     Linear,
     apply_rope,
@@ -395,7 +395,8 @@ class MiniMindLM(nn.Module):
                 doc_of = doc_of.where(attention_mask.flatten().bool(), len(lens) - 1)
         frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
         angle = position[:, None, :, None].float() * frequency  # (B, 1, T, D / 2)
-        attend = None if doc_lens is None else document_attention if self.context is None else self.context.attend
+        attend = document_attention if cache is None else prompt_attention
+        attend = None if doc_lens is None else attend if self.context is None else self.context.attend
         return Layout(angle.cos(), angle.sin(), lens, attend, mask, doc_of, cache, places, self.context)
 
     def stream(
