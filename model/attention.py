@@ -1,7 +1,10 @@
 """Causal attention inside each document of a packed row."""
 
+import collections
 import functools
+import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +22,8 @@ LOG2_E = math.log2(math.e)  # exp(x) = exp2(x * LOG2_E), which a CPU computes in
 def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
     """Causal attention inside each document of a packed row: q (1, H, N, D), k and v (1, H_kv, N, D) -> (1, H, N, D).
 
-    A call per document costs no work outside its own triangle and no mask, and makes neighbours independent by
-    construction: the result of one document cannot depend on another one, not even by a rounding.
+    Each document is worked on apart: no work outside its own triangle, no mask, and no document that depends on its
+    neighbours.
     """
     lens = [n for n in doc_lens.tolist() if n]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -30,7 +33,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Ten
 
 @uncompiled
 def prompt_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
-    """`document_attention` without a backward pass to prepare for."""
+    """`document_attention` where no backward pass will follow that would need more than the result."""
     return one_by_one(q, k, v, [n for n in doc_lens.tolist() if n])
 
 
@@ -43,8 +46,9 @@ class BlockwiseAttention(torch.autograd.Function):
     """`document_attention` in bfloat16 on a CPU, with a backward pass of batched products.
 
     The backward kernel of torch multiplies piece by piece, and has these products prepared anew for every length. Here
-    documents lie apart, filled up to a multiple of STEP, and the heads that share keys and values make one long matrix
-    of queries: the product itself sums their gradients. Scores are made in float32, as in the forward kernel.
+    documents lie apart, filled up to a multiple of STEP and sorted, so that those of one length are worked on at once.
+    The heads that share keys and values make one long matrix of queries: the product itself sums their gradients.
+    Scores are made in float32, as in the forward kernel.
 
     Source: Dao, FlashAttention-2 (2023), algorithm 2, with blocks of queries and all the keys that they see at once.
     """
@@ -57,13 +61,13 @@ class BlockwiseAttention(torch.autograd.Function):
         out, log_sums = torch.empty_like(q), torch.empty(len(q), 1)  # log2 of the sum of exp(score), float32
         wide = [apart(t, lens, heads) for t in (q, out, log_sums)]
         narrow = [apart(t, lens, kv_heads) for t in (k, v)]
-        for n, queries, result, log_sum, *pair in zip(lens, *wide, *narrow, strict=True):
-            queries = queries.unflatten(0, (kv_heads, group))
+        for queries, result, log_sum, *pair in zip(*wide, *narrow, strict=True):
+            queries = queries.unflatten(0, (-1, group))
             keys, values = (t.unsqueeze(1).expand_as(queries) for t in pair)
             doc, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, is_causal=True)
             result.copy_(doc.flatten(0, 1))
             torch.mul(log.flatten(0, 1).unsqueeze(2), LOG2_E, out=log_sum)
-            log_sum[:, n:] = math.inf  # what fills up a document has no share in anything
+        log_sums[places(lens, heads).fillers] = math.inf  # what fills up a document has no share in anything
         ctx.save_for_backward(q, k, v, log_sums)
         return unpack(out, lens, heads)
 
@@ -110,31 +114,39 @@ def document_gradients(
         by_v[:, :end].baddbmm_(p.mT, upstream, beta=end < length)
 
 
+class Places(NamedTuple):
+    sources: Tensor  # which (token, head) of a row stands at each place of documents apart
+    targets: Tensor  # the place of each (token, head)
+    fillers: Tensor  # the places that only fill up a document
+
+
 @functools.lru_cache(maxsize=4)  # the same for all layers of a model
-def places(lens: tuple[int, ...], heads: int) -> tuple[Tensor, Tensor]:
-    """Which (token, head) of a row stands at each place of documents apart, and the place of each (token, head)."""
-    sources, targets, first, begin = [], [], 0, 0
-    head = torch.arange(heads)
-    for n in lens:
-        length = round_up(n, STEP)
-        token = torch.arange(length).clamp_max(n - 1)  # filled up with the last token
-        sources.append(((begin + token) * heads + head.unsqueeze(1)).flatten())
-        targets.append((first + head * length + token[:n].unsqueeze(1)).flatten())
-        first, begin = first + heads * length, begin + n
-    return torch.cat(sources), torch.cat(targets)
+def places(lens: tuple[int, ...], heads: int) -> Places:
+    sources, targets, fillers, first = [], [None] * len(lens), [], 0
+    head, begins = torch.arange(heads), [0, *itertools.accumulate(lens)]
+    for number in sorted(range(len(lens)), key=lambda number: round_up(lens[number], STEP)):
+        n, length = lens[number], round_up(lens[number], STEP)
+        token = torch.arange(length)
+        place = first + head.unsqueeze(1) * length + token  # (heads, length)
+        sources.append(((begins[number] + token.clamp_max(n - 1)) * heads + head.unsqueeze(1)).flatten())
+        targets[number] = place[:, :n].T.flatten()
+        fillers.append(place[:, n:].flatten())
+        first += heads * length
+    return Places(torch.cat(sources), torch.cat(targets), torch.cat(fillers))
 
 
 def pack(x: Tensor, lens: tuple[int, ...]) -> Tensor:
-    """(1, H, N, D) -> (places, D): documents one behind the other, each (H, P, D), P its length filled up."""
-    return x.transpose(1, 2).reshape(-1, x.size(3)).index_select(0, places(lens, x.size(1))[0])
+    """(1, H, N, D) -> (places, D): documents by their lengths, each (H, P, D), P its length filled up."""
+    return x.transpose(1, 2).reshape(-1, x.size(3)).index_select(0, places(lens, x.size(1)).sources)
 
 
 def unpack(packed: Tensor, lens: tuple[int, ...], heads: int) -> Tensor:
     """The inverse of `pack`."""
-    return packed.index_select(0, places(lens, heads)[1]).view(1, -1, heads, packed.size(1)).transpose(1, 2)
+    return packed.index_select(0, places(lens, heads).targets).view(1, -1, heads, packed.size(1)).transpose(1, 2)
 
 
 def apart(packed: Tensor, lens: tuple[int, ...], heads: int) -> list[Tensor]:
-    """The documents, (H, P, D) each, as views."""
-    docs = packed.split([heads * round_up(n, STEP) for n in lens])
-    return [doc.view(heads, -1, packed.size(1)) for doc in docs]
+    """The documents, those of one length together, (docs * H, P, D) each, as views."""
+    counts = collections.Counter(sorted(round_up(n, STEP) for n in lens))
+    docs = packed.split([count * heads * length for length, count in counts.items()])
+    return [doc.view(-1, length, packed.size(1)) for doc, length in zip(docs, counts, strict=True)]
