@@ -33,7 +33,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Ten
 
 @uncompiled
 def prompt_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
-    """`document_attention` where no backward pass will follow that would need more than the result."""
+    """`document_attention` without a backward pass."""
     return one_by_one(q, k, v, [n for n in doc_lens.tolist() if n])
 
 

@@ -31,7 +31,7 @@ class Student(MiniMindLM):
         chunk: tokens whose logits exist at once, in the forward pass and once more in the backward pass.
     """
 
-    def __init__(self, config, teacher, kl: str, temperature: float, gradient_checkpointing=False, chunk: int = 512):
+    def __init__(self, config, teacher, kl: str, temperature: float, gradient_checkpointing=0, chunk: int = 512):
         super().__init__(config, gradient_checkpointing)
         self.lm_head = LateHead(self.lm_head)
         self.distillation, self.chunk = (teacher, kl, temperature), chunk  # in a tuple a module is no submodule

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.attention import document_attention, prompt_attention
 from model.ops import (
@@ -26,6 +25,7 @@ from model.ops import (
     grouped_linear,
     length_step,
     linear_cross_entropy,
+    recomputed,
     rms_norm,
     round_up,
     uncompiled,
@@ -289,10 +289,10 @@ class Decoder(nn.Module):  # all below the head
 
 
 class MiniMindLM(nn.Module):
-    def __init__(self, config: LMConfig, gradient_checkpointing: bool = False):
+    def __init__(self, config: LMConfig, gradient_checkpointing: int = 0):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = gradient_checkpointing  # recompute each block in the backward pass, for memory
+        self.gradient_checkpointing = gradient_checkpointing  # the level of `recomputed`, for memory; 0: not
         self.context = None  # runtime/context_parallel.py sets it where processes share a row
         self.model = Decoder(config)
         self.lm_head = Head(config.dim, config.vocab_size, bias=False)
@@ -334,7 +334,7 @@ class MiniMindLM(nn.Module):
         aux_losses = []
         for block in self.model.layers:
             if self.gradient_checkpointing and self.training:
-                x, aux_loss = checkpoint(block, x, layout, use_reentrant=False)
+                x, aux_loss = recomputed(self.gradient_checkpointing, block, x, layout)
             else:
                 x, aux_loss = block(x, layout)
             aux_losses.append(aux_loss)

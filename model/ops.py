@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 CHUNK = 2**24  # logits that exist at once, 64 MiB in float32, but for
 LEAST = 64  # tokens at least: fewer would not be worth a pass over the weights
+SLOW = ("mm", "_grouped_mm", *(f"_scaled_dot_product_{kind}" for kind in (
+    "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")))  # fmt: skip
 BLOCK = 2**19  # numbers in float32, 2 MiB, that a core of a CPU keeps in its cache from one pass over them to the next
 
 
@@ -22,6 +25,19 @@ def uncompiled(function: Callable) -> Callable:
         return (opaque if torch.compiler.is_compiling() else function)(*args, **kwargs)
 
     return call
+
+
+def recomputed(level: int, block: nn.Module, *args) -> tuple[Tensor, ...]:
+    """block(*args), whose activations are computed anew in the backward pass instead of being kept for it.
+
+    Args:
+        level: 1: all of them, from the input on; 2: all but the results of what takes long, SLOW.
+    Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016); Korthikanti et al., Reducing Activation
+    Recomputation in Large Transformer Models (2022), section 5.
+    """
+    kept = [getattr(torch.ops.aten, name).default for name in SLOW]
+    selective = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)} if level == 2 else {}
+    return checkpoint(block, *args, use_reentrant=False, **selective)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

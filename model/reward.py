@@ -51,7 +51,7 @@ class RewardModel(MiniMindLM):
     <|im_end|> of the answer, as training does (there X ends with it).
     """
 
-    def __init__(self, config: LMConfig, gradient_checkpointing: bool = False):
+    def __init__(self, config: LMConfig, gradient_checkpointing: int = 0):
         super().__init__(config, gradient_checkpointing)
         self.lm_head = nn.Identity()  # the forward pass below ends with hidden states
         self.score = ScoreHead(config.dim)

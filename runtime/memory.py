@@ -52,7 +52,7 @@ def estimate(
     supervised: int,
     dtype: str = "float32",
     optimizer: str = "adamw",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: int = 0,
     offload: bool = False,
     accumulation_steps: int = 1,
 ) -> dict[str, int]:
@@ -80,6 +80,7 @@ def estimate(
         data_ranks: processes that train on different rows.
         tokens: of one micro-batch, before context_parallel splits them.
         supervised: those of them that need logits.
+        gradient_checkpointing: the level, see `recomputed` in model/ops.py; 0: everything is kept.
         optimizer: 'adamw' keeps two numbers per parameter, 'muon' one for each matrix inside the blocks.
         offload: zero2 and zero3 keep parameters, gradients and optimizer state in CPU memory ('host'); gradients that
             accumulate stay.
@@ -156,7 +157,7 @@ def activations(
     width: int,
     tensor_parallel: int = 1,
     context_parallel: int = 1,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: int = 0,
 ) -> float:
     """Bytes that forward keeps for backward, at the peak: what autograd saves, plus the gradients in flight there.
 
@@ -185,6 +186,7 @@ def activations(
         mlp = 4 * c * inner
     dropout = 2 * c * dim if config.dropout else 0  # the masks behind attention and MLP
     block = tokens * (norms + attention + mlp + dropout)
+    results = c * (2 * q + 2 * kv + dim + 2 * inner + dim * (visits if config.use_moe else 1))  # products, attention
     in_flight = tokens * 3 * c * inner  # the gradients of SwiGLU's three inner tensors
     head = supervised * (kept + c) * dim
     if tp > 1:
@@ -192,8 +194,9 @@ def activations(
     else:
         chunk = min(supervised, max(LEAST, CHUNK // config.vocab_size)) * config.vocab_size
         head += supervised * c * dim + FLOAT * config.vocab_size * dim + chunk * (FLOAT if c == FLOAT else FLOAT + c)
-    if gradient_checkpointing:  # the input of every block, and one block computed anew
-        return config.n_layers * tokens * FLOAT * dim + max(block + in_flight, head)
+    if gradient_checkpointing:  # the input of every block and what is not computed anew; the rest of one block
+        results *= tokens if gradient_checkpointing == 2 else 0
+        return config.n_layers * (tokens * FLOAT * dim + results) + max(block - results + in_flight, head)
     return config.n_layers * block + max(in_flight, head)
 
 

@@ -105,7 +105,7 @@ def choose_strategy(config: LMConfig, dataset, args, dtype: str) -> str:
     load = {"tokens": tokens, "supervised": int(tokens * dataset.supervised.sum() / dataset.lengths.sum())}
     rows = (args.global_batch_size or args.batch_size * args.accumulation_steps * data_world()[1]) / data_world()[1]
     load["accumulation_steps"] = math.ceil(rows / args.batch_size)
-    load |= {"dtype": dtype, "optimizer": args.optimizer, "gradient_checkpointing": bool(args.gradient_checkpointing)}
+    load |= {"dtype": dtype, "optimizer": args.optimizer, "gradient_checkpointing": args.gradient_checkpointing}
     load |= {f"{name}_parallel": size for name, size in _sizes.items()} | {"data_ranks": data_world()[1]}
     least = min(gather_objects(memory.device_memory(args.device) or 0))
     strategy, reason = memory.choose_strategy(config, args.device, memory=least, **load)

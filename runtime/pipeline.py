@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
-from torch.utils.checkpoint import checkpoint
 
 from model.lm import LMOutput, MiniMindLM
+from model.ops import recomputed
 from runtime import parallel
 from runtime.parallel import gather_objects, is_sharded, local, world
 from runtime.replicas import shard_number
@@ -176,7 +176,7 @@ class Stage(nn.Module):
         for index in self.layers:
             block = model.model.layers[index]
             if model.gradient_checkpointing and model.training:
-                x, own_loss = checkpoint(block, x, layout, use_reentrant=False)
+                x, own_loss = recomputed(model.gradient_checkpointing, block, x, layout)
             else:
                 x, own_loss = block(x, layout)
             aux_loss = aux_loss + own_loss

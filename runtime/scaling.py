@@ -34,11 +34,11 @@ class Load:
     rows: int | None  # of an epoch; None: no data
 
 
-def flops_per_token(config: LMConfig, load: Load, checkpointing: bool) -> float:
+def flops_per_token(config: LMConfig, load: Load, checkpointing: int) -> float:
     """Floating point operations of forward and backward, per token.
 
-    Two per weight and token forward, twice that backward, and once more forward for recomputed blocks; attention reads
-    half its document on average; the head works for supervised tokens alone.
+    Two per weight and token forward, twice that backward, and once more forward for blocks recomputed as a whole;
+    attention reads half its document on average; the head works for supervised tokens alone.
     Source: Kaplan et al., Scaling Laws (2020), section 2.1; Chowdhery et al., PaLM (2022), appendix B.
     """
     weights = 0.0
@@ -47,7 +47,7 @@ def flops_per_token(config: LMConfig, load: Load, checkpointing: bool) -> float:
             weights += shape.numel() * (config.n_experts_per_tok / config.n_experts if ".experts." in name else 1)
     blocks = 2 * weights + 2 * config.n_layers * config.n_heads * config.head_dim * load.document
     head = 2 * config.vocab_size * config.dim * load.supervised
-    return 3 * (blocks + head) + (blocks if checkpointing else 0)
+    return 3 * (blocks + head) + (blocks if checkpointing == 1 else 0)
 
 
 def sent_bytes(config: LMConfig, strategy: str, args, width: int, replicas: int, micro: int, tokens: float) -> dict:
@@ -133,7 +133,7 @@ def strategies(config, machine, load, args, ranks: int, micro: int, tokens: int)
     """What every strategy needs with micro-batches of so many tokens, the one that a run would take, and why."""
     run = {"data_ranks": ranks, "tensor_parallel": args.tensor_parallel, "context_parallel": args.context_parallel}
     run |= {"tokens": tokens, "supervised": math.ceil(tokens * load.supervised), "dtype": args.dtype}
-    run |= {"optimizer": args.optimizer, "gradient_checkpointing": bool(args.gradient_checkpointing)}
+    run |= {"optimizer": args.optimizer, "gradient_checkpointing": args.gradient_checkpointing}
     run |= {"accumulation_steps": micro}
     available = [s for s in memory.STRATEGIES if s != "zero1" or args.tensor_parallel == 1]
     needs = {s: memory.estimate(config, s, offload=bool(args.offload), **run) for s in available}

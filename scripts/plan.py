@@ -57,7 +57,7 @@ PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers", "tota
 
 def measure_step(config: LMConfig, args, load: Load, device: torch.device, repeats: int = 3) -> float:
     """Tokens per second of forward and backward of this very model on this device; the median of some runs."""
-    model = MiniMindLM(config, bool(args.gradient_checkpointing)).to(device)
+    model = MiniMindLM(config, args.gradient_checkpointing).to(device)
     length = min(round(load.row_tokens), config.max_seq_len)
     ids = torch.randint(config.vocab_size, (1, length * args.batch_size), device=device)
     at = torch.arange(max(1, round(ids.numel() * load.supervised)), device=device)
@@ -187,7 +187,7 @@ def main() -> int:
     between = (own.link_gbps or network) * 1e9 / 8
     cuda = own.measure and torch.cuda.is_available() and args.device != "cpu"
     args.dtype = args.dtype or ("float32" if own.measure and not cuda else "bfloat16")
-    speed = tflops * 1e12 * own.mfu / flops_per_token(config, load, bool(args.gradient_checkpointing))
+    speed = tflops * 1e12 * own.mfu / flops_per_token(config, load, args.gradient_checkpointing)
     machine = Machine(size * memory.GIB, own.devices // own.nodes, inside * 1e9, between, own.latency_us / 1e6, speed,
                       own.overlap)  # fmt: skip
     if own.nodes == 1:

@@ -56,7 +56,7 @@ COMMON = {
     "bucket_cap_mb": ("int", None),
     "replica_check": ("int", None),
     "compile": ZERO_OR_ONE,
-    "gradient_checkpointing": ZERO_OR_ONE,
+    "gradient_checkpointing": ("int", (0, 1, 2)),
     "out_dir": ("str", None),
     "save_weight": ("str", None),
     "save_interval": ("int", None),

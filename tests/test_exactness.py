@@ -115,7 +115,7 @@ def test_low_precision_follows_the_float32_curve(job, twelve_losses, dtype):
     assert losses == pytest.approx(twelve_losses, rel=2e-2) and losses != twelve_losses
 
 
-@pytest.mark.parametrize("switch", ["gradient_checkpointing", "compile"])
+@pytest.mark.parametrize("switch", ["gradient_checkpointing=1", "gradient_checkpointing=2", "compile=1"])
 def test_gradient_checkpointing_and_compile_keep_the_curve(job, twelve_losses, switch):
-    losses = [line["loss"] for line in curve(job(switch, 90, *TWELVE_STEPS, f"--{switch}=1"))]
+    losses = [line["loss"] for line in curve(job(switch, 90, *TWELVE_STEPS, f"--{switch}"))]
     assert losses == pytest.approx(twelve_losses, rel=1e-5)

@@ -1,5 +1,6 @@
 """The memory estimate: parameters exactly, activations against what autograd saves, ZeRO's divisions, the choice."""
 
+import gc
 from argparse import Namespace
 
 import numpy as np
@@ -63,13 +64,34 @@ def test_activations_are_what_autograd_saves(name, dtype, docs):
     assert kept == pytest.approx(measured, rel=0.1)
 
 
+def held_bytes(model) -> int:
+    """Bytes of the tensors that a forward pass leaves in memory, seen by Python: what checkpointing holds."""
+    ids = torch.randint(0, model.config.vocab_size, (1, 256))
+    before = {id(thing) for thing in gc.get_objects()}
+    out = model(ids, doc_lens=[128, 128], targets=ids[0, :0], logits_at=ids[0, :0])
+    new = [thing for thing in gc.get_objects() if id(thing) not in before and isinstance(thing, torch.Tensor)]
+    assert out.loss is not None
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in new}.values())
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_selective_checkpointing_holds_the_results_of_products_and_attention(name):
+    config, held = LMConfig(**TINY | MODELS[name] | {"vocab_size": 8192}), []
+    for level in (1, 2):
+        held.append(held_bytes(MiniMindLM(config, level).train()))
+    ends = {"supervised": 256, "width": 4}  # the head needs more than a block
+    none, all_, some = (memory.activations(config, 256, **ends, gradient_checkpointing=level) for level in range(3))
+    assert all_ < some < none and some - all_ == pytest.approx(held[1] - held[0], rel=0.1)
+
+
 def test_activations_grow_with_what_they_depend_on():
     config = LMConfig(**TINY)
     base = memory.activations(config, 256, 64, 4)
     assert memory.activations(config, 512, 128, 4) == pytest.approx(2 * base)
     assert memory.activations(config, 256, 256, 4) > base
     assert memory.activations(config, 256, 64, 2) < base
-    assert memory.activations(config, 256, 64, 4, gradient_checkpointing=True) < base
+    levels = [memory.activations(config, 256, 64, 4, gradient_checkpointing=level) for level in (0, 2, 1)]
+    assert levels == sorted(levels, reverse=True) and levels[0] == base
     assert base / 2 < memory.activations(config, 256, 64, 4, tensor_parallel=2) < base
     assert base / 2 <= memory.activations(config, 256, 64, 4, context_parallel=2) < base
 

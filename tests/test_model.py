@@ -264,11 +264,12 @@ def test_logits_at_are_rows_of_the_full_logits(kind):
     assert model(x, logits_at=at[:0]).logits.shape == (0, TINY["vocab_size"])
 
 
+@pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_checkpointing_gives_the_same_gradients(kind):
+def test_gradient_checkpointing_gives_the_same_gradients(kind, level):
     model = build(dropout=0.1, **KINDS[kind]).train()
     x, gradients = ids(1, 80), []
-    for model.gradient_checkpointing in (False, True):
+    for model.gradient_checkpointing in (0, level):
         torch.manual_seed(1)  # the same dropout
         model.zero_grad()
         out = model(x, doc_lens=[30, 50])

@@ -212,7 +212,7 @@ def parse_args() -> argparse.Namespace:
     system.add_argument("--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB")
     system.add_argument("--replica_check", type=int, default=100, help="steps between checks of replicas (0: never)")
     system.add_argument("--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block")
-    system.add_argument("--gradient_checkpointing", type=int, choices=(0, 1), default=0, help="1: saves memory")
+    system.add_argument("--gradient_checkpointing", type=int, choices=(0, 1, 2), default=0, help="1: saves most memory")
     output = parser.add_argument_group("output")
     output.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights and runs are written")
     output.add_argument("--save_weight", default="distill", help="name of the run and its weights")
@@ -260,7 +260,7 @@ def main() -> int:
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | same
     found = checkpoint.find_run(run_dir, args.resume, identity)
-    model = Student(config, teacher, args.kl, args.kl_temperature, bool(args.gradient_checkpointing)).to(args.device)
+    model = Student(config, teacher, args.kl, args.kl_temperature, args.gradient_checkpointing).to(args.device)
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
 

@@ -319,7 +319,7 @@ def parse_args() -> argparse.Namespace:
     system.add_argument("--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB")
     system.add_argument("--replica_check", type=int, default=100, help="steps between checks of replicas (0: never)")
     system.add_argument("--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block")
-    system.add_argument("--gradient_checkpointing", type=int, choices=(0, 1), default=0, help="1: saves memory")
+    system.add_argument("--gradient_checkpointing", type=int, choices=(0, 1, 2), default=0, help="1: saves most memory")
     output = parser.add_argument_group("output")
     output.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights and runs are written")
     output.add_argument("--save_weight", default="grpo", help="name of the run and its weights")
@@ -373,7 +373,7 @@ def main() -> int:
     config = LMConfig.from_flags({**vars(args), "dropout": 0.0}, vocab_size=len(tokenizer))
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
-    model = MiniMindLM(config, bool(args.gradient_checkpointing)).to(args.device)
+    model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
     Logger(start_weights(model, args.from_weight, "full_sft", args.out_dir, suffix))
     reference = copy.deepcopy(model).eval().requires_grad_(False) if args.kl_beta else None
     identity = checkpoint.identity_of(vars(args), args.global_batch_size, dataset.key)

@@ -207,7 +207,7 @@ def parse_args() -> argparse.Namespace:
     system.add_argument("--tensor_parallel", type=int, default=1, help="processes that share every layer")
     system.add_argument("--replica_check", type=int, default=100, help="steps between checks of replicas (0: never)")
     system.add_argument("--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block")
-    system.add_argument("--gradient_checkpointing", type=int, choices=(0, 1), default=0, help="1: saves memory")
+    system.add_argument("--gradient_checkpointing", type=int, choices=(0, 1, 2), default=0, help="1: saves most memory")
     output = parser.add_argument_group("output")
     output.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights and runs are written")
     output.add_argument("--save_weight", default="full_sft", help="name of the run and its weights")
@@ -257,7 +257,7 @@ def main() -> int:
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key)
     found = checkpoint.find_run(run_dir, args.resume, identity)
-    model = MiniMindLM(config, bool(args.gradient_checkpointing))
+    model = MiniMindLM(config, args.gradient_checkpointing)
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
 
