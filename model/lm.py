@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from model.attention import document_attention, prompt_attention
 from model.ops import (
+    Dispatch,
     Linear,
     apply_rope,
     grouped_linear,
@@ -236,9 +237,10 @@ class MoE(nn.Module):
             n_rows = int(ends[-1])
         else:  # a shape that is known beforehand: a GPU would have to be waited for
             ends[-1] = n_rows = round_up(n_rows + n_experts * (block - 1), block)
-        rows = flat.new_zeros(n_rows, flat.size(1)).index_copy(0, row, flat.repeat_interleave(top_k, dim=0))
-        out = self.experts(rows, ends.int()).index_select(0, row).view(-1, top_k, flat.size(1))
-        out = (out * weight.unsqueeze(-1).to(out.dtype)).sum(dim=1)  # (N, dim)
+        token = row.new_zeros(n_rows).index_copy_(0, row, torch.arange(len(row), device=row.device) // top_k)
+        out = self.experts(Dispatch.apply(flat, token, row), ends.int()).index_select(0, row)  # (N * k, dim)
+        if top_k > 1 or not self.config.norm_topk_prob:  # the weight of a single expert was rescaled to 1
+            out = (out.view(-1, top_k, out.size(1)) * weight.unsqueeze(-1).to(out.dtype)).sum(dim=1)  # (N, dim)
         if self.config.n_shared_experts:
             out = out + self.shared_expert(flat)
         return out.view_as(x), self.balance_loss(probs, choice, layout)

@@ -155,6 +155,27 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return Rotation.apply(x, cos, sin)
 
 
+class Dispatch(torch.autograd.Function):
+    """x (N, dim) -> the tokens at the rows of experts, (M, dim). The gradient is gathered, not scattered.
+
+    Args:
+        token: (M,) int64: whose row it is; any token where a row only fills up.
+        row: (N * k,) int64: the rows of each token. Others have no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(row)
+        ctx.copies = max(1, len(row) // max(1, len(x)))
+        return x.index_select(0, token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.index_select(0, *ctx.saved_tensors)
+        return grad if ctx.copies == 1 else grad.view(-1, ctx.copies, grad.size(1)).sum(dim=1), None, None
+
+
 class GroupedLinear(torch.autograd.Function):
     """See `grouped_linear`. The gradient of the weight comes in the layout of the weight, not of its transpose."""
 

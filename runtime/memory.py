@@ -179,8 +179,8 @@ def activations(
     if config.use_moe:
         visits = config.n_experts_per_tok + 8 * config.n_experts / tokens  # rows of an expert are filled up to 16
         inner = (visits * config.moe_hidden_dim + config.n_shared_experts * config.moe_hidden_dim) / tp
-        # The rows sorted by expert, the results in the order of the tokens twice, and the router's float32 input.
-        mlp = 4 * c * inner + c * dim * (visits + 2 * config.n_experts_per_tok) + (0 if c == FLOAT else FLOAT * dim)
+        # The rows sorted by expert, the results in the order of the tokens, and the router's float32 input.
+        mlp = 4 * c * inner + c * dim * (visits + config.n_experts_per_tok) + (0 if c == FLOAT else FLOAT * dim)
     else:
         inner = config.hidden_dim / tp
         mlp = 4 * c * inner
