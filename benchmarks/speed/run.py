@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("training", "experts", "head_memory", "generation", "processes", "loading", "time_to_loss")
+PARTS = ("training", "experts", "head_memory", "generation", "processes", "loading", "time_to_loss", "shares")
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns that each variant takes")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn, of 16 rows each")
     parser.add_argument("--large", action="store_true", help="training: also 768 x 8 with a vocabulary of 32k")
-    parser.add_argument("--compile", action="store_true", help="training: also with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="training, shares: also with torch.compile")
     parser.add_argument("--start_rows", type=int, default=1_000_000, help="loading: rows of the start")
     parser.add_argument("--few_rows", type=int, default=1000, help="loading: rows of the short epoch")
     parser.add_argument("--loss_rows", type=int, default=800, help="time_to_loss: rows of the epoch")

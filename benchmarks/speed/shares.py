@@ -1,0 +1,93 @@
+"""Where the time goes, in the steps that the other parts compare: the profile behind the distance to a limit.
+
+Shares of the time that operations themselves take, by what they do. Beside them the rate of the products of a training
+step, each alone and repeated, so that its factors lie in the cache: with anything else for nothing, a step could reach
+that share of the best product and no more.
+"""
+
+import torch
+from common import autocast, dtypes, figure, matrix_peak, model_of, samples_of, seconds_of, supervised
+from experts import SHAPE
+from torch.profiler import ProfilerActivity, profile
+from training import ROWS, Loop, ours
+
+from model.few_rows import FewRows, suits
+from model.sampling import KVCache
+from runtime import parallel
+
+KINDS = {  # the first that an operation's name contains
+    "attention": ("scaled_dot_product", "flash_attention", "BlockwiseAttention", "bmm", "_softmax", "exp2"),
+    "matrix products": ("aten::mm", "aten::addmm", "_grouped_mm"),
+    "optimizer": ("adamw",),
+    "fused passes": ("CompiledFxGraph",),
+}
+
+
+def shares(what: str, work, device: torch.device) -> list[dict]:
+    """Lines with the share of each kind of operation in some work."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as record:
+        work()
+    spent = dict.fromkeys([*KINDS, "other passes over memory, calls"], 0.0)
+    for event in record.key_averages():
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        spent[next((kind for kind, names in KINDS.items() if any(n in event.key for n in names)), [*spent][-1])] += own
+    total = sum(spent.values())
+    return [figure(f"{what}: share of {kind}", own / total) for kind, own in spent.items() if own]
+
+
+def products_alone(config, tokens: int, targets: int, dtype: str, device: torch.device) -> float:
+    """FLOP/s of the products of a training step, forward and backward, each alone and warm."""
+    kind, seconds, flops = getattr(torch, dtype), 0.0, 0.0
+    heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    sizes = ((config.dim, heads, 1), (config.dim, kv, 2), (heads, config.dim, 1),
+             (config.dim, config.hidden_dim, 2), (config.hidden_dim, config.dim, 1))  # fmt: skip
+    shapes = [(tokens, width, out, config.n_layers * times) for width, out, times in sizes]
+    shapes.append((targets, config.dim, config.vocab_size, 1))
+    for rows, width, out, times in shapes:
+        x, w, g = (torch.randn(*size, device=device).to(kind) for size in ((rows, width), (out, width), (rows, out)))
+        for product in (lambda x=x, w=w: x @ w.T, lambda g=g, w=w: g @ w, lambda g=g, x=x: g.T @ x):
+            seconds += times * sorted(seconds_of(product, device) for _ in range(9))[4]
+            flops += times * 2 * rows * width * out
+    return flops / seconds
+
+
+def measure(args) -> list[dict]:
+    device, samples = torch.device(args.device), samples_of(args.data_path, 768)
+    fast, lines = dtypes(device)[-1], []
+    moe = {"use_moe": True, "n_experts": 4, "n_experts_per_tok": 1}
+    models = {"SFT step": {}, "SFT step, compiled": {}, "SFT step, MoE": moe}
+    if not args.compile:
+        del models["SFT step, compiled"]
+    rows = samples[: 4 * ROWS]
+    for what, options in models.items():
+        model = model_of(device, **SHAPE, **options)
+        if "compiled" in what:
+            parallel.compile_blocks(model)
+        loop = Loop(model, device, fast, ours)
+        loop(rows)
+        lines += shares(f"{what}, {fast}", lambda loop=loop: loop(rows), device)
+    tokens, targets = sum(len(X) for X, _, _ in rows) // 4, supervised(rows) // 4
+    config = model_of(torch.device("cpu"), **SHAPE).config
+    alone = products_alone(config, tokens, targets, fast, device) / matrix_peak(device, fast, tokens, config)
+    lines.append(figure(f"SFT step, {fast}: products alone / matrix-product peak", alone))
+    return lines + [line for kind in dtypes(device) for line in decoding(kind, device)]
+
+
+@torch.no_grad()
+def decoding(dtype: str, device: torch.device) -> list[dict]:
+    """Steps of generation: 64 rows that hold 200 tokens on average."""
+    model = model_of(device, **SHAPE).eval()
+    cache = KVCache(model.config, 64, 400, device, getattr(torch, dtype))
+    token, lens = torch.arange(64, device=device), torch.linspace(330, 70, 64).long()
+
+    def steps() -> None:
+        for _ in range(20):
+            cache.lengths[:] = lens
+            step(token)
+
+    with autocast(device, dtype):
+        few = FewRows(model, cache) if suits(model, cache.kv.dtype) else None
+        step = few or (lambda token: model(token.unsqueeze(1), cache=cache))
+        steps()
+        return shares(f"generation, a token of 64 rows, {dtype}", steps, device)
