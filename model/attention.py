@@ -25,19 +25,15 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Ten
     Each document is worked on apart: no work outside its own triangle, no mask, and no document that depends on its
     neighbours.
     """
-    lens = [n for n in doc_lens.tolist() if n]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return BlockwiseAttention.apply(q, k, v, tuple(lens))
-    return one_by_one(q, k, v, lens)
+        return BlockwiseAttention.apply(q, k, v, tuple(n for n in doc_lens.tolist() if n))
+    return one_by_one(q, k, v, doc_lens)
 
 
 @uncompiled
-def prompt_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
-    """`document_attention` without a backward pass."""
-    return one_by_one(q, k, v, [n for n in doc_lens.tolist() if n])
-
-
-def one_by_one(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
+    """`document_attention` as a call of torch's own per document: the fastest where no backward pass follows."""
+    lens = [n for n in doc_lens.tolist() if n]
     docs = zip(q.split(lens, 2), k.split(lens, 2), v.split(lens, 2), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in docs], dim=2)
 
@@ -118,21 +114,24 @@ class Places(NamedTuple):
     sources: Tensor  # which (token, head) of a row stands at each place of documents apart
     targets: Tensor  # the place of each (token, head)
     fillers: Tensor  # the places that only fill up a document
+    counts: dict[int, int]  # documents of each length, filled up, in the order in which they stand
 
 
 @functools.lru_cache(maxsize=4)  # the same for all layers of a model
 def places(lens: tuple[int, ...], heads: int) -> Places:
     sources, targets, fillers, first = [], [None] * len(lens), [], 0
     head, begins = torch.arange(heads), [0, *itertools.accumulate(lens)]
-    for number in sorted(range(len(lens)), key=lambda number: round_up(lens[number], STEP)):
-        n, length = lens[number], round_up(lens[number], STEP)
+    order = sorted((round_up(n, STEP), number) for number, n in enumerate(lens))
+    for length, number in order:
+        n = lens[number]
         token = torch.arange(length)
         place = first + head.unsqueeze(1) * length + token  # (heads, length)
         sources.append(((begins[number] + token.clamp_max(n - 1)) * heads + head.unsqueeze(1)).flatten())
         targets[number] = place[:, :n].T.flatten()
         fillers.append(place[:, n:].flatten())
         first += heads * length
-    return Places(torch.cat(sources), torch.cat(targets), torch.cat(fillers))
+    counts = collections.Counter(length for length, _ in order)
+    return Places(torch.cat(sources), torch.cat(targets), torch.cat(fillers), counts)
 
 
 def pack(x: Tensor, lens: tuple[int, ...]) -> Tensor:
@@ -147,6 +146,6 @@ def unpack(packed: Tensor, lens: tuple[int, ...], heads: int) -> Tensor:
 
 def apart(packed: Tensor, lens: tuple[int, ...], heads: int) -> list[Tensor]:
     """The documents, those of one length together, (docs * H, P, D) each, as views."""
-    counts = collections.Counter(sorted(round_up(n, STEP) for n in lens))
+    counts = places(lens, heads).counts
     docs = packed.split([count * heads * length for length, count in counts.items()])
     return [doc.view(-1, length, packed.size(1)) for doc, length in zip(docs, counts, strict=True)]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops import Linear
+from model.ops import Linear, rotate
 
 GROUP = 16  # rows that attend together, up to the longest of them
 MOST = 2**30  # bytes of weights: of more there should be no second copy
@@ -70,29 +70,25 @@ class FewRows:
         place = (torch.arange(2 * R * KV) * capacity).view(2, R, KV) + cache.lengths.unsqueeze(1)
         place = place.transpose(0, 1).flatten()  # of the new key and value of each row, among all of a layer
         cache.lengths += 1
-        held, sizes, masks = [], [len(part) for part in cache.lengths.split(GROUP)], []
-        for rows, lens in zip(torch.arange(R).split(sizes), cache.lengths.split(sizes), strict=True):
+        groups = []
+        for rows, lens in zip(cache.kv.split(GROUP, dim=2), cache.lengths.split(GROUP), strict=True):
             most = int(lens.max())
             hidden, mask = torch.arange(most) >= lens.view(-1, 1, 1, 1), None
             if hidden.any():
                 mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -math.inf)
-            masks.append(mask)
-            held.append(cache.kv[:, :, rows[0] : rows[-1] + 1, :, :most].flatten(0, 1).unbind(0))
+            groups.append((rows[..., :most, :].flatten(0, 1).unbind(0), mask))
 
         x = self.embedding[token].T.float().contiguous()  # (dim, R)
         for layer, (qkv, gains, out, gate_up, down) in enumerate(self.layers):
             heads = (qkv @ (x * self.scale(x, 0)).to(self.dtype)).view(H + 2 * KV, D, R).float()
-            turned, qk = heads.clone(), heads[: H + KV]
-            qk.mul_(self.scale(qk, 1)).mul_(gains)
-            (a, b), (left, right) = qk.chunk(2, dim=1), turned[: H + KV].chunk(2, dim=1)
-            torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
-            torch.mul(b, cos, out=right).addcmul_(a, sin)
-            heads = torch.empty(R, H + 2 * KV, D, dtype=self.dtype).copy_(turned.permute(2, 0, 1))
+            qk = heads[: H + KV]
+            qk.copy_(rotate(qk.mul_(self.scale(qk, 1)).mul_(gains), cos, sin, dim=1))
+            heads = torch.empty(R, H + 2 * KV, D, dtype=self.dtype).copy_(heads.permute(2, 0, 1))
             cache.kv[layer].view(-1, D).index_copy_(0, place, heads[:, H:].reshape(-1, D))
-            parts = heads[:, :H].unflatten(1, (KV, -1)).split(sizes)  # a group of heads as queries of one head
+            queries = heads[:, :H].unflatten(1, (KV, -1)).split(GROUP)  # a group of heads as queries of one head
             parts = [
-                F.scaled_dot_product_attention(q, part[2 * layer], part[2 * layer + 1], mask)
-                for q, part, mask in zip(parts, held, masks, strict=True)
+                F.scaled_dot_product_attention(q, held[2 * layer], held[2 * layer + 1], mask)
+                for q, (held, mask) in zip(queries, groups, strict=True)
             ]
             x += out @ torch.cat(parts).view(R, H * D).T
             gate, up = (gate_up @ (x * self.scale(x, 0)).to(self.dtype)).chunk(2)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import document_attention, prompt_attention
+from model.attention import document_attention, one_by_one
 from model.ops import (
     Dispatch,
     Linear,
@@ -294,7 +294,7 @@ class MiniMindLM(nn.Module):
     def __init__(self, config: LMConfig, gradient_checkpointing: int = 0):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = gradient_checkpointing  # the level of `recomputed`, for memory; 0: not
+        self.gradient_checkpointing = gradient_checkpointing  # the level of `recomputed`, for memory
         self.context = None  # runtime/context_parallel.py sets it where processes share a row
         self.model = Decoder(config)
         self.lm_head = Head(config.dim, config.vocab_size, bias=False)
@@ -335,10 +335,7 @@ class MiniMindLM(nn.Module):
         x = self.model.embed_tokens(input_ids)  # (B, T, dim)
         aux_losses = []
         for block in self.model.layers:
-            if self.gradient_checkpointing and self.training:
-                x, aux_loss = recomputed(self.gradient_checkpointing, block, x, layout)
-            else:
-                x, aux_loss = block(x, layout)
+            x, aux_loss = recomputed(self.gradient_checkpointing, block, x, layout)
             aux_losses.append(aux_loss)
         x = x[:, :T]
         if logits_at is not None:
@@ -397,7 +394,7 @@ class MiniMindLM(nn.Module):
                 doc_of = doc_of.where(attention_mask.flatten().bool(), len(lens) - 1)
         frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
         angle = position[:, None, :, None].float() * frequency  # (B, 1, T, D / 2)
-        attend = document_attention if cache is None else prompt_attention
+        attend = document_attention if cache is None else one_by_one  # no backward pass
         attend = None if doc_lens is None else attend if self.context is None else self.context.attend
         return Layout(angle.cos(), angle.sin(), lens, attend, mask, doc_of, cache, places, self.context)
 

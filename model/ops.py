@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 CHUNK = 2**24  # logits that exist at once, 64 MiB in float32, but for
 LEAST = 64  # tokens at least: fewer would not be worth a pass over the weights
-SLOW = ("mm", "_grouped_mm", *(f"_scaled_dot_product_{kind}" for kind in (
-    "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")))  # fmt: skip
+SLOW = [getattr(torch.ops.aten, name).default for name in (
+    "mm", "_grouped_mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")]  # fmt: skip
 BLOCK = 2**19  # numbers in float32, 2 MiB, that a core of a CPU keeps in its cache from one pass over them to the next
 
 
@@ -28,15 +29,16 @@ def uncompiled(function: Callable) -> Callable:
 
 
 def recomputed(level: int, block: nn.Module, *args) -> tuple[Tensor, ...]:
-    """block(*args), whose activations are computed anew in the backward pass instead of being kept for it.
+    """block(*args). In training some activations are computed anew in the backward pass instead of being kept for it.
 
     Args:
-        level: 1: all of them, from the input on; 2: all but the results of what takes long, SLOW.
+        level: 0: none; 1: all of them, from the input on; 2: all but the results of what takes long, SLOW.
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016); Korthikanti et al., Reducing Activation
     Recomputation in Large Transformer Models (2022), section 5.
     """
-    kept = [getattr(torch.ops.aten, name).default for name in SLOW]
-    selective = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)} if level == 2 else {}
+    if not level or not block.training:
+        return block(*args)
+    selective = {"context_fn": functools.partial(create_selective_checkpoint_contexts, SLOW)} if level == 2 else {}
     return checkpoint(block, *args, use_reentrant=False, **selective)
 
 
@@ -135,9 +137,9 @@ class Rotation(torch.autograd.Function):
         return rotate(grad, cos, -sin), None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    (a, b), out = x.chunk(2, dim=-1), torch.empty_like(x)
-    left, right = out.chunk(2, dim=-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, dim: int = -1) -> Tensor:
+    (a, b), out = x.chunk(2, dim), torch.empty_like(x)
+    left, right = out.chunk(2, dim)
     torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=right).addcmul_(a, sin)
     return out

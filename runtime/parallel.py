@@ -190,7 +190,7 @@ def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: in
     """--compile, or where it is not given: 1 where compiling takes less time than it saves in the run; says so then.
 
     A function of flags, data and the kind of machine, not of a clock: a run that goes on computes as it did before.
-    Wins were measured for dense models on CPUs that multiply bfloat16: a step takes three quarters of its time.
+    Wins were measured for dense models on CPUs that multiply bfloat16: a step takes 0.79 to 0.85 of its time.
     """
     if args.compile is not None:
         return args.compile

@@ -175,10 +175,7 @@ class Stage(nn.Module):
         aux_loss = received[1] if len(received) > 1 else x.new_zeros((), dtype=torch.float32)
         for index in self.layers:
             block = model.model.layers[index]
-            if model.gradient_checkpointing and model.training:
-                x, own_loss = recomputed(model.gradient_checkpointing, block, x, layout)
-            else:
-                x, own_loss = block(x, layout)
+            x, own_loss = recomputed(model.gradient_checkpointing, block, x, layout)
             aux_loss = aux_loss + own_loss
         return x, aux_loss
 

@@ -48,6 +48,11 @@ def seconds_of(work: Callable, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def warm_seconds(work: Callable, device: torch.device) -> float:
+    """Seconds of some work that has been done before, the median of ten times."""
+    return statistics.median([seconds_of(work, device) for _ in range(12)][2:])
+
+
 def in_turn(variants: dict[str, Callable], turns: Iterable) -> dict[str, list[float]]:
     """What each variant makes of each turn: one after the other, so that a slow minute meets all of them."""
     results: dict[str, list[float]] = {name: [] for name in variants}
@@ -102,8 +107,7 @@ def matrix_peak(device: torch.device, dtype: str, tokens: int, config: LMConfig)
               (config.hidden_dim, tokens, config.dim), (tokens, config.dim, config.dim))  # fmt: skip
     for m, k, n in shapes:
         a, b = torch.randn(m, k, device=device).to(kind), torch.randn(n, k, device=device).to(kind)
-        times = [seconds_of(lambda a=a, b=b: a @ b.T, device) for _ in range(12)]
-        best = max(best, 2 * m * k * n / statistics.median(times[2:]))
+        best = max(best, 2 * m * k * n / warm_seconds(lambda a=a, b=b: a @ b.T, device))
     return best
 
 

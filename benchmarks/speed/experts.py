@@ -5,6 +5,7 @@ from common import dtypes, figure, in_turn, model_of, ratio, samples_of
 from training import ROWS, Loop, ours
 
 SHAPE = {"dim": 512, "n_layers": 8, "vocab_size": 6400, "max_seq_len": 768}
+MOE = {"use_moe": True, "n_experts": 4, "n_experts_per_tok": 1}  # each as wide as the whole dense MLP, by default
 WARM = 8 * ROWS  # rows to train on before the clock runs
 
 
@@ -12,8 +13,7 @@ def measure(args) -> list[dict]:
     device, samples, lines = torch.device(args.device), samples_of(args.data_path, 768), []
     for kind in dtypes(device):
         dense = model_of(device, **SHAPE)
-        width = dense.config.hidden_dim  # one expert of four is as wide as the whole dense MLP
-        moe = model_of(device, **SHAPE, use_moe=True, n_experts=4, n_experts_per_tok=1, moe_hidden_dim=width)
+        moe = model_of(device, **SHAPE, **MOE)
         loops = {"dense": Loop(dense, device, kind, ours), "MoE": Loop(moe, device, kind, ours)}
         for loop in loops.values():
             loop(samples[:WARM])  # a CPU prepares each new number of rows of an expert, the first time for milliseconds

@@ -6,8 +6,8 @@ that share of the best product and no more.
 """
 
 import torch
-from common import autocast, dtypes, figure, matrix_peak, model_of, samples_of, seconds_of, supervised
-from experts import SHAPE
+from common import autocast, dtypes, figure, matrix_peak, model_of, samples_of, supervised, warm_seconds
+from experts import MOE, SHAPE
 from torch.profiler import ProfilerActivity, profile
 from training import ROWS, Loop, ours
 
@@ -20,7 +20,9 @@ KINDS = {  # the first that an operation's name contains
     "matrix products": ("aten::mm", "aten::addmm", "_grouped_mm"),
     "optimizer": ("adamw",),
     "fused passes": ("CompiledFxGraph",),
+    "other passes over memory, calls": ("",),
 }
+STEPS = 4  # whose rows are trained on
 
 
 def shares(what: str, work, device: torch.device) -> list[dict]:
@@ -28,10 +30,10 @@ def shares(what: str, work, device: torch.device) -> list[dict]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as record:
         work()
-    spent = dict.fromkeys([*KINDS, "other passes over memory, calls"], 0.0)
+    spent = dict.fromkeys(KINDS, 0.0)
     for event in record.key_averages():
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        spent[next((kind for kind, names in KINDS.items() if any(n in event.key for n in names)), [*spent][-1])] += own
+        spent[next(kind for kind, names in KINDS.items() if any(name in event.key for name in names))] += own
     total = sum(spent.values())
     return [figure(f"{what}: share of {kind}", own / total) for kind, own in spent.items() if own]
 
@@ -47,7 +49,7 @@ def products_alone(config, tokens: int, targets: int, dtype: str, device: torch.
     for rows, width, out, times in shapes:
         x, w, g = (torch.randn(*size, device=device).to(kind) for size in ((rows, width), (out, width), (rows, out)))
         for product in (lambda x=x, w=w: x @ w.T, lambda g=g, w=w: g @ w, lambda g=g, x=x: g.T @ x):
-            seconds += times * sorted(seconds_of(product, device) for _ in range(9))[4]
+            seconds += times * warm_seconds(product, device)
             flops += times * 2 * rows * width * out
     return flops / seconds
 
@@ -55,11 +57,10 @@ def products_alone(config, tokens: int, targets: int, dtype: str, device: torch.
 def measure(args) -> list[dict]:
     device, samples = torch.device(args.device), samples_of(args.data_path, 768)
     fast, lines = dtypes(device)[-1], []
-    moe = {"use_moe": True, "n_experts": 4, "n_experts_per_tok": 1}
-    models = {"SFT step": {}, "SFT step, compiled": {}, "SFT step, MoE": moe}
+    models = {"SFT step": {}, "SFT step, compiled": {}, "SFT step, MoE": MOE}
     if not args.compile:
         del models["SFT step, compiled"]
-    rows = samples[: 4 * ROWS]
+    rows = samples[: STEPS * ROWS]
     for what, options in models.items():
         model = model_of(device, **SHAPE, **options)
         if "compiled" in what:
@@ -67,7 +68,7 @@ def measure(args) -> list[dict]:
         loop = Loop(model, device, fast, ours)
         loop(rows)
         lines += shares(f"{what}, {fast}", lambda loop=loop: loop(rows), device)
-    tokens, targets = sum(len(X) for X, _, _ in rows) // 4, supervised(rows) // 4
+    tokens, targets = sum(len(X) for X, _, _ in rows) // STEPS, supervised(rows) // STEPS
     config = model_of(torch.device("cpu"), **SHAPE).config
     alone = products_alone(config, tokens, targets, fast, device) / matrix_peak(device, fast, tokens, config)
     lines.append(figure(f"SFT step, {fast}: products alone / matrix-product peak", alone))
