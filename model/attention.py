@@ -18,24 +18,62 @@ BLOCK = 256  # queries whose scores exist at once; a block of the next ones sees
 LOG2_E = math.log2(math.e)  # exp(x) = exp2(x * LOG2_E), which a CPU computes in half the time
 
 
-@uncompiled  # lengths change all the time
-def document_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
+class Documents(NamedTuple):
+    """The documents of a packed row, padding behind them being the last one."""
+
+    lens: Tensor  # (docs + 1,) int64 on the CPU: how long they are
+    begins: Tensor | None = None  # (docs + 2,) int32 on a GPU: where they begin, and the last one ends; elsewhere None
+    longest: int = 0
+    flash: bool = False  # whether the GPU has that kernel
+
+
+def documents(lens: Tensor, device: torch.device) -> Documents:
+    """Documents of such lengths (docs + 1,), on the device of a model."""
+    if device.type != "cuda":
+        return Documents(lens)
+    begins = F.pad(lens.cumsum(0), (1, 0)).int().to(device, non_blocking=True)
+    return Documents(lens, begins, int(lens.max()), torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
     """Causal attention inside each document of a packed row: q (1, H, N, D), k and v (1, H_kv, N, D) -> (1, H, N, D).
 
-    Each document is worked on apart: no work outside its own triangle, no mask, and no document that depends on its
-    neighbours.
+    No work outside a document's own triangle, no mask, and no document that depends on its neighbours.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return BlockwiseAttention.apply(q, k, v, tuple(n for n in doc_lens.tolist() if n))
-    return one_by_one(q, k, v, doc_lens)
+    return on_cpu(q, k, v, docs.lens) if docs.begins is None else in_one_call(q, k, v, docs)
+
+
+def prompt_attention(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+    """`document_attention` where no backward pass follows."""
+    return one_by_one(q, k, v, docs.lens) if docs.begins is None else in_one_call(q, k, v, docs)
+
+
+@uncompiled  # lengths change all the time
+def on_cpu(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> Tensor:
+    if q.dtype == torch.bfloat16:
+        return BlockwiseAttention.apply(q, k, v, tuple(n for n in lens.tolist() if n))
+    return one_by_one(q, k, v, lens)
 
 
 @uncompiled
-def one_by_one(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor) -> Tensor:
-    """`document_attention` as a call of torch's own per document: the fastest where no backward pass follows."""
-    lens = [n for n in doc_lens.tolist() if n]
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> Tensor:
+    """A call of torch's own per document."""
+    lens = [n for n in lens.tolist() if n]
     docs = zip(q.split(lens, 2), k.split(lens, 2), v.split(lens, 2), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in docs], dim=2)
+
+
+def in_one_call(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+    """On a GPU: a kernel that is told where the documents begin, and works on all of them."""
+    where = (docs.begins, docs.begins, docs.longest, docs.longest)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (1, N, H, D)
+    if q.dtype != torch.float32 and q.size(3) % 8 == 0 and q.size(3) <= 256 and docs.flash:
+        out = torch.ops.aten._flash_attention_forward(q[0], k[0], v[0], *where, 0.0, True, False)[0].unsqueeze(0)
+    else:  # another kernel, half as fast, which needs keys and values for each head
+        k, v = (t.repeat_interleave(q.size(2) // k.size(2), dim=2) for t in (k, v))
+        causal, for_backward = 1, torch.is_grad_enabled()
+        out = torch.ops.aten._efficient_attention_forward(q, k, v, None, *where, 0.0, causal, for_backward)[0]
+    return out.transpose(1, 2)
 
 
 class BlockwiseAttention(torch.autograd.Function):

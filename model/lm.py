@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import document_attention, one_by_one
+from model.attention import Documents, document_attention, documents, prompt_attention
 from model.ops import (
     Dispatch,
     Linear,
@@ -106,9 +106,9 @@ class LMOutput(NamedTuple):  # a tuple: DDP, FSDP and DeepSpeed look for tensors
 class Layout:
     """What one forward pass says about its tokens; the same for all layers."""
 
-    cos: Tensor  # (B, 1, T, head_dim / 2) float32, from the position of each token in its document
+    cos: Tensor  # (B, T, 1, head_dim / 2) float32, from the position of each token in its document
     sin: Tensor
-    doc_lens: Tensor  # (docs + 1,) int64 on the CPU: lengths of the documents, and of the padding behind them
+    docs: Documents  # of a packed row, or a row each
     attend: Callable | None  # their attention where they stand one behind the other in one row; None: each has a row
     mask: Tensor | None  # (B, 1, T, S) bool: which keys a query sees; None: plain causal attention
     doc_of: Tensor | None  # (B * T,) int64: the document of each token, docs for padding; only where MoE trains
@@ -146,20 +146,19 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, H_kv, T, D)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        q, k = self.q_norm(self.q_proj(x).view(heads)), self.k_norm(self.k_proj(x).view(heads))
         q, k = apply_rope(q, layout.cos, layout.sin), apply_rope(k, layout.cos, layout.sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, self.v_proj(x).view(heads)))  # (B, H, T, D), k, v (B, H_kv, T, D)
         if layout.cache is not None:
             layout.cache.write(self.index, k, v, *layout.places)
             k, v = (k, v) if layout.attend is not None else layout.cache.read(self.index)
         if layout.attend is not None:
-            out = layout.attend(q, k, v, layout.doc_lens)
+            out = layout.attend(q, k, v, layout.docs)
         else:  # a new token sees every key: not causal in the sense of the kernel, which aligns at the first key
             causal = layout.mask is None and T > 1
             q = q.view(B, k.size(1), -1, self.head_dim) if T == 1 else q  # a group of heads as queries of one head
             out = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=causal, enable_gqa=T > 1)
-            out = out.view(B, -1, T, self.head_dim)
+            out = out.reshape(B, -1, T, self.head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -236,7 +235,8 @@ class MoE(nn.Module):
         if x.device.type == "cpu":
             n_rows = int(ends[-1])
         else:  # a shape that is known beforehand: a GPU would have to be waited for
-            ends[-1] = n_rows = round_up(n_rows + n_experts * (block - 1), block)
+            n_rows = round_up(n_rows + n_experts * (block - 1), block)
+            ends[-1:].fill_(n_rows)
         token = row.new_zeros(n_rows).index_copy_(0, row, torch.arange(len(row), device=row.device) // top_k)
         out = self.experts(Dispatch.apply(flat, token, row), ends.int()).index_select(0, row)  # (N * k, dim)
         if top_k > 1 or not self.config.norm_topk_prob:  # the weight of a single expert was rescaled to 1
@@ -250,7 +250,7 @@ class MoE(nn.Module):
             return probs.new_zeros(())
 
         def per_document(values: Tensor) -> Tensor:  # (N, E) -> sums (docs, E), padding left out
-            return values.new_zeros(len(layout.doc_lens), values.size(1)).index_add(0, layout.doc_of, values)[:-1]
+            return values.new_zeros(len(layout.docs.lens), values.size(1)).index_add(0, layout.doc_of, values)[:-1]
 
         tokens = per_document(torch.ones_like(probs[:, :1]))  # (docs, 1)
         chosen = per_document(F.one_hot(choice, probs.size(1)).sum(dim=1).float()) / choice.size(1)
@@ -313,6 +313,7 @@ class MiniMindLM(nn.Module):
         logits_at: Tensor | None = None,
         cache: KVCache | None = None,
         targets: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> LMOutput:
         """Next-token logits, or the loss without them.
 
@@ -324,6 +325,7 @@ class MiniMindLM(nn.Module):
             cache: keys and values of the tokens before input_ids, row by row; is extended. Documents of a packed row
                 are prompts: each goes to rows of its own, see `KVCache.filled`.
             targets: (K,) int64, the tokens that follow at logits_at.
+            layout: what else would be worked out from attention_mask, doc_lens and cache.
 
         Raises:
             ValueError: a document or context longer than max_seq_len; a token id outside the vocabulary.
@@ -331,7 +333,7 @@ class MiniMindLM(nn.Module):
         T = input_ids.size(1)
         if doc_lens is not None and self.context is None:
             input_ids = F.pad(input_ids, (0, round_up(T, length_step(T, self.model.embed_tokens.weight)) - T))
-        layout = self.layout(input_ids, attention_mask, doc_lens, cache)
+        layout = layout or self.layout(input_ids, attention_mask, doc_lens, cache)
         x = self.model.embed_tokens(input_ids)  # (B, T, dim)
         aux_losses = []
         for block in self.model.layers:
@@ -386,17 +388,35 @@ class MiniMindLM(nn.Module):
                     hidden = torch.arange(held + T) > position.view(B, 1, T, 1)
                     mask = torch.zeros(hidden.shape, dtype=cache.kv.dtype).masked_fill_(hidden, -math.inf).to(device)
                 cache.lengths += T
+                cache.longest = held + T
             places = rows.to(device), position.flatten()[: rows.size(-1)].to(device)
-        position = position.to(device)
         if config.use_moe and cache is None:
             doc_of = torch.arange(len(lens)).repeat_interleave(lens)[part].to(device)
             if attention_mask is not None:
                 doc_of = doc_of.where(attention_mask.flatten().bool(), len(lens) - 1)
-        frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
-        angle = position[:, None, :, None].float() * frequency  # (B, 1, T, D / 2)
-        attend = document_attention if cache is None else one_by_one  # no backward pass
-        attend = None if doc_lens is None else attend if self.context is None else self.context.attend
-        return Layout(angle.cos(), angle.sin(), lens, attend, mask, doc_of, cache, places, self.context)
+        docs, attend = Documents(lens), None
+        if doc_lens is not None:
+            docs, attend = documents(lens, device), document_attention if cache is None else prompt_attention
+            attend = attend if self.context is None else self.context.attend
+        return Layout(*self.rotation(position.to(device)), docs, attend, mask, doc_of, cache, places, self.context)
+
+    def layout_of_step(self, held: Tensor, cache: KVCache) -> Layout:
+        """The layout for one more token in each row of a cache, from the tokens (R,) that each holds.
+
+        Nothing is read on the host: a pass with it can be recorded.
+        """
+        place = torch.arange(cache.longest, device=held.device)
+        hidden = place > held.view(-1, 1, 1, 1)
+        mask = torch.zeros(hidden.shape, dtype=cache.kv.dtype, device=held.device).masked_fill_(hidden, -math.inf)
+        rows = torch.arange(len(held), device=held.device)
+        return Layout(*self.rotation(held.unsqueeze(1)), None, None, mask, None, cache, (rows, held), None)
+
+    def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """position (B, T) -> cosine and sine of the angles of its pairs, (B, T, 1, head_dim / 2) float32."""
+        size = self.config.head_dim
+        frequency = 1.0 / self.config.rope_theta ** (torch.arange(0, size, 2, device=position.device) / size)
+        angle = position[:, :, None, None].float() * frequency
+        return angle.cos(), angle.sin()
 
     def stream(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int = 512,

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-CHUNK = 2**24  # logits that exist at once, 64 MiB in float32, but for
+CHUNK = {"cpu": 16 * 2**20, "cuda": 20 * 2**20}  # logits that exist at once, 64 or 80 MiB in float32, but for
 LEAST = 64  # tokens at least: fewer would not be worth a pass over the weights
 SLOW = [getattr(torch.ops.aten, name).default for name in (
-    "mm", "_grouped_mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    "mm", "_grouped_mm", "_flash_attention_forward", "_efficient_attention_forward",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")]  # fmt: skip
 BLOCK = 2**19  # numbers in float32, 2 MiB, that a core of a CPU keeps in its cache from one pass over them to the next
 
@@ -201,13 +202,15 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (M, N) float32 += a.T @ b; a (K, M), b (K, N). In another dtype some rows at a time: cast, then added."""
+    """total (M, N) float32 += a.T @ b; a (K, M), b (K, N). On a CPU in another dtype some rows at a time, then cast."""
     if a.dtype == torch.float32:
         total.addmm_(a.T, b)
-        return
-    rows = max(1, 8 * BLOCK // b.size(1))
-    for part, columns in zip(total.split(rows), a.split(rows, dim=1), strict=True):
-        part += columns.T @ b
+    elif a.device.type == "cuda":
+        torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
+    else:
+        rows = max(1, 8 * BLOCK // b.size(1))
+        for part, columns in zip(total.split(rows), a.split(rows, dim=1), strict=True):
+            part += columns.T @ b
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -215,7 +218,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
-        head, rows = weight.to(x.dtype), max(LEAST, CHUNK // len(weight))
+        head, rows = weight.to(x.dtype), max(LEAST, CHUNK[x.device.type] // len(weight))
         step = max(1, BLOCK // len(weight)) if x.device.type == "cpu" else rows
         loss = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if with_gradients else None
@@ -224,13 +227,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             part, target = x[at : at + rows], targets[at : at + rows].unsqueeze(1)
             chunk = part @ head.T  # logits, and then their gradient
             for block, right in zip(chunk.split(step), target.split(step), strict=True):
-                logits = block.float()
-                logits -= logits.amax(dim=1, keepdim=True)
-                at_target = logits.gather(1, right)
-                total = logits.exp_().sum(dim=1, keepdim=True)
-                loss += (total.log() - at_target).sum()
+                log_probs = block.log_softmax(dim=1, dtype=torch.float32)
+                at_target = log_probs.gather(1, right)
+                loss -= at_target.sum()
                 if grad_x is not None:
-                    block.copy_(logits.div_(total).scatter_add_(1, right, -torch.ones_like(at_target)))
+                    block.copy_(log_probs.exp_().scatter_add_(1, right, -torch.ones_like(at_target)))
             if grad_x is not None:
                 torch.mm(chunk, head, out=grad_x[at : at + rows])
             if grad_weight is not None:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from model.decode_graph import DecodeGraph
 from model.few_rows import FewRows, suits
 from model.ops import autocast_dtype
 
-PREFILL = 2048  # tokens of prompts in a pass: more would only outgrow the processor's own cache
+PREFILL = {"cpu": 2048, "cuda": 16384}  # tokens of prompts in a pass: more would only outgrow a CPU's own cache
 
 
 class KVCache:
@@ -19,6 +20,7 @@ class KVCache:
         shape = (config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens that each row holds, on the CPU
+        self.longest = 0  # places that a pass looks at: those of the longest row
         self.filled = torch.arange(rows).unsqueeze(0)  # (copies, documents): the rows that packed documents go to
 
     def write(self, layer: int, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor) -> None:
@@ -28,7 +30,7 @@ class KVCache:
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, (rows, n_kv_heads, longest row, head_dim) each."""
-        return self.kv[layer, :, :, :, : int(self.lengths.max())].unbind(0)
+        return self.kv[layer, :, :, :, : self.longest].unbind(0)
 
     def keep(self, rows: Tensor) -> None:
         """Forget all other rows."""
@@ -65,7 +67,7 @@ def complete(
     size = samples * min(batch_size, len(waiting))
     capacity = max((len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)), default=0)
     cache = KVCache(model.config, size, capacity, device, autocast_dtype(model.lm_head.weight))
-    few_rows = FewRows(model, cache) if suits(model, cache.kv.dtype) else None
+    step = next_step(model, cache)
     row, place, left = torch.zeros(3, size, dtype=torch.int64)  # what each seat works on, how far it is, what is left
     token, logits = torch.zeros(size, dtype=torch.int64, device=device), None
     while True:
@@ -73,10 +75,7 @@ def complete(
         going = left > 0
         if going.any():
             cache.lengths[~going] = 0
-            if few_rows is not None:
-                logits = few_rows(token)
-            else:
-                logits = model(token.unsqueeze(1), cache=cache).logits.squeeze(1).float()
+            logits = step(token)
 
         # 2. Prompts for the empty seats
         seats = (~going).nonzero().squeeze(1)
@@ -103,19 +102,30 @@ def complete(
         if end is not None:
             left[seats[(chosen == end).cpu()]] = 0
 
-        # 4. Seats that nobody will take are given up; a copy of the cache for each would cost more than it saves.
+        # 4. Seats that nobody will take are given up, where they cost time: not on a GPU. A copy of the cache for each
+        #    would cost more than it saves.
         seats = (left > 0).nonzero().squeeze(1)
-        if not waiting and len(seats) <= 0.75 * size:
+        if device.type == "cpu" and not waiting and len(seats) <= 0.75 * size:
             cache.keep(seats)
             row, place, left, token, size = row[seats], place[seats], left[seats], token[seats.to(device)], len(seats)
+
+
+def next_step(model, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """What makes token (R,) into the logits behind it, (R, vocab) float32, for the rows of a cache."""
+    if cache.kv.device.type == "cuda":
+        return DecodeGraph(model, cache)
+    if suits(model, cache.kv.dtype):
+        return FewRows(model, cache)
+    return lambda token: model(token.unsqueeze(1), cache=cache).logits.squeeze(1).float()
 
 
 def read_prompts(model, cache: KVCache, prompts: list[list[int]], rows: Tensor) -> Tensor:
     """Fill rows (copies, prompts) of the cache; returns the logits behind each prompt, (prompts, vocab)."""
     logits, begin, device = [], 0, model.lm_head.weight.device
+    most = PREFILL[device.type]
     while begin < len(prompts):
         end, tokens = begin, 0
-        while end < len(prompts) and (end == begin or tokens + len(prompts[end]) <= PREFILL):
+        while end < len(prompts) and (end == begin or tokens + len(prompts[end]) <= most):
             tokens += len(prompts[end])
             end += 1
         pack, lens = sum(prompts[begin:end], []), [len(ids) for ids in prompts[begin:end]]

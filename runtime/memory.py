@@ -192,7 +192,7 @@ def activations(
     if tp > 1:
         head += supervised * 3 * FLOAT * config.vocab_size / tp
     else:
-        chunk = min(supervised, max(LEAST, CHUNK // config.vocab_size)) * config.vocab_size
+        chunk = min(supervised, max(LEAST, CHUNK["cuda"] // config.vocab_size)) * config.vocab_size
         head += supervised * c * dim + FLOAT * config.vocab_size * dim + chunk * (FLOAT if c == FLOAT else FLOAT + c)
     if gradient_checkpointing:  # the input of every block and what is not computed anew; the rest of one block
         results *= tokens if gradient_checkpointing == 2 else 0

@@ -19,6 +19,7 @@ from running import ROOT, kill_all, run_ranks, run_script, start
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dataset import lm_dataset
+from model.lm import LMConfig, MiniMindLM
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
@@ -233,6 +234,20 @@ def tiny_flags() -> list[str]:
     """Flags of every stage script for a model that trains in a moment."""
     flags = "--dim 32 --n_layers 2 --n_heads 4 --n_kv_heads 2 --device cpu --num_workers 0"
     return flags.split()
+
+
+STAGE_SIZES = "--dim=32 --n_layers=1 --n_heads=4 --n_kv_heads=2 --max_seq_len=128"
+
+
+@pytest.fixture(scope="module")
+def start_weights(tmp_path_factory, tokenizer):
+    """An SFT model as the stages look for it: full_sft_32.pth in --out_dir."""
+    out = tmp_path_factory.mktemp("stages")
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 128}
+    model = MiniMindLM(LMConfig(vocab_size=len(tokenizer), **sizes))
+    torch.save(model.state_dict(), out / "full_sft_32.pth")
+    (out / "full_sft_32.json").write_text(model.config.to_json())
+    return out
 
 
 @pytest.fixture(autouse=True)

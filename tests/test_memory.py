@@ -162,12 +162,17 @@ def test_compiling_is_chosen_where_it_was_measured_to_win(monkeypatch):
         return parallel.choose_compile(model, dataset, Namespace(**run | changed), dtype, global_batch=8)
 
     operations = 6 * memory.parameter_count(LARGE) * 1000 * 200  # of the epoch: it is shorter than 200 full windows
-    assert operations > parallel.WORTH_COMPILING and chosen() == 1
+    assert operations > parallel.WORTH_COMPILING["cpu"] and chosen() == 1
     assert chosen(total_steps=20) == 0 and chosen(total_steps=20, compile=1) == 1 and chosen(compile=0) == 0
     assert chosen("float32") == chosen(strategy="zero3") == chosen(gradient_checkpointing=1) == 0
-    assert chosen(shape=LMConfig(use_moe=True, dim=1024)) == chosen(device=torch.device("cuda")) == 0
+    assert chosen(shape=LMConfig(use_moe=True, dim=1024)) == 0
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    gpu = {"device": torch.device("cuda"), "epochs": 200, "total_steps": 40_000}  # on which a run has to be longer
+    assert operations < parallel.WORTH_COMPILING["cuda"] < 200 * operations
+    assert chosen(**gpu) == chosen("float16", **gpu) == 1 and chosen(**gpu | {"epochs": 1}) == 0
+    assert chosen("float32", **gpu) == chosen("float16") == 0
     monkeypatch.setattr(parallel.shutil, "which", lambda name: None)
-    assert chosen() == 0
+    assert chosen() == chosen(**gpu) == 0
 
 
 def test_choose_strategy_knows_what_cannot_be_had():

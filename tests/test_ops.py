@@ -12,7 +12,7 @@ DIM, VOCAB = 32, 700
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(ops, "CHUNK", 8 * VOCAB)
+    monkeypatch.setitem(ops.CHUNK, "cpu", 8 * VOCAB)
     monkeypatch.setattr(ops, "LEAST", 4)
     monkeypatch.setattr(ops, "BLOCK", 3 * VOCAB)  # of a chunk's 8 rows; gradients of weights come in two pieces
 
@@ -119,7 +119,7 @@ def test_attention_in_bfloat16_and_its_gradients_are_near_those_in_float64(monke
     lens, kind = torch.tensor([70, 5, 0, 40, 1]), torch.bfloat16  # two are filled up to the same length
     q, k, v, upstream = (torch.randn(1, heads, 116, 16, generator=generator).to(kind) for heads in (6, 2, 2, 6))
     ours, exact = ([t.to(d, copy=True).requires_grad_() for t in (q, k, v)] for d in (kind, torch.float64))
-    out, expected = (attention.document_attention(*t, lens) for t in (ours, exact))
+    out, expected = (attention.document_attention(*t, attention.Documents(lens)) for t in (ours, exact))
     out.backward(upstream)
     expected.backward(upstream.double())
     pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]

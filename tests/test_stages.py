@@ -1,25 +1,12 @@
 """Every stage behind SFT as its docstring says: started on two processes with nothing but --ddp, on its demo data."""
 
 import pytest
-import torch
+from conftest import STAGE_SIZES
 from running import ROOT, run_ranks
 
-from model.lm import LMConfig, MiniMindLM
-
-TINY = "--dim=32 --n_layers=1 --n_heads=4 --n_kv_heads=2 --max_seq_len=128 --max_steps=2 --batch_size=2 --device=cpu"
+TINY = f"{STAGE_SIZES} --max_steps=2 --batch_size=2 --device=cpu"
 ROLLOUT = ["--max_new_tokens=8"]
 OWN = {"lora": [], "distillation": [], "reward": [], "dpo": [], "grpo": ROLLOUT, "ppo": ROLLOUT}
-
-
-@pytest.fixture(scope="module")
-def start_weights(tmp_path_factory, tokenizer):
-    """An SFT model as the stages look for it: full_sft_32.pth in --out_dir."""
-    out = tmp_path_factory.mktemp("stages")
-    sizes = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 128}
-    model = MiniMindLM(LMConfig(vocab_size=len(tokenizer), **sizes))
-    torch.save(model.state_dict(), out / "full_sft_32.pth")
-    (out / "full_sft_32.json").write_text(model.config.to_json())
-    return out
 
 
 @pytest.mark.parametrize("stage", OWN)

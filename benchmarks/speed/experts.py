@@ -2,22 +2,23 @@
 
 import torch
 from common import dtypes, figure, in_turn, model_of, ratio, samples_of
-from training import ROWS, Loop, ours
+from training import Loop, ours
 
 SHAPE = {"dim": 512, "n_layers": 8, "vocab_size": 6400, "max_seq_len": 768}
 MOE = {"use_moe": True, "n_experts": 4, "n_experts_per_tok": 1}  # each as wide as the whole dense MLP, by default
-WARM = 8 * ROWS  # rows to train on before the clock runs
+WARM = 8  # steps before the clock runs
 
 
 def measure(args) -> list[dict]:
-    device, samples, lines = torch.device(args.device), samples_of(args.data_path, 768), []
+    device, samples, lines, rows = torch.device(args.device), samples_of(args.data_path, 768), [], args.step_rows
+    steps = [samples[at : at + rows] for at in range(0, len(samples) - rows + 1, rows)]
+    warm, turns = steps[:WARM], steps[WARM : WARM + args.rounds + 2]
     for kind in dtypes(device):
         dense = model_of(device, **SHAPE)
         moe = model_of(device, **SHAPE, **MOE)
-        loops = {"dense": Loop(dense, device, kind, ours), "MoE": Loop(moe, device, kind, ours)}
+        loops = {"dense": Loop(dense, device, kind, ours, rows), "MoE": Loop(moe, device, kind, ours, rows)}
         for loop in loops.values():
-            loop(samples[:WARM])  # a CPU prepares each new number of rows of an expert, the first time for milliseconds
-        turns = [samples[at : at + ROWS] for at in range(WARM, WARM + ROWS * (args.rounds + 2), ROWS)]
+            loop(sum(warm, []))  # a CPU prepares each new number of rows of an expert, the first time for milliseconds
         seconds = in_turn(loops, turns)
         lines.append(
             figure(f"MoE, 4 experts, top-1: step time / dense, {kind}", ratio(seconds, "MoE", "dense"), most=1.15)

@@ -18,17 +18,19 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("training", "experts", "head_memory", "generation", "processes", "loading", "time_to_loss", "shares")
+PARTS = ("training", "experts", "head_memory", "generation", "processes", "loading", "time_to_loss", "shares",
+         "rollouts", "billion")  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS[:8], help="parts to run; the last: for GPUs")
     parser.add_argument("--data_path", nargs="+", default=[str(ROOT / "dataset/demo/sft.jsonl")], help="SFT data")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each variant takes")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn, of 16 rows each")
-    parser.add_argument("--large", action="store_true", help="training: also 768 x 8 with a vocabulary of 32k")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a turn")
+    parser.add_argument("--step_rows", type=int, default=16, help="training, experts: rows of a step")
+    parser.add_argument("--large", action="store_true", help="training: also 768 x 8, vocabulary of 32k; GPU: 104 M")
     parser.add_argument("--compile", action="store_true", help="training, shares: also with torch.compile")
     parser.add_argument("--start_rows", type=int, default=1_000_000, help="loading: rows of the start")
     parser.add_argument("--few_rows", type=int, default=1000, help="loading: rows of the short epoch")

@@ -3,7 +3,8 @@
 The classical loop pads every row to max_seq_len, computes logits for all tokens, and waits for the loss of every
 micro-batch. TRL's SFTTrainer runs padding-free and packed, transformers' Trainer pads to the longest row of a batch,
 grouped by length; both with a fused AdamW. LitGPT is its model in its own loop's form: padded to the longest row, its
-chunked cross-entropy. All have the same shape of model, the same rows, and 16 rows (or their tokens) per step.
+chunked cross-entropy. All have the same shape of model, the same rows, and as many rows (or their tokens) per step:
+16, in padded micro-batches of 4, or on a GPU what --step_rows says, in micro-batches of a quarter.
 """
 
 import contextlib
@@ -37,8 +38,7 @@ from runtime import parallel
 from runtime.optim import make_optimizer
 from trainer.train_full_sft import sft_loss
 
-ROWS = 16  # of a step
-MICRO = 4  # rows that a padded micro-batch has
+ROWS = 16  # of a step, by default
 
 
 def padded(samples: list[Sample], length: int, ignore: int = 0) -> list[torch.Tensor]:
@@ -54,12 +54,14 @@ def padded(samples: list[Sample], length: int, ignore: int = 0) -> list[torch.Te
 class Loop:
     """A model with its own optimizer, trained by a function from rows to gradients."""
 
-    def __init__(self, model, device, dtype: str, gradients):
+    def __init__(self, model, device, dtype: str, gradients, step_rows: int = ROWS):
         self.model, self.device, self.dtype, self.gradients = model, device, dtype, gradients
+        self.step_rows, self.micro_rows = step_rows, step_rows // 4
         self.optimizer = make_optimizer(model, "adamw", 1e-4, 0.1)
 
     def __call__(self, rows: list[Sample]) -> float:
-        return seconds_of(lambda: [self.step(rows[at : at + ROWS]) for at in range(0, len(rows), ROWS)], self.device)
+        steps = [rows[at : at + self.step_rows] for at in range(0, len(rows), self.step_rows)]
+        return seconds_of(lambda: [self.step(step) for step in steps], self.device)
 
     def step(self, rows: list[Sample]) -> None:
         self.gradients(self, rows)
@@ -69,19 +71,22 @@ class Loop:
 
 
 def ours(loop: Loop, rows: list[Sample]) -> None:
+    torch.use_deterministic_algorithms(loop.device.type == "cuda")  # as in runtime/launch.py; for peers it is off
     X, Y, mask, lens = SFTDataset.collate(rows)
     with autocast(loop.device, loop.dtype):
         loss, aux_loss = sft_loss(loop.model, X, Y, mask, lens, loop.device)
     (loss / mask.sum() + aux_loss).backward()
+    torch.use_deterministic_algorithms(False)
 
 
 def classical(loop: Loop, rows: list[Sample]) -> None:
-    for at in range(0, len(rows), MICRO):
-        X, Y, mask = (t.to(loop.device) for t in padded(rows[at : at + MICRO], loop.model.config.max_seq_len))
+    for at in range(0, len(rows), loop.micro_rows):
+        part = rows[at : at + loop.micro_rows]
+        X, Y, mask = (t.to(loop.device) for t in padded(part, loop.model.config.max_seq_len))
         with autocast(loop.device, loop.dtype):
             logits = loop.model(X).logits
             loss = F.cross_entropy(logits.view(-1, logits.size(-1)), Y.view(-1), reduction="none").view(Y.size())
-            loss = (loss * mask).sum() / mask.sum() / (len(rows) / MICRO)
+            loss = (loss * mask).sum() / mask.sum() / (len(rows) / loop.micro_rows)
         loss.backward()
         loss.item()
 
@@ -89,12 +94,12 @@ def classical(loop: Loop, rows: list[Sample]) -> None:
 def litgpt(loop: Loop, rows: list[Sample]) -> None:
     from litgpt.utils import chunked_cross_entropy
 
-    for at in range(0, len(rows), MICRO):
-        part = rows[at : at + MICRO]
+    for at in range(0, len(rows), loop.micro_rows):
+        part = rows[at : at + loop.micro_rows]
         X, Y, _ = (t.to(loop.device) for t in padded(part, max(len(sample[0]) for sample in part), ignore=-100))
         with autocast(loop.device, loop.dtype):
             logits = loop.model(X, lm_head_chunk_size=128)
-            loss = chunked_cross_entropy(logits, Y, chunk_size=128) / (len(rows) / MICRO)
+            loss = chunked_cross_entropy(logits, Y, chunk_size=128) / (len(rows) / loop.micro_rows)
         loss.backward()
 
 
@@ -172,18 +177,27 @@ def trainer_seconds(kind: str, config, device, dtype: str, options: dict, rows: 
     return clock[-1] - clock[0]
 
 
-TRL = {  # the ways in which it avoids padding; the best counts
-    "TRL, plain": {"per_device_train_batch_size": MICRO, "gradient_accumulation_steps": ROWS // MICRO},
-    "TRL, padding-free": {"per_device_train_batch_size": ROWS, "padding_free": True, "max_length": None},
-    "TRL, packed": {"per_device_train_batch_size": 4, "packing": True},
-}
+def trl_settings(step_rows: int, device: torch.device) -> dict[str, dict]:
+    """The ways in which TRL avoids padding; the best counts."""
+    packed = {"per_device_train_batch_size": step_rows // 4, "packing": True}
+    settings = {
+        "TRL, plain": {"per_device_train_batch_size": step_rows // 4, "gradient_accumulation_steps": 4},
+        "TRL, padding-free": {"per_device_train_batch_size": step_rows, "padding_free": True, "max_length": None},
+        "TRL, packed": packed,
+    }
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        settings["TRL, packed, Liger"] = {**packed, "use_liger_kernel": True}
+        settings["TRL, plain, Liger"] = {**settings["TRL, plain"], "use_liger_kernel": True}
+    return settings
 
 
 def measure(args) -> list[dict]:
     device = torch.device(args.device)
     samples = samples_of(args.data_path, 768)
     shapes = {"26 M": {"dim": 512, "n_layers": 8, "vocab_size": 6400}}
-    if args.large:
+    if args.large and device.type == "cuda":
+        shapes["104 M"] = {"dim": 768, "n_layers": 16, "vocab_size": 6400}
+    elif args.large:
         shapes["768 x 8, 32k vocabulary"] = {"dim": 768, "n_layers": 8, "vocab_size": 32768}
     lines = []
     for label, shape in shapes.items():
@@ -192,37 +206,38 @@ def measure(args) -> list[dict]:
 
 
 def compare(label: str, shape: dict, samples: list[Sample], device: torch.device, args) -> list[dict]:
-    config, kinds = model_of("cpu", **shape).config, dtypes(device)
-    loops = {f"classical {kind}": Loop(model_of(device, **shape), device, kind, classical) for kind in kinds}
-    loops |= {f"ours {kind}": Loop(model_of(device, **shape), device, kind, ours) for kind in kinds}
+    config, kinds, rows = model_of("cpu", **shape).config, dtypes(device), args.step_rows
+    loops = {f"classical {kind}": Loop(model_of(device, **shape), device, kind, classical, rows) for kind in kinds}
+    loops |= {f"ours {kind}": Loop(model_of(device, **shape), device, kind, ours, rows) for kind in kinds}
     fast = kinds[-1]
     if args.compile:
         model = model_of(device, **shape)
         parallel.compile_blocks(model)
-        loops[f"ours compiled {fast}"] = Loop(model, device, fast, ours)
+        loops[f"ours compiled {fast}"] = Loop(model, device, fast, ours, rows)
     if importlib.util.find_spec("litgpt"):
-        loops[f"LitGPT {fast}"] = Loop(litgpt_model(config, device), device, fast, litgpt)
+        loops[f"LitGPT {fast}"] = Loop(litgpt_model(config, device), device, fast, litgpt, rows)
     works = dict(loops)
-    trainers = {name: ("trl", options) for name, options in TRL.items()}
-    trainers["Trainer"] = ("trainer", {**TRL["TRL, plain"], "train_sampling_strategy": "group_by_length"})
+    settings = trl_settings(rows, device)
+    trainers = {name: ("trl", options) for name, options in settings.items()}
+    trainers["Trainer"] = ("trainer", {**settings["TRL, plain"], "train_sampling_strategy": "group_by_length"})
     for name, (which, options) in trainers.items():
         works[f"{name} {fast}"] = functools.partial(trainer_seconds, which, config, device, fast, options)
     variants = {name: functools.partial(tokens_per_second, work) for name, work in works.items()}
     print(f"{label}: supervised tokens/s", flush=True)
-    count = ROWS * args.steps
+    count = rows * args.steps
     turns = [[samples[(turn * count + n) % len(samples)] for n in range(count)] for turn in range(args.rounds)]
     by_length = sorted((sample for turn in turns for sample in turn), key=lambda sample: len(sample[0]))
     # Warms up, too. A compiled block is compiled for short, middling and long rows: sums of many numbers are nested.
-    sizes = (turns[0][:ROWS], by_length[:ROWS], by_length[-ROWS:])
+    sizes = (turns[0][:rows], by_length[:rows], by_length[-rows:])
     compiling = {name: sum(map(loop, sizes)) for name, loop in loops.items()}
     rates = in_turn(variants, turns)
 
     best = max((f"ours {fast}", f"ours compiled {fast}"), key=lambda n: statistics.median(rates.get(n, [0.0])))
     peer = max((n for n in rates if n.startswith("TRL")), key=lambda n: ratio(rates, n, "classical float32"))
-    rows = [sample for turn in turns for sample in turn]
-    lens = [len(sample[0]) for sample in rows]
-    flops = step_flops(config, lens, supervised(rows)) / supervised(rows)
-    limit = matrix_peak(device, fast, sum(lens) * ROWS // len(rows), config)
+    trained = [sample for turn in turns for sample in turn]
+    lens = [len(sample[0]) for sample in trained]
+    flops = step_flops(config, lens, supervised(trained)) / supervised(trained)
+    limit = matrix_peak(device, fast, sum(lens) * rows // len(trained), config)
     wanted = {"classical float32": 9.0, peer: 2.5} | ({f"classical {fast}": 4.5} if fast != "float32" else {})
     lines = [figure(f"SFT {label}: {best} / {name}", ratio(rates, best, name), least) for name, least in wanted.items()]
     lines += [figure(f"SFT {label}: {best} / {name}", ratio(rates, best, name))

@@ -1,0 +1,171 @@
+"""What only a GPU shows: its kernels, its dtypes, NCCL, recorded steps. Where there is none all are skipped, aloud."""
+
+import pytest
+import torch
+from conftest import RUN_FLAGS, SIZES, STAGE_SIZES, conversations, curve, losses, write_jsonl
+from running import run_script, wait_for_steps
+
+from model import attention, decode_graph
+from model.lm import LMConfig, MiniMindLM
+from model.sampling import KVCache, complete, sampler
+from runtime import launch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+FLAGS = [flag for flag in RUN_FLAGS if "--device" not in flag] + ["--from_weight=none", "--max_steps=12"]
+ACCURACY = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture
+def deterministic():
+    """What a script does at its start."""
+    launch.be_deterministic()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", ACCURACY, ids=str)
+def test_attention_of_all_documents_at_once_is_that_of_each(dtype):
+    generator = torch.Generator().manual_seed(0)
+    lens = torch.tensor([70, 5, 0, 300, 1])
+    q, k, v, upstream = (torch.randn(1, heads, 376, 16, generator=generator).to(dtype) for heads in (6, 2, 2, 6))
+    ours = [t.cuda().requires_grad_() for t in (q, k, v)]
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    out, expected = (attention.document_attention(*t, attention.documents(lens, t[0].device)) for t in (ours, exact))
+    out.backward(upstream.cuda())
+    expected.backward(upstream.double())
+    pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]
+    for mine, theirs in pairs:
+        assert mine.dtype == dtype and (mine.cpu().double() - theirs).norm() < ACCURACY[dtype] * theirs.norm()
+
+
+def test_gradient_of_attention_is_the_same_every_time(deterministic):
+    docs = attention.documents(torch.tensor([3000, 700, 0]), torch.device("cuda"))
+    for dtype in ACCURACY:
+        q, k, v = (torch.randn(1, heads, 3700, 64, dtype=dtype, device="cuda").requires_grad_() for heads in (4, 2, 2))
+        once, again = (torch.autograd.grad(attention.document_attention(q, k, v, docs).sum(), (q, k, v)) for _ in "12")
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def completions(device: str, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(**SIZES, max_seq_len=256)).eval()
+    for parameter in model.parameters():  # far from logits that are all alike
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
+    model.to(device)
+    out, choose = [[] for _ in prompts], sampler(prompts, 6400, torch.device(device))
+    for row, _, token in complete(model, prompts, limits, choose, batch_size=3):
+        for number, chosen in zip(row.tolist(), token.tolist(), strict=True):
+            out[number].append(chosen)
+    return out
+
+
+def test_recorded_steps_complete_prompts_as_a_cpu_does(monkeypatch):
+    """Rows come and go, and outgrow the first recording."""
+    monkeypatch.setattr(decode_graph, "STEP", 16)
+    prompts = [[n + 5] * (3 * n + 1) for n in range(8)]
+    limits = [30, 1, 60, 0, 12, 40, 7, 25]
+    assert completions("cuda", prompts, limits) == completions("cpu", prompts, limits)
+
+
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+def test_recorded_logits_are_those_of_the_model(use_moe):
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(**SIZES, max_seq_len=256, use_moe=use_moe, n_shared_experts=int(use_moe))).cuda().eval()
+    caches = [KVCache(model.config, 5, 64, torch.device("cuda"), torch.bfloat16) for _ in range(2)]
+    held = torch.tensor([7, 0, 33, 21, 1])
+    caches[0].kv.normal_(std=0.5)
+    caches[1].kv.copy_(caches[0].kv)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        recorded = decode_graph.DecodeGraph(model, caches[0])
+        for cache in caches:
+            cache.lengths[:] = held
+        for step in range(4):
+            token = torch.arange(5, device="cuda") + step
+            logits = model(token.unsqueeze(1), cache=caches[1]).logits.squeeze(1).float()
+            assert (recorded(token) - logits).norm() < 0.02 * logits.norm()
+    assert torch.equal(caches[0].lengths, caches[1].lengths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """train(name, *flags, nproc=) -> the folder of the run."""
+    folder = tmp_path_factory.mktemp("cuda")
+    data = write_jsonl(folder / "data.jsonl", conversations(90))
+
+    def run(name: str, *flags: str, nproc: int | None = None):
+        words = [*run.flags, f"--out_dir={folder / name}", *(["--ddp"] if nproc else []), *flags]
+        done = run_script("trainer/train_full_sft.py", *words, nproc=nproc, gpu=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return next(path for path in (folder / name).iterdir() if path.is_dir())
+
+    run.folder, run.flags = folder, [*FLAGS, f"--data_path={data}", f"--cache_dir={folder / 'cache'}"]
+    return run
+
+
+@pytest.fixture(scope="module")
+def reference(train):
+    """The run of a CPU in float32."""
+    return losses(train("cpu", "--device=cpu"))
+
+
+@pytest.mark.parametrize("dtype, accuracy", [("float32", 1e-4), ("float16", 1e-2), ("bfloat16", 2e-2)])
+def test_the_curve_of_a_gpu_is_that_of_a_cpu(train, reference, dtype, accuracy):
+    run = losses(train(dtype, "--device=cuda", f"--dtype={dtype}"))
+    assert run.keys() == reference.keys()
+    assert [*run.values()] == pytest.approx([*reference.values()], rel=accuracy)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+def test_strategies_over_nccl_give_the_same_curve(train, reference, strategy):
+    run = losses(train(strategy, "--dtype=float32", f"--strategy={strategy}", nproc=1))
+    assert [*run.values()] == pytest.approx([*reference.values()], rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", ["--compile=1", "--gradient_checkpointing=1", "--gradient_checkpointing=2"])
+def test_ways_to_save_time_and_memory_give_the_same_curve(train, reference, flags):
+    run = losses(train(flags, flags, "--dtype=bfloat16"))
+    assert [*run.values()] == pytest.approx([*reference.values()], rel=2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_mixture_of_experts_trains(train, dtype):
+    run = [line["loss"] for line in curve(train(f"moe_{dtype}", "--use_moe=1", f"--dtype={dtype}"))]
+    assert run[-1] < run[0]
+
+
+@pytest.mark.parametrize("use_moe", [0, 1], ids=["dense", "moe"])
+def test_killed_run_resumes_bit_identically(train, start_script, use_moe):
+    flags = [f"--use_moe={use_moe}", "--dtype=bfloat16", "--save_interval=5", "--epochs=20", "--max_steps=150"]
+    whole, out = train(f"whole_{use_moe}", *flags), train.folder / f"killed_{use_moe}"
+    flags = [*train.flags, *flags, f"--out_dir={out}", "--resume=auto"]
+    process = start_script("trainer/train_full_sft.py", *flags, gpu=True)
+    wait_for_steps(process, out, 30)
+    process.kill()
+    process.wait()
+    done = run_script("trainer/train_full_sft.py", *flags, gpu=True)
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout + done.stderr
+    ours, expected = (torch.load(f"{path}.pth", weights_only=True) for path in (out / whole.name, whole))
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+ROLLOUT = ["--max_new_tokens=8", "--temperature=0.9"]
+STAGES = {"pretrain": [], "lora": [], "distillation": [], "reward": [], "dpo": [], "grpo": ROLLOUT, "ppo": ROLLOUT,
+          "sft_accelerate": [], "sft_lightning": []}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_runs(stage, start_weights):
+    flags = [*STAGE_SIZES.split(), "--max_steps=3", "--batch_size=2", f"--out_dir={start_weights}", *STAGES[stage]]
+    done = run_script(f"trainer/train_{stage}.py", *flags, gpu=True, timeout=300)
+    assert done.returncode == 0 and "finished" in done.stdout and "1 x cuda" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_reply_is_drawn(start_weights):
+    flags = ["--prompt=hello", f"--out_dir={start_weights}", "--temperature=1", "--top_p=0.9", "--max_new_tokens=9"]
+    done = run_script("eval_model.py", *flags, gpu=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
