@@ -1,9 +1,11 @@
-"""Causal attention inside each document of a packed row."""
+"""Causal attention inside each document of a packed row, and what a forward pass says about its tokens."""
 
 import collections
 import functools
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,21 @@ class Documents(NamedTuple):
     begins: Tensor | None = None  # (docs + 2,) int32 on a GPU: where they begin, and the last one ends; elsewhere None
     longest: int = 0
     flash: bool = False  # whether the GPU has that kernel
+
+
+@dataclass
+class Layout:
+    """What one forward pass says about its tokens; the same for all layers."""
+
+    cos: Tensor  # (B, T, 1, head_dim / 2) float32, from the position of each token in its document
+    sin: Tensor
+    docs: Documents  # of a packed row, or a row each
+    attend: Callable | None  # their attention where they stand one behind the other in one row; None: each has a row
+    mask: Tensor | None  # (B, 1, T, S) bool: which keys a query sees; None: plain causal attention
+    doc_of: Tensor | None  # (B * T,) int64: the document of each token, docs for padding; only where MoE trains
+    cache: object | None  # a KVCache
+    places: tuple[Tensor, Tensor] | None  # rows and positions in the cache, of the tokens; see `KVCache.write`
+    context: object | None  # set where processes share the row and each holds a part of its tokens
 
 
 def documents(lens: Tensor, device: torch.device) -> Documents:

@@ -9,7 +9,7 @@ document only. Generation passes a batch with left padding and a KV cache.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Documents, document_attention, documents, prompt_attention
+from model.attention import Documents, Layout, document_attention, documents, prompt_attention
 from model.ops import (
     Dispatch,
     Linear,
@@ -100,21 +100,6 @@ class LMOutput(NamedTuple):  # a tuple: DDP, FSDP and DeepSpeed look for tensors
     logits: Tensor | None  # (B, T, vocab), or (K, vocab) when logits_at was given; None when targets were
     aux_loss: Tensor  # scalar float32: aux_loss_alpha x load-balancing loss; 0 for a dense model
     loss: Tensor | None = None  # scalar float32: cross-entropy summed over the targets
-
-
-@dataclass
-class Layout:
-    """What one forward pass says about its tokens; the same for all layers."""
-
-    cos: Tensor  # (B, T, 1, head_dim / 2) float32, from the position of each token in its document
-    sin: Tensor
-    docs: Documents  # of a packed row, or a row each
-    attend: Callable | None  # their attention where they stand one behind the other in one row; None: each has a row
-    mask: Tensor | None  # (B, 1, T, S) bool: which keys a query sees; None: plain causal attention
-    doc_of: Tensor | None  # (B * T,) int64: the document of each token, docs for padding; only where MoE trains
-    cache: KVCache | None
-    places: tuple[Tensor, Tensor] | None  # rows and positions in the cache, of the tokens; see `KVCache.write`
-    context: object | None  # set where processes share the row and each holds a part of its tokens
 
 
 class RMSNorm(nn.Module):
@@ -228,10 +213,12 @@ class MoE(nn.Module):
         # fewer than 4 a thread), so the routing of one document would change its neighbours' logits by 1e-6.
         packed, n_rows = layout.attend is not None, top_k * len(flat)
         block = max(16, 4 * length_step(n_rows // n_experts, self.experts.down_proj)) if packed else 1
-        visit = F.one_hot(choice.flatten(), n_experts)  # (N * k, E)
-        size = round_up(visit.sum(dim=0), block)  # (E,)
+        visit = choice.flatten() == torch.arange(n_experts, device=x.device).unsqueeze(1)  # (E, N * k)
+        count = visit.sum(dim=1)
+        size = round_up(count, block)  # (E,)
         ends = size.cumsum(dim=0)
-        row = (visit * (visit.cumsum(dim=0) - 1 + ends - size)).sum(dim=1)  # (N * k,) sorted by expert
+        row = visit.flatten().cumsum(dim=0).view_as(visit) - 1  # among all rows, before any are filled up
+        row = ((row + (ends - size - count.cumsum(dim=0) + count).unsqueeze(1)) * visit).sum(dim=0)  # (N * k,)
         if x.device.type == "cpu":
             n_rows = int(ends[-1])
         else:  # a shape that is known beforehand: a GPU would have to be waited for
@@ -399,17 +386,6 @@ class MiniMindLM(nn.Module):
             docs, attend = documents(lens, device), document_attention if cache is None else prompt_attention
             attend = attend if self.context is None else self.context.attend
         return Layout(*self.rotation(position.to(device)), docs, attend, mask, doc_of, cache, places, self.context)
-
-    def layout_of_step(self, held: Tensor, cache: KVCache) -> Layout:
-        """The layout for one more token in each row of a cache, from the tokens (R,) that each holds.
-
-        Nothing is read on the host: a pass with it can be recorded.
-        """
-        place = torch.arange(cache.longest, device=held.device)
-        hidden = place > held.view(-1, 1, 1, 1)
-        mask = torch.zeros(hidden.shape, dtype=cache.kv.dtype, device=held.device).masked_fill_(hidden, -math.inf)
-        rows = torch.arange(len(held), device=held.device)
-        return Layout(*self.rotation(held.unsqueeze(1)), None, None, mask, None, cache, (rows, held), None)
 
     def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """position (B, T) -> cosine and sine of the angles of its pairs, (B, T, 1, head_dim / 2) float32."""

@@ -93,10 +93,11 @@ def complete(
         seats = (left > 0).nonzero().squeeze(1)
         if not len(seats):
             return
-        where = row[seats].to(device), place[seats].to(device)
-        chosen = choose(logits if len(seats) == size else logits[seats.to(device)], *where)
+        where = [numbers[seats].to(device, non_blocking=True) for numbers in (row, place)]
+        taken = slice(None) if len(seats) == size else seats.to(device, non_blocking=True)
+        chosen = choose(logits[taken], *where)
         yield *where, chosen
-        token[seats.to(device)] = chosen
+        token[taken] = chosen
         place[seats] += 1
         left[seats] -= 1
         if end is not None:

@@ -21,6 +21,7 @@ from torch.utils import cpp_extension
 
 from runtime import checkpoint, parallel, store
 from runtime.deepspeed_config import OFFLOADS, section
+from runtime.device import one_order
 from runtime.optim import make_optimizer
 from runtime.parallel import gather_objects, world
 
@@ -152,7 +153,8 @@ def backward(engine, loss: Tensor) -> None:
 
     A loss that is not finite may have finite gradients; they become NaN, so that all ranks skip the step.
     """
-    engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan), scale_wrt_gas=False)
+    with one_order(loss.device):
+        engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan), scale_wrt_gas=False)
 
 
 def step(engine, max_norm: float) -> float:

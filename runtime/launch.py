@@ -110,7 +110,6 @@ def run(main: Callable[[], int]) -> None:
     torchrun's summary names the rank whose error came first.
     """
     code = 1
-    be_deterministic()
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:  # torchrun, or DeepSpeed's launcher
             die_with_launcher()
@@ -134,18 +133,6 @@ def run(main: Callable[[], int]) -> None:
             dist.destroy_process_group()
     sys.stdout.flush()
     sys.exit(code)
-
-
-def be_deterministic() -> None:
-    """Have a GPU add numbers in one order, every time: a run that goes on is bit-identical to one that never stopped.
-
-    Some kernels, that of the gradient of attention first, would add in the order in which their threads arrive. A CPU
-    has none of these.
-    """
-    if torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a safeguard that takes time; nothing reads it
 
 
 def report(error: Exception, text: str) -> None:

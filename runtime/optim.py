@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from runtime.device import fast_dtype
+
 
 def make_optimizer(
     model: nn.Module, name: str, lr: float, weight_decay: float, shard: bool = False
@@ -90,12 +92,6 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x.T if matrix.size(0) > matrix.size(1) else x
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of the fastest matrix products of a device: many CPUs emulate bfloat16, a hundred times slower."""
-    fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 class Muon:

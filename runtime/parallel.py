@@ -8,10 +8,8 @@ Sharded tensors and FSDP2 are imported where they are used: they cost two second
 """
 
 import math
-import os
-import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -23,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model.lm import Block, LMConfig
 from runtime import memory
 from runtime.data_parallel import WHY_NOT, RowParallel
-from runtime.optim import fast_dtype
+from runtime.device import compiler_works, one_order
 
 PATIENCE = timedelta(hours=12)  # of a rank that waits for another one to tokenise; a dead one is noticed at once
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "dp")
@@ -206,16 +204,6 @@ def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: in
     return 1
 
 
-def compiler_works(device: torch.device, dtype: str) -> bool:
-    """Whether torch.compile can be had on a device, and wins in this dtype."""
-    if device.type == "cpu":
-        wins = dtype == "bfloat16" and fast_dtype(device) == torch.bfloat16
-        return wins and shutil.which(os.environ.get("CXX", "g++")) is not None
-    from torch.utils._triton import has_triton
-
-    return dtype != "float32" and shutil.which(os.environ.get("CC", "gcc")) is not None and has_triton()
-
-
 def describe(model: nn.Module, args, dtype: str) -> str:
     """Size and layout of a wrapped model, in a line."""
     shared = "".join(f", {name} parallel x {size}" for name, size in _sizes.items() if size > 1)
@@ -246,11 +234,14 @@ def is_sharded(tensor: Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sync_gradients(model: nn.Module, sync: bool) -> AbstractContextManager:
+@contextmanager
+def sync_gradients(model: nn.Module, sync: bool) -> Iterator[None]:
     """Around forward and backward of a micro-batch: gradients are exchanged only where `sync` is true."""
     if is_fsdp(model):
         model.set_requires_gradient_sync(sync)
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext()
+    held_back = model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext()
+    with held_back, one_order(next(model.parameters()).device):
+        yield
 
 
 def is_fsdp(model: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from model.lm import LMOutput, MiniMindLM
 from model.ops import recomputed
 from runtime import parallel
+from runtime.device import one_order
 from runtime.parallel import gather_objects, is_sharded, local, world
 from runtime.replicas import shard_number
 from runtime.tensor_parallel import split_layers
@@ -261,7 +262,8 @@ class Pipeline:
         batches = batches + [self.nothing] * (self.micro_batches - len(batches))
         work = Work(batches, loss_of, supervised, tokens, zero + 1 if scale is None else scale, zero, zero)
         run = self.schedule.step if torch.is_grad_enabled() else self.schedule.eval
-        run(target=numbers, return_outputs=False, micro=numbers, work=work)
+        with one_order(self.device):
+            run(target=numbers, return_outputs=False, micro=numbers, work=work)
         return work.loss, work.aux_loss
 
     def sum_gradients(self) -> None:

@@ -29,6 +29,7 @@ from dataset.packing import batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import accelerated, checkpoint, engine_store, launch, parallel
+from runtime.device import one_order
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
 
@@ -126,7 +127,8 @@ def train_epoch(accelerator, args, plan, dataset, loader, model, optimizer, trac
         for micro in range(n_micro):
             X, Y, loss_mask, doc_lens = next(micro_batches)
             accelerator.sync_gradients = micro == n_micro - 1  # what accelerate's optimizer and DeepSpeed go by
-            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
+            held_back = nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model)
+            with held_back, one_order(args.device):
                 loss, aux_loss = sft_loss(model, X, Y, loss_mask, doc_lens, args.device)
                 loss, aux_loss = loss / supervised, aux_loss * (sum(doc_lens) / tokens)
                 accelerator.backward((loss + aux_loss) * parallel.replicas())

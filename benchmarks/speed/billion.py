@@ -9,7 +9,7 @@ import torch
 from common import autocast, figure, matrix_peak, seconds_of, step_flops
 
 from model.lm import LMConfig, MiniMindLM
-from runtime import launch, parallel
+from runtime import parallel
 from runtime.memory import estimate
 from runtime.optim import make_optimizer
 
@@ -24,7 +24,6 @@ VARIANTS = {  # what is compiled, the level of gradient checkpointing, documents
 
 def measure(args) -> list[dict]:
     device, lines = torch.device(args.device), []
-    launch.be_deterministic()
     for name, (compiled, level, documents) in VARIANTS.items():
         torch.manual_seed(0)
         model = MiniMindLM(LMConfig(**SHAPE), level).to(device)
@@ -36,9 +35,10 @@ def measure(args) -> list[dict]:
         everywhere = torch.arange(sum(lens), device=device)
 
         def step(model=model, optimizer=optimizer, ids=ids, lens=lens, at=everywhere) -> None:
-            with autocast(device, "bfloat16"):
-                out = model(ids[:, :-1], doc_lens=lens, logits_at=at, targets=ids[0, 1:])
-            (out.loss / len(at)).backward()
+            with parallel.sync_gradients(model, True):
+                with autocast(device, "bfloat16"):
+                    out = model(ids[:, :-1], doc_lens=lens, logits_at=at, targets=ids[0, 1:])
+                (out.loss / len(at)).backward()
             parallel.clip_gradients(model, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

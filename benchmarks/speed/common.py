@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import SFTDataset, load_tokenizer
 from model.lm import LMConfig, MiniMindLM
-from runtime.optim import fast_dtype
+from runtime.device import fast_dtype
 
 TOKENIZER = ROOT / "model/minimind_tokenizer"
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # X, Y, loss mask of a row

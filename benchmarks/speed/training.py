@@ -71,12 +71,11 @@ class Loop:
 
 
 def ours(loop: Loop, rows: list[Sample]) -> None:
-    torch.use_deterministic_algorithms(loop.device.type == "cuda")  # as in runtime/launch.py; for peers it is off
     X, Y, mask, lens = SFTDataset.collate(rows)
-    with autocast(loop.device, loop.dtype):
-        loss, aux_loss = sft_loss(loop.model, X, Y, mask, lens, loop.device)
-    (loss / mask.sum() + aux_loss).backward()
-    torch.use_deterministic_algorithms(False)
+    with parallel.sync_gradients(loop.model, True):
+        with autocast(loop.device, loop.dtype):
+            loss, aux_loss = sft_loss(loop.model, X, Y, mask, lens, loop.device)
+        (loss / mask.sum() + aux_loss).backward()
 
 
 def classical(loop: Loop, rows: list[Sample]) -> None:
