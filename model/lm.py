@@ -236,14 +236,15 @@ class MoE(nn.Module):
         if layout.doc_of is None:
             return probs.new_zeros(())
 
-        def per_document(values: Tensor) -> Tensor:  # (N, E) -> sums (docs, E), padding left out
-            return values.new_zeros(len(layout.docs.lens), values.size(1)).index_add(0, layout.doc_of, values)[:-1]
-
-        tokens = per_document(torch.ones_like(probs[:, :1]))  # (docs, 1)
-        chosen = per_document(F.one_hot(choice, probs.size(1)).sum(dim=1).float()) / choice.size(1)
+        n_experts = probs.size(1)
+        visits = F.one_hot(choice, n_experts).sum(dim=1) / choice.size(1)
+        values = torch.cat((torch.ones_like(probs[:, :1]), visits, probs), dim=1)  # (N, 1 + 2 E)
+        sums = values.new_zeros(len(layout.docs.lens), values.size(1)).index_add(0, layout.doc_of, values)[:-1]
+        tokens, chosen, given = sums.split((1, n_experts, n_experts), dim=1)
+        tokens, chosen = tokens.detach(), chosen.detach()
         if layout.context is not None:
             tokens, chosen = layout.context.total(tokens), layout.context.total(chosen)
-        loss = probs.size(1) * chosen * per_document(probs) / tokens.clamp_min(1.0)  # summed over E: loss x tokens
+        loss = n_experts * chosen * given / tokens.clamp_min(1.0)  # (docs, E), summed over E: loss x tokens
         return self.config.aux_loss_alpha * loss.sum() / tokens.sum().clamp_min(1.0)
 
 

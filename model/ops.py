@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-CHUNK = {"cpu": 16 * 2**20, "cuda": 20 * 2**20}  # logits that exist at once, 64 or 80 MiB in float32, but for
+CHUNK = {"cpu": 16 * 2**20, "cuda": 18 * 2**20}  # logits that exist at once, 64 or 72 MiB in float32, but for
 LEAST = 64  # tokens at least: fewer would not be worth a pass over the weights
 SLOW = [getattr(torch.ops.aten, name).default for name in (
     "mm", "_grouped_mm", "_flash_attention_forward", "_efficient_attention_forward",
@@ -220,18 +220,19 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
         head, rows = weight.to(x.dtype), max(LEAST, CHUNK[x.device.type] // len(weight))
         step = max(1, BLOCK // len(weight)) if x.device.type == "cpu" else rows
-        loss = torch.zeros((), device=x.device)
+        loss, logits = torch.zeros((), device=x.device), x.new_empty(min(rows, len(x)), len(weight))
         grad_x = torch.empty_like(x) if with_gradients else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and weight.requires_grad else None
         for at in range(0, len(x), rows):
             part, target = x[at : at + rows], targets[at : at + rows].unsqueeze(1)
-            chunk = part @ head.T  # logits, and then their gradient
+            chunk = torch.mm(part, head.T, out=logits[: len(part)])  # and then their gradient
             for block, right in zip(chunk.split(step), target.split(step), strict=True):
                 log_probs = block.log_softmax(dim=1, dtype=torch.float32)
                 at_target = log_probs.gather(1, right)
                 loss -= at_target.sum()
                 if grad_x is not None:
                     block.copy_(log_probs.exp_().scatter_add_(1, right, -torch.ones_like(at_target)))
+                del log_probs  # before there is a next one
             if grad_x is not None:
                 torch.mm(chunk, head, out=grad_x[at : at + rows])
             if grad_weight is not None:

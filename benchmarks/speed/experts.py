@@ -11,8 +11,9 @@ WARM = 8  # steps before the clock runs
 
 def measure(args) -> list[dict]:
     device, samples, lines, rows = torch.device(args.device), samples_of(args.data_path, 768), [], args.step_rows
-    steps = [samples[at : at + rows] for at in range(0, len(samples) - rows + 1, rows)]
-    warm, turns = steps[:WARM], steps[WARM : WARM + args.rounds + 2]
+    count = WARM + args.rounds + 2
+    steps = [[samples[(step * rows + n) % len(samples)] for n in range(rows)] for step in range(count)]
+    warm, turns = steps[:WARM], steps[WARM:]
     for kind in dtypes(device):
         dense = model_of(device, **SHAPE)
         moe = model_of(device, **SHAPE, **MOE)

@@ -179,11 +179,11 @@ def trainer_seconds(kind: str, config, device, dtype: str, options: dict, rows: 
 def trl_settings(step_rows: int, device: torch.device) -> dict[str, dict]:
     """The ways in which TRL avoids padding; the best counts."""
     packed = {"per_device_train_batch_size": step_rows // 4, "packing": True}
-    settings = {
-        "TRL, plain": {"per_device_train_batch_size": step_rows // 4, "gradient_accumulation_steps": 4},
-        "TRL, padding-free": {"per_device_train_batch_size": step_rows, "padding_free": True, "max_length": None},
-        "TRL, packed": packed,
-    }
+    plain = {"per_device_train_batch_size": step_rows // 4, "gradient_accumulation_steps": 4}
+    free = {"per_device_train_batch_size": step_rows, "padding_free": True, "max_length": None}
+    if device.type == "cuda":  # all rows of a step at once need a mask of gigabytes
+        free |= plain
+    settings = {"TRL, plain": plain, "TRL, padding-free": free, "TRL, packed": packed}
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         settings["TRL, packed, Liger"] = {**packed, "use_liger_kernel": True}
         settings["TRL, plain, Liger"] = {**settings["TRL, plain"], "use_liger_kernel": True}
