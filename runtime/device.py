@@ -1,7 +1,6 @@
 """What a device is good at, and in which order it sums."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,16 +11,6 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     """The dtype of the fastest matrix products of a device: many CPUs emulate bfloat16, a hundred times slower."""
     fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
-
-
-def compiler_works(device: torch.device, dtype: str) -> bool:
-    """Whether torch.compile can be had on a device, and wins in this dtype."""
-    if device.type == "cpu":
-        wins = dtype == "bfloat16" and fast_dtype(device) == torch.bfloat16
-        return wins and shutil.which(os.environ.get("CXX", "g++")) is not None
-    from torch.utils._triton import has_triton
-
-    return dtype != "float32" and shutil.which(os.environ.get("CC", "gcc")) is not None and has_triton()
 
 
 @contextmanager

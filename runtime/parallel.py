@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.lm import Block, LMConfig
 from runtime import memory
+from runtime.compiling import compile_blocks, compile_now, compiler_works
 from runtime.data_parallel import WHY_NOT, RowParallel
-from runtime.device import compiler_works, one_order
+from runtime.device import one_order
 
 PATIENCE = timedelta(hours=12)  # of a rank that waits for another one to tokenise; a dead one is noticed at once
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "dp")
@@ -122,15 +123,17 @@ def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
     Source: Li et al., PyTorch Distributed (2020); Rajbhandari et al., ZeRO (2020); Zhao et al., PyTorch FSDP (2023).
 
     Args:
-        args: the flags device, batch_size, compile, bucket_cap_mb, strategy ('ddp', 'zero1', 'zero2', 'zero3'; outside
-            a process group the model itself, or 'dp') and offload: zero2 and zero3 then keep weights, gradients and
-            optimizer state in the memory of the CPU.
+        args: the flags device, batch_size, max_seq_len, compile, bucket_cap_mb, strategy ('ddp', 'zero1', 'zero2',
+            'zero3'; outside a process group the model itself, or 'dp') and offload: zero2 and zero3 then keep weights,
+            gradients and optimizer state in the memory of the CPU.
         dtype: of the weights as FSDP2 gathers them for the blocks; gradients are reduced in float32.
         global_batch: rows of an optimizer step.
     """
     device, strategy = args.device, args.strategy
     if args.compile:
         compile_blocks(model)
+        if strategy not in SHARDED and max(_sizes.values()) == 1:  # else a process may have no room for a whole pass
+            compile_now(model, device, dtype, args.batch_size, args.max_seq_len)
     if not dist.is_initialized():
         if strategy == "dp":
             print(WHY_NOT, flush=True)
@@ -178,12 +181,6 @@ def blocks(model: nn.Module) -> list[Block]:
     return [module for module in model.modules() if isinstance(module, Block)]
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile block by block, for any length: eight blocks of one shape are then compiled once."""
-    for block in blocks(model):
-        block.compile(dynamic=True)
-
-
 def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: int) -> int:
     """--compile, or where it is not given: 1 where compiling takes less time than it saves in the run; says so then.
 
@@ -200,7 +197,7 @@ def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: in
     if not (plain and operations > WORTH_COMPILING[args.device.type]):
         return 0
     if world()[0] == 0:
-        print(f"--compile 1: half a minute in the first step, for {operations:.1e} operations to come", flush=True)
+        print(f"--compile 1: half a minute before the first step, for {operations:.1e} operations to come", flush=True)
     return 1
 
 

@@ -132,10 +132,10 @@ def test_mixture_of_experts_trains(train, dtype):
     assert run[-1] < run[0]
 
 
-@pytest.mark.parametrize("use_moe", [0, 1], ids=["dense", "moe"])
-def test_killed_run_resumes_bit_identically(train, start_script, use_moe):
-    flags = [f"--use_moe={use_moe}", "--dtype=bfloat16", "--save_interval=5", "--epochs=20", "--max_steps=150"]
-    whole, out = train(f"whole_{use_moe}", *flags), train.folder / f"killed_{use_moe}"
+@pytest.mark.parametrize("kind", ["--use_moe=0", "--use_moe=1", "--compile=1"])
+def test_killed_run_resumes_bit_identically(train, start_script, kind):
+    flags = [kind, "--dtype=bfloat16", "--save_interval=5", "--epochs=20", "--max_steps=150"]
+    whole, out = train(f"whole_{kind}", *flags), train.folder / f"killed_{kind}"
     flags = [*train.flags, *flags, f"--out_dir={out}", "--resume=auto"]
     process = start_script("trainer/train_full_sft.py", *flags, gpu=True)
     wait_for_steps(process, out, 30)

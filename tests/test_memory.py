@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.lm import LMConfig, MiniMindLM
-from runtime import device, memory, parallel
+from runtime import compiling, memory, parallel
 
 TINY = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "max_seq_len": 256}
 MODELS = {
@@ -150,8 +150,8 @@ def test_choose_strategy_takes_the_first_that_fits():
 
 
 def test_compiling_is_chosen_where_it_was_measured_to_win(monkeypatch):
-    monkeypatch.setattr(device, "fast_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(device.shutil, "which", lambda name: name)
+    monkeypatch.setattr(compiling, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
     dataset = Namespace(lengths=np.full(1000, 200))
     run = {"compile": None, "max_seq_len": 512, "packing": 1, "total_steps": 200, "epochs": 1, "device": CPU}
     run |= {"gradient_checkpointing": 0, "strategy": "ddp"}
@@ -171,7 +171,7 @@ def test_compiling_is_chosen_where_it_was_measured_to_win(monkeypatch):
     assert operations < parallel.WORTH_COMPILING["cuda"] < 200 * operations
     assert chosen(**gpu) == chosen("float16", **gpu) == 1 and chosen(**gpu | {"epochs": 1}) == 0
     assert chosen("float32", **gpu) == chosen("float16") == 0
-    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     assert chosen() == chosen(**gpu) == 0
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from model.lm import LMConfig, MiniMindLM
+from runtime.compiling import compile_now
 
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=97, max_seq_len=256)
 MOE = dict(use_moe=True, n_experts=4, n_experts_per_tok=2)
@@ -322,11 +323,12 @@ def test_compiled_equals_eager_and_is_not_compiled_again_for_new_lengths(kind, b
             (out.logits.square().mean() + out.aux_loss).backward()
             yield out.logits.detach()
 
-    for lens in ([5, 9], [7, 8, 20], [30, 1]):
-        list(both(lens))
+    random = torch.get_rng_state()
+    compile_now(model, torch.device("cpu"), "float32", documents=6, longest=16)
+    assert all(p.grad is None for p in model.parameters()) and torch.equal(torch.get_rng_state(), random)
     graphs = counter.frame_count
     assert graphs > 0
-    for lens in ([50, 2, 9, 1], [40, 40], [11] * 5, [3, 90], [6, 8]):
+    for lens in ([5, 9], [7, 8, 20], [30, 1], [50, 2, 9, 1], [40, 40], [11] * 5, [3, 90], [6, 8]):
         compiled, eager = both(lens)
         assert (compiled - eager).abs().max() <= 1e-5
     assert counter.frame_count == graphs

@@ -1,0 +1,54 @@
+"""torch.compile, block by block: where it wins, and that a run which goes on has the same compiled code."""
+
+import os
+import shutil
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from model.lm import Block, MiniMindLM
+from model.ops import recomputed
+from runtime.device import fast_dtype, one_order
+
+
+def compiler_works(device: torch.device, dtype: str) -> bool:
+    """Whether torch.compile can be had on a device, and wins in this dtype."""
+    if device.type == "cpu":
+        wins = dtype == "bfloat16" and fast_dtype(device) == torch.bfloat16
+        return wins and shutil.which(os.environ.get("CXX", "g++")) is not None
+    from torch.utils._triton import has_triton
+
+    return dtype != "float32" and shutil.which(os.environ.get("CC", "gcc")) is not None and has_triton()
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Have blocks compiled when they are first called, for any length: eight blocks of one shape are compiled once."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=True)
+
+
+def compile_now(model: nn.Module, device: torch.device, dtype: str, documents: int, longest: int) -> None:
+    """Compile the blocks for training, with numbers of tokens that are flags of the run.
+
+    How code splits a sum depends on the number of tokens that it is compiled for. Those of whatever batch a run begins
+    or goes on with would let the two differ in the last bits.
+
+    Args:
+        model: a MiniMindLM, or what has one inside; its blocks are those of `compile_blocks`.
+        documents, longest: of a micro-batch, in tokens.
+    """
+    lm = next(module for module in model.modules() if isinstance(module, MiniMindLM))
+    autocast = nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), one_order(device):
+        for part in (1, 4, 16):  # shorter rows may need code of their own
+            lens = [max(1, longest // part)] * documents
+            ids = torch.zeros(1, sum(lens), dtype=torch.int64, device=device)
+            with autocast:
+                layout, x = lm.layout(ids, None, lens, None), lm.model.embed_tokens(ids)
+                for block in lm.model.layers:
+                    x, _ = recomputed(lm.gradient_checkpointing, block, x, layout)
+            if x.requires_grad:
+                x.sum().backward()
+    model.zero_grad(set_to_none=True)
