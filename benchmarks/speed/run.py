@@ -5,6 +5,7 @@ its own; variants take turns and medians count. The peers are in requirements-be
 
     python benchmarks/speed/run.py --data_path alpaca_en_demo.json alpaca_zh_demo.json
     python benchmarks/speed/run.py --only generation head_memory --rounds 5
+    python benchmarks/speed/run.py --only training billion rollouts --device cuda --step_rows 256 --compile --large
 """
 
 import argparse
@@ -39,7 +40,20 @@ def parse_args() -> argparse.Namespace:
         "--loss_steps", type=int, nargs="+", default=[16, 18, 20, 24, 30, 40, 60, 80, 120], help="time_to_loss: tries"
     )
     parser.add_argument("--json", type=Path, help="file for the table")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if "billion" in args.only and args.device == "cpu":
+        parser.exit(2, "error: --only billion: a step takes a CPU an hour; add --device cuda\n")
+    if args.step_rows < 4:
+        parser.exit(2, f"error: --step_rows {args.step_rows}: must be 4 or more, a padded micro-batch has a quarter\n")
+    if args.device == "cuda" and not cuda_works():
+        parser.exit(2, "error: --device cuda: torch sees no GPU\n")
+    return args
+
+
+def cuda_works() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def machine(device: str) -> str:
