@@ -5,13 +5,17 @@ the token that follows X[t], and loss_mask[t] says whether predicting it counts.
 `token_cache.py`; what a conversation looks like in tokens is decided in `chat_format.py`.
 """
 
+import functools
+import hashlib
+import json
+import os
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
 
 from dataset.chat_format import chat_coder, detect_format, encode_chats, normalise_row, plain_encoder
 from dataset.token_cache import open_cache
@@ -21,21 +25,63 @@ CACHE_DIR = ROOT / "out" / "cache"
 END_OF_TEXT = "<|endoftext|>"  # stands between the documents of pretraining
 
 
-def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerFast:
+class LazyTokenizer:
+    """The tokenizer in a folder, a `PreTrainedTokenizerFast` that is loaded when it is first asked for anything.
+
+    With a warm cache a run does not: importing transformers would be a second or two of its start.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.size = Path(folder), None
+
+    @functools.cached_property
+    def loaded(self):
+        from transformers import PreTrainedTokenizerFast  # AutoTokenizer takes a second longer to import
+
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(self.folder)
+        except Exception as error:  # of json or of tokenizers, whose errors have no class of their own
+            raise ValueError(f"--tokenizer_dir {self.folder}: tokenizer.json is damaged: {error}") from None
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):  # asked for by whoever copies it
+            raise AttributeError(name)
+        return getattr(self.loaded, name)
+
+    def __len__(self) -> int:
+        return self.size or len(self.loaded)
+
+    def described(self, cache_dir: Path) -> str:
+        """All that encoding depends on, as text. It is kept in cache_dir for as long as files and libraries stay."""
+        files = sorted(path for path in self.folder.iterdir() if path.suffix in (".json", ".txt"))
+        parts = [*(version(name).encode() for name in ("transformers", "tokenizers")), *(p.read_bytes() for p in files)]
+        path = cache_dir / f"tokenizer_{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.json"
+        try:
+            self.size, text = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            self.size, text = len(self.loaded), self.loaded.backend_tokenizer.to_str()
+            try:
+                cache_dir.mkdir(parents=True, exist_ok=True)
+                building = path.with_suffix(f".{os.getpid()}")
+                building.write_text(json.dumps([self.size, text]), "utf-8")
+                os.replace(building, path)
+            except OSError:  # what cannot be written is loaded next time, too
+                pass
+        return text
+
+
+def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> LazyTokenizer:
     """The tokenizer in a folder.
 
     Args:
         vocab_size: of the model that it is for, where that is there already.
 
     Raises:
-        ValueError: there is none, it is damaged, or it has more entries than the model.
+        ValueError: there is none, or it has more entries than the model; later, when it is loaded: it is damaged.
     """
     if not (Path(folder) / "tokenizer.json").is_file():
         raise ValueError(f"--tokenizer_dir {folder}: there is no tokenizer.json")
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # AutoTokenizer takes a second longer to import
-    except Exception as error:  # of json or of tokenizers, whose errors have no class of their own
-        raise ValueError(f"--tokenizer_dir {folder}: tokenizer.json is damaged: {error}") from None
+    tokenizer = LazyTokenizer(folder)
     if vocab_size is not None and len(tokenizer) > vocab_size:
         sizes = f"{len(tokenizer)} entries, the model {vocab_size}"
         raise ValueError(
@@ -55,10 +101,11 @@ class CachedDataset(Dataset):
     """
 
     def __init__(self, data_path, tokenizer, options: dict, encode, masked: bool, cache_dir, skip_bad: bool):
-        backend = tokenizer.backend_tokenizer.to_str()
+        cache_dir, lazy = Path(cache_dir or CACHE_DIR), isinstance(tokenizer, LazyTokenizer)
+        backend = tokenizer.described(cache_dir) if lazy else tokenizer.backend_tokenizer.to_str()
         self.cache = open_cache(
             Path(data_path),
-            Path(cache_dir or CACHE_DIR),
+            cache_dir,
             {**options, "tokenizer": backend, "stage": type(self).__name__},
             vocab_size=len(tokenizer),
             masked=masked,
@@ -119,11 +166,14 @@ class PretrainDataset(CachedDataset):
     """
 
     def __init__(self, data_path, tokenizer, max_length: int = 512, cache_dir=None, skip_bad: bool = False):
-        plain, end = plain_encoder(tokenizer), tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-        if end is None or end == tokenizer.unk_token_id:
-            end = tokenizer.eos_token_id
+        @functools.cache
+        def encoder() -> tuple:
+            end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+            unknown = end is None or end == tokenizer.unk_token_id
+            return plain_encoder(tokenizer), tokenizer.eos_token_id if unknown else end
 
         def encode(rows: list[object]) -> list:
+            plain, end = encoder()
             texts = [row_text(row) for row in rows]
             encoded = iter(plain.batch([text for text in texts if isinstance(text, str)]))
             results = []
@@ -157,7 +207,7 @@ class SFTDataset(CachedDataset):
     def __init__(
         self, data_path, tokenizer, max_length: int = 512, cache_dir=None, skip_bad: bool = False, loss_on: str = "all"
     ):
-        coder, found = chat_coder(tokenizer), []
+        coder, found = functools.cache(lambda: chat_coder(tokenizer)), []
 
         def encode(rows: list[object]) -> list:
             chats = []
@@ -168,7 +218,7 @@ class SFTDataset(CachedDataset):
                     chats.append(normalise_row(row, found[0]))
                 except (ValueError, RecursionError) as error:
                     chats.append(ValueError(error))
-            encoded = iter(encode_chats([c for c in chats if not isinstance(c, ValueError)], coder, loss_on))
+            encoded = iter(encode_chats([c for c in chats if not isinstance(c, ValueError)], coder(), loss_on))
             results = []
             for chat in chats:
                 if isinstance(chat, ValueError):

@@ -7,6 +7,8 @@
 Turns have role and content, or from and value.
 """
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,12 +42,12 @@ class PreferenceDataset(CachedDataset):
     """
 
     def __init__(self, data_path, tokenizer, max_length: int = 512, cache_dir=None, skip_bad: bool = False):
-        coder = chat_coder(tokenizer)
+        coder = functools.cache(lambda: chat_coder(tokenizer))
 
         def encode(rows: list[object]) -> list:
             pairs = [checked(normalise_pair, row) for row in rows]
             chats = [chat for pair in pairs if not isinstance(pair, ValueError) for chat in pair]
-            encoded = iter(encode_chats(chats, coder, loss_on="last"))
+            encoded = iter(encode_chats(chats, coder(), loss_on="last"))
             return [
                 pair if isinstance(pair, ValueError) else checked(cut, [next(encoded), next(encoded)], max_length)
                 for pair in pairs

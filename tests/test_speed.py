@@ -35,16 +35,17 @@ def test_variants_take_turns_and_ratios_are_taken_within_a_turn():
     assert [figure("x", v, most=1.1)["kept"] for v in (1.1, 1.2)] == [True, False]
 
 
-def test_a_run_does_not_load_the_compiler(tmp_path):
-    """It takes two seconds; torch's optimizers and torch.compiler.disable would both load it."""
+def test_a_run_does_not_load_the_compiler_nor_with_a_warm_cache_transformers(tmp_path):
+    """They take two seconds each; torch's optimizers and torch.compiler.disable would both load the compiler."""
     flags = "--dim=32 --n_layers=1 --n_heads=4 --n_kv_heads=2 --device=cpu --max_steps=2 --from_weight=none"
     script = ROOT / "trainer/train_full_sft.py"
     code = f"import runpy, sys; sys.argv = sys.argv[1:]\ntry: runpy.run_path({str(script)!r}, run_name='__main__')\n"
-    code += "finally: print('loaded:', 'torch._dynamo' in sys.modules)"
+    code += "finally: print('loaded:', [name for name in ('torch._dynamo', 'transformers') if name in sys.modules])"
     places = [f"--out_dir={tmp_path}", f"--cache_dir={tmp_path}"]
     command = [sys.executable, "-c", code, str(script), *flags.split(), *places]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "step 2/2" in done.stdout and "loaded: False" in done.stdout, done.stderr
+    for loaded in (["transformers"], []):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert "step 2/2" in done.stdout and f"loaded: {loaded}" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_harness_prints_a_table_and_writes_it(tmp_path):

@@ -13,7 +13,7 @@ TINY = """--dim=64 --n_layers=1 --n_heads=2 --n_kv_heads=1 --max_seq_len=512 --d
     --save_interval=0"""
 START = """
 import resource, sys, time
-import torch, numpy, transformers
+import torch, numpy
 begin = time.perf_counter()
 sys.path.insert(0, {root!r})
 sys.argv = ["train_full_sft.py", *{flags!r}]
@@ -70,5 +70,5 @@ def measure(args) -> list[dict]:
             seconds.append(float(out.split("SECONDS")[1].split()[0]))
             whole = time.perf_counter() - begin
     detail = f"{whole:.1f} s with all imports"
-    what = f"start to first step, warm cache, {args.start_rows:,} rows: seconds besides imports of torch, transformers"
+    what = f"start to first step, warm cache, {args.start_rows:,} rows: seconds besides the import of torch"
     return [*lines, figure(what, sorted(seconds[1:])[len(seconds[1:]) // 2], most=2.0, detail=detail)]

@@ -36,9 +36,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--start_rows", type=int, default=1_000_000, help="loading: rows of the start")
     parser.add_argument("--few_rows", type=int, default=1000, help="loading: rows of the short epoch")
     parser.add_argument("--loss_rows", type=int, default=800, help="time_to_loss: rows of the epoch")
-    parser.add_argument(
-        "--loss_steps", type=int, nargs="+", default=[16, 18, 20, 24, 30, 40, 60, 80, 120], help="time_to_loss: tries"
-    )
+    tries = [16, 17, 18, 20, 24, 30, 40, 60, 80, 120]
+    parser.add_argument("--loss_steps", type=int, nargs="+", default=tries, help="time_to_loss: steps of our runs")
     parser.add_argument("--json", type=Path, help="file for the table")
     args = parser.parse_args()
     if "billion" in args.only and args.device == "cpu":

@@ -156,7 +156,7 @@ def trainer_seconds(kind: str, config, device, dtype: str, options: dict, rows: 
             from trl import SFTConfig, SFTTrainer
 
             flags = SFTConfig(folder, **{"max_length": config.max_seq_len + 1, **common, **options})
-            tokenizer = load_tokenizer(TOKENIZER)
+            tokenizer = load_tokenizer(TOKENIZER).loaded
             trainer = SFTTrainer(model, flags, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
         else:
             data = data.add_column("length", [len(ids) for ids in table["input_ids"]])
