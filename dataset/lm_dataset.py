@@ -8,7 +8,6 @@ the token that follows X[t], and loss_mask[t] says whether predicting it counts.
 import functools
 import hashlib
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.chat_format import chat_coder, detect_format, encode_chats, normalise_row, plain_encoder
-from dataset.token_cache import open_cache
+from dataset.token_cache import open_cache, replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE_DIR = ROOT / "out" / "cache"
@@ -62,9 +61,7 @@ class LazyTokenizer:
             self.size, text = len(self.loaded), self.loaded.backend_tokenizer.to_str()
             try:
                 cache_dir.mkdir(parents=True, exist_ok=True)
-                building = path.with_suffix(f".{os.getpid()}")
-                building.write_text(json.dumps([self.size, text]), "utf-8")
-                os.replace(building, path)
+                replace_file(path, json.dumps([self.size, text]))
             except OSError:  # what cannot be written is loaded next time, too
                 pass
         return text

@@ -264,6 +264,11 @@ class Block(nn.Module):
         return x + F.dropout(out, self.dropout, self.training), aux_loss
 
 
+def blocks(model: nn.Module) -> list[Block]:
+    """The blocks of a model, whatever stands on or beside them: a head for rewards, a second model."""
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
 class Head(Linear):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits of x (K, dim), or their summed cross-entropy with targets (K,)."""

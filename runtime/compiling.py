@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from model.lm import Block, MiniMindLM
+from model.lm import MiniMindLM, blocks
 from model.ops import recomputed
 from runtime.device import fast_dtype, one_order
 
@@ -24,9 +24,8 @@ def compiler_works(device: torch.device, dtype: str) -> bool:
 
 def compile_blocks(model: nn.Module) -> None:
     """Have blocks compiled when they are first called, for any length: eight blocks of one shape are compiled once."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compile(dynamic=True)
+    for block in blocks(model):
+        block.compile(dynamic=True)
 
 
 def compile_now(model: nn.Module, device: torch.device, dtype: str, documents: int, longest: int) -> None:

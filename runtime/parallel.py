@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.lm import Block, LMConfig
+from model.lm import LMConfig, blocks
 from runtime import memory
 from runtime.compiling import compile_blocks, compile_now, compiler_works
 from runtime.data_parallel import WHY_NOT, RowParallel
@@ -174,11 +174,6 @@ def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
         fully_shard(block, mp_policy=policy, shard_placement_fn=split_experts, **options)
     # Embedding and head are gathered in float32: so the residual stream keeps it, as under autocast.
     return fully_shard(model, **options)
-
-
-def blocks(model: nn.Module) -> list[Block]:
-    """The blocks of a model, whatever stands on or beside them: a head for rewards, a second model."""
-    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: int) -> int:

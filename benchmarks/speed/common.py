@@ -96,6 +96,15 @@ def samples_of(paths: list[str], max_seq_len: int, vocab_size: int | None = None
     return [samples[row] for row in order]
 
 
+def random_prompts(count: int, generator: torch.Generator) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
+    """Prompts of 16 to 256 tokens; the same padded on the left, and where that is tokens: (count, longest) int64."""
+    lens = torch.randint(16, 257, (count,), generator=generator)
+    width = int(lens.max())
+    mask = (torch.arange(width) >= width - lens.unsqueeze(1)).long()
+    ids = torch.randint(10, 6400, mask.shape, generator=generator) * mask
+    return [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)], ids, mask
+
+
 def supervised(samples: list[Sample]) -> int:
     return sum(int(sample[2].sum()) for sample in samples)
 

@@ -4,7 +4,7 @@ Once all completions have the same length; once each has one of its own, as comp
 """
 
 import torch
-from common import autocast, dtypes, figure, in_turn, model_of, qwen, ratio, seconds_of
+from common import autocast, dtypes, figure, in_turn, model_of, qwen, random_prompts, ratio, seconds_of
 from transformers import StoppingCriteria
 
 from model.sampling import complete, sampler
@@ -28,11 +28,8 @@ def measure(args) -> list[dict]:
     theirs = qwen(model.config).to(device).eval()
     theirs.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(0)
-    lens = torch.randint(16, 257, (BATCH,), generator=generator)
-    width = int(lens.max())
-    mask = (torch.arange(width) >= width - lens.unsqueeze(1)).long()
-    ids = torch.randint(10, 6400, mask.shape, generator=generator) * mask
-    prompts = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
+    prompts, ids, mask = random_prompts(BATCH, generator)
+    width = ids.size(1)
     limits = {"each 128": [NEW] * BATCH, "1 to 128": torch.randint(1, NEW + 1, (BATCH,), generator=generator).tolist()}
     ids, mask = ids.to(device), mask.to(device)
 

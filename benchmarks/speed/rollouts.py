@@ -4,7 +4,7 @@ A prompt gets 8 completions of one length. transformers only draws; it is not as
 """
 
 import torch
-from common import autocast, dtypes, figure, in_turn, model_of, qwen, ratio, seconds_of
+from common import autocast, dtypes, figure, in_turn, model_of, qwen, random_prompts, ratio, seconds_of
 
 from runtime import rollout
 
@@ -21,11 +21,7 @@ def compare(label: str, shape: dict, device: torch.device, kind: str, rounds: in
     model = model_of(device, **shape, vocab_size=6400, max_seq_len=768)
     theirs = qwen(model.config).to(device).eval()
     theirs.load_state_dict(model.state_dict())
-    generator = torch.Generator().manual_seed(0)
-    lens = torch.randint(16, 257, (PROMPTS,), generator=generator)
-    mask = (torch.arange(256) >= 256 - lens.unsqueeze(1)).long()
-    ids = torch.randint(10, 6400, mask.shape, generator=generator) * mask
-    prompts = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
+    prompts, ids, mask = random_prompts(PROMPTS, torch.Generator().manual_seed(0))
     ids, mask = ids.to(device), mask.to(device)
 
     def ours(step: int) -> None:

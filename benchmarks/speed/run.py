@@ -19,13 +19,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("training", "experts", "head_memory", "generation", "processes", "loading", "time_to_loss", "shares",
-         "rollouts", "billion")  # fmt: skip
+PARTS = ("training", "experts", "head_memory", "generation", "processes", "loading", "time_to_loss", "shares")
+FOR_GPUS = ("rollouts", "billion")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS[:8], help="parts to run; the last: for GPUs")
+    parser.add_argument("--only", nargs="+", choices=PARTS + FOR_GPUS, default=PARTS, help="parts to run")
     parser.add_argument("--data_path", nargs="+", default=[str(ROOT / "dataset/demo/sft.jsonl")], help="SFT data")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each variant takes")

@@ -186,7 +186,7 @@ def trl_settings(step_rows: int, device: torch.device) -> dict[str, dict]:
     settings = {"TRL, plain": plain, "TRL, padding-free": free, "TRL, packed": packed}
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         settings["TRL, packed, Liger"] = {**packed, "use_liger_kernel": True}
-        settings["TRL, plain, Liger"] = {**settings["TRL, plain"], "use_liger_kernel": True}
+        settings["TRL, plain, Liger"] = {**plain, "use_liger_kernel": True}
     return settings
 
 
@@ -229,8 +229,8 @@ def compare(label: str, shape: dict, samples: list[Sample], device: torch.device
     # Warms up, too. A compiled block is compiled for short, middling and long rows: sums of many numbers are nested.
     sizes = (turns[0][:rows], by_length[:rows], by_length[-rows:])
     compiling = {name: sum(map(loop, sizes)) for name, loop in loops.items()}
-    for name in set(works) - set(loops):  # kernels that are prepared once
-        works[name](sizes[0])
+    for name in trainers:  # kernels that are prepared once
+        works[f"{name} {fast}"](sizes[0])
     rates = in_turn(variants, turns)
 
     best = max((f"ours {fast}", f"ours compiled {fast}"), key=lambda n: statistics.median(rates.get(n, [0.0])))
