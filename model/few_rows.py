@@ -1,21 +1,27 @@
 """One more token for each row of a batch, on a CPU: the forward pass of lm.py, written for few rows and many steps.
 
-There is so little to compute in such a step that the number of operations and of passes over the weights decides. So
+There is so little to compute in such a step that the number of operations and of passes over memory decides. So
 matrices that read the same vector are joined, weights are cast once for all steps, the gains of the norms are part of
-the matrices behind them, and activations have a column for each row of the batch: a product then reads every weight
-once and leaves its result as the next one wants it.
+the matrices behind them, and what stands between the products is compiled from few_rows.cpp. Activations have a column
+for each row of the batch: a product then reads every weight once and leaves its result as the next one wants it.
 """
 
+import ctypes
+import functools
 import math
+import os
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops import Linear, rotate
+from model.ops import Linear, round_up
 
-GROUP = 16  # rows that attend together, up to the longest of them
 MOST = 2**30  # bytes of weights: of more there should be no second copy
+TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+COLUMNS = 16  # whole vectors of them; and a CPU prepares products by their shape, so few shapes are better
 
 
 def suits(model, dtype: torch.dtype) -> bool:
@@ -24,7 +30,36 @@ def suits(model, dtype: torch.dtype) -> bool:
     plain = all(type(layer) is Linear for layer in layers if not hasattr(layer, "eps"))  # what has one is a norm
     plain = plain and not model.config.use_moe and type(model.lm_head.weight) is torch.nn.Parameter
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    return plain and model.lm_head.weight.device.type == "cpu" and size <= MOST
+    if not plain or model.lm_head.weight.device.type != "cpu" or size > MOST or dtype not in TYPES:
+        return False
+    wide = lanes(model.config)
+    return not (model.config.dim % wide or model.config.hidden_dim % wide) and kernels(model.config, dtype) is not None
+
+
+def lanes(config) -> int:
+    """Numbers in a vector: of 512 bits, or what half a head has room for."""
+    return math.gcd(config.head_dim // 2, 16)
+
+
+def kernels(config, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The functions of few_rows.cpp for a shape of attention; None: there is no compiler, or none that can."""
+    macros = {"T": TYPES[dtype], "DIM": config.head_dim, "LANES": lanes(config)}
+    macros |= {"KV": config.n_kv_heads, "GROUP": config.n_heads // config.n_kv_heads}
+    return compiled(*(f"-D{name}={value}" for name, value in macros.items()))
+
+
+@functools.cache
+def compiled(*macros: str) -> ctypes.CDLL | None:
+    """Half a second. Their threads are those of torch: OpenMP is in this process already, under the same name."""
+    source, compiler = Path(__file__).with_suffix(".cpp"), os.environ.get("CXX", "g++")
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/few_rows.so"
+        command = [compiler, "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", *macros, source, "-o", library]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            return ctypes.CDLL(library)
+        except (OSError, subprocess.CalledProcessError):
+            return None
 
 
 class FewRows:
@@ -37,60 +72,52 @@ class FewRows:
 
     def __init__(self, model, cache):
         self.config, self.cache, self.dtype = model.config, cache, cache.kv.dtype
+        self.kernels = kernels(self.config, self.dtype)
         self.embedding, self.head = model.model.embed_tokens.weight, self.joined(model.model.norm, model.lm_head)
         self.layers = []
         for block in model.model.layers:
-            attention, mlp, n_kv = block.self_attn, block.mlp, self.config.n_kv_heads
+            attention, mlp = block.self_attn, block.mlp
             qkv = self.joined(block.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+            gains = [norm.weight.detach().float() for norm in (attention.q_norm, attention.k_norm)]
             gate_up = self.joined(block.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
-            gains = [norm.weight.float().expand(n, -1) for norm, n in
-                     ((attention.q_norm, self.config.n_heads), (attention.k_norm, n_kv))]  # fmt: skip
             out, down = (layer.weight.to(self.dtype) for layer in (attention.o_proj, mlp.down_proj))
-            self.layers.append((qkv, torch.cat(gains).unsqueeze(2), out, gate_up, down))
-        frequency = torch.arange(0, self.config.head_dim, 2) / self.config.head_dim
-        angle = torch.arange(cache.kv.size(-2)) / self.config.rope_theta ** frequency.unsqueeze(1)
-        self.cos, self.sin = angle.cos(), angle.sin()  # (D / 2, capacity)
+            self.layers.append((qkv, gains, out, gate_up, down))
+        positions = torch.arange(cache.kv.size(-2)).unsqueeze(0)
+        self.angles = [part.view(-1, self.config.head_dim // 2) for part in model.rotation(positions)]
 
     def joined(self, norm, *layers) -> Tensor:
         return (torch.cat([layer.weight for layer in layers]) * norm.weight).to(self.dtype)
 
-    def scale(self, x: Tensor, dim: int) -> Tensor:
-        """1 / rms(x) over a dimension; the gain of a norm is part of the matrix behind it."""
-        return x.square().sum(dim, keepdim=True).div_(x.size(dim)).add_(self.config.norm_eps).rsqrt_()
+    def call(self, name: str, *args: Tensor | int | float | None) -> None:
+        """A function of few_rows.cpp. Tensors are passed as their first element's address: they must be contiguous."""
+        kinds = {Tensor: lambda x: ctypes.c_void_p(x.data_ptr()), int: ctypes.c_int64, float: ctypes.c_float}
+        getattr(self.kernels, name)(*(None if arg is None else kinds[type(arg)](arg) for arg in args))
 
+    @torch.no_grad()
     def __call__(self, token: Tensor) -> Tensor:
         """token (R,) int64, R being the rows of the cache -> logits (R, vocab) float32."""
         with torch.autocast("cpu", enabled=False):
             return self.step(token)
 
     def step(self, token: Tensor) -> Tensor:
-        config, cache, R = self.config, self.cache, len(token)
-        H, KV, D, capacity = config.n_heads, config.n_kv_heads, config.head_dim, cache.kv.size(-2)
-        cos, sin = self.cos[:, cache.lengths], self.sin[:, cache.lengths]  # (D / 2, R)
-        place = (torch.arange(2 * R * KV) * capacity).view(2, R, KV) + cache.lengths.unsqueeze(1)
-        place = place.transpose(0, 1).flatten()  # of the new key and value of each row, among all of a layer
+        config, cache, R, eps = self.config, self.cache, len(token), self.config.norm_eps
+        alone = R == 1 and self.dtype == torch.float32  # a product of one column has a kernel of its own there
+        columns = 1 if alone else round_up(R, COLUMNS)
+        x = torch.zeros(config.dim, columns)
+        x[:, :R] = self.embedding[token].T
+        normed = torch.empty(config.dim, columns, dtype=self.dtype)
+        attended = torch.zeros(columns, config.n_heads * config.head_dim, dtype=self.dtype)
+        inner = torch.empty(config.hidden_dim, columns, dtype=self.dtype)
+        places, by = cache.lengths.clone(), None
+        for (qkv, gains, out, gate_up, down), kv in zip(self.layers, cache.kv, strict=True):
+            self.call("add_and_norm", x, by, normed, config.dim, columns, eps)
+            qkv = qkv @ normed
+            self.call("attend", qkv, *gains, *self.angles, places, *kv, attended, R, columns, kv.size(-2), eps)
+            by = out @ attended.T
+            self.call("add_and_norm", x, by, normed, config.dim, columns, eps)
+            gate, up = (gate_up @ normed).chunk(2)
+            self.call("swiglu", gate, up, inner, inner.numel())
+            by = down @ inner
+        self.call("add_and_norm", x, by, normed, config.dim, columns, eps)
         cache.lengths += 1
-        groups = []
-        for rows, lens in zip(cache.kv.split(GROUP, dim=2), cache.lengths.split(GROUP), strict=True):
-            most = int(lens.max())
-            hidden, mask = torch.arange(most) >= lens.view(-1, 1, 1, 1), None
-            if hidden.any():
-                mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -math.inf)
-            groups.append((rows[..., :most, :].flatten(0, 1).unbind(0), mask))
-
-        x = self.embedding[token].T.float().contiguous()  # (dim, R)
-        for layer, (qkv, gains, out, gate_up, down) in enumerate(self.layers):
-            heads = (qkv @ (x * self.scale(x, 0)).to(self.dtype)).view(H + 2 * KV, D, R).float()
-            qk = heads[: H + KV]
-            qk.copy_(rotate(qk.mul_(self.scale(qk, 1)).mul_(gains), cos, sin, dim=1))
-            heads = torch.empty(R, H + 2 * KV, D, dtype=self.dtype).copy_(heads.permute(2, 0, 1))
-            cache.kv[layer].view(-1, D).index_copy_(0, place, heads[:, H:].reshape(-1, D))
-            queries = heads[:, :H].unflatten(1, (KV, -1)).split(GROUP)  # a group of heads as queries of one head
-            parts = [
-                F.scaled_dot_product_attention(q, held[2 * layer], held[2 * layer + 1], mask)
-                for q, (held, mask) in zip(queries, groups, strict=True)
-            ]
-            x += out @ torch.cat(parts).view(R, H * D).T
-            gate, up = (gate_up @ (x * self.scale(x, 0)).to(self.dtype)).chunk(2)
-            x += down @ F.silu(gate).mul_(up)
-        return ((x * self.scale(x, 0)).to(self.dtype).T @ self.head.T).float()
+        return (normed.T @ self.head.T)[:R].float()

@@ -46,7 +46,7 @@ def project_files() -> list[str]:
 
 FILES = project_files()
 PYTHON = [name for name in FILES if name.endswith(".py")]
-CODE = [name for name in FILES if name.endswith((".py", ".sh")) or name == ".ci/run"]
+CODE = [name for name in FILES if name.endswith((".py", ".sh", ".cpp")) or name == ".ci/run"]
 STAGES = [name for name in PYTHON if re.fullmatch(r"trainer/train_(?!tokenizer)\w+\.py", name)]
 
 

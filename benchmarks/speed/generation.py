@@ -1,10 +1,11 @@
 """New tokens per second against transformers' generate: the same weights, prompts and lengths of the completions.
 
-Once all completions have the same length; once each has one of its own, as completions of a trained model have.
+Once all completions have the same length; once each has one of its own, as completions of a trained model have. Beside
+them what the machine would allow: the products alone, of prompts and new tokens, at the rate of the best of them.
 """
 
 import torch
-from common import autocast, dtypes, figure, in_turn, model_of, qwen, random_prompts, ratio, seconds_of
+from common import autocast, dtypes, figure, in_turn, matrix_peak, model_of, qwen, random_prompts, ratio, seconds_of
 from transformers import StoppingCriteria
 
 from model.sampling import complete, sampler
@@ -46,7 +47,10 @@ def measure(args) -> list[dict]:
         options = {"max_new_tokens": max(limits), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         return theirs.generate(ids, attention_mask=mask, stopping_criteria=[ends], **options)[:, width:]
 
+    head = model.lm_head.weight.numel()
+    inner = sum(p.numel() for p in model.parameters()) - head  # numbers in the matrices of the layers, but for a few
     for kind in dtypes(device):
+        peak = matrix_peak(device, kind, sum(map(len, prompts)), model.config)
         for name, most in limits.items():
             with autocast(device, kind):
                 works = {"ours": lambda _, most=most: seconds_of(lambda: ours(most), device)}
@@ -56,4 +60,8 @@ def measure(args) -> list[dict]:
             detail = f"{sum(most) / min(times['ours']):,.0f} tokens/s; {same:.1%} of the tokens are the same"
             what = f"generation, {BATCH} prompts of 16 to 256 tokens, {name} new, {kind}: tokens/s / transformers"
             lines.append(figure(what, 1 / ratio(times, "ours", "transformers"), least=4.0, detail=detail))
+            flops = 2 * (sum(map(len, prompts)) * inner + sum(most) * (inner + head))
+            limit = min(times["transformers"]) * peak / flops
+            detail = f"{flops / 1e9:,.0f} GFLOP at {peak / 1e9:,.0f} GFLOP/s"
+            lines.append(figure(f"{what}: the products alone, at their peak", limit, detail=detail))
     return lines

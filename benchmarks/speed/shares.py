@@ -8,18 +8,18 @@ that share of the best product and no more.
 import torch
 from common import autocast, dtypes, figure, matrix_peak, model_of, samples_of, supervised, warm_seconds
 from experts import MOE, SHAPE
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from training import ROWS, Loop, ours
 
 from model.few_rows import FewRows, suits
-from model.sampling import KVCache
+from model.sampling import KVCache, next_step
 from runtime import parallel
 
 KINDS = {  # the first that an operation's name contains
-    "attention": ("scaled_dot_product", "flash_attention", "BlockwiseAttention", "bmm", "_softmax", "exp2"),
+    "attention": ("scaled_dot_product", "flash_attention", "BlockwiseAttention", "bmm", "_softmax", "exp2", "attend"),
     "matrix products": ("aten::mm", "aten::addmm", "_grouped_mm"),
     "optimizer": ("adamw",),
-    "fused passes": ("CompiledFxGraph",),
+    "fused passes": ("CompiledFxGraph", "add_and_norm", "swiglu"),
     "other passes over memory, calls": ("",),
 }
 STEPS = 4  # whose rows are trained on
@@ -75,6 +75,14 @@ def measure(args) -> list[dict]:
     return lines + [line for kind in dtypes(device) for line in decoding(kind, device)]
 
 
+class Recorded(FewRows):
+    """The profiler sees operations of torch alone."""
+
+    def call(self, name: str, *args) -> None:
+        with record_function(name):
+            super().call(name, *args)
+
+
 @torch.no_grad()
 def decoding(dtype: str, device: torch.device) -> list[dict]:
     """Steps of generation: 64 rows that hold 200 tokens on average."""
@@ -88,7 +96,6 @@ def decoding(dtype: str, device: torch.device) -> list[dict]:
             step(token)
 
     with autocast(device, dtype):
-        few = FewRows(model, cache) if suits(model, cache.kv.dtype) else None
-        step = few or (lambda token: model(token.unsqueeze(1), cache=cache))
+        step = Recorded(model, cache) if suits(model, cache.kv.dtype) else next_step(model, cache)
         steps()
         return shares(f"generation, a token of 64 rows, {dtype}", steps, device)
