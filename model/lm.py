@@ -170,8 +170,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (M, dim) sorted by expert; ends (n,) int32: where each expert's rows end. Returns (M, dim)."""
-        (gate, up), down = self.gate_up_proj.to(x.dtype).chunk(2, dim=1), self.down_proj.to(x.dtype)
-        return grouped_linear(F.silu(grouped_linear(x, gate, ends)) * grouped_linear(x, up, ends), down, ends)
+        gate, up = grouped_linear(x, self.gate_up_proj, ends, parts=2)
+        return grouped_linear(F.silu(gate) * up, self.down_proj, ends)[0]
 
 
 class Router(nn.Linear):
