@@ -95,7 +95,7 @@ class FewRows:
 
     @torch.no_grad()
     def __call__(self, token: Tensor) -> Tensor:
-        """token (R,) int64, R being the rows of the cache -> logits (R, vocab) float32."""
+        """token (R,) int64, R being the rows of the cache -> logits (R, vocab) float32. ValueError: a row is full."""
         with torch.autocast("cpu", enabled=False):
             return self.step(token)
 
@@ -109,6 +109,8 @@ class FewRows:
         attended = torch.zeros(columns, config.n_heads * config.head_dim, dtype=self.dtype)
         inner = torch.empty(config.hidden_dim, columns, dtype=self.dtype)
         places, by = cache.lengths.clone(), None
+        if int(places.max()) >= cache.kv.size(-2):
+            raise ValueError(f"a row of the cache is full: it has room for {cache.kv.size(-2)} tokens")
         for (qkv, gains, out, gate_up, down), kv in zip(self.layers, cache.kv, strict=True):
             self.call("add_and_norm", x, by, normed, config.dim, columns, eps)
             qkv = qkv @ normed

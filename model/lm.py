@@ -201,10 +201,19 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_expert = SwiGLU(config.dim, config.moe_hidden_dim * config.n_shared_experts)
 
-    @uncompiled  # tracing grouped_mm demands bfloat16; it runs in every dtype
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        top_k, n_experts = self.config.n_experts_per_tok, self.config.n_experts
         flat = x.reshape(-1, x.size(-1))  # (N, dim)
+        rows, ends, row, weight, aux_loss = self.route(flat, layout)
+        out = self.collect(self.experts(rows, ends), row, weight)
+        if self.config.n_shared_experts:
+            out = out + self.shared_expert(flat)
+        return out.view_as(x), aux_loss
+
+    @uncompiled  # how many rows an expert has is in the data
+    def route(self, flat: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+        """The rows of flat (N, dim) sorted by expert (M, dim), where each expert's end (E,), where those of each token
+        are (N * k,), their weights (N, k), and the balance loss."""
+        top_k, n_experts = self.config.n_experts_per_tok, self.config.n_experts
         probs = self.gate(flat)  # (N, E)
         weight, choice = probs.topk(top_k, dim=-1)  # (N, k)
         if self.config.norm_topk_prob:
@@ -213,24 +222,26 @@ class MoE(nn.Module):
         # fewer than 4 a thread), so the routing of one document would change its neighbours' logits by 1e-6.
         packed, n_rows = layout.attend is not None, top_k * len(flat)
         block = max(16, 4 * length_step(n_rows // n_experts, self.experts.down_proj)) if packed else 1
-        visit = choice.flatten() == torch.arange(n_experts, device=x.device).unsqueeze(1)  # (E, N * k)
+        visit = choice.flatten() == torch.arange(n_experts, device=flat.device).unsqueeze(1)  # (E, N * k)
         count = visit.sum(dim=1)
         size = round_up(count, block)  # (E,)
         ends = size.cumsum(dim=0)
         row = visit.flatten().cumsum(dim=0).view_as(visit) - 1  # among all rows, before any are filled up
         row = ((row + (ends - size - count.cumsum(dim=0) + count).unsqueeze(1)) * visit).sum(dim=0)  # (N * k,)
-        if x.device.type == "cpu":
+        if flat.device.type == "cpu":
             n_rows = int(ends[-1])
         else:  # a shape that is known beforehand: a GPU would have to be waited for
             n_rows = round_up(n_rows + n_experts * (block - 1), block)
             ends[-1:].fill_(n_rows)
         token = row.new_zeros(n_rows).index_copy_(0, row, torch.arange(len(row), device=row.device) // top_k)
-        out = self.experts(Dispatch.apply(flat, token, row), ends.int()).index_select(0, row)  # (N * k, dim)
-        if top_k > 1 or not self.config.norm_topk_prob:  # the weight of a single expert was rescaled to 1
-            out = (out.view(-1, top_k, out.size(1)) * weight.unsqueeze(-1).to(out.dtype)).sum(dim=1)  # (N, dim)
-        if self.config.n_shared_experts:
-            out = out + self.shared_expert(flat)
-        return out.view_as(x), self.balance_loss(probs, choice, layout)
+        return Dispatch.apply(flat, token, row), ends.int(), row, weight, self.balance_loss(probs, choice, layout)
+
+    def collect(self, out: Tensor, row: Tensor, weight: Tensor) -> Tensor:
+        """The experts' out (M, dim) -> (N, dim)."""
+        out = out.index_select(0, row)  # (N * k, dim)
+        if weight.size(1) > 1 or not self.config.norm_topk_prob:  # the weight of a single expert was rescaled to 1
+            out = (out.view(*weight.shape, -1) * weight.unsqueeze(-1).to(out.dtype)).sum(dim=1)
+        return out
 
     def balance_loss(self, probs: Tensor, choice: Tensor, layout: Layout) -> Tensor:
         if layout.doc_of is None:

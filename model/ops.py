@@ -203,6 +203,7 @@ class GroupedLinear(torch.autograd.Function):
         return by_x, by_weight, None, None
 
 
+@uncompiled
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
     """x (M, in) @ weight[group].T, in the dtype of x, as `parts` tensors (M, out / parts).
 

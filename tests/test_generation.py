@@ -77,6 +77,10 @@ def test_the_forward_pass_of_few_rows_gives_the_logits_of_the_model(dtype, most,
         for token in ids(3, rows):
             ours, logits = few_rows(token), model(token.unsqueeze(1), cache=caches[1]).logits.squeeze(1)
             assert ours.dtype == torch.float32 and (ours - logits).abs().max() <= most * logits.abs().max()
+        caches[0].lengths[0] = 50
+        with pytest.raises(ValueError, match="room for 50 tokens"):
+            few_rows(token)
+    caches[0].lengths[0] = 3
     assert torch.equal(caches[0].lengths, caches[1].lengths)
     torch.testing.assert_close(caches[0].kv, caches[1].kv, rtol=0, atol=most * float(caches[1].kv.abs().max()))
 

@@ -2,6 +2,7 @@
 
 import gc
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,12 +166,13 @@ def test_compiling_is_chosen_where_it_was_measured_to_win(monkeypatch):
     assert operations > parallel.WORTH_COMPILING["cpu"] and chosen() == 1
     assert chosen(total_steps=20) == 0 and chosen(total_steps=20, compile=1) == 1 and chosen(compile=0) == 0
     assert chosen("float32") == chosen(strategy="zero3") == chosen(gradient_checkpointing=1) == 0
-    assert chosen(shape=LMConfig(use_moe=True, dim=1024)) == 0
+    moe = replace(LARGE, use_moe=True, n_experts_per_tok=1, moe_hidden_dim=None)
+    assert chosen(shape=moe) == 1 and chosen(shape=moe, total_steps=20) == 0
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
     gpu = {"device": torch.device("cuda"), "epochs": 200, "total_steps": 40_000}  # on which a run has to be longer
     assert operations < parallel.WORTH_COMPILING["cuda"] < 200 * operations
     assert chosen(**gpu) == chosen("float16", **gpu) == 1 and chosen(**gpu | {"epochs": 1}) == 0
-    assert chosen("float32", **gpu) == chosen("float16") == 0
+    assert chosen("float32", **gpu) == chosen("float16") == chosen(shape=moe, **gpu) == 0
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     assert chosen() == chosen(**gpu) == 0
 
