@@ -140,6 +140,7 @@ void attend(const T *qkv, const float *q_gain, const float *k_gain, const float 
             const float *angles[2] = {cos + place * (DIM / 2), sin + place * (DIM / 2)};
             T *key = keys + task * capacity * DIM, *value = values + task * capacity * DIM;
             const T *column = qkv + r;
+            // 1. The queries, and the new key and value, which the cache takes up
             floats q[GROUP][N], x[N];
             for (int g = 0; g < GROUP; g++) {
                 T rounded[DIM];
@@ -152,6 +153,7 @@ void attend(const T *qkv, const float *q_gain, const float *k_gain, const float 
             read_column(column + (KV * GROUP + KV + head) * width, columns, x);
             for (int i = 0; i < N; i++) store(value + place * DIM + i * LANES, x[i]);
 
+            // 2. Scores, for powers of 2. The values are fetched meanwhile.
             for (int64_t s = 0; s < held; s++) {
                 floats k[N];
                 for (int i = 0; i < N; i++) k[i] = load(key + s * DIM + i * LANES);
@@ -162,6 +164,7 @@ void attend(const T *qkv, const float *q_gain, const float *k_gain, const float 
                     weights[g * most + s] = sum<LANES>(&products);
                 }
             }
+            // 3. The numerators of the softmax, and their sum
             float total[GROUP];
             for (int g = 0; g < GROUP; g++) {
                 float *w = &weights[g * most];
@@ -180,6 +183,7 @@ void attend(const T *qkv, const float *q_gain, const float *k_gain, const float 
                 }
                 total[g] = sum<LANES>(&all);
             }
+            // 4. The mean of the values
             floats result[GROUP][N] = {};
             for (int64_t s = 0; s < held; s++)
                 for (int i = 0; i < N; i++) {
