@@ -137,7 +137,7 @@ void attend(const T *qkv, const float *q_gain, const float *k_gain, const float 
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < R * KV; task++) {
             const int64_t r = task / KV, head = task % KV, place = places[r], held = place + 1;
-            const float *angles[2] = {cos + place * (DIM / 2), sin + place * (DIM / 2)};
+            const float *cosines = cos + place * (DIM / 2), *sines = sin + place * (DIM / 2);
             T *key = keys + task * capacity * DIM, *value = values + task * capacity * DIM;
             const T *column = qkv + r;
             // 1. The queries, and the new key and value, which the cache takes up
@@ -145,11 +145,11 @@ void attend(const T *qkv, const float *q_gain, const float *k_gain, const float 
             for (int g = 0; g < GROUP; g++) {
                 T rounded[DIM];
                 read_column(column + (head * GROUP + g) * width, columns, x);
-                norm_and_rotate(x, q_gain, angles[0], angles[1], eps, rounded);
+                norm_and_rotate(x, q_gain, cosines, sines, eps, rounded);
                 for (int i = 0; i < N; i++) q[g][i] = load(rounded + i * LANES) * (LOG2_E / std::sqrt(float(DIM)));
             }
             read_column(column + (KV * GROUP + head) * width, columns, x);
-            norm_and_rotate(x, k_gain, angles[0], angles[1], eps, key + place * DIM);
+            norm_and_rotate(x, k_gain, cosines, sines, eps, key + place * DIM);
             read_column(column + (KV * GROUP + KV + head) * width, columns, x);
             for (int i = 0; i < N; i++) store(value + place * DIM + i * LANES, x[i]);
 

@@ -21,6 +21,7 @@ from model.ops import Linear, round_up
 
 MOST = 2**30  # bytes of weights: of more there should be no second copy
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+ARGUMENTS = {Tensor: lambda x: ctypes.c_void_p(x.data_ptr()), int: ctypes.c_int64, float: ctypes.c_float}
 COLUMNS = 16  # whole vectors of them; and a CPU prepares products by their shape, so few shapes are better
 
 
@@ -90,8 +91,7 @@ class FewRows:
 
     def call(self, name: str, *args: Tensor | int | float | None) -> None:
         """A function of few_rows.cpp. Tensors are passed as their first element's address: they must be contiguous."""
-        kinds = {Tensor: lambda x: ctypes.c_void_p(x.data_ptr()), int: ctypes.c_int64, float: ctypes.c_float}
-        getattr(self.kernels, name)(*(None if arg is None else kinds[type(arg)](arg) for arg in args))
+        getattr(self.kernels, name)(*(None if arg is None else ARGUMENTS[type(arg)](arg) for arg in args))
 
     @torch.no_grad()
     def __call__(self, token: Tensor) -> Tensor:

@@ -138,9 +138,9 @@ class Rotation(torch.autograd.Function):
         return rotate(grad, cos, -sin), None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, dim: int = -1) -> Tensor:
-    (a, b), out = x.chunk(2, dim), torch.empty_like(x)
-    left, right = out.chunk(2, dim)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (a, b), out = x.chunk(2, dim=-1), torch.empty_like(x)
+    left, right = out.chunk(2, dim=-1)
     torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=right).addcmul_(a, sin)
     return out
@@ -191,15 +191,16 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x, weight, ends = ctx.saved_tensors
-        by_weight = torch.empty_like(weight, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
-        by_x = None
-        for number, (grad, part) in enumerate(zip(grads, weight.chunk(len(grads), dim=1), strict=True)):
-            grad = grad.contiguous()
-            product = grouped_mm(grad, part, ends)
-            by_x = product if by_x is None else by_x.add_(product)
-            if by_weight is not None:
-                sum_of_products(by_weight.chunk(len(grads), dim=1)[number], grad, x, ends)
+        (x, weight, ends), grads = ctx.saved_tensors, [grad.contiguous() for grad in grads]
+        parts = weight.chunk(len(grads), dim=1)
+        by_x, *others = (grouped_mm(grad, part, ends) for grad, part in zip(grads, parts, strict=True))
+        for other in others:
+            by_x += other
+        by_weight = None
+        if ctx.needs_input_grad[1]:
+            by_weight = torch.empty_like(weight, dtype=ctx.dtype)
+            for total, grad in zip(by_weight.chunk(len(grads), dim=1), grads, strict=True):
+                sum_of_products(total, grad, x, ends)
         return by_x, by_weight, None, None
 
 
@@ -214,9 +215,11 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, parts: int = 1) -> t
     return GroupedLinear.apply(x, weight, ends, parts)
 
 
-def one_by_one(x: Tensor) -> bool:
-    """Whether grouped products of x are better made group by group: bfloat16 on a CPU, see `grouped_mm`."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+def group_sizes(x: Tensor, ends: Tensor) -> list[int] | None:
+    """Rows of each group of x, where products are made group by group: in bfloat16 on a CPU, see `grouped_mm`."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return None
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
 def grouped_mm(x: Tensor, matrix: Tensor, ends: Tensor) -> Tensor:
@@ -225,9 +228,10 @@ def grouped_mm(x: Tensor, matrix: Tensor, ends: Tensor) -> Tensor:
     On 2 cores oneDNN leaves one idle in bfloat16 products of some 500 to 1,150 rows that sum more than they have
     columns. Half the columns at a time both work, 1.3 to 1.6 times as fast.
     """
-    if not one_by_one(x):
+    sizes = group_sizes(x, ends)
+    if sizes is None:
         return F.grouped_mm(x, matrix, offs=ends)
-    out, sizes = x.new_empty(len(x), matrix.size(2)), ends.diff(prepend=ends.new_zeros(1)).tolist()
+    out = x.new_empty(len(x), matrix.size(2))
     for rows, factor, result in zip(x.split(sizes), matrix, out.split(sizes), strict=True):
         parts = 2 if 512 < len(rows) < 1152 and factor.size(0) > factor.size(1) else 1
         for columns, part in zip(factor.chunk(parts, dim=1), result.chunk(parts, dim=1), strict=True):
@@ -237,10 +241,10 @@ def grouped_mm(x: Tensor, matrix: Tensor, ends: Tensor) -> Tensor:
 
 def sum_of_products(total: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> None:
     """total[group] (groups, M, N), in any dtype, = a[rows].T @ b[rows] of its rows; a (K, M), b (K, N)."""
-    if not one_by_one(a):
+    sizes = group_sizes(a, ends)
+    if sizes is None:
         total.copy_(F.grouped_mm(a.T, b, offs=ends))
         return
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     for result, left, right in zip(total, a.split(sizes), b.split(sizes), strict=True):
         result.copy_(left.T @ right)  # cast while it is in the cache
 

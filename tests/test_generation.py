@@ -11,7 +11,7 @@ from model.lora import add_lora
 from model.sampling import KVCache, sample, stream_text
 
 missing = kernels(LMConfig(**TINY), torch.float32) is None
-compiler = pytest.mark.skipif(missing, reason="no C++ compiler that knows OpenMP")
+needs_compiler = pytest.mark.skipif(missing, reason="no C++ compiler that knows OpenMP")
 
 
 def left_padded(prompts: list[torch.Tensor], filler: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +56,7 @@ def test_cached_logits_behind_packed_prompts_equal_each_prompt_alone(kind):
         assert (batched[row] - alone[0]).abs().max() <= 1e-5
 
 
-@compiler
+@needs_compiler
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 19])
 @pytest.mark.parametrize("heads", [(4, 2, 8), (6, 2, 16), (3, 3, 32), (5, 1, 64), (2, 2, 6)], ids=str)
@@ -85,7 +85,7 @@ def test_the_forward_pass_of_few_rows_gives_the_logits_of_the_model(dtype, most,
     torch.testing.assert_close(caches[0].kv, caches[1].kv, rtol=0, atol=most * float(caches[1].kv.abs().max()))
 
 
-@compiler
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_functions_between_the_products_equal_their_formulas(dtype):
     """Also where an exponential vanishes or would overflow; rounding is that of torch, ties included."""

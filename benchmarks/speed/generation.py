@@ -5,7 +5,19 @@ them what the machine would allow: the products alone, of prompts and new tokens
 """
 
 import torch
-from common import autocast, dtypes, figure, in_turn, matrix_peak, model_of, qwen, random_prompts, ratio, seconds_of
+from common import (
+    autocast,
+    dtypes,
+    figure,
+    in_turn,
+    matrix_peak,
+    model_of,
+    qwen,
+    random_prompts,
+    ratio,
+    seconds_of,
+    step_flops,
+)
 from transformers import StoppingCriteria
 
 from model.sampling import complete, sampler
@@ -47,10 +59,8 @@ def measure(args) -> list[dict]:
         options = {"max_new_tokens": max(limits), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         return theirs.generate(ids, attention_mask=mask, stopping_criteria=[ends], **options)[:, width:]
 
-    head = model.lm_head.weight.numel()
-    inner = sum(p.numel() for p in model.parameters()) - head  # numbers in the matrices of the layers, but for a few
     for kind in dtypes(device):
-        peak = matrix_peak(device, kind, sum(map(len, prompts)), model.config)
+        peak = matrix_peak(device, kind, int(mask.sum()), model.config)
         for name, most in limits.items():
             with autocast(device, kind):
                 works = {"ours": lambda _, most=most: seconds_of(lambda: ours(most), device)}
@@ -60,7 +70,8 @@ def measure(args) -> list[dict]:
             detail = f"{sum(most) / min(times['ours']):,.0f} tokens/s; {same:.1%} of the tokens are the same"
             what = f"generation, {BATCH} prompts of 16 to 256 tokens, {name} new, {kind}: tokens/s / transformers"
             lines.append(figure(what, 1 / ratio(times, "ours", "transformers"), least=4.0, detail=detail))
-            flops = 2 * (sum(map(len, prompts)) * inner + sum(most) * (inner + head))
+            lens = [len(prompt) + new for prompt, new in zip(prompts, most, strict=True)]
+            flops = step_flops(model.config, lens, sum(most)) / 3  # the forward pass of a step
             limit = min(times["transformers"]) * peak / flops
             detail = f"{flops / 1e9:,.0f} GFLOP at {peak / 1e9:,.0f} GFLOP/s"
             lines.append(figure(f"{what}: the products alone, at their peak", limit, detail=detail))
