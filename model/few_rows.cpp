@@ -5,64 +5,9 @@
 // the shape of attention: DIM numbers in a head, KV heads of keys and values, GROUP heads of queries for each of them,
 // LANES numbers in a vector, of which half a head is a multiple. Loops of known length keep a head in registers.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-struct bfloat16 { uint16_t bits; };
+#include "vectors.h"
 
 const int N = DIM / LANES;  // vectors in a head
-const float LOG2_E = 1.44269504f;
-
-static inline floats load(const float *from) {
-    floats x;
-    memcpy(&x, from, sizeof x);
-    return x;
-}
-
-static inline floats load(const bfloat16 *from) {
-    halves x;
-    memcpy(&x, from, sizeof x);
-    return (floats)(__builtin_convertvector(x, ints) << 16);
-}
-
-static inline void store(float *to, floats x) { memcpy(to, &x, sizeof x); }
-
-static inline void store(bfloat16 *to, floats x) {  // the nearest; of two, the even one
-    ints bits = (ints)x;
-    halves rounded = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
-    memcpy(to, &rounded, sizeof rounded);
-}
-
-template <int LENGTH>
-static inline float sum(const void *vector) {  // its halves, added, and so on
-    typedef float half __attribute__((vector_size(2 * LENGTH)));
-    half a, b;
-    memcpy(&a, vector, sizeof a);
-    memcpy(&b, (char *)vector + sizeof a, sizeof b);
-    a += b;
-    return sum<LENGTH / 2>(&a);
-}
-
-template <>
-inline float sum<1>(const void *vector) {
-    float x;
-    memcpy(&x, vector, sizeof x);
-    return x;
-}
-
-// 2^x for x <= 0, to 1e-7 of it: the series of Taylor around the nearest whole number. 0 below the least normal number.
-static inline floats exp2(floats x) {
-    floats least = floats{} - 126.f, inside = x < least ? least : x;
-    ints whole = __builtin_convertvector(inside - 0.5f, ints);
-    floats f = (inside - __builtin_convertvector(whole, floats)) * 0.693147181f, series = floats{} + 1.f;
-    for (float n = 7; n > 0; n--) series = 1.f + series * f / n;
-    return x < least ? floats{} : series * (floats)((whole + 127) << 23);
-}
 
 static inline void read_column(const T *from, int64_t columns, floats *head) {
     T numbers[DIM];
@@ -75,7 +20,7 @@ static inline void norm_and_rotate(floats *head, const float *gain, const float 
                                    T *to) {
     floats squares = {};
     for (int i = 0; i < N; i++) squares += head[i] * head[i];
-    float scale = 1 / std::sqrt(sum<LANES>(&squares) / DIM + eps);
+    float scale = 1 / std::sqrt(sum(squares) / DIM + eps);
     for (int i = 0; i < N / 2; i++) {
         floats a = head[i] * scale * load(gain + i * LANES), c = load(cos + i * LANES);
         floats b = head[i + N / 2] * scale * load(gain + (i + N / 2) * LANES), s = load(sin + i * LANES);
@@ -95,7 +40,7 @@ void add_and_norm(float *x, const T *by, T *out, int64_t n, int64_t columns, flo
             if (by) store(x + i, at += load(by + i));
             squares += at * at;
         }
-        float scale = 1 / std::sqrt(sum<LANES>(&squares) / n + eps);
+        float scale = 1 / std::sqrt(sum(squares) / n + eps);
         for (int64_t i = 0; i < n; i += LANES) store(out + i, load(x + i) * scale);
         return;
     }
@@ -161,7 +106,7 @@ void attend(const T *qkv, const float *q_gain, const float *k_gain, const float 
                 for (int g = 0; g < GROUP; g++) {
                     floats products = q[g][0] * k[0];
                     for (int i = 1; i < N; i++) products += q[g][i] * k[i];
-                    weights[g * most + s] = sum<LANES>(&products);
+                    weights[g * most + s] = sum(products);
                 }
             }
             // 3. The numerators of the softmax, and their sum
@@ -174,14 +119,13 @@ void attend(const T *qkv, const float *q_gain, const float *k_gain, const float 
                     floats x = load(w + s);
                     tops = x > tops ? x : tops;
                 }
-                float top = tops[0];
-                for (int i = 1; i < LANES; i++) top = tops[i] > top ? tops[i] : top;
+                const float top = largest(tops);
                 for (int64_t s = 0; s < held; s += LANES) {
                     floats e = exp2(load(w + s) - top);
                     store(w + s, e);
                     all += e;
                 }
-                total[g] = sum<LANES>(&all);
+                total[g] = sum(all);
             }
             // 4. The mean of the values
             floats result[GROUP][N] = {};

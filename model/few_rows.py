@@ -7,21 +7,15 @@ for each row of the batch: a product then reads every weight once and leaves its
 """
 
 import ctypes
-import functools
 import math
-import os
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model import native
 from model.ops import Linear, round_up
 
 MOST = 2**30  # bytes of weights: of more there should be no second copy
-TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
-ARGUMENTS = {Tensor: lambda x: ctypes.c_void_p(x.data_ptr()), int: ctypes.c_int64, float: ctypes.c_float}
 COLUMNS = 16  # whole vectors of them; and a CPU prepares products by their shape, so few shapes are better
 
 
@@ -31,7 +25,7 @@ def suits(model, dtype: torch.dtype) -> bool:
     plain = all(type(layer) is Linear for layer in layers if not hasattr(layer, "eps"))  # what has one is a norm
     plain = plain and not model.config.use_moe and type(model.lm_head.weight) is torch.nn.Parameter
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    if not plain or model.lm_head.weight.device.type != "cpu" or size > MOST or dtype not in TYPES:
+    if not plain or model.lm_head.weight.device.type != "cpu" or size > MOST:
         return False
     wide = lanes(model.config)
     return not (model.config.dim % wide or model.config.hidden_dim % wide) and kernels(model.config, dtype) is not None
@@ -44,23 +38,8 @@ def lanes(config) -> int:
 
 def kernels(config, dtype: torch.dtype) -> ctypes.CDLL | None:
     """The functions of few_rows.cpp for a shape of attention; None: there is no compiler, or none that can."""
-    macros = {"T": TYPES[dtype], "DIM": config.head_dim, "LANES": lanes(config)}
-    macros |= {"KV": config.n_kv_heads, "GROUP": config.n_heads // config.n_kv_heads}
-    return compiled(*(f"-D{name}={value}" for name, value in macros.items()))
-
-
-@functools.cache
-def compiled(*macros: str) -> ctypes.CDLL | None:
-    """Half a second. Their threads are those of torch: OpenMP is in this process already, under the same name."""
-    source, compiler = Path(__file__).with_suffix(".cpp"), os.environ.get("CXX", "g++")
-    with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/few_rows.so"
-        command = [compiler, "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", *macros, source, "-o", library]
-        try:
-            subprocess.run(command, check=True, capture_output=True)
-            return ctypes.CDLL(library)
-        except (OSError, subprocess.CalledProcessError):
-            return None
+    shape = {"DIM": config.head_dim, "KV": config.n_kv_heads, "GROUP": config.n_heads // config.n_kv_heads}
+    return native.library("few_rows.cpp", dtype, LANES=lanes(config), **shape)
 
 
 class FewRows:
@@ -90,8 +69,8 @@ class FewRows:
         return (torch.cat([layer.weight for layer in layers]) * norm.weight).to(self.dtype)
 
     def call(self, name: str, *args: Tensor | int | float | None) -> None:
-        """A function of few_rows.cpp. Tensors are passed as their first element's address: they must be contiguous."""
-        getattr(self.kernels, name)(*(None if arg is None else ARGUMENTS[type(arg)](arg) for arg in args))
+        """A function of few_rows.cpp."""
+        native.call(getattr(self.kernels, name), *args)
 
     @torch.no_grad()
     def __call__(self, token: Tensor) -> Tensor:

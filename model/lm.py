@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Documents, Layout, document_attention, documents, prompt_attention
+from model.attention import Documents, Layout, document_attention, documents
+from model.grouped import Dispatch, grouped_linear
 from model.ops import (
-    Dispatch,
     Linear,
     apply_rope,
-    grouped_linear,
     length_step,
     linear_cross_entropy,
     recomputed,
     rms_norm,
     round_up,
+    swiglu,
     uncompiled,
 )
 from model.sampling import KVCache, complete, sampler
@@ -148,7 +148,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)). Source: Shazeer, GLU Variants Improve Transformer (2020), eq. 6."""
+    """The dense MLP: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -157,7 +157,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Experts(nn.Module):
@@ -171,7 +171,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (M, dim) sorted by expert; ends (n,) int32: where each expert's rows end. Returns (M, dim)."""
         gate, up = grouped_linear(x, self.gate_up_proj, ends, parts=2)
-        return grouped_linear(F.silu(gate) * up, self.down_proj, ends)[0]
+        return grouped_linear(swiglu(gate, up), self.down_proj, ends)[0]
 
 
 class Router(nn.Linear):
@@ -400,8 +400,8 @@ class MiniMindLM(nn.Module):
                 doc_of = doc_of.where(attention_mask.flatten().bool(), len(lens) - 1)
         docs, attend = Documents(lens), None
         if doc_lens is not None:
-            docs, attend = documents(lens, device), document_attention if cache is None else prompt_attention
-            attend = attend if self.context is None else self.context.attend
+            docs = documents(lens, device)
+            attend = document_attention if self.context is None else self.context.attend
         return Layout(*self.rotation(position.to(device)), docs, attend, mask, doc_of, cache, places, self.context)
 
     def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Operations of the model where time and memory go, each written so that what is not needed never exists."""
 
+import ctypes
 import functools
 from collections.abc import Callable
 
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from model import native
 
 CHUNK = {"cpu": 16 * 2**20, "cuda": 18 * 2**20}  # logits that exist at once, 64 or 72 MiB in float32, but for
 LEAST = 64  # tokens at least: fewer would not be worth a pass over the weights
@@ -77,50 +80,75 @@ class Linear(nn.Linear):
         return (self.weight @ x.squeeze(1).T).T.contiguous().unsqueeze(1)
 
 
+def kernels(x: Tensor, dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
+    """The functions of ops.cpp for x, or a result in another dtype. None on a GPU, or where torch.compile makes ours.
+
+    Nor are there any without a C++ compiler.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return native.library("ops.cpp", dtype or x.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, computed in float32, returned in the dtype of matrix products.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019), eq. 4.
     """
     dtype = autocast_dtype(x)
-    if x.device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling():
-        return BlockwiseNorm.apply(x, weight, eps)
+    functions = kernels(x, dtype)
+    if functions is not None and x.dtype in (dtype, torch.float32):
+        return Norm.apply(x, weight, eps, dtype, functions)
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
 
 
-class BlockwiseNorm(torch.autograd.Function):
-    """`rms_norm` to bfloat16 on a CPU, some rows at a time: what lies between input and result stays in its cache."""
-
-    BLOCK = 2**17  # elements: half a MiB in float32
+class Norm(torch.autograd.Function):
+    """`rms_norm` in one pass over memory, and its gradients in another."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows, out = x.reshape(-1, x.size(-1)), torch.empty(x.shape, dtype=torch.bfloat16)
-        scale = torch.empty(len(rows), 1)  # 1 / rms
-        step = max(1, BlockwiseNorm.BLOCK // rows.size(1))
-        for part, result, factor in zip(*(t.split(step) for t in (rows, out.view_as(rows), scale)), strict=True):
-            part = part.float()
-            torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=factor)
-            factor.square_().div_(rows.size(1)).add_(eps).rsqrt_()
-            result.copy_((part * factor).mul_(weight))
-        ctx.save_for_backward(x, weight, scale)
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, functions) -> Tensor:
+        x, gain = x.contiguous(), weight.float()
+        out, scales = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1])
+        name = "norm_of_same" if x.dtype == dtype else "norm_of_floats"
+        ctx.backward_name, ctx.dtype, ctx.functions = f"{name}_backward", weight.dtype, functions
+        native.call(getattr(functions, name), x, gain, out, scales, scales.numel(), x.size(-1), eps)
+        ctx.save_for_backward(x, gain, scales)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, gain, scales), grad = ctx.saved_tensors, grad.contiguous()
+        by_x, by_gain = torch.empty_like(x), torch.empty_like(gain)
+        function = getattr(ctx.functions, ctx.backward_name)
+        native.call(function, x, gain, scales, grad, by_x, by_gain, scales.numel(), x.size(-1))
+        return by_x, by_gain.to(ctx.dtype), None, None, None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up. Source: Shazeer, GLU Variants Improve Transformer (2020), eq. 6."""
+    functions = kernels(gate)
+    return F.silu(gate) * up if functions is None else Gated.apply(gate, up, functions)
+
+
+class Gated(torch.autograd.Function):
+    """`swiglu` in one pass over memory, and its gradients in another."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, functions) -> Tensor:
+        gate, up, out = gate.contiguous(), up.contiguous(), torch.empty(gate.shape, dtype=gate.dtype)
+        native.call(functions.swiglu, gate, up, out, gate.numel())
+        ctx.functions = functions
+        ctx.save_for_backward(gate, up)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        gain = weight.float()
-        by_x, by_weight = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(gain)
-        tensors = [t.reshape(-1, x.size(-1)) for t in (x, grad, by_x)]
-        step = max(1, BlockwiseNorm.BLOCK // x.size(-1))
-        for part, upstream, result, factor in zip(*(t.split(step) for t in (*tensors, scale)), strict=True):
-            unit, upstream = part * factor, upstream.float()  # (rows, D) float32: x / rms(x)
-            both = unit * upstream
-            by_weight += both.sum(0)
-            along = (both @ gain).div_(x.size(-1)).unsqueeze(1)  # what only changes the length of x has no effect
-            result.copy_((upstream * gain).addcmul_(unit, along, value=-1).mul_(factor))
-        return by_x, by_weight.to(weight.dtype), None
+        gate, up = ctx.saved_tensors
+        by_gate, by_up = torch.empty_like(gate), torch.empty_like(up)
+        native.call(ctx.functions.swiglu_backward, gate, up, grad.contiguous(), by_gate, by_up, gate.numel())
+        return by_gate, by_up, None
 
 
 class Rotation(torch.autograd.Function):
@@ -139,6 +167,21 @@ class Rotation(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    functions = kernels(x)
+    if functions is not None and cos.shape[:-1] == (*x.shape[:-2], 1):  # angles for all heads of a token
+        x, out, heads = x.contiguous(), torch.empty(x.shape, dtype=x.dtype), x.size(-2)
+        native.call(
+            functions.rotate,
+            x,
+            cos.contiguous(),
+            sin.contiguous(),
+            out,
+            x.numel() // x.size(-1) // heads,
+            heads,
+            cos.size(-1),
+        )
+        return out
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     (a, b), out = x.chunk(2, dim=-1), torch.empty_like(x)
     left, right = out.chunk(2, dim=-1)
     torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
@@ -147,106 +190,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + D/2]) of x (B, H, T, D) by the angle of their position.
+    """Rotate the pairs (x[i], x[i + D/2]) of x (B, T, H, D) by the angle of their position.
 
     Source: Su et al., RoFormer (2021), eq. 34, in the half-split layout of the Llama and Qwen weights.
     """
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     if torch.compiler.is_compiling():
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
     return Rotation.apply(x, cos, sin)
-
-
-class Dispatch(torch.autograd.Function):
-    """x (N, dim) -> the tokens at the rows of experts, (M, dim). The gradient is gathered, not scattered.
-
-    Args:
-        token: (M,) int64: whose row it is; any token where a row only fills up.
-        row: (N * k,) int64: the rows of each token. Others have no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, token: Tensor, row: Tensor) -> Tensor:
-        ctx.save_for_backward(row)
-        ctx.copies = max(1, len(row) // max(1, len(x)))
-        return x.index_select(0, token)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        grad = grad.index_select(0, *ctx.saved_tensors)
-        return grad if ctx.copies == 1 else grad.view(-1, ctx.copies, grad.size(1)).sum(dim=1), None, None
-
-
-class GroupedLinear(torch.autograd.Function):
-    """See `grouped_linear`. The gradient of the weight comes in its own layout and dtype, part by part."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, ends: Tensor, parts: int) -> tuple[Tensor, ...]:
-        ctx.dtype, weight = weight.dtype, weight.to(x.dtype)
-        ctx.save_for_backward(x, weight, ends)
-        return tuple(grouped_mm(x, part.transpose(1, 2), ends) for part in weight.chunk(parts, dim=1))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        (x, weight, ends), grads = ctx.saved_tensors, [grad.contiguous() for grad in grads]
-        parts = weight.chunk(len(grads), dim=1)
-        by_x, *others = (grouped_mm(grad, part, ends) for grad, part in zip(grads, parts, strict=True))
-        for other in others:
-            by_x += other
-        by_weight = None
-        if ctx.needs_input_grad[1]:
-            by_weight = torch.empty_like(weight, dtype=ctx.dtype)
-            for total, grad in zip(by_weight.chunk(len(grads), dim=1), grads, strict=True):
-                sum_of_products(total, grad, x, ends)
-        return by_x, by_weight, None, None
-
-
-@uncompiled
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
-    """x (M, in) @ weight[group].T, in the dtype of x, as `parts` tensors (M, out / parts).
-
-    Args:
-        weight: (groups, out, in), in any dtype.
-        ends: (groups,) int32: where the rows of each group end.
-    """
-    return GroupedLinear.apply(x, weight, ends, parts)
-
-
-def group_sizes(x: Tensor, ends: Tensor) -> list[int] | None:
-    """Rows of each group of x, where products are made group by group: in bfloat16 on a CPU, see `grouped_mm`."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
-        return None
-    return ends.diff(prepend=ends.new_zeros(1)).tolist()
-
-
-def grouped_mm(x: Tensor, matrix: Tensor, ends: Tensor) -> Tensor:
-    """x (M, K) @ matrix[group] -> (M, N); matrix (groups, K, N).
-
-    On 2 cores oneDNN leaves one idle in bfloat16 products of some 500 to 1,150 rows that sum more than they have
-    columns. Half the columns at a time both work, 1.3 to 1.6 times as fast.
-    """
-    sizes = group_sizes(x, ends)
-    if sizes is None:
-        return F.grouped_mm(x, matrix, offs=ends)
-    out = x.new_empty(len(x), matrix.size(2))
-    for rows, factor, result in zip(x.split(sizes), matrix, out.split(sizes), strict=True):
-        parts = 2 if 512 < len(rows) < 1152 and factor.size(0) > factor.size(1) else 1
-        for columns, part in zip(factor.chunk(parts, dim=1), result.chunk(parts, dim=1), strict=True):
-            torch.mm(rows, columns, out=part)
-    return out
-
-
-def sum_of_products(total: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> None:
-    """total[group] (groups, M, N), in any dtype, = a[rows].T @ b[rows] of its rows; a (K, M), b (K, N)."""
-    sizes = group_sizes(a, ends)
-    if sizes is None:
-        total.copy_(F.grouped_mm(a.T, b, offs=ends))
-        return
-    for result, left, right in zip(total, a.split(sizes), b.split(sizes), strict=True):
-        result.copy_(left.T @ right)  # cast while it is in the cache
 
 
 def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -261,26 +212,36 @@ def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
             part += columns.T @ b
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target], summed, in float32; the logits (K, vocab) become its gradient."""
+    functions, losses = kernels(logits), torch.empty(len(logits), device=logits.device)
+    if functions is not None:
+        native.call(functions.cross_entropy, logits, targets, losses, *logits.shape)
+        return losses.sum()
+    step = max(1, BLOCK // logits.size(1)) if logits.device.type == "cpu" else max(1, len(logits))
+    targets = targets.unsqueeze(1)
+    for block, target, loss in zip(*(t.split(step) for t in (logits, targets, losses)), strict=True):
+        log_probs = block.log_softmax(dim=1, dtype=torch.float32)
+        at_target = log_probs.gather(1, target)
+        torch.neg(at_target.squeeze(1), out=loss)
+        block.copy_(log_probs.exp_().scatter_add_(1, target, -torch.ones_like(at_target)))
+        del log_probs  # before there is a next one
+    return losses.sum()
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """See `linear_cross_entropy`. The gradients are made in the forward pass, while the logits are there."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
         head, rows = weight.to(x.dtype), max(LEAST, CHUNK[x.device.type] // len(weight))
-        step = max(1, BLOCK // len(weight)) if x.device.type == "cpu" else rows
         loss, logits = torch.zeros((), device=x.device), x.new_empty(min(rows, len(x)), len(weight))
         grad_x = torch.empty_like(x) if with_gradients else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and weight.requires_grad else None
         for at in range(0, len(x), rows):
-            part, target = x[at : at + rows], targets[at : at + rows].unsqueeze(1)
-            chunk = torch.mm(part, head.T, out=logits[: len(part)])  # and then their gradient
-            for block, right in zip(chunk.split(step), target.split(step), strict=True):
-                log_probs = block.log_softmax(dim=1, dtype=torch.float32)
-                at_target = log_probs.gather(1, right)
-                loss -= at_target.sum()
-                if grad_x is not None:
-                    block.copy_(log_probs.exp_().scatter_add_(1, right, -torch.ones_like(at_target)))
-                del log_probs  # before there is a next one
+            part = x[at : at + rows]
+            chunk = torch.mm(part, head.T, out=logits[: len(part)])
+            loss += cross_entropy(chunk, targets[at : at + rows])
             if grad_x is not None:
                 torch.mm(chunk, head, out=grad_x[at : at + rows])
             if grad_weight is not None:

@@ -56,7 +56,7 @@ def check_software(args) -> list[Result]:
         found = version_of(package)
         results.append(("ok", package, found or "not installed, optional", "" if found else f"pip install {package}"))
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    what = compiler or "none: no --compile, no deepspeed, and a CPU takes twice as long to generate"
+    what = compiler or "none: no --compile, no deepspeed, and a CPU takes twice as long for everything"
     remedy = "" if compiler else "install g++ and ninja, or set CXX; ds_report shows what deepspeed has"
     results.append(("ok" if compiler else "warn", "C++ compiler", what, remedy))
     for path in sorted((ROOT / "configs" / "deepspeed").glob("*.json")):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import build, ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import attention, ops
+from model import attention, native, ops
+from model.grouped import grouped_linear
 
 DIM, VOCAB = 32, 700
 
@@ -99,11 +101,12 @@ def test_rms_norm_and_its_gradients_are_those_of_the_definition(shape):
         torch.testing.assert_close(ops.rms_norm(*ours, 1e-6), y, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [6, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_rotation_is_that_of_complex_numbers_and_its_gradient_the_inverse(dtype):
+def test_the_rotation_is_that_of_complex_numbers_and_its_gradient_the_inverse(dtype, size):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, 9, 16, generator=generator).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
-    x, angle = x.requires_grad_(), torch.rand(1, 1, 9, 8, generator=generator) * 6
+    x = torch.randn(2, 9, 3, size, generator=generator).to(dtype).requires_grad_()
+    angle = torch.rand(2, 9, 1, size // 2, generator=generator) * 6
     y = ops.apply_rope(x, angle.cos(), angle.sin())
     a, b = x.detach().float().chunk(2, dim=-1)
     turned = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
@@ -113,27 +116,46 @@ def test_the_rotation_is_that_of_complex_numbers_and_its_gradient_the_inverse(dt
     torch.testing.assert_close(x.grad, x.detach(), **accuracy)
 
 
-def test_attention_in_bfloat16_and_its_gradients_are_near_those_in_float64(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", attention.STEP)  # the first document has three blocks of queries
-    generator = torch.Generator().manual_seed(0)
-    lens, kind = torch.tensor([70, 5, 0, 40, 1]), torch.bfloat16  # two are filled up to the same length
-    q, k, v, upstream = (torch.randn(1, heads, 116, 16, generator=generator).to(kind) for heads in (6, 2, 2, 6))
-    ours, exact = ([t.to(d, copy=True).requires_grad_() for t in (q, k, v)] for d in (kind, torch.float64))
-    out, expected = (attention.document_attention(*t, attention.Documents(lens)) for t in (ours, exact))
+KINDS = [(torch.float32, 1e-6), (torch.bfloat16, 0.005)]
+LENS = torch.tensor([70, 5, 0, 32, 1, 40])  # one, two and three blocks of queries
+
+
+def attended(q, k, v, upstream, lens=LENS):
+    """Attention to documents and its gradients."""
+    tensors = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = attention.document_attention(*tensors, attention.documents(lens, q.device))
     out.backward(upstream)
-    expected.backward(upstream.double())
-    pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]
-    for mine, theirs in pairs:
-        assert mine.dtype == kind and (mine.double() - theirs).norm() < 0.01 * theirs.norm()
+    return [out.detach(), *(t.grad for t in tensors)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rms_norm_block_by_block_is_that_of_the_definition(dtype, monkeypatch):
-    monkeypatch.setattr(ops.BlockwiseNorm, "BLOCK", 3 * 16)  # the last block is a shorter one
+def heads_of(dtype, size):
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, 5, 16, generator=generator).to(dtype), torch.randn(16, generator=generator)
+    shapes = [(1, int(LENS.sum()), heads, size) for heads in (6, 2, 2, 6)]
+    return [torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype, most", KINDS, ids=str)
+@pytest.mark.parametrize("size", [6, 32, 64, 80], ids=str)
+def test_attention_and_its_gradients_are_near_those_in_float64(dtype, most, size):
+    inputs = heads_of(dtype, size)
+    for ours, exact in zip(attended(*inputs), attended(*(t.double() for t in inputs)), strict=True):
+        assert ours.dtype == dtype and (ours.double() - exact).norm() < most * exact.norm()
+
+
+@pytest.mark.parametrize("dtype, most", KINDS, ids=str)
+def test_attention_to_a_document_does_not_depend_on_its_neighbours(dtype, most):
+    inputs = heads_of(dtype, 16)
+    for together, alone in zip(attended(*inputs), attended(*(t[:, :, :70] for t in inputs), LENS[:1]), strict=True):
+        assert torch.equal(together[:, :, :70], alone)
+
+
+@pytest.mark.parametrize("size", [16, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_in_bfloat16_is_that_of_the_definition(dtype, size):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 5, size, generator=generator).to(dtype), torch.randn(size, generator=generator)
     x[0, 0] = 0
-    upstream = torch.randn(2, 5, 16, generator=generator).bfloat16()
+    upstream = torch.randn(2, 5, size, generator=generator).bfloat16()
     ours, exact = ([t.to(d, copy=True).requires_grad_() for t, d in zip((x, weight), kinds, strict=True)]
                    for kinds in ((dtype, torch.float32), (torch.float64,) * 2))  # fmt: skip
     with torch.autocast("cpu", torch.bfloat16):
@@ -152,6 +174,77 @@ def test_rms_norm_block_by_block_is_that_of_the_definition(dtype, monkeypatch):
     assert low.grad.dtype == torch.bfloat16 and (low.grad - exact[1].grad).norm() < 0.02 * exact[1].grad.norm()
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=str)
+def test_swiglu_and_its_gradients_are_those_of_the_definition(dtype, most):
+    """Also where an exponential vanishes or would overflow, and a number that is none stays one."""
+    generator = torch.Generator().manual_seed(0)
+    gate = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-30])]).to(dtype)
+    up, upstream = (torch.randn(len(gate), generator=generator).to(dtype) for _ in range(2))
+    ours, exact = ([t.to(d, copy=True).requires_grad_() for t in (gate, up)] for d in (dtype, torch.float64))
+    y, expected = ops.swiglu(*ours), F.silu(exact[0]) * exact[1]
+    y.backward(upstream)
+    expected.backward(upstream.double())
+    for mine, theirs in [(y, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]:
+        torch.testing.assert_close(mine, theirs.to(dtype), rtol=10 * most, atol=1e-6)
+    assert ops.swiglu(torch.full((3,), torch.nan, dtype=dtype), up[:3]).isnan().all()
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=str)
+@pytest.mark.parametrize("vocab", [5, 64, 77])
+def test_the_gradient_of_logits_is_probability_minus_one_hot(dtype, most, vocab):
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = (
+        torch.randn(9, vocab, generator=generator) * 20,
+        torch.randint(0, vocab, (9,), generator=generator),
+    )
+    logits = logits.to(dtype)
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="sum")
+    expected.backward()
+    loss = ops.cross_entropy(logits, targets)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits.double(), exact.grad, rtol=10 * most, atol=most)
+    logits[3, 2] = torch.nan
+    assert ops.cross_entropy(logits, targets).isnan()
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str)
+def test_without_a_compiler_torch_computes_the_same(dtype, most, monkeypatch):
+    lens, model = [20, 9, 3], build().train()
+    tokens = ids(1, sum(lens))
+
+    def results():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            targets = tokens[0].roll(-1)
+            loss = model(tokens, doc_lens=lens, logits_at=torch.arange(len(targets)), targets=targets).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters())]
+
+    ours = results()
+    monkeypatch.setattr(native, "library", lambda *_, **__: None)
+    for mine, theirs in zip(ours, results(), strict=True):
+        assert (mine - theirs).norm() <= most * theirs.norm()
+
+
+def test_kernels_are_compiled_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "FOLDER", tmp_path / "folder")
+    first = native.library.__wrapped__("ops.cpp", torch.float32)
+    if first is None:
+        pytest.skip("no C++ compiler that knows OpenMP")
+    assert len(list((tmp_path / "folder").iterdir())) == 1
+    monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
+    assert native.library.__wrapped__("ops.cpp", torch.float32) is None  # other flags are another library
+    monkeypatch.undo()
+    monkeypatch.setattr(native, "FOLDER", tmp_path / "folder")
+    monkeypatch.setattr(native.subprocess, "run", None)
+    assert native.library.__wrapped__("ops.cpp", torch.float32)._name == first._name
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(native, "FOLDER", tmp_path / "file" / "folder")  # cannot be written to
+    assert native.library.__wrapped__("ops.cpp", torch.float32) is not None
+
+
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)], ids=str)
 @pytest.mark.parametrize("sizes", [(4, 0, 16), (0, 600, 1200)], ids=str)
 def test_grouped_products_are_those_of_each_group(dtype, most, sizes):
@@ -161,7 +254,7 @@ def test_grouped_products_are_those_of_each_group(dtype, most, sizes):
     ends = torch.tensor(sizes).cumsum(0).int()
     x = x.to(dtype).float()  # the weight is rounded by what is tested
     ours, exact = ([t.to(d, copy=True).requires_grad_() for t in (x, weight)] for d in (torch.float32, torch.float64))
-    halves = ops.grouped_linear(ours[0].to(dtype), ours[1], ends, parts=2)
+    halves = grouped_linear(ours[0].to(dtype), ours[1], ends, parts=2)
     y = torch.cat(halves, dim=1)
     expected = torch.cat([part @ w.T for part, w in zip(exact[0].split(sizes), exact[1], strict=True)])
     y.sum().backward()  # a gradient without strides of its own

@@ -1,0 +1,72 @@
+"""Functions in C++ for what operations of torch do in many passes over memory, on a CPU: model/*.cpp."""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+FOLDER = Path(__file__).parent / "__pycache__"  # where Python keeps what it has compiled
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+@functools.cache
+def cpu() -> str:
+    """What tells CPUs with other instructions apart, on Linux: a folder may be shared by machines."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return ""
+
+
+@functools.cache
+def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL | None:
+    """The functions of a source file beside this one for a dtype; None: there is no compiler, or none that can.
+
+    They are compiled once, in a second, for this CPU. Their threads are those of torch: OpenMP is in this process
+    already, under the same name.
+    """
+    if dtype not in TYPES:
+        return None
+    path, header = Path(__file__).with_name(source), Path(__file__).with_name("vectors.h")
+    command = [compiler(), *FLAGS, f"-DT={TYPES[dtype]}", *(f"-D{name}={value}" for name, value in macros.items())]
+    key = repr((command, cpu(), path.read_bytes(), header.read_bytes()))
+    target = FOLDER / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    try:
+        if target.exists():
+            return ctypes.CDLL(str(target))
+        with contextlib.suppress(OSError):
+            FOLDER.mkdir(exist_ok=True)
+        folder = FOLDER if os.access(FOLDER, os.W_OK) else None
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            built = Path(name) / path.stem
+            subprocess.run([*command, path, "-o", built], check=True, capture_output=True)
+            if folder:
+                built = built.replace(target)  # of processes that compile it at once, the last one's stays
+            return ctypes.CDLL(str(built))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def call(function, *args: Tensor | int | float | None) -> None:
+    """Call a function of a library. Tensors, which must be contiguous, are passed as their first element's address."""
+    function(*(argument(arg) for arg in args))
+
+
+def argument(value: Tensor | int | float | None):
+    if isinstance(value, Tensor):
+        assert value.is_contiguous() and value.device.type == "cpu"
+        return ctypes.c_void_p(value.data_ptr())
+    return value if value is None else (ctypes.c_float if isinstance(value, float) else ctypes.c_int64)(value)

@@ -1,0 +1,146 @@
+// What stands between the products of a training step, each in one pass over memory; see ops.py.
+//
+// On the command line of the compiler stands T, the dtype of products: float or bfloat16.
+
+#include <omp.h>
+
+#include "vectors.h"
+
+// out (rows, n) = x (rows, n) over its root mean square, times gain; scales (rows,): 1 / that
+template <class X>
+static void norm(const X *x, const float *gain, T *out, float *scales, int64_t rows, int64_t n, float eps) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        const X *from = x + row * n;
+        floats squares = {};
+        for (int64_t i = 0; i < n; i += LANES) {
+            floats at = load(from + i, n - i);
+            squares += at * at;
+        }
+        const float scale = scales[row] = 1 / std::sqrt(sum(squares) / n + eps);
+        for (int64_t i = 0; i < n; i += LANES)
+            store(out + row * n + i, load(from + i, n - i) * scale * load(gain + i, n - i), n - i);
+    }
+}
+
+// by_x like x, by_gain (n,), from grad (rows, n), the gradient of out
+template <class X>
+static void norm_backward(const X *x, const float *gain, const float *scales, const T *grad, X *by_x, float *by_gain,
+                          int64_t rows, int64_t n) {
+    const int64_t width = (n + LANES - 1) / LANES * LANES;
+    memset(by_gain, 0, n * sizeof(float));
+#pragma omp parallel
+    {
+        std::vector<float> part(width);  // of by_gain
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) {
+            const float scale = scales[row];
+            floats along = {};  // what only changes the length of x has no effect
+            for (int64_t i = 0; i < n; i += LANES) {
+                floats product = load(x + row * n + i, n - i) * scale * load(grad + row * n + i, n - i);
+                store(&part[i], load(&part[i]) + product);
+                along += product * load(gain + i, n - i);
+            }
+            const float mean = sum(along) / n;
+            for (int64_t i = 0; i < n; i += LANES) {
+                floats unit = load(x + row * n + i, n - i) * scale;
+                floats upstream = load(grad + row * n + i, n - i) * load(gain + i, n - i);
+                store(by_x + row * n + i, (upstream - unit * mean) * scale, n - i);
+            }
+        }
+#pragma omp for ordered schedule(static, 1)
+        for (int thread = 0; thread < omp_get_num_threads(); thread++)  // one after the other: always the same sum
+#pragma omp ordered
+            for (int64_t i = 0; i < n; i++) by_gain[i] += part[i];
+    }
+}
+
+static inline floats sigmoid(floats x) {
+    floats e = exp2((x < 0.f ? x : -x) * LOG2_E);  // of -|x|: no overflow
+    return (x < 0.f ? e : floats{} + 1.f) / (1.f + e);
+}
+
+// The first n numbers, -infinity behind them: nothing to a softmax.
+static inline floats some(const T *from, int64_t n) {
+    floats x = load(from, n);
+    for (int64_t i = n; i < LANES; i++) x[i] = -INFINITY;
+    return x;
+}
+
+extern "C" {
+
+void norm_of_floats(const float *x, const float *gain, T *out, float *scales, int64_t rows, int64_t n, float eps) {
+    norm(x, gain, out, scales, rows, n, eps);
+}
+
+void norm_of_same(const T *x, const float *gain, T *out, float *scales, int64_t rows, int64_t n, float eps) {
+    norm(x, gain, out, scales, rows, n, eps);
+}
+
+void norm_of_floats_backward(const float *x, const float *gain, const float *scales, const T *grad, float *by_x,
+                             float *by_gain, int64_t rows, int64_t n) {
+    norm_backward(x, gain, scales, grad, by_x, by_gain, rows, n);
+}
+
+void norm_of_same_backward(const T *x, const float *gain, const float *scales, const T *grad, T *by_x, float *by_gain,
+                           int64_t rows, int64_t n) {
+    norm_backward(x, gain, scales, grad, by_x, by_gain, rows, n);
+}
+
+// out = x (tokens, heads, 2 * half), its pairs turned by angles: cos, sin (tokens, half)
+void rotate(const T *x, const float *cos, const float *sin, T *out, int64_t tokens, int64_t heads, int64_t half) {
+#pragma omp parallel for
+    for (int64_t head = 0; head < tokens * heads; head++) {
+        const T *from = x + head * 2 * half;
+        T *to = out + head * 2 * half;
+        for (int64_t i = 0; i < half; i += LANES) {
+            floats a = load(from + i, half - i), c = load(cos + head / heads * half + i, half - i);
+            floats b = load(from + half + i, half - i), s = load(sin + head / heads * half + i, half - i);
+            store(to + i, a * c - b * s, half - i);
+            store(to + half + i, b * c + a * s, half - i);
+        }
+    }
+}
+
+// out (n,) = silu(gate (n,)) * up (n,)
+void swiglu(const T *gate, const T *up, T *out, int64_t n) {
+#pragma omp parallel for
+    for (int64_t i = 0; i < n; i += LANES) {
+        floats x = load(gate + i, n - i);
+        store(out + i, x * sigmoid(x) * load(up + i, n - i), n - i);
+    }
+}
+
+void swiglu_backward(const T *gate, const T *up, const T *grad, T *by_gate, T *by_up, int64_t n) {
+#pragma omp parallel for
+    for (int64_t i = 0; i < n; i += LANES) {
+        floats x = load(gate + i, n - i), g = load(grad + i, n - i), share = sigmoid(x);
+        store(by_gate + i, g * load(up + i, n - i) * share * (1.f + x * (1.f - share)), n - i);
+        store(by_up + i, g * x * share, n - i);
+    }
+}
+
+// losses (rows,) = -log softmax(logits (rows, n))[targets (rows,)]; logits become its gradient
+void cross_entropy(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t n) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++) {
+        T *at = logits + row * n;
+        floats tops = floats{} - INFINITY, sums = {};
+        for (int64_t i = 0; i < n; i += LANES) {
+            floats x = some(at + i, n - i);
+            tops = x > tops ? x : tops;
+        }
+        const float top = largest(tops);
+        for (int64_t i = 0; i < n; i += LANES) sums += exp2((some(at + i, n - i) - top) * LOG2_E);
+        const float total = sum(sums);
+        losses[row] = std::log(total) + top - load(at + targets[row], 1)[0];
+        for (int64_t i = 0; i < n; i += LANES) {
+            floats probability = exp2((load(at + i, n - i) - top) * LOG2_E) / total;
+            const int64_t target = targets[row] - i;
+            if (target >= 0 && target < LANES) probability[target] -= 1;
+            store(at + i, probability, n - i);
+        }
+    }
+}
+
+}
