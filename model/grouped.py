@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops import uncompiled
+from model.ops import sum_of_products, uncompiled
 
 
 class Dispatch(torch.autograd.Function):
@@ -48,9 +48,10 @@ class GroupedLinear(torch.autograd.Function):
             by_x += other
         by_weight = None
         if ctx.needs_input_grad[1]:
-            by_weight = torch.empty_like(weight, dtype=ctx.dtype)
+            by_weight = torch.empty_like(weight, dtype=torch.float32 if x.device.type == "cpu" else ctx.dtype)
             for total, grad in zip(by_weight.chunk(len(grads), dim=1), grads, strict=True):
-                sum_of_products(total, grad, x, ends)
+                grouped_sums(total, grad, x, ends)
+            by_weight = by_weight.to(ctx.dtype)
         return by_x, by_weight, None, None
 
 
@@ -89,11 +90,11 @@ def grouped_mm(x: Tensor, matrix: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def sum_of_products(total: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> None:
-    """total[group] (groups, M, N), in any dtype, = a[rows].T @ b[rows] of its rows; a (K, M), b (K, N)."""
+def grouped_sums(total: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> None:
+    """total[group] (groups, M, N), float32 on a CPU, = a[rows].T @ b[rows] of its rows; a (K, M), b (K, N)."""
     sizes = group_sizes(a, ends)
     if sizes is None:
         total.copy_(F.grouped_mm(a.T, b, offs=ends))
         return
     for result, left, right in zip(total, a.split(sizes), b.split(sizes), strict=True):
-        result.copy_(left.T @ right)  # cast while it is in the cache
+        sum_of_products(result, left, right)

@@ -70,16 +70,6 @@ def round_up(number: int | Tensor, step: int) -> int | Tensor:
     return -(-number // step) * step
 
 
-class Linear(nn.Linear):
-    """x @ weight.T, as nn.Linear. A CPU multiplies the few rows of a step of generation faster from the right."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        step = x.dim() == 3 and x.size(1) == 1 and 8 <= x.size(0) <= 128  # a token of each row
-        if not step or torch.is_grad_enabled() or x.device.type != "cpu" or autocast_dtype(x) != torch.float32:
-            return super().forward(x)
-        return (self.weight @ x.squeeze(1).T).T.contiguous().unsqueeze(1)
-
-
 def kernels(x: Tensor, dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
     """The functions of ops.cpp for x, or a result in another dtype. None on a GPU, or where torch.compile makes ours.
 
@@ -123,6 +113,48 @@ class Norm(torch.autograd.Function):
         function = getattr(ctx.functions, ctx.backward_name)
         native.call(function, x, gain, scales, grad, by_x, by_gain, scales.numel(), x.size(-1))
         return by_x, by_gain.to(ctx.dtype), None, None, None
+
+
+class Linear(nn.Linear):
+    """x @ weight.T, as nn.Linear. On a CPU some products are made in other ways, where they are faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        dtype, training = autocast_dtype(x), torch.is_grad_enabled()
+        if training and self.weight.requires_grad and (functions := tiles(dtype)) is not None:
+            return Product.apply(x, self.weight, dtype, functions)
+        if not training and dtype == torch.float32 and x.dim() == 3 and x.size(1) == 1 and 8 <= x.size(0) <= 128:
+            return (self.weight @ x.squeeze(1).T).T.contiguous().unsqueeze(1)  # a step of generation
+        return super().forward(x)
+
+
+def tiles(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The functions of ops.cpp, on a CPU with a matrix unit for a dtype."""
+    functions = native.library("ops.cpp", dtype)
+    return functions if functions is not None and functions.has_tiles() else None
+
+
+class Product(torch.autograd.Function):
+    """x @ weight.T. The gradient of the weight is summed and returned in float32: not rounded, and twice as fast."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype, functions) -> Tensor:
+        ctx.dtypes, ctx.functions = (x.dtype, weight.dtype), functions
+        x, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), by_x, by_weight = ctx.saved_tensors, None, None
+        if ctx.needs_input_grad[0]:
+            by_x = (grad @ weight).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            by_weight = torch.empty(weight.shape)
+            sum_of_products(by_weight, grad.flatten(0, -2), x.flatten(0, -2))
+        return by_x, by_weight.to(ctx.dtypes[1]), None, None
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -200,16 +232,20 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return Rotation.apply(x, cos, sin)
 
 
-def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (M, N) float32 += a.T @ b; a (K, M), b (K, N). On a CPU in another dtype some rows at a time, then cast."""
+def sum_of_products(total: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """total (M, N) float32 = or += a.T @ b; a (K, M), b (K, N)."""
     if a.dtype == torch.float32:
-        total.addmm_(a.T, b)
+        torch.addmm(total, a.T, b, beta=int(add), out=total)
     elif a.device.type == "cuda":
-        torch.addmm(total, a.T, b, out_dtype=torch.float32, out=total)
-    else:
+        torch.addmm(total, a.T, b, beta=int(add), out_dtype=torch.float32, out=total)
+    elif (functions := tiles(a.dtype)) is not None:
+        sizes = len(a), a.size(1), b.size(1)
+        native.call(functions.sum_of_products, a.contiguous(), b.contiguous(), total, *sizes, int(add))
+    else:  # some rows at a time, then cast
         rows = max(1, 8 * BLOCK // b.size(1))
         for part, columns in zip(total.split(rows), a.split(rows, dim=1), strict=True):
-            part += columns.T @ b
+            product = columns.T @ b
+            part.add_(product) if add else part.copy_(product)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -245,7 +281,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if grad_x is not None:
                 torch.mm(chunk, head, out=grad_x[at : at + rows])
             if grad_weight is not None:
-                add_products(grad_weight, chunk, part)
+                sum_of_products(grad_weight, chunk, part, add=True)
         ctx.gradients, ctx.dtype = (grad_x, grad_weight), weight.dtype
         return loss
 

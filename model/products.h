@@ -1,0 +1,183 @@
+// Products of matrices, in float or bfloat16, summed in float.
+//
+// T is the dtype of the factors, which consist of words of 32 bits. In float that is a number; in bfloat16 it is a pair
+// of numbers whose products are summed, as the matrix unit of a CPU (AMX) takes them.
+
+#include "vectors.h"
+
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+typedef uint32_t word;
+const int PAIR = 4 / sizeof(T);  // numbers in a word
+
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+#ifdef __AMX_BF16__
+
+// Linux lets a process use tiles once it has asked for them.
+static const bool TILES = PAIR == 2 && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
+
+struct Tiles {  // 8 tiles of 16 rows of 64 bytes, as long as this exists
+    Tiles() {
+        struct { uint8_t palette, start, unused[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {};
+        shape.palette = 1;
+        for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+        if (TILES) _tile_loadconfig(&shape);
+    }
+    ~Tiles() {
+        if (TILES) _tile_release();
+    }
+};
+
+// c (32, 32) += or = a (32, K) @ b (K, 32)
+template <bool ADD>
+static inline void tile_product(const word *a, int64_t a_row, const word *b, int64_t b_row, float *c, int64_t c_row,
+                                int64_t K) {
+    if (ADD) {
+        _tile_loadd(0, c, c_row * 4);
+        _tile_loadd(1, c + 16, c_row * 4);
+        _tile_loadd(2, c + 16 * c_row, c_row * 4);
+        _tile_loadd(3, c + 16 * c_row + 16, c_row * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < K; k += 16) {
+        _tile_loadd(4, a + k, a_row * 4);
+        _tile_loadd(6, b + k * b_row, b_row * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + k * b_row + 16, b_row * 4);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + 16 * a_row + k, a_row * 4);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, c_row * 4);
+    _tile_stored(1, c + 16, c_row * 4);
+    _tile_stored(2, c + 16 * c_row, c_row * 4);
+    _tile_stored(3, c + 16 * c_row + 16, c_row * 4);
+}
+
+#else
+static const bool TILES = false;
+struct Tiles {};
+#endif
+
+struct alignas(64) Line { char bytes[64]; };
+
+template <class S>
+struct Piece {  // of memory, for numbers of type S
+    std::vector<Line> lines;
+    void resize(int64_t n) { lines.resize((n * sizeof(S) + 63) / 64); }
+    operator S *() { return (S *)lines.data(); }
+};
+
+static inline void store_words(word *to, ints x) { memcpy(to, &x, sizeof x); }
+
+// Words of two vectors of numbers that stand one below the other. In float they are the first one.
+static inline ints pair(const T *a, const T *b) {
+    if (PAIR == 1) return (ints)load(a);
+    halves lower, upper;
+    memcpy(&lower, a, sizeof lower);
+    memcpy(&upper, b, sizeof upper);
+    return __builtin_convertvector(lower, ints) | __builtin_convertvector(upper, ints) << 16;
+}
+
+static inline ints pick(ints a, ints b, ints places) {  // among the numbers of both, one behind the other
+#ifdef __clang__
+    ints out;
+    for (int l = 0; l < LANES; l++) out[l] = places[l] < LANES ? a[places[l]] : b[places[l] - LANES];
+    return out;
+#else
+    return __builtin_shuffle(a, b, places);
+#endif
+}
+
+template <int STEP>
+static inline void exchange(ints *rows) {  // blocks of STEP by STEP words that lie across the diagonal from each other
+    ints upper, lower;
+    for (int l = 0; l < LANES; l++) {
+        upper[l] = l & STEP ? LANES + l - STEP : l;
+        lower[l] = l & STEP ? LANES + l : l + STEP;
+    }
+    for (int i = 0; i < LANES; i++)
+        if (!(i & STEP)) {
+            const ints a = rows[i], b = rows[i + STEP];
+            rows[i] = pick(a, b, upper);
+            rows[i + STEP] = pick(a, b, lower);
+        }
+}
+
+static inline void transpose(ints *rows) {  // LANES of them
+    exchange<1>(rows);
+    exchange<2>(rows);
+    exchange<4>(rows);
+    exchange<8>(rows);
+}
+
+// from (rows, columns) -> to (columns, rows), both multiples of LANES
+static void transpose(const word *from, int64_t rows, int64_t columns, word *to) {
+    for (int64_t r = 0; r < rows; r += LANES)
+        for (int64_t c = 0; c < columns; c += LANES) {
+            ints block[LANES];
+            for (int i = 0; i < LANES; i++) memcpy(&block[i], from + (r + i) * columns + c, sizeof block[i]);
+            transpose(block);
+            for (int i = 0; i < LANES; i++) store_words(to + (c + i) * rows + r, block[i]);
+        }
+}
+
+static inline ints load_words(const word *from) {
+    ints x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+// c (8, 2 vectors) += or = a (8, K) @ b (K, 2 vectors)
+template <bool ADD>
+static inline void vector_product(const word *a, int64_t a_row, const word *b, int64_t b_row, float *c, int64_t c_row,
+                                  int64_t K) {
+    floats sums[8][2];
+    for (int r = 0; r < 8; r++)
+        for (int v = 0; v < 2; v++) sums[r][v] = ADD ? load(c + r * c_row + v * LANES) : floats{};
+    for (int64_t k = 0; k < K; k++) {
+        const ints right[2] = {load_words(b + k * b_row), load_words(b + k * b_row + LANES)};
+        for (int r = 0; r < 8; r++) {
+            ints left = ints{} + (int32_t)a[r * a_row + k];
+            for (int v = 0; v < 2; v++) {
+                if (PAIR == 1) {
+                    sums[r][v] += (floats)left * (floats)right[v];
+                } else {
+                    sums[r][v] += (floats)(left << 16) * (floats)(right[v] << 16);
+                    sums[r][v] += (floats)(left & -65536) * (floats)(right[v] & -65536);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < 8; r++)
+        for (int v = 0; v < 2; v++) store(c + r * c_row + v * LANES, sums[r][v]);
+}
+
+// c (R, C) float += or = a (R, K) @ b (K, C); all of them multiples of 32 but for K in float; *_row: from row to row.
+template <bool ADD>
+static void product(const void *left, int64_t a_row, const word *b, int64_t b_row, float *c, int64_t c_row, int64_t R,
+                    int64_t C, int64_t K) {
+    const word *a = (const word *)left;
+#ifdef __AMX_BF16__
+    if (TILES) {
+        for (int64_t j = 0; j < C; j += 32)
+            for (int64_t i = 0; i < R; i += 32)
+                tile_product<ADD>(a + i * a_row, a_row, b + j, b_row, c + i * c_row + j, c_row, K);
+        return;
+    }
+#endif
+    for (int64_t j = 0; j < C; j += 2 * LANES)
+        for (int64_t i = 0; i < R; i += 8)
+            vector_product<ADD>(a + i * a_row, a_row, b + j, b_row, c + i * c_row + j, c_row, K);
+}
+
