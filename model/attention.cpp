@@ -22,8 +22,13 @@ static void pair(const T *rows, int64_t n, int64_t width, word *to) {
 
 // PAIR vectors of numbers, one below the other -> a vector of words
 static inline void store_pair(word *to, const floats *x) {
-    ints words = PAIR == 1 ? (ints)x[0] : ((rounded(x[0]) >> 16 & 0xffff) | (rounded(x[PAIR - 1]) & -65536));
-    store_words(to, words);
+    store_words(to, PAIR == 1 ? (ints)x[0] : pair(rounded(x[0]), rounded(x[PAIR - 1])));
+}
+
+// Scores from s on, -infinity behind the last one that a query sees.
+static inline floats seen(const float *row, int64_t s, int64_t last) {
+    static const ints PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return PLACES + (int32_t)(s - last) > 0 ? floats{} - INFINITY : load(row + s);
 }
 
 // rows (n, width), times scale -> n rows of D numbers
@@ -67,16 +72,15 @@ void attention(const T *q, const T *k, const T *v, const int64_t *begins, T *out
                     product<false>(queries, words, keys, most, scores, most, BLOCK, end, words);
                     float sums[BLOCK];
                     for (int64_t r = 0; r < BLOCK; r++) {
-                        float *row = scores + r * most;
-                        for (int64_t s = at + r + 1; s < end; s++) row[s] = -INFINITY;
-                        floats tops = load(row), all = {};
-                        for (int64_t s = LANES; s < end; s += LANES) {
-                            floats x = load(row + s);
+                        const float *row = scores + r * most;
+                        floats tops = floats{} - INFINITY, all = {};
+                        for (int64_t s = 0; s < end; s += LANES) {
+                            const floats x = seen(row, s, at + r);
                             tops = x > tops ? x : tops;
                         }
                         const float top = largest(tops) * scale;
                         for (int64_t s = 0; s < end; s += LANES) {
-                            floats e = exp2(load(row + s) * scale - top);
+                            const floats e = exp2(seen(row, s, at + r) * scale - top);
                             store(weights + r * most + s, e);
                             all += e;
                         }
@@ -146,12 +150,12 @@ void attention_backward(const T *q, const T *k, const T *v, const int64_t *begin
                                 all += load(upstream + (r + i) * width + d) *
                                        load(out + at_query + (r + i) * heads * D + d, D - d);
                             mean[i] = sum(all);
-                            for (int64_t s = at + r + i + 1; s < end; s++) scores[(r + i) * most + s] = -INFINITY;
                         }
                         for (int64_t s = 0; s < end; s += LANES) {
                             floats weight[PAIR], by_score[PAIR];
                             for (int i = 0; i < PAIR; i++) {
-                                weight[i] = exp2(load(scores + (r + i) * most + s) * (scale * LOG2_E) - log[i]);
+                                const floats score = seen(scores + (r + i) * most, s, at + r + i);
+                                weight[i] = exp2(score * (scale * LOG2_E) - log[i]);
                                 by_score[i] = weight[i] * (load(by_weights + (r + i) * most + s) - mean[i]);
                                 store(by_scores + (r + i) * most + s, by_score[i]);
                             }

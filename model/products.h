@@ -80,13 +80,18 @@ struct Piece {  // of memory, for numbers of type S
 
 static inline void store_words(word *to, ints x) { memcpy(to, &x, sizeof x); }
 
+static inline ints pair(halves a, halves b) {
+    return __builtin_convertvector(a, ints) | __builtin_convertvector(b, ints) << 16;
+}
+
 // Words of two vectors of numbers that stand one below the other. In float they are the first one.
-static inline ints pair(const T *a, const T *b) {
-    if (PAIR == 1) return (ints)load(a);
-    halves lower, upper;
-    memcpy(&lower, a, sizeof lower);
-    memcpy(&upper, b, sizeof upper);
-    return __builtin_convertvector(lower, ints) | __builtin_convertvector(upper, ints) << 16;
+static inline ints pair(const float *a, const float *) { return (ints)load(a); }
+
+static inline ints pair(const bfloat16 *a, const bfloat16 *b) {
+    halves upper, lower;
+    memcpy(&upper, a, sizeof upper);
+    memcpy(&lower, b, sizeof lower);
+    return pair(upper, lower);
 }
 
 static inline ints pick(ints a, ints b, ints places) {  // among the numbers of both, one behind the other

@@ -9,6 +9,10 @@
 #define LANES 16
 #endif
 
+#if defined(__AVX512BF16__) && LANES == 16
+#include <immintrin.h>
+#endif
+
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
@@ -28,17 +32,21 @@ static inline floats load(const bfloat16 *from) {
     return (floats)(__builtin_convertvector(x, ints) << 16);
 }
 
-// The bits of the nearest bfloat16, in the upper half; of two, the even one.
-static inline ints rounded(floats x) {
+// To the nearest bfloat16; of two, the even one.
+static inline halves rounded(floats x) {
+#if defined(__AVX512BF16__) && LANES == 16
+    return (halves)_mm512_cvtneps_pbh((__m512)x);
+#else
     ints bits = (ints)x;
-    return bits + 0x7fff + (bits >> 16 & 1);
+    return __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves);
+#endif
 }
 
 static inline void store(float *to, floats x) { memcpy(to, &x, sizeof x); }
 
 static inline void store(bfloat16 *to, floats x) {
-    halves upper = __builtin_convertvector(rounded(x) >> 16, halves);
-    memcpy(to, &upper, sizeof upper);
+    halves numbers = rounded(x);
+    memcpy(to, &numbers, sizeof numbers);
 }
 
 // The same for the first n numbers only, zeros behind them.
