@@ -27,7 +27,7 @@ from runtime.device import one_order
 PATIENCE = timedelta(hours=12)  # of a rank that waits for another one to tokenise; a dead one is noticed at once
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "dp")
 SHARDED = ("zero2", "zero3")
-WORTH_COMPILING = {"cpu": 1e14, "cuda": 2e16}  # operations of a run, per process: minutes, of which part is saved
+WORTH_COMPILING = 2e16  # operations of a run, per process: minutes on a GPU, of which part is saved
 _sizes = {"context": 1, "tensor": 1}  # of the mesh; what is left of the processes are data ranks
 _groups: dict[str, dist.ProcessGroup] = {}
 
@@ -180,19 +180,16 @@ def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: in
     """--compile, or where it is not given: 1 where compiling takes less time than it saves in the run; says so then.
 
     A function of flags, data and the kind of machine, not of a clock: a run that goes on computes as it did before.
-    Wins were measured on CPUs that multiply bfloat16, and for dense models on GPUs in 16 bits: benchmarks/speed.
+    Wins were measured for dense models on GPUs in 16 bits: benchmarks/speed.
     """
     if args.compile is not None:
         return args.compile
     row = args.max_seq_len if args.packing else dataset.lengths.mean()
     tokens = min(args.total_steps * global_batch * row, args.epochs * dataset.lengths.sum()) / world()[1]
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    idle = experts * (1 - model.config.n_experts_per_tok / model.config.n_experts)  # of those, for a token
-    operations = 6 * (sum(p.numel() for p in model.parameters()) - idle) * tokens
-    known = not model.config.use_moe or args.device.type == "cpu"
-    plain = known and not args.gradient_checkpointing and max(_sizes.values()) == 1
+    operations = 6 * sum(p.numel() for p in model.parameters()) * tokens
+    plain = not model.config.use_moe and not args.gradient_checkpointing and max(_sizes.values()) == 1
     plain = plain and args.strategy not in SHARDED and compiler_works(args.device, dtype)
-    if not (plain and operations > WORTH_COMPILING[args.device.type]):
+    if not (plain and operations > WORTH_COMPILING):
         return 0
     if world()[0] == 0:
         print(f"--compile 1: half a minute before the first step, for {operations:.1e} operations to come", flush=True)

@@ -151,30 +151,25 @@ def test_choose_strategy_takes_the_first_that_fits():
 
 
 def test_compiling_is_chosen_where_it_was_measured_to_win(monkeypatch):
-    monkeypatch.setattr(compiling, "fast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
     monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
     dataset = Namespace(lengths=np.full(1000, 200))
-    run = {"compile": None, "max_seq_len": 512, "packing": 1, "total_steps": 200, "epochs": 1, "device": CPU}
-    run |= {"gradient_checkpointing": 0, "strategy": "ddp"}
+    run = {"compile": None, "max_seq_len": 512, "packing": 1, "total_steps": 40_000, "epochs": 200}
+    run |= {"gradient_checkpointing": 0, "strategy": "ddp", "device": torch.device("cuda")}
 
     def chosen(dtype="bfloat16", shape=LARGE, **changed):
         with torch.device("meta"):
             model = MiniMindLM(shape)
         return parallel.choose_compile(model, dataset, Namespace(**run | changed), dtype, global_batch=8)
 
-    operations = 6 * memory.parameter_count(LARGE) * 1000 * 200  # of the epoch: it is shorter than 200 full windows
-    assert operations > parallel.WORTH_COMPILING["cpu"] and chosen() == 1
-    assert chosen(total_steps=20) == 0 and chosen(total_steps=20, compile=1) == 1 and chosen(compile=0) == 0
-    assert chosen("float32") == chosen(strategy="zero3") == chosen(gradient_checkpointing=1) == 0
-    moe = replace(LARGE, use_moe=True, n_experts_per_tok=1, moe_hidden_dim=None)
-    assert chosen(shape=moe) == 1 and chosen(shape=moe, total_steps=20) == 0
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
-    gpu = {"device": torch.device("cuda"), "epochs": 200, "total_steps": 40_000}  # on which a run has to be longer
-    assert operations < parallel.WORTH_COMPILING["cuda"] < 200 * operations
-    assert chosen(**gpu) == chosen("float16", **gpu) == 1 and chosen(**gpu | {"epochs": 1}) == 0
-    assert chosen("float32", **gpu) == chosen("float16") == chosen(shape=moe, **gpu) == 0
+    operations = 6 * memory.parameter_count(LARGE) * 1000 * 200  # of an epoch: it is shorter than its full windows
+    assert operations < parallel.WORTH_COMPILING < 200 * operations
+    assert chosen() == chosen("float16") == 1 and chosen(epochs=1) == chosen(total_steps=200) == 0
+    assert chosen(epochs=1, compile=1) == 1 and chosen(compile=0) == 0
+    assert chosen("float32") == chosen(strategy="zero3") == chosen(gradient_checkpointing=1) == chosen(device=CPU) == 0
+    assert chosen(shape=replace(LARGE, use_moe=True, n_experts_per_tok=1, moe_hidden_dim=None)) == 0
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
-    assert chosen() == chosen(**gpu) == 0
+    assert chosen() == 0
 
 
 def test_choose_strategy_knows_what_cannot_be_had():
