@@ -164,7 +164,8 @@ def activations(
     Per token and block, with c = `width` bytes of what matrix products read: both RMSNorms keep their input, in float32
     the normalised input, too (a GPU's fused kernel does not: there this is an upper bound), and give one tensor to the
     projections; so do the norms of q and k; attention reads rotated q, k and v and keeps its result twice
-    (per document, and laid out for o_proj); SwiGLU keeps gate, up, silu(gate) and their product. Behind the head there
+    (per document, and laid out for o_proj); SwiGLU keeps gate, up, silu(gate) and their product. The kernels for a CPU
+    keep up to a third less: no normalised input, the result of attention once, no silu(gate). Behind the head there
     are its gradients: of what it reads, and of its weights in float32; logits exist for a chunk of tokens only, where
     tensor ranks do not share them: then cross-entropy has three tensors of their size when its backward begins.
 

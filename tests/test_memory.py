@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from model import native
 from model.lm import LMConfig, MiniMindLM
 from runtime import compiling, memory, parallel
 
@@ -52,17 +53,20 @@ def saved_bytes(model, tokens: int, supervised: int, dtype: str, docs: int) -> i
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype, kernels", [("float32", False), ("float32", True), ("bfloat16", True)])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("docs", [1, 4])
-def test_activations_are_what_autograd_saves(name, dtype, docs):
+def test_activations_are_what_autograd_saves(name, dtype, docs, kernels, monkeypatch):
+    """With the kernels for a CPU, which keep less, the estimate is a bound."""
+    if not kernels:
+        monkeypatch.setattr(native, "library", lambda *_, **__: None)
     config, tokens, supervised = LMConfig(**TINY | MODELS[name]), 256, 192
     measured = saved_bytes(MiniMindLM(config).train(), tokens, supervised, dtype, docs)
     estimate = memory.estimate(config, "ddp", data_ranks=1, tokens=tokens, supervised=supervised, dtype=dtype)
     kept = estimate["activations"] + estimate["buffers"]  # autograd keeps autocast's copies of the weights, too
     kept -= 4 * config.vocab_size * config.dim if config.tie_embeddings else 0  # the other buffer is a gradient
     kept -= (4 if dtype == "float32" else 6) * supervised * config.vocab_size  # logits are gone by then
-    assert kept == pytest.approx(measured, rel=0.1)
+    assert kept == pytest.approx(measured, rel=0.1) or kernels and 0.6 * kept < measured < kept
 
 
 def held_bytes(model) -> int:
