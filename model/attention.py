@@ -57,7 +57,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tens
 @uncompiled  # torch.compile cannot see into the kernels, and lengths change all the time
 def on_cpu(q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
     kernels = native.library("attention.cpp", q.dtype)
-    if kernels is None:
+    if kernels is None or not native.plain(q, k, v):
         return one_by_one(q, k, v, docs.lens)
     return DocumentAttention.apply(q, k, v, docs.begins, kernels)
 

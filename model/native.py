@@ -60,6 +60,11 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL | Non
         return None
 
 
+def plain(*tensors: Tensor) -> bool:
+    """Whether tensors lie in the memory of this process: not on a GPU, or spread over processes (DTensor)."""
+    return all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
+
+
 def call(function, *args: Tensor | int | float | None) -> None:
     """Call a function of a library. Tensors, which must be contiguous, are passed as their first element's address."""
     function(*(argument(arg) for arg in args))
@@ -67,6 +72,6 @@ def call(function, *args: Tensor | int | float | None) -> None:
 
 def argument(value: Tensor | int | float | None):
     if isinstance(value, Tensor):
-        assert value.is_contiguous() and value.device.type == "cpu"
+        assert plain(value) and value.is_contiguous()
         return ctypes.c_void_p(value.data_ptr())
     return value if value is None else (ctypes.c_float if isinstance(value, float) else ctypes.c_int64)(value)

@@ -75,7 +75,7 @@ def kernels(x: Tensor, dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
 
     Nor are there any without a C++ compiler.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not native.plain(x):
         return None
     return native.library("ops.cpp", dtype or x.dtype)
 
@@ -87,7 +87,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     dtype = autocast_dtype(x)
     functions = kernels(x, dtype)
-    if functions is not None and x.dtype in (dtype, torch.float32):
+    if functions is not None and x.dtype in (dtype, torch.float32) and native.plain(weight):
         return Norm.apply(x, weight, eps, dtype, functions)
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
 
@@ -119,7 +119,7 @@ class Linear(nn.Linear):
     """x @ weight.T, as nn.Linear. On a CPU some products are made in other ways, where they are faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not native.plain(x, self.weight):
             return super().forward(x)
         dtype, training = autocast_dtype(x), torch.is_grad_enabled()
         if training and self.weight.requires_grad and (functions := tiles(dtype)) is not None:
