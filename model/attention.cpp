@@ -61,7 +61,7 @@ void attention(const T *q, const T *k, const T *v, const int64_t *begins, T *out
             rows.resize(most * width), keys.resize(most * words), values.resize(most * words);
             scores.resize(BLOCK * most), weights.resize(BLOCK * most);
             read(k + place, KV * D, n, D, rows, most, width);
-            transpose((word *)(T *)rows, most, words, keys);
+            transpose(rows, most, words, keys);
             read(v + place, KV * D, n, D, rows, most, width);
             pair(rows, most, width, values);
             for (int64_t h = head * group; h < (head + 1) * group; h++)
@@ -106,9 +106,9 @@ void attention_backward(const T *q, const T *k, const T *v, const int64_t *begin
     {
         Tiles tiles;
         Piece<T> rows, queries, upstream, by_scores;
-        Piece<word> keys, key_columns, value_columns, paired, query_columns, upstream_columns, weight_pairs;
-        Piece<word> score_pairs, totals;
-        Piece<float> scores, by_weights, result, key_totals, value_totals;
+        Piece<word> keys, key_columns, value_columns, paired, query_columns, upstream_columns;
+        Piece<word> weight_pairs, score_pairs;
+        Piece<float> scores, by_weights, result, key_totals, value_totals, totals;
         queries.resize(BLOCK * width), upstream.resize(BLOCK * width), result.resize(BLOCK * width);
         paired.resize(BLOCK * width), query_columns.resize(BLOCK * width), upstream_columns.resize(BLOCK * width);
 #pragma omp for schedule(dynamic)
@@ -120,9 +120,9 @@ void attention_backward(const T *q, const T *k, const T *v, const int64_t *begin
             for (Piece<word> *piece : {&weight_pairs, &score_pairs}) piece->resize(pairs * most);
             rows.resize(most * width), by_scores.resize(BLOCK * most), totals.resize(most * width);
             read(v + place, KV * D, n, D, rows, most, width);
-            transpose((word *)(T *)rows, most, words, value_columns);
+            transpose(rows, most, words, value_columns);
             read(k + place, KV * D, n, D, rows, most, width);
-            transpose((word *)(T *)rows, most, words, key_columns);
+            transpose(rows, most, words, key_columns);
             pair(rows, most, width, keys);
             for (Piece<float> *piece : {&key_totals, &value_totals}) {  // (width, most): gradients of columns
                 piece->resize(width * most);
@@ -168,10 +168,10 @@ void attention_backward(const T *q, const T *k, const T *v, const int64_t *begin
                     product<true>(query_columns, pairs, score_pairs, most, key_totals, most, width, end, pairs);
                     product<true>(upstream_columns, pairs, weight_pairs, most, value_totals, most, width, end, pairs);
                 }
-            transpose((word *)(float *)key_totals, width, most, totals);
-            write((float *)(word *)totals, width, scale, by_k + place, KV * D, n, D);
-            transpose((word *)(float *)value_totals, width, most, totals);
-            write((float *)(word *)totals, width, 1, by_v + place, KV * D, n, D);
+            transpose(key_totals, width, most, totals);
+            write(totals, width, scale, by_k + place, KV * D, n, D);
+            transpose(value_totals, width, most, totals);
+            write(totals, width, 1, by_v + place, KV * D, n, D);
         }
     }
 }

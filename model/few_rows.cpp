@@ -61,8 +61,8 @@ void add_and_norm(float *x, const T *by, T *out, int64_t n, int64_t columns, flo
 void swiglu(const T *gate, const T *up, T *out, int64_t n) {
 #pragma omp parallel for
     for (int64_t i = 0; i < n; i += LANES) {
-        floats x = load(gate + i), e = exp2((x < 0.f ? x : -x) * LOG2_E);  // of -|x|: no overflow
-        store(out + i, x * (x < 0.f ? e : floats{} + 1.f) / (1.f + e) * load(up + i));
+        floats x = load(gate + i);
+        store(out + i, x * sigmoid(x) * load(up + i));
     }
 }
 

@@ -17,10 +17,6 @@ FOLDER = Path(__file__).parent / "__pycache__"  # where Python keeps what it has
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 
 
-def compiler() -> str:
-    return os.environ.get("CXX", "g++")
-
-
 @functools.cache
 def cpu() -> str:
     """What tells CPUs with other instructions apart, on Linux: a folder may be shared by machines."""
@@ -40,9 +36,10 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL | Non
     """
     if dtype not in TYPES:
         return None
-    path, header = Path(__file__).with_name(source), Path(__file__).with_name("vectors.h")
-    command = [compiler(), *FLAGS, f"-DT={TYPES[dtype]}", *(f"-D{name}={value}" for name, value in macros.items())]
-    key = repr((command, cpu(), path.read_bytes(), header.read_bytes()))
+    path = Path(__file__).with_name(source)
+    command = [os.environ.get("CXX", "g++"), *FLAGS, f"-DT={TYPES[dtype]}"]
+    command += [f"-D{name}={value}" for name, value in macros.items()]
+    key = repr((command, cpu(), *(file.read_bytes() for file in (path, *sorted(path.parent.glob("*.h"))))))
     target = FOLDER / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
         if target.exists():

@@ -29,11 +29,10 @@ static void norm(const X *x, const float *gain, T *out, float *scales, int64_t r
 template <class X>
 static void norm_backward(const X *x, const float *gain, const float *scales, const T *grad, X *by_x, float *by_gain,
                           int64_t rows, int64_t n) {
-    const int64_t width = (n + LANES - 1) / LANES * LANES;
     memset(by_gain, 0, n * sizeof(float));
 #pragma omp parallel
     {
-        std::vector<float> part(width);  // of by_gain
+        std::vector<float> part(round_up(n, LANES));  // of by_gain
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) {
             const float scale = scales[row];
@@ -55,11 +54,6 @@ static void norm_backward(const X *x, const float *gain, const float *scales, co
 #pragma omp ordered
             for (int64_t i = 0; i < n; i++) by_gain[i] += part[i];
     }
-}
-
-static inline floats sigmoid(floats x) {
-    floats e = exp2((x < 0.f ? x : -x) * LOG2_E);  // of -|x|: no overflow
-    return (x < 0.f ? e : floats{} + 1.f) / (1.f + e);
 }
 
 // The first n numbers, -infinity behind them: nothing to a softmax.
@@ -145,7 +139,7 @@ void cross_entropy(T *logits, const int64_t *targets, float *losses, int64_t row
     }
 }
 
-bool has_tiles() { return TILES; }
+int has_tiles() { return TILES; }
 
 // total (M, N) float = or += a.T @ b; a (K, M), b (K, N). Only with tiles.
 void sum_of_products(const T *a, const T *b, float *total, int64_t K, int64_t M, int64_t N, int64_t add) {

@@ -122,8 +122,8 @@ class Linear(nn.Linear):
         if torch.compiler.is_compiling() or not native.plain(x, self.weight):
             return super().forward(x)
         dtype, training = autocast_dtype(x), torch.is_grad_enabled()
-        if training and self.weight.requires_grad and (functions := tiles(dtype)) is not None:
-            return Product.apply(x, self.weight, dtype, functions)
+        if training and self.weight.requires_grad and tiles(dtype) is not None:
+            return Product.apply(x, self.weight, dtype)
         if not training and dtype == torch.float32 and x.dim() == 3 and x.size(1) == 1 and 8 <= x.size(0) <= 128:
             return (self.weight @ x.squeeze(1).T).T.contiguous().unsqueeze(1)  # a step of generation
         return super().forward(x)
@@ -139,8 +139,8 @@ class Product(torch.autograd.Function):
     """x @ weight.T. The gradient of the weight is summed and returned in float32: not rounded, and twice as fast."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype, functions) -> Tensor:
-        ctx.dtypes, ctx.functions = (x.dtype, weight.dtype), functions
+    def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtypes = x.dtype, weight.dtype
         x, weight = x.to(dtype), weight.to(dtype)
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight)
@@ -148,13 +148,10 @@ class Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), by_x, by_weight = ctx.saved_tensors, None, None
-        if ctx.needs_input_grad[0]:
-            by_x = (grad @ weight).to(ctx.dtypes[0])
-        if ctx.needs_input_grad[1]:
-            by_weight = torch.empty(weight.shape)
-            sum_of_products(by_weight, grad.flatten(0, -2), x.flatten(0, -2))
-        return by_x, by_weight.to(ctx.dtypes[1]), None, None
+        (x, weight), by_weight = ctx.saved_tensors, torch.empty(ctx.saved_tensors[1].shape)
+        sum_of_products(by_weight, grad.flatten(0, -2), x.flatten(0, -2))
+        by_x = (grad @ weight).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        return by_x, by_weight.to(ctx.dtypes[1]), None
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -201,17 +198,8 @@ class Rotation(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     functions = kernels(x)
     if functions is not None and cos.shape[:-1] == (*x.shape[:-2], 1):  # angles for all heads of a token
-        x, out, heads = x.contiguous(), torch.empty(x.shape, dtype=x.dtype), x.size(-2)
-        native.call(
-            functions.rotate,
-            x,
-            cos.contiguous(),
-            sin.contiguous(),
-            out,
-            x.numel() // x.size(-1) // heads,
-            heads,
-            cos.size(-1),
-        )
+        x, out, sizes = x.contiguous(), torch.empty(x.shape, dtype=x.dtype), (x.size(-2), cos.size(-1))
+        native.call(functions.rotate, x, cos.contiguous(), sin.contiguous(), out, x.shape[:-2].numel(), *sizes)
         return out
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     (a, b), out = x.chunk(2, dim=-1), torch.empty_like(x)

@@ -78,6 +78,12 @@ struct Piece {  // of memory, for numbers of type S
     operator S *() { return (S *)lines.data(); }
 };
 
+static inline ints load_words(const word *from) {
+    ints x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
 static inline void store_words(word *to, ints x) { memcpy(to, &x, sizeof x); }
 
 static inline ints pair(halves a, halves b) {
@@ -126,21 +132,17 @@ static inline void transpose(ints *rows) {  // LANES of them
     exchange<8>(rows);
 }
 
-// from (rows, columns) -> to (columns, rows), both multiples of LANES
-static void transpose(const word *from, int64_t rows, int64_t columns, word *to) {
+// from (rows, columns) -> to (columns, rows), of words or floats, both multiples of LANES
+static void transpose(const void *matrix, int64_t rows, int64_t columns, void *result) {
+    const word *from = (const word *)matrix;
+    word *to = (word *)result;
     for (int64_t r = 0; r < rows; r += LANES)
         for (int64_t c = 0; c < columns; c += LANES) {
             ints block[LANES];
-            for (int i = 0; i < LANES; i++) memcpy(&block[i], from + (r + i) * columns + c, sizeof block[i]);
+            for (int i = 0; i < LANES; i++) block[i] = load_words(from + (r + i) * columns + c);
             transpose(block);
             for (int i = 0; i < LANES; i++) store_words(to + (c + i) * rows + r, block[i]);
         }
-}
-
-static inline ints load_words(const word *from) {
-    ints x;
-    memcpy(&x, from, sizeof x);
-    return x;
 }
 
 // c (8, 2 vectors) += or = a (8, K) @ b (K, 2 vectors)

@@ -101,3 +101,8 @@ static inline floats exp2(floats x) {
     for (float factor : FACTORS) series = series * f + factor;
     return x < least ? floats{} : series * (floats)((whole + 127) << 23);
 }
+
+static inline floats sigmoid(floats x) {
+    floats e = exp2((x < 0.f ? x : -x) * LOG2_E);  // of -|x|: no overflow
+    return (x < 0.f ? e : floats{} + 1.f) / (1.f + e);
+}
