@@ -148,7 +148,8 @@ class Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), by_weight = ctx.saved_tensors, torch.empty(ctx.saved_tensors[1].shape)
+        x, weight = ctx.saved_tensors
+        by_weight = torch.empty(weight.shape)
         sum_of_products(by_weight, grad.flatten(0, -2), x.flatten(0, -2))
         by_x = (grad @ weight).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         return by_x, by_weight.to(ctx.dtypes[1]), None
