@@ -4,9 +4,7 @@
 
 #include <omp.h>
 
-#include <algorithm>
-
-#include "products.h"
+#include "vectors.h"
 
 // out (rows, n) = x (rows, n) over its root mean square, times gain; scales (rows,): 1 / that
 template <class X>
@@ -137,68 +135,6 @@ void cross_entropy(T *logits, const int64_t *targets, float *losses, int64_t row
             store(at + i, probability, n - i);
         }
     }
-}
-
-int has_tiles() { return TILES; }
-
-// total (M, N) float = or += a.T @ b; a (K, M), b (K, N). Only with tiles.
-void sum_of_products(const T *a, const T *b, float *total, int64_t K, int64_t M, int64_t N, int64_t add) {
-#ifdef __AMX_BF16__
-    constexpr int64_t MOST = 128;
-    const int64_t most = round_up(N, 32);  // words of a column at a time: they stay in the cache of a core
-    if (!K && !add) memset(total, 0, M * N * sizeof(float));
-    static thread_local Piece<word> memory;
-    memory.resize(most * MOST);
-    word *const right = memory;  // all columns of b, 32 of them after 32
-#pragma omp parallel
-    {
-        Tiles tiles;
-        alignas(64) word left[32 * MOST];  // 32 columns of a
-        for (int64_t k = 0; k < K; k += MOST * PAIR) {
-            const int64_t rows = std::min(MOST * PAIR, K - k), words = round_up(rows, 16 * PAIR) / PAIR;
-            auto word_at = [rows](const T *from, int64_t row, int64_t width, int64_t column) {
-                const int64_t n = width - column;
-                const T *first = from + row * width + column;
-                if (row + 1 < rows && n >= LANES) return pair(first, first + width);
-                const floats a = row < rows ? load(first, n) : floats{};
-                const floats b = row + 1 < rows ? load(first + width, n) : floats{};
-                return (ints)((ints)b | ((ints)a >> 16 & 0xffff));
-            };
-#pragma omp for
-            for (int64_t w = 0; w < words; w++)
-                for (int64_t j = 0; j < N; j += LANES)
-                    store_words(right + (j / 32 * words + w) * 32 + j % 32, word_at(b + k * N, PAIR * w, N, j));
-#pragma omp for
-            for (int64_t i = 0; i < M; i += 32) {
-                for (int64_t h = 0; h < 32 && i + h < M; h += LANES)
-                    for (int64_t w = 0; w < words; w += LANES) {
-                        ints block[LANES];
-                        for (int64_t r = 0; r < LANES; r++) block[r] = word_at(a + k * M, PAIR * (w + r), M, i + h);
-                        transpose(block);
-                        for (int64_t r = 0; r < LANES; r++) store_words(left + (h + r) * words + w, block[r]);
-                    }
-                for (int64_t j = 0; j < N; j += 32) {
-                    const word *columns = right + j * words;
-                    if (i + 32 <= M && j + 32 <= N) {
-                        float *at = total + i * N + j;
-                        if (k || add)
-                            tile_product<true>(left, words, columns, 32, at, N, words);
-                        else
-                            tile_product<false>(left, words, columns, 32, at, N, words);
-                        continue;
-                    }
-                    float block[32 * 32];  // at an edge
-                    tile_product<false>(left, words, columns, 32, block, 32, words);
-                    for (int64_t r = i; r < std::min(i + 32, M); r++)
-                        for (int64_t c = j; c < std::min(j + 32, N); c++) {
-                            const float sum = block[(r - i) * 32 + c - j];
-                            total[r * N + c] = k || add ? total[r * N + c] + sum : sum;
-                        }
-                }
-            }
-        }
-    }
-#endif
 }
 
 }

@@ -122,7 +122,7 @@ class Linear(nn.Linear):
         if torch.compiler.is_compiling() or not native.plain(x, self.weight):
             return super().forward(x)
         dtype, training = autocast_dtype(x), torch.is_grad_enabled()
-        if training and self.weight.requires_grad and tiles(dtype) is not None:
+        if training and tiles(dtype) is not None:
             return Product.apply(x, self.weight, dtype)
         if not training and dtype == torch.float32 and x.dim() == 3 and x.size(1) == 1 and 8 <= x.size(0) <= 128:
             return (self.weight @ x.squeeze(1).T).T.contiguous().unsqueeze(1)  # a step of generation
@@ -130,29 +130,64 @@ class Linear(nn.Linear):
 
 
 def tiles(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The functions of ops.cpp, on a CPU with a matrix unit for a dtype."""
-    functions = native.library("ops.cpp", dtype)
+    """The functions of linear.cpp, on a CPU with a matrix unit for a dtype."""
+    functions = native.library("linear.cpp", dtype) if dtype == torch.bfloat16 else None
     return functions if functions is not None and functions.has_tiles() else None
 
 
 class Product(torch.autograd.Function):
-    """x @ weight.T. The gradient of the weight is summed and returned in float32: not rounded, and twice as fast."""
+    """x @ weight.T, on a CPU with a matrix unit. The gradient of the weight is summed in float32, and not rounded."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtypes = x.dtype, weight.dtype
-        x, weight = x.to(dtype), weight.to(dtype)
+        ctx.dtypes, x = (x.dtype, weight.dtype), x.to(dtype)
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight)
+        return torch.ops.minimind.linear(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        by_weight = torch.empty(weight.shape)
-        sum_of_products(by_weight, grad.flatten(0, -2), x.flatten(0, -2))
-        by_x = (grad @ weight).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        return by_x, by_weight.to(ctx.dtypes[1]), None
+        grad, by_x, by_weight = grad.reshape(-1, grad.size(-1)), None, None
+        if ctx.needs_input_grad[1]:
+            by_weight = torch.empty(weight.shape)
+            sum_of_products(by_weight, grad, x.reshape(-1, x.size(-1)))
+            by_weight = by_weight.to(ctx.dtypes[1])
+        if ctx.needs_input_grad[0]:
+            by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            multiply(by_x.view(-1, x.size(-1)), grad, weight)
+            by_x = by_x.to(ctx.dtypes[0])
+        return by_x, by_weight, None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T: an operation that torch knows, so that `recomputed` can keep its result."""
+    out = x.new_empty(*x.shape[:-1], len(weight))
+    multiply(out.view(-1, len(weight)), x.reshape(-1, x.size(-1)), weight.T)
+    return out
+
+
+LIBRARY = torch.library.Library("minimind", "DEF")
+LIBRARY.define("linear(Tensor x, Tensor weight) -> Tensor")
+LIBRARY.impl("linear", linear, "CPU")
+SLOW.append(torch.ops.minimind.linear.default)
+
+
+def multiply(out: Tensor, x: Tensor, matrix: Tensor, x2: Tensor | None = None, matrix2: Tensor | None = None) -> None:
+    """out (M, N) = x (M, K) @ matrix (K, N), + x2 @ matrix2 if there are these; a matrix may have another dtype.
+
+    A matrix in float32 is rounded on the way, where a CPU has a matrix unit: linear.cpp.
+    """
+    functions, (K, N) = tiles(x.dtype) if x.device.type == "cpu" else None, matrix.shape
+    if functions is None or matrix.dtype != torch.float32 or K % 32 or N % 32:
+        torch.mm(x, matrix.to(x.dtype), out=out)
+        if x2 is not None:
+            out.addmm_(x2, matrix2.to(x.dtype))
+    elif matrix.is_contiguous():
+        pair = (None, None) if x2 is None else (x2.contiguous(), matrix2)
+        native.call(functions.linear_by_x, x.contiguous(), matrix, *pair, out, len(x), N, K)
+    else:
+        native.call(functions.linear, x.contiguous(), matrix.T.contiguous(), out, len(x), N, K)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -229,7 +264,7 @@ def sum_of_products(total: Tensor, a: Tensor, b: Tensor, add: bool = False) -> N
         torch.addmm(total, a.T, b, beta=int(add), out_dtype=torch.float32, out=total)
     elif (functions := tiles(a.dtype)) is not None:
         sizes = len(a), a.size(1), b.size(1)
-        native.call(functions.sum_of_products, a.contiguous(), b.contiguous(), total, *sizes, int(add))
+        native.call(functions.linear_by_weight, a.contiguous(), b.contiguous(), total, *sizes, int(add))
     else:  # some rows at a time, then cast
         rows = max(1, 8 * BLOCK // b.size(1))
         for part, columns in zip(total.split(rows), a.split(rows, dim=1), strict=True):

@@ -3,6 +3,8 @@
 // T is the dtype of the factors, which consist of words of 32 bits. In float that is a number; in bfloat16 it is a pair
 // of numbers whose products are summed, as the matrix unit of a CPU (AMX) takes them.
 
+#include <algorithm>
+
 #include "vectors.h"
 
 #ifdef __AMX_BF16__
@@ -13,8 +15,6 @@
 
 typedef uint32_t word;
 const int PAIR = 4 / sizeof(T);  // numbers in a word
-
-static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 #ifdef __AMX_BF16__
 
@@ -80,7 +80,7 @@ struct alignas(64) Line { char bytes[64]; };
 template <class S>
 struct Piece {  // of memory, for numbers of type S
     std::vector<Line> lines;
-    void resize(int64_t n) { lines.resize((n * sizeof(S) + 63) / 64); }
+    void resize(int64_t n) { lines.resize(std::max<size_t>(lines.size(), (n * sizeof(S) + 63) / 64)); }  // at least
     operator S *() { return (S *)lines.data(); }
 };
 

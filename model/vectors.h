@@ -20,6 +20,8 @@ struct bfloat16 { uint16_t bits; };
 
 const float LOG2_E = 1.44269504f;
 
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 static inline floats load(const float *from) {
     floats x;
     memcpy(&x, from, sizeof x);
@@ -64,6 +66,29 @@ static inline void store(S *to, floats x, int64_t n) {
     S part[LANES];
     store(part, x);
     memcpy(to, part, n * sizeof(S));
+}
+
+// Two vectors, past the caches where the CPU can: what many rows of a product are will not be found there again.
+static inline void stream(bfloat16 *to, floats a, floats b) {
+#if defined(__AVX512BF16__) && LANES == 16
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    if ((uintptr_t)to % 64 == 0) return _mm512_stream_si512((__m512i *)to, both);
+#endif
+    store(to, a);
+    store(to + LANES, b);
+}
+
+static inline void stream(float *to, floats x, int64_t n) {  // the first n numbers
+#if defined(__AVX512BF16__) && LANES == 16
+    if (n >= LANES && (uintptr_t)to % 64 == 0) return _mm512_stream_ps(to, (__m512)x);
+#endif
+    store(to, x, n);
+}
+
+static inline void streamed() {  // before other threads read it
+#if defined(__AVX512BF16__) && LANES == 16
+    _mm_sfence();
+#endif
 }
 
 template <int LENGTH>

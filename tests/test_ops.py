@@ -227,6 +227,50 @@ def test_without_a_compiler_torch_computes_the_same(dtype, most, monkeypatch):
         assert (mine - theirs).norm() <= most * theirs.norm()
 
 
+@pytest.mark.parametrize("tokens", [1, 33, 600])
+@pytest.mark.parametrize("shape", [(32, 32), (96, 64), (1120, 1056), (40, 48)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_linear_layer_is_the_product_of_rounded_factors(tokens, shape, dtype):
+    """Sizes at the edges of what is multiplied at once, and such as the matrix unit of a CPU does not take."""
+    generator = torch.Generator().manual_seed(0)
+    layer = ops.Linear(shape[1], shape[0], bias=False, dtype=dtype)
+    x, upstream = (torch.randn(2, tokens, n, generator=generator).bfloat16() for n in reversed(shape))
+    x = x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        layer(x).sum().backward()  # a gradient without strides of its own
+    x.grad = layer.weight.grad = None
+    y.backward(upstream)
+    rows, weight, grad = (t.detach().bfloat16().flatten(0, -2).double() for t in (x, layer.weight, upstream))
+    exact = rows @ weight.T, grad @ weight, grad.T @ rows
+    for ours, theirs in zip((y, x.grad, layer.weight.grad), exact, strict=True):
+        assert (ours.flatten(0, -2).double() - theirs).norm() <= 2**-8 * theirs.norm()
+    if ops.tiles(torch.bfloat16) and dtype == torch.float32:
+        assert (layer.weight.grad.double() - exact[2]).norm() <= 1e-6 * exact[2].norm()  # not rounded
+    layer.weight.requires_grad_(False)
+    before, x.grad = x.grad, None
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).backward(upstream)
+    assert torch.equal(x.grad, before)
+
+
+def test_selective_checkpointing_keeps_products():
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            counts[-1] += op in ops.SLOW
+            return op(*args, **(kwargs or {}))
+
+    block = torch.nn.Sequential(ops.Linear(64, 32, bias=False), torch.nn.SiLU())
+    x, counts = torch.randn(5, 64, requires_grad=True), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for level in (0, 1, 2):
+            loss = ops.recomputed(level, block, x).sum()
+            counts.append(0)
+            with Count():
+                loss.backward()
+    assert counts[0] == counts[2] == counts[1] - 1
+
+
 def test_kernels_are_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "FOLDER", tmp_path / "folder")
     first = native.library.__wrapped__("ops.cpp", torch.float32)
@@ -247,10 +291,11 @@ def test_kernels_are_compiled_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)], ids=str)
 @pytest.mark.parametrize("sizes", [(4, 0, 16), (0, 600, 1200)], ids=str)
-def test_grouped_products_are_those_of_each_group(dtype, most, sizes):
-    """A group without rows has the gradient 0; groups of some hundred rows are multiplied in two parts in bfloat16."""
+@pytest.mark.parametrize("shape", [(16, 24), (64, 96)], ids=str)
+def test_grouped_products_are_those_of_each_group(dtype, most, sizes, shape):
+    """A group without rows has the gradient 0."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(sum(sizes), 24, generator=generator), torch.randn(3, 16, 24, generator=generator)
+    x, weight = torch.randn(sum(sizes), shape[1], generator=generator), torch.randn(3, *shape, generator=generator)
     ends = torch.tensor(sizes).cumsum(0).int()
     x = x.to(dtype).float()  # the weight is rounded by what is tested
     ours, exact = ([t.to(d, copy=True).requires_grad_() for t in (x, weight)] for d in (torch.float32, torch.float64))

@@ -12,13 +12,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from training import ROWS, Loop, ours
 
 from model.few_rows import FewRows, suits
-from model.ops import sum_of_products, tiles
+from model.ops import multiply, sum_of_products, tiles
 from model.sampling import KVCache, next_step
 from runtime import parallel
 
 KINDS = {  # the first that an operation's name contains
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "DocumentAttention", "attend"),
-    "matrix products": ("aten::mm", "aten::addmm", "_grouped_mm", "ProductBackward", "GroupedLinearBackward"),
+    "matrix products": ("aten::mm", "addmm", "_grouped_mm", "minimind::linear", "ProductBackward", "GroupedLinear"),
     "optimizer": ("adamw",),
     "fused passes": ("CompiledFxGraph", "add_and_norm", "swiglu", "Norm", "Gated", "Rotation", "LinearCrossEntropy"),
     "other passes over memory, calls": ("",),
@@ -42,19 +42,20 @@ def shares(what: str, work, device: torch.device) -> list[dict]:
 def products_alone(config, tokens: int, targets: int, dtype: str, device: torch.device) -> float:
     """FLOP/s of the products of a training step, forward and backward, each alone and warm."""
     kind, seconds, flops = getattr(torch, dtype), 0.0, 0.0
-    ours = device.type == "cpu" and tiles(kind) is not None
     heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     sizes = ((config.dim, heads, 1), (config.dim, kv, 2), (heads, config.dim, 1),
              (config.dim, config.hidden_dim, 2), (config.hidden_dim, config.dim, 1))  # fmt: skip
     shapes = [(tokens, width, out, config.n_layers * times) for width, out, times in sizes]
     shapes.append((targets, config.dim, config.vocab_size, 1))
     for rows, width, out, times in shapes:
-        x, w, g = (torch.randn(*size, device=device).to(kind) for size in ((rows, width), (out, width), (rows, out)))
-        total = torch.empty(out, width)
-        sums = (lambda g=g, x=x: g.T @ x) if not ours else lambda g=g, x=x, t=total: sum_of_products(t, g, x)
-        for product in (lambda x=x, w=w: x @ w.T, lambda g=g, w=w: g @ w, sums):
-            seconds += times * warm_seconds(product, device)
-            flops += times * 2 * rows * width * out
+        x, w, g = (torch.randn(*size, device=device) for size in ((rows, width), (out, width), (rows, out)))
+        cast = device.type != "cpu" or not tiles(kind) or out == config.vocab_size  # other weights: by the product
+        x, w, g = x.to(kind), w.to(kind) if cast else w, g.to(kind)
+        for product in ((torch.empty_like(g), x, w.T), (torch.empty_like(x), g, w)):
+            seconds += times * warm_seconds(lambda product=product: multiply(*product), device)
+        total = torch.empty(out, width, device=device)
+        seconds += times * warm_seconds(lambda x=x, g=g, total=total: sum_of_products(total, g, x), device)
+        flops += times * 6 * rows * width * out
     return flops / seconds
 
 

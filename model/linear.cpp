@@ -1,0 +1,199 @@
+// Linear layers in bfloat16 on the matrix unit of a CPU (AMX): x @ weight.T and its gradients; see ops.py.
+//
+// Weights are float, as the optimizer keeps them, and rounded on the way: no pass over memory makes a copy. A thread
+// computes a rectangle of a result, and puts in order itself what it reads for that: there is nothing to wait for.
+
+#include <omp.h>
+
+#include "products.h"
+
+#ifdef __AMX_BF16__
+
+struct Rectangle { int64_t top, bottom, from, to; };  // rows and columns, multiples of 32 but for the last ones
+
+// This thread's part of a result (M, N): of the ways to cut it for the team, the one where a part has the least edges.
+static Rectangle part(int64_t M, int64_t N) {
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    int64_t down = 1;  // parts below each other
+    for (int64_t d = 2; d <= threads; d++)
+        if (threads % d == 0 && M / d + N / (threads / d) < M / down + N / (threads / down)) down = d;
+    auto border = [](int64_t n, int64_t parts, int64_t i) { return std::min(n, (n + 31) / 32 * i / parts * 32); };
+    const int64_t across = threads / down, row = me / across, column = me % across;
+    return {border(M, down, row), border(M, down, row + 1), border(N, across, column), border(N, across, column + 1)};
+}
+
+// 32 numbers of a row of a matrix (rows, width), zeros beyond its edges
+static inline ints numbers(const T *matrix, int64_t rows, int64_t width, int64_t row, int64_t column) {
+    ints x = {};
+    if (row < rows) memcpy(&x, matrix + row * width + column, std::min<int64_t>(32, width - column) * sizeof(T));
+    return x;
+}
+
+// Columns `from` to `to` of a weight (K, N), or ROWS of a weight (N, K): 32 after 32, as words (K / 2, 32).
+template <bool ROWS>
+static void pack(const float *weight, int64_t from, int64_t to, int64_t N, int64_t K, word *result) {
+    for (int64_t n = from; ROWS && n < to; n += LANES)
+        for (int64_t k = 0; k < K; k += 2 * LANES) {
+            ints block[LANES];
+            for (int r = 0; r < LANES; r++) {
+                const float *at = weight + (n + r) * K + k;
+                const halves both[] = {rounded(load(at)), rounded(load(at + LANES))};
+                memcpy(&block[r], both, sizeof both);
+            }
+            transpose(block);
+            word *first = result + ((n - from) / 32 * K / 2 + k / 2) * 32 + (n - from) % 32;
+            for (int r = 0; r < LANES; r++) store_words(first + r * 32, block[r]);
+        }
+    for (int64_t k = 0; !ROWS && k < K; k += 2)
+        for (int64_t n = from; n < to; n += LANES) {
+            const float *at = weight + k * N + n;
+            word *first = result + ((n - from) / 32 * K / 2 + k / 2) * 32 + (n - from) % 32;
+            store_words(first, pair(rounded(load(at)), rounded(load(at + N))));
+        }
+}
+
+// out (M, N) = x (M, K) @ weight.T, ROWS, or x @ weight; the same of a second pair is added, if there is one.
+template <bool ROWS>
+static void multiply(const T *x, const float *weight, const T *x2, const float *weight2, T *out, int64_t M, int64_t N,
+                     int64_t K) {
+    const T *const factors[] = {x, x2};
+    const int64_t pairs = x2 ? 2 : 1, words = K / 2;
+    auto most = [&](int64_t numbers) { return std::max<int64_t>(32, numbers / (pairs * K) / 32 * 32); };
+    const int64_t rows = most(1 << 18), columns = most(3 << 18);  // that stay in a core's cache: 0.5 and 1.5 MiB
+#pragma omp parallel
+    {
+        const Rectangle my = part(M, N);
+        static thread_local Piece<word> memory, padded;
+        padded.resize(32 * words);
+        alignas(64) float sums[2][32 * 32];  // in turns: one is read while the other is made
+        int turn = 0;
+        Tiles tiles;
+        for (int64_t from = my.from; from < my.to; from += columns) {
+            const int64_t to = std::min(from + columns, my.to), size = (to - from) * words;
+            memory.resize(size * pairs);
+            pack<ROWS>(weight, from, to, N, K, memory);
+            if (x2) pack<ROWS>(weight2, from, to, N, K, memory + size);
+            for (int64_t begin = my.top; begin < my.bottom; begin += rows)
+                for (int64_t n = from; n < to; n += 32)
+                    for (int64_t m = begin; m < std::min(begin + rows, my.bottom); m += 32, turn ^= 1) {
+                        float *const sum = sums[turn];
+                        for (int64_t p = 0; p < pairs; p++) {
+                            const T *left = factors[p] + m * K;
+                            if (M - m < 32) {  // beyond the last row there is no memory of ours
+                                memset(padded, 0, 32 * words * sizeof(word));
+                                left = (T *)memcpy(padded, left, (M - m) * K * sizeof(T));
+                            }
+                            const word *right = memory + p * size + (n - from) * words;
+                            if (p)
+                                tile_product<true>((word *)left, words, right, 32, sum, 32, words);
+                            else
+                                tile_product<false>((word *)left, words, right, 32, sum, 32, words);
+                        }
+                        for (int64_t r = 0; r < std::min<int64_t>(32, M - m); r++)
+                            stream(out + (m + r) * N + n, load(sum + r * 32), load(sum + r * 32 + LANES));
+                    }
+        }
+        streamed();
+    }
+}
+
+// What stays in a core's cache: rows and columns of a gradient that are summed at once, and words of either factor.
+const int64_t MOST = 1024, WORDS = 128;
+
+// A rectangle of total (M, N) float = or += grad.T @ x; grad (K, M), x (K, N)
+static void sum_products(const T *grad, const T *x, float *total, int64_t K, int64_t M, int64_t N, bool add,
+                         Rectangle my) {
+    const int64_t wide = round_up(my.to - my.from, 32);
+    static thread_local Piece<word> memory;
+    static thread_local Piece<float> sums;
+    memory.resize((32 + wide) * WORDS);
+    sums.resize(round_up(my.bottom - my.top, 32) * wide);
+    word *const left = memory, *const right = left + 32 * WORDS;
+    auto block = [&](int64_t i, int64_t j) { return sums + ((i - my.top) * wide + (j - my.from) * 32); };  // (32, 32)
+    for (int64_t k = 0; k < K; k += 2 * WORDS) {
+        const int64_t rows = std::min(K, k + 2 * WORDS), words = round_up(rows - k, 32) / 2;
+        for (int64_t w = 0; w < words; w++)
+            for (int64_t j = my.from; j < my.to; j += 32) {
+                const ints a = numbers(x, rows, N, k + 2 * w, j), b = numbers(x, rows, N, k + 2 * w + 1, j);
+                halves upper[2], lower[2];
+                memcpy(upper, &a, sizeof a);
+                memcpy(lower, &b, sizeof b);
+                for (int h = 0; h < 2; h++)
+                    store_words(right + ((j - my.from) / 32 * words + w) * 32 + h * LANES, pair(upper[h], lower[h]));
+            }
+        for (int64_t i = my.top; i < my.bottom; i += 32) {
+            for (int64_t w = 0; w < words; w += LANES) {
+                ints even[LANES], odd[LANES];  // columns
+                for (int64_t r = 0; r < LANES; r++) {
+                    const int64_t row = k + 2 * (w + r);
+                    const ints a = numbers(grad, rows, M, row, i), b = numbers(grad, rows, M, row + 1, i);
+                    even[r] = (a & 0xffff) | b << 16;
+                    odd[r] = (a >> 16 & 0xffff) | (b & -65536);
+                    for (int next = 0; next < 2; next++)  // wanted in the next turn
+                        __builtin_prefetch(grad + (row + next) * M + i + 32, 0, 2);
+                }
+                transpose(even);
+                transpose(odd);
+                for (int64_t r = 0; r < LANES; r++) {
+                    store_words(left + 2 * r * words + w, even[r]);
+                    store_words(left + (2 * r + 1) * words + w, odd[r]);
+                }
+            }
+            for (int64_t j = my.from; j < my.to; j += 32) {
+                const word *columns = right + (j - my.from) * words;
+                if (k)
+                    tile_product<true>(left, words, columns, 32, block(i, j), 32, words);
+                else
+                    tile_product<false>(left, words, columns, 32, block(i, j), 32, words);
+            }
+        }
+    }
+    for (int64_t i = my.top; i < my.bottom; i++)
+        for (int64_t j = my.from; j < my.to; j += LANES) {
+            const floats sum = K ? load(block(i / 32 * 32, j / 32 * 32) + i % 32 * 32 + j % 32) : floats{};
+            float *at = total + i * N + j;
+            if (add)
+                store(at, load(at, N - j) + sum, N - j);
+            else
+                stream(at, sum, N - j);
+        }
+}
+
+#endif
+
+extern "C" {
+
+int has_tiles() { return TILES; }
+
+// Only with tiles:
+
+#ifdef __AMX_BF16__
+
+// out (M, N) = x (M, K) @ weight.T; weight (N, K) float. K and N are multiples of 32.
+void linear(const T *x, const float *weight, T *out, int64_t M, int64_t N, int64_t K) {
+    multiply<true>(x, weight, nullptr, nullptr, out, M, N, K);
+}
+
+// out (M, K) = grad (M, N) @ weight + grad2 @ weight2, if there are these
+void linear_by_x(const T *grad, const float *weight, const T *grad2, const float *weight2, T *out, int64_t M, int64_t K,
+                 int64_t N) {
+    multiply<false>(grad, weight, grad2, weight2, out, M, K, N);
+}
+
+// total (M, N) float = or += grad.T @ x; grad (K, M), x (K, N)
+void linear_by_weight(const T *grad, const T *x, float *total, int64_t K, int64_t M, int64_t N, int64_t add) {
+#pragma omp parallel
+    {
+        const Rectangle my = part(M, N);
+        Tiles tiles;
+        for (int64_t top = my.top; top < my.bottom; top += MOST)
+            for (int64_t from = my.from; from < my.to; from += MOST)
+                sum_products(grad, x, total, K, M, N, add,
+                             {top, std::min(top + MOST, my.bottom), from, std::min(from + MOST, my.to)});
+        streamed();
+    }
+}
+
+#endif
+
+}
