@@ -57,14 +57,17 @@ template <bool ROWS>
 static void multiply(const T *x, const float *weight, const T *x2, const float *weight2, T *out, int64_t M, int64_t N,
                      int64_t K) {
     const T *const factors[] = {x, x2};
-    const int64_t pairs = x2 ? 2 : 1, words = K / 2;
+    const int64_t pairs = x2 ? 2 : 1, words = K / 2, whole = M / 32 * 32;
     auto most = [&](int64_t numbers) { return std::max<int64_t>(32, numbers / (pairs * K) / 32 * 32); };
     const int64_t rows = most(1 << 18), columns = most(3 << 18);  // that stay in a core's cache: 0.5 and 1.5 MiB
 #pragma omp parallel
     {
         const Rectangle my = part(M, N);
         static thread_local Piece<word> memory, padded;
-        padded.resize(32 * words);
+        padded.resize(32 * words * pairs);
+        memset(padded, 0, 32 * words * pairs * sizeof(word));
+        for (int64_t p = 0; p < pairs; p++)  // beyond the last row there is no memory of ours
+            memcpy(padded + p * 32 * words, factors[p] + whole * K, (M - whole) * K * sizeof(T));
         alignas(64) float sums[2][32 * 32];  // in turns: one is read while the other is made
         int turn = 0;
         Tiles tiles;
@@ -78,16 +81,12 @@ static void multiply(const T *x, const float *weight, const T *x2, const float *
                     for (int64_t m = begin; m < std::min(begin + rows, my.bottom); m += 32, turn ^= 1) {
                         float *const sum = sums[turn];
                         for (int64_t p = 0; p < pairs; p++) {
-                            const T *left = factors[p] + m * K;
-                            if (M - m < 32) {  // beyond the last row there is no memory of ours
-                                memset(padded, 0, 32 * words * sizeof(word));
-                                left = (T *)memcpy(padded, left, (M - m) * K * sizeof(T));
-                            }
+                            const word *left = m < whole ? (word *)(factors[p] + m * K) : padded + p * 32 * words;
                             const word *right = memory + p * size + (n - from) * words;
                             if (p)
-                                tile_product<true>((word *)left, words, right, 32, sum, 32, words);
+                                tile_product<true>(left, words, right, 32, sum, 32, words);
                             else
-                                tile_product<false>((word *)left, words, right, 32, sum, 32, words);
+                                tile_product<false>(left, words, right, 32, sum, 32, words);
                         }
                         for (int64_t r = 0; r < std::min<int64_t>(32, M - m); r++)
                             stream(out + (m + r) * N + n, load(sum + r * 32), load(sum + r * 32 + LANES));
