@@ -32,24 +32,28 @@ static inline ints numbers(const T *matrix, int64_t rows, int64_t width, int64_t
 // Columns `from` to `to` of a weight (K, N), or ROWS of a weight (N, K): 32 after 32, as words (K / 2, 32).
 template <bool ROWS>
 static void pack(const float *weight, int64_t from, int64_t to, int64_t N, int64_t K, word *result) {
-    for (int64_t n = from; ROWS && n < to; n += LANES)
-        for (int64_t k = 0; k < K; k += 2 * LANES) {
-            ints block[LANES];
-            for (int r = 0; r < LANES; r++) {
-                const float *at = weight + (n + r) * K + k;
-                const halves both[] = {rounded(load(at)), rounded(load(at + LANES))};
-                memcpy(&block[r], both, sizeof both);
+    auto place = [&](int64_t n, int64_t k) {
+        return result + ((n - from) / 32 * (K / 2) + k / 2) * 32 + (n - from) % 32;
+    };
+    if (ROWS) {
+        for (int64_t n = from; n < to; n += LANES)
+            for (int64_t k = 0; k < K; k += 2 * LANES) {
+                ints block[LANES];
+                for (int r = 0; r < LANES; r++) {
+                    const float *at = weight + (n + r) * K + k;
+                    const halves both[] = {rounded(load(at)), rounded(load(at + LANES))};
+                    memcpy(&block[r], both, sizeof both);
+                }
+                transpose(block);
+                for (int r = 0; r < LANES; r++) store_words(place(n, k) + r * 32, block[r]);
             }
-            transpose(block);
-            word *first = result + ((n - from) / 32 * K / 2 + k / 2) * 32 + (n - from) % 32;
-            for (int r = 0; r < LANES; r++) store_words(first + r * 32, block[r]);
-        }
-    for (int64_t k = 0; !ROWS && k < K; k += 2)
-        for (int64_t n = from; n < to; n += LANES) {
-            const float *at = weight + k * N + n;
-            word *first = result + ((n - from) / 32 * K / 2 + k / 2) * 32 + (n - from) % 32;
-            store_words(first, pair(rounded(load(at)), rounded(load(at + N))));
-        }
+    } else {
+        for (int64_t k = 0; k < K; k += 2)
+            for (int64_t n = from; n < to; n += LANES) {
+                const float *at = weight + k * N + n;
+                store_words(place(n, k), pair(rounded(load(at)), rounded(load(at + N))));
+            }
+    }
 }
 
 // out (M, N) = x (M, K) @ weight.T, ROWS, or x @ weight; the same of a second pair is added, if there is one.
@@ -114,11 +118,8 @@ static void sum_products(const T *grad, const T *x, float *total, int64_t K, int
         for (int64_t w = 0; w < words; w++)
             for (int64_t j = my.from; j < my.to; j += 32) {
                 const ints a = numbers(x, rows, N, k + 2 * w, j), b = numbers(x, rows, N, k + 2 * w + 1, j);
-                halves upper[2], lower[2];
-                memcpy(upper, &a, sizeof a);
-                memcpy(lower, &b, sizeof b);
-                for (int h = 0; h < 2; h++)
-                    store_words(right + ((j - my.from) / 32 * words + w) * 32 + h * LANES, pair(upper[h], lower[h]));
+                for (int h = 0; h < 32; h += LANES)
+                    store_words(right + ((j - my.from) / 32 * words + w) * 32 + h, pair((T *)&a + h, (T *)&b + h));
             }
         for (int64_t i = my.top; i < my.bottom; i += 32) {
             for (int64_t w = 0; w < words; w += LANES) {
