@@ -1,11 +1,42 @@
-"""Products of a mixture of experts: rows sorted by expert, a group for each, and a matrix of its own for each group."""
+"""Products of a mixture of experts: the router's; those of rows sorted by expert, with a matrix for each group."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops import multiply, sum_of_products, tiles, uncompiled
+from model import native
+from model.ops import kernels, multiply, sum_of_products, tiles, uncompiled
+
+
+def few_products(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in float32, whatever the dtype of x, for a weight (few, dim). The gradient of x has its dtype."""
+    functions = kernels(x)
+    if functions is not None and native.plain(weight):
+        return FewProducts.apply(x, weight, functions)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float())
+
+
+class FewProducts(torch.autograd.Function):
+    """`few_products` in one pass over x, and its gradients in another."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, functions) -> Tensor:
+        x, ctx.dtype, weight = x.contiguous(), weight.dtype, weight.float()
+        ctx.functions, out = functions, torch.empty(*x.shape[:-1], len(weight))
+        ctx.save_for_backward(x, weight)
+        native.call(functions.few_products, x, weight, out, x.shape[:-1].numel(), x.size(-1), len(weight))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        by_x, by_weight = torch.empty_like(x), torch.empty_like(weight)
+        sizes = x.shape[:-1].numel(), x.size(-1), len(weight)
+        native.call(ctx.functions.few_products_backward, x, weight, grad.contiguous(), by_x, by_weight, *sizes)
+        return by_x, by_weight.to(ctx.dtype), None
 
 
 class Dispatch(torch.autograd.Function):

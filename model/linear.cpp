@@ -11,12 +11,14 @@
 
 struct Rectangle { int64_t top, bottom, from, to; };  // rows and columns, multiples of 32 but for the last ones
 
-// This thread's part of a result (M, N): of the ways to cut it for the team, the one where a part has the least edges.
-static Rectangle part(int64_t M, int64_t N) {
+// This thread's part of a result (M, N): of the ways to cut it for the team, the one where a part has the least edges. A
+// column, whose factors have to be read, counts as many rows as `cost`.
+static Rectangle part(int64_t M, int64_t N, int64_t cost) {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-    int64_t down = 1;  // parts below each other
+    auto edges = [&](int64_t down) { return M / down + cost * N / (threads / down); };  // parts below each other
+    int64_t down = 1;
     for (int64_t d = 2; d <= threads; d++)
-        if (threads % d == 0 && M / d + N / (threads / d) < M / down + N / (threads / down)) down = d;
+        if (threads % d == 0 && edges(d) < edges(down)) down = d;
     auto border = [](int64_t n, int64_t parts, int64_t i) { return std::min(n, (n + 31) / 32 * i / parts * 32); };
     const int64_t across = threads / down, row = me / across, column = me % across;
     return {border(M, down, row), border(M, down, row + 1), border(N, across, column), border(N, across, column + 1)};
@@ -66,7 +68,7 @@ static void multiply(const T *x, const float *weight, const T *x2, const float *
     const int64_t rows = most(1 << 18), columns = most(3 << 18);  // that stay in a core's cache: 0.5 and 1.5 MiB
 #pragma omp parallel
     {
-        const Rectangle my = part(M, N);
+        const Rectangle my = part(M, N, 2);  // a column's factors are float, and packed
         static thread_local Piece<word> memory, padded;
         padded.resize(32 * words * pairs);
         memset(padded, 0, 32 * words * pairs * sizeof(word));
@@ -184,7 +186,7 @@ void linear_by_x(const T *grad, const float *weight, const T *grad2, const float
 void linear_by_weight(const T *grad, const T *x, float *total, int64_t K, int64_t M, int64_t N, int64_t add) {
 #pragma omp parallel
     {
-        const Rectangle my = part(M, N);
+        const Rectangle my = part(M, N, 1);
         Tiles tiles;
         for (int64_t top = my.top; top < my.bottom; top += MOST)
             for (int64_t from = my.from; from < my.to; from += MOST)

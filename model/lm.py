@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Documents, Layout, document_attention, documents
-from model.grouped import Dispatch, grouped_linear
+from model.grouped import Dispatch, few_products, grouped_linear
 from model.ops import (
     Linear,
     apply_rope,
@@ -178,8 +178,7 @@ class Router(nn.Linear):
     """x (N, dim) -> probabilities (N, experts) in float32: a routing decision in low precision is a coin toss."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float()).softmax(dim=-1)
+        return few_products(x, self.weight).softmax(dim=-1)
 
 
 class MoE(nn.Module):

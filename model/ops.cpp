@@ -2,9 +2,19 @@
 //
 // On the command line of the compiler stands T, the dtype of products: float or bfloat16.
 
+#include <algorithm>
 #include <omp.h>
+#include <type_traits>
 
 #include "vectors.h"
+
+// Within a team of threads, total (n,) += what each of them has: one after the other, so that it is always the same sum.
+static void add_in_order(const std::vector<float> &part, float *total, int64_t n) {
+#pragma omp for ordered schedule(static, 1)
+    for (int thread = 0; thread < omp_get_num_threads(); thread++)
+#pragma omp ordered
+        for (int64_t i = 0; i < n; i++) total[i] += part[i];
+}
 
 // out (rows, n) = x (rows, n) over its root mean square, times gain; scales (rows,): 1 / that
 template <class X>
@@ -47,10 +57,7 @@ static void norm_backward(const X *x, const float *gain, const float *scales, co
                 store(by_x + row * n + i, (upstream - unit * mean) * scale, n - i);
             }
         }
-#pragma omp for ordered schedule(static, 1)
-        for (int thread = 0; thread < omp_get_num_threads(); thread++)  // one after the other: always the same sum
-#pragma omp ordered
-            for (int64_t i = 0; i < n; i++) by_gain[i] += part[i];
+        add_in_order(part, by_gain, n);
     }
 }
 
@@ -60,6 +67,8 @@ static inline floats some(const T *from, int64_t n) {
     for (int64_t i = n; i < LANES; i++) x[i] = -INFINITY;
     return x;
 }
+
+const int FEW = 4;  // rows whose factors stay in registers
 
 extern "C" {
 
@@ -79,6 +88,53 @@ void norm_of_floats_backward(const float *x, const float *gain, const float *sca
 void norm_of_same_backward(const T *x, const float *gain, const float *scales, const T *grad, T *by_x, float *by_gain,
                            int64_t rows, int64_t n) {
     norm_backward(x, gain, scales, grad, by_x, by_gain, rows, n);
+}
+
+// out (rows, m) = x (rows, n) @ weight.T, of the few rows of a weight (m, n)
+void few_products(const T *x, const float *weight, float *out, int64_t rows, int64_t n, int64_t m) {
+#pragma omp parallel for
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t first = 0; first < m; first += FEW) {
+            floats products[FEW] = {};
+            for (int64_t i = 0; i < n; i += LANES)
+                for (int64_t j = 0; j < FEW; j++)
+                    products[j] += load(x + row * n + i, n - i) * load(weight + std::min(first + j, m - 1) * n + i, n - i);
+            for (int64_t j = first; j < std::min(first + FEW, m); j++) out[row * m + j] = sum(products[j - first]);
+        }
+}
+
+// by_x like x, by_weight like weight, from grad (rows, m)
+void few_products_backward(const T *x, const float *weight, const float *grad, T *by_x, float *by_weight, int64_t rows,
+                           int64_t n, int64_t m) {
+    memset(by_weight, 0, m * n * sizeof(float));
+#pragma omp parallel
+    {
+        std::vector<float> part(m * n);  // of by_weight
+        auto work = [&](auto count, int64_t row) {  // on so many rows
+            for (int64_t i = 0; i < n; i += LANES) {
+                floats at[count], sums[count] = {};
+                for (int r = 0; r < count; r++) at[r] = load(x + (row + r) * n + i, n - i);
+                for (int64_t j = 0; j < m; j++) {
+                    const floats factor = load(weight + j * n + i, n - i);
+                    floats total = load(&part[j * n + i], n - i);
+                    for (int r = 0; r < count; r++) {
+                        sums[r] += grad[(row + r) * m + j] * factor;
+                        total += grad[(row + r) * m + j] * at[r];
+                    }
+                    store(&part[j * n + i], total, n - i);
+                }
+                for (int r = 0; r < count; r++) store(by_x + (row + r) * n + i, sums[r], n - i);
+            }
+        };
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row += FEW) {
+            if (row + FEW <= rows)
+                work(std::integral_constant<int, FEW>(), row);
+            else
+                for (int64_t last = row; last < rows; last++) work(std::integral_constant<int, 1>(), last);
+        }
+        add_in_order(part, by_weight, m * n);
+    }
 }
 
 // out = x (tokens, heads, 2 * half), its pairs turned by angles: cos, sin (tokens, half)

@@ -7,7 +7,7 @@ from test_model import build, ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import attention, native, ops
-from model.grouped import grouped_linear
+from model.grouped import few_products, grouped_linear
 
 DIM, VOCAB = 32, 700
 
@@ -225,6 +225,23 @@ def test_without_a_compiler_torch_computes_the_same(dtype, most, monkeypatch):
     monkeypatch.setattr(native, "library", lambda *_, **__: None)
     for mine, theirs in zip(ours, results(), strict=True):
         assert (mine - theirs).norm() <= most * theirs.norm()
+
+
+@pytest.mark.parametrize("tokens, few, dim", [(0, 4, 32), (1, 1, 8), (7, 3, 40), (300, 4, 512), (33, 9, 100)])
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=str)
+def test_a_product_of_few_rows_is_summed_in_float32(tokens, few, dim, dtype, most):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, upstream = (torch.randn(*n, generator=generator) for n in ((tokens, dim), (few, dim), (tokens, few)))
+    x = x.to(dtype)
+    ours, exact = ([t.to(d or t.dtype, copy=True).requires_grad_() for t in (x, weight)] for d in (None, torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = few_products(*ours)
+    y.backward(upstream)
+    expected = F.linear(*exact)
+    expected.backward(upstream.double())
+    assert y.dtype == torch.float32 and (y - expected).norm() <= 1e-6 * expected.norm()
+    assert (ours[1].grad - exact[1].grad).norm() <= 1e-6 * exact[1].grad.norm()
+    assert ours[0].grad.dtype == dtype and (ours[0].grad - exact[0].grad).norm() <= most * exact[0].grad.norm()
 
 
 @pytest.mark.parametrize("tokens", [1, 33, 600])
