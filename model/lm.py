@@ -22,6 +22,7 @@ from model.attention import Documents, Layout, document_attention, documents
 from model.grouped import Dispatch, few_products, grouped_linear
 from model.ops import (
     Linear,
+    add_and_norm,
     apply_rope,
     length_step,
     linear_cross_entropy,
@@ -110,6 +111,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # cast once: the projections that follow would each cast the same again
         return rms_norm(x, self.weight, self.eps)
+
+
+class ResidualNorm(RMSNorm):  # of the stream x with what a branch of it returned; returns both, for the next branch
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return add_and_norm(x, branch, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -245,7 +251,6 @@ class MoE(nn.Module):
     def balance_loss(self, probs: Tensor, choice: Tensor, layout: Layout) -> Tensor:
         if layout.doc_of is None:
             return probs.new_zeros(())
-
         n_experts = probs.size(1)
         visits = F.one_hot(choice, n_experts).sum(dim=1) / choice.size(1)
         values = torch.cat((torch.ones_like(probs[:, :1]), visits, probs), dim=1)  # (N, 1 + 2 E)
@@ -262,14 +267,14 @@ class Block(nn.Module):
     def __init__(self, config: LMConfig, index: int):
         super().__init__()
         self.dropout, self.use_moe = config.dropout, config.use_moe
-        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.input_layernorm = ResidualNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config, index)
-        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.post_attention_layernorm = ResidualNorm(config.dim, config.norm_eps)
         self.mlp = MoE(config) if config.use_moe else SwiGLU(config.dim, config.hidden_dim)
 
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        x = x + F.dropout(self.self_attn(self.input_layernorm(x), layout), self.dropout, self.training)
-        h = self.post_attention_layernorm(x)
+        x, h = self.input_layernorm(x)
+        x, h = self.post_attention_layernorm(x, F.dropout(self.self_attn(h, layout), self.dropout, self.training))
         out, aux_loss = self.mlp(h, layout) if self.use_moe else (self.mlp(h), h.new_zeros((), dtype=torch.float32))
         return x + F.dropout(out, self.dropout, self.training), aux_loss
 
@@ -368,7 +373,7 @@ class MiniMindLM(nn.Module):
             if low < 0 or high >= config.vocab_size:
                 raise ValueError(f"token ids {low} to {high} do not fit a vocabulary of {config.vocab_size} entries")
 
-        mask, doc_of, places = None, None, None
+        mask = doc_of = places = attend = None
         lens = [T] * B if doc_lens is None else doc_lens
         lens = torch.tensor([*lens, B * row - sum(lens)])  # on the CPU, as is what is made of it: no waiting for a GPU
         part = slice(None) if self.context is None else self.context.part(row)  # what this process holds of the row
@@ -397,9 +402,8 @@ class MiniMindLM(nn.Module):
             doc_of = torch.arange(len(lens)).repeat_interleave(lens)[part].to(device)
             if attention_mask is not None:
                 doc_of = doc_of.where(attention_mask.flatten().bool(), len(lens) - 1)
-        docs, attend = Documents(lens), None
+        docs = Documents(lens) if doc_lens is None else documents(lens, device)
         if doc_lens is not None:
-            docs = documents(lens, device)
             attend = document_attention if self.context is None else self.context.attend
         return Layout(*self.rotation(position.to(device)), docs, attend, mask, doc_of, cache, places, self.context)
 

@@ -16,27 +16,31 @@ static void add_in_order(const std::vector<float> &part, float *total, int64_t n
         for (int64_t i = 0; i < n; i++) total[i] += part[i];
 }
 
-// out (rows, n) = x (rows, n) over its root mean square, times gain; scales (rows,): 1 / that
+// total (rows, n) = x (rows, n) + branch, else it is x; out (rows, n) = total over its root mean square, times gain;
+// scales (rows,): 1 / that
 template <class X>
-static void norm(const X *x, const float *gain, T *out, float *scales, int64_t rows, int64_t n, float eps) {
+static void norm(const X *x, const T *branch, X *total, const float *gain, T *out, float *scales, int64_t rows,
+                 int64_t n, float eps) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
-        const X *from = x + row * n;
+        X *const at = total + row * n;
         floats squares = {};
         for (int64_t i = 0; i < n; i += LANES) {
-            floats at = load(from + i, n - i);
-            squares += at * at;
+            if (branch) store(at + i, load(x + row * n + i, n - i) + load(branch + row * n + i, n - i), n - i);
+            floats value = load(at + i, n - i);
+            squares += value * value;
         }
         const float scale = scales[row] = 1 / std::sqrt(sum(squares) / n + eps);
         for (int64_t i = 0; i < n; i += LANES)
-            store(out + row * n + i, load(from + i, n - i) * scale * load(gain + i, n - i), n - i);
+            store(out + row * n + i, load(at + i, n - i) * scale * load(gain + i, n - i), n - i);
     }
 }
 
-// by_x like x, by_gain (n,), from grad (rows, n), the gradient of out
+// by_x and, rounded, by_branch (rows, n), if it is wanted, and by_gain (n,), from the gradients of out and, if it has one,
+// of total
 template <class X>
-static void norm_backward(const X *x, const float *gain, const float *scales, const T *grad, X *by_x, float *by_gain,
-                          int64_t rows, int64_t n) {
+static void norm_backward(const X *total, const float *gain, const float *scales, const T *grad, const X *by_total,
+                          X *by_x, T *by_branch, float *by_gain, int64_t rows, int64_t n) {
     memset(by_gain, 0, n * sizeof(float));
 #pragma omp parallel
     {
@@ -44,17 +48,20 @@ static void norm_backward(const X *x, const float *gain, const float *scales, co
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) {
             const float scale = scales[row];
-            floats along = {};  // what only changes the length of x has no effect
+            floats along = {};  // what only changes the length of a row has no effect
             for (int64_t i = 0; i < n; i += LANES) {
-                floats product = load(x + row * n + i, n - i) * scale * load(grad + row * n + i, n - i);
+                floats product = load(total + row * n + i, n - i) * scale * load(grad + row * n + i, n - i);
                 store(&part[i], load(&part[i]) + product);
                 along += product * load(gain + i, n - i);
             }
             const float mean = sum(along) / n;
             for (int64_t i = 0; i < n; i += LANES) {
-                floats unit = load(x + row * n + i, n - i) * scale;
-                floats upstream = load(grad + row * n + i, n - i) * load(gain + i, n - i);
-                store(by_x + row * n + i, (upstream - unit * mean) * scale, n - i);
+                const int64_t at = row * n + i;
+                floats upstream = load(grad + at, n - i) * load(gain + i, n - i);
+                floats change = (upstream - load(total + at, n - i) * scale * mean) * scale;
+                if (by_total) change += load(by_total + at, n - i);
+                store(by_x + at, change, n - i);
+                if (by_branch) store(by_branch + at, change, n - i);
             }
         }
         add_in_order(part, by_gain, n);
@@ -72,22 +79,24 @@ const int FEW = 4;  // rows whose factors stay in registers
 
 extern "C" {
 
-void norm_of_floats(const float *x, const float *gain, T *out, float *scales, int64_t rows, int64_t n, float eps) {
-    norm(x, gain, out, scales, rows, n, eps);
+void norm_of_floats(const float *x, const T *branch, float *total, const float *gain, T *out, float *scales,
+                    int64_t rows, int64_t n, float eps) {
+    norm(x, branch, total, gain, out, scales, rows, n, eps);
 }
 
-void norm_of_same(const T *x, const float *gain, T *out, float *scales, int64_t rows, int64_t n, float eps) {
-    norm(x, gain, out, scales, rows, n, eps);
+void norm_of_same(const T *x, const T *branch, T *total, const float *gain, T *out, float *scales, int64_t rows,
+                  int64_t n, float eps) {
+    norm(x, branch, total, gain, out, scales, rows, n, eps);
 }
 
-void norm_of_floats_backward(const float *x, const float *gain, const float *scales, const T *grad, float *by_x,
-                             float *by_gain, int64_t rows, int64_t n) {
-    norm_backward(x, gain, scales, grad, by_x, by_gain, rows, n);
+void norm_of_floats_backward(const float *total, const float *gain, const float *scales, const T *grad,
+                             const float *by_total, float *by_x, T *by_branch, float *by_gain, int64_t rows, int64_t n) {
+    norm_backward(total, gain, scales, grad, by_total, by_x, by_branch, by_gain, rows, n);
 }
 
-void norm_of_same_backward(const T *x, const float *gain, const float *scales, const T *grad, T *by_x, float *by_gain,
-                           int64_t rows, int64_t n) {
-    norm_backward(x, gain, scales, grad, by_x, by_gain, rows, n);
+void norm_of_same_backward(const T *total, const float *gain, const float *scales, const T *grad, const T *by_total,
+                           T *by_x, T *by_branch, float *by_gain, int64_t rows, int64_t n) {
+    norm_backward(total, gain, scales, grad, by_total, by_x, by_branch, by_gain, rows, n);
 }
 
 // out (rows, m) = x (rows, n) @ weight.T, of the few rows of a weight (m, n)

@@ -87,34 +87,48 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019), eq. 4.
     """
+    return add_and_norm(x, None, weight, eps)[1]
+
+
+def add_and_norm(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + branch, if there is one, and `rms_norm` of that. On a CPU its gradients are added in the same pass."""
     dtype = autocast_dtype(x)
-    functions = kernels(x, dtype)
-    if functions is not None and x.dtype in (dtype, torch.float32) and native.plain(weight):
-        return Norm.apply(x, weight, eps, dtype, functions)
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
+    functions = kernels(x, dtype) if native.plain(weight) and x.dtype in (dtype, torch.float32) else None
+    if branch is not None and (functions is None or branch.dtype != dtype or not native.plain(branch)):
+        x, branch = x + branch, None
+    if functions is None:
+        return x, F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
+    return Norm.apply(x, branch, weight, eps, dtype, functions)
 
 
 class Norm(torch.autograd.Function):
-    """`rms_norm` in one pass over memory, and its gradients in another."""
+    """`add_and_norm` in one pass over memory, and its gradients in another."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, functions) -> Tensor:
-        x, gain = x.contiguous(), weight.float()
-        out, scales = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1])
-        name = "norm_of_same" if x.dtype == dtype else "norm_of_floats"
-        ctx.backward_name, ctx.dtype, ctx.functions = f"{name}_backward", weight.dtype, functions
-        native.call(getattr(functions, name), x, gain, out, scales, scales.numel(), x.size(-1), eps)
-        ctx.save_for_backward(x, gain, scales)
-        return out
+    def forward(ctx, x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, functions):
+        x = total = x.contiguous()
+        if branch is not None:
+            branch, total = branch.contiguous(), torch.empty_like(x)
+        gain, out, scales = weight.float(), torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1])
+        name, sizes = "norm_of_same" if x.dtype == dtype else "norm_of_floats", (scales.numel(), x.size(-1))
+        native.call(getattr(functions, name), x, branch, total, gain, out, scales, *sizes, eps)
+        ctx.function, ctx.sizes = getattr(functions, f"{name}_backward"), sizes
+        ctx.has_branch, ctx.dtype = branch is not None, weight.dtype
+        ctx.save_for_backward(total, gain, scales)
+        ctx.set_materialize_grads(False)
+        return total, out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, gain, scales), grad = ctx.saved_tensors, grad.contiguous()
-        by_x, by_gain = torch.empty_like(x), torch.empty_like(gain)
-        function = getattr(ctx.functions, ctx.backward_name)
-        native.call(function, x, gain, scales, grad, by_x, by_gain, scales.numel(), x.size(-1))
-        return by_x, by_gain.to(ctx.dtype), None, None, None
+    def backward(ctx, by_total: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
+        total, gain, scales = ctx.saved_tensors
+        grad, by_total = grad.contiguous(), by_total if by_total is None else by_total.contiguous()
+        by_x, by_gain, rounded = torch.empty_like(total), torch.empty_like(gain), None
+        if ctx.has_branch and grad.dtype != total.dtype:
+            rounded = torch.empty_like(grad)
+        native.call(ctx.function, total, gain, scales, grad, by_total, by_x, rounded, by_gain, *ctx.sizes)
+        by_branch = None if not ctx.has_branch else by_x if rounded is None else rounded
+        return by_x, by_branch, by_gain.to(ctx.dtype), None, None, None
 
 
 class Linear(nn.Linear):

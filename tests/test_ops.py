@@ -174,6 +174,31 @@ def test_rms_norm_in_bfloat16_is_that_of_the_definition(dtype, size):
     assert low.grad.dtype == torch.bfloat16 and (low.grad - exact[1].grad).norm() < 0.02 * exact[1].grad.norm()
 
 
+@pytest.mark.parametrize("low", [False, True], ids=["products in float32", "in bfloat16"])
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("branch", [None, torch.float32, torch.bfloat16], ids=str)
+def test_a_branch_and_the_norm_meet_in_one_stream(stream, branch, low):
+    """Values and gradients, with both results in use and with the norm alone; the stream is not contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 7, 40, generator=generator)
+    inputs = [rows[0].T.to(stream).T, *([] if branch is None else [rows[1].to(branch)]), torch.linspace(-2, 2, 40)]
+    for by_total, by_norm in ((rows[2], rows[3]), (torch.zeros(7, 40), rows[3])):
+        ours = [t.clone().requires_grad_() for t in inputs]
+        exact = [t.double().requires_grad_() for t in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            total, normed = ops.add_and_norm(ours[0], ours[1] if branch else None, ours[-1], 1e-6)
+        assert normed.dtype == (torch.bfloat16 if low else stream)
+        loss = (normed.float() * by_norm).sum()
+        (loss + (total * by_total).sum() if by_total.any() else loss).backward()
+        expected = sum(exact[:-1])
+        mean = expected.square().mean(-1, keepdim=True)
+        ((expected * by_total).sum() + (expected * (mean + 1e-6).rsqrt() * exact[-1] * by_norm).sum()).backward()
+        most = 1e-6 if {stream, total.dtype, normed.dtype, branch or stream} == {torch.float32} else 2**-7
+        for mine, theirs in [(total, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]:
+            assert (mine - theirs).norm() <= most * theirs.norm()
+        assert all(t.grad.dtype == t.dtype for t in ours)
+
+
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=str)
 def test_swiglu_and_its_gradients_are_those_of_the_definition(dtype, most):
     """Also where an exponential vanishes or would overflow, and a number that is none stays one."""
