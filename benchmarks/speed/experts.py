@@ -1,10 +1,15 @@
 """A mixture of experts against the dense model with the same active parameters: the time of a training step.
 
-With --compile in 16 bits also with both compiled; routing and the products of experts are not traced.
+Beside it what the machine would allow: what the weights cost that the dense model does not have, each of which is read
+twice, has a gradient and is updated, however few tokens come by. With --compile in 16 bits also with both compiled;
+routing and the products of experts are not traced.
 """
 
+import functools
+import statistics
+
 import torch
-from common import dtypes, figure, in_turn, model_of, ratio, samples_of
+from common import dtypes, figure, in_turn, model_of, ratio, samples_of, seconds_of, warm_seconds
 from training import Loop, ours
 
 from runtime import parallel
@@ -31,8 +36,26 @@ def measure(args) -> list[dict]:
         seconds = in_turn(loops, turns)
         what = "MoE, 4 experts, top-1:"
         lines.append(figure(f"{what} step time / dense, {kind}", ratio(seconds, "MoE", "dense"), most=1.15))
+        more, limit = memory_seconds(loops, turns, device), statistics.median(seconds["dense"])
+        detail = f"{more * 1e3:.0f} ms of {limit * 1e3:.0f} ms"
+        lines.append(figure(f"{what} the memory of its weights alone, {kind}", 1 + more / limit, detail=detail))
         if "MoE, compiled" in loops:
             both, gain = ratio(seconds, "MoE, compiled", "dense, compiled"), ratio(seconds, "MoE", "MoE, compiled")
             lines.append(figure(f"{what} step time / dense, both compiled, {kind}", both))
             lines.append(figure(f"{what} eager / compiled, {kind}", gain))
     return lines
+
+
+def memory_seconds(loops: dict[str, Loop], turns: list, device: torch.device) -> float:
+    """Seconds a step for the weights that MoE has and the dense model has not: two reads, a gradient, the update."""
+
+    def update(loop: Loop, rows: list) -> float:
+        loop.gradients(loop, rows)
+        return seconds_of(loop.update, device)
+
+    names = ("dense", "MoE")
+    seconds = in_turn({f"{name}, update": functools.partial(update, loops[name]) for name in names}, turns)
+    moe, dense = (sum(p.numel() for p in loops[name].model.parameters()) for name in names[::-1])
+    forward, backward, gradient = (torch.ones(moe - dense, device=device) for _ in range(3))
+    passes = warm_seconds(lambda: torch.add(forward, backward, out=gradient), device)
+    return passes + statistics.median(seconds["MoE, update"]) - statistics.median(seconds["dense, update"])

@@ -65,6 +65,9 @@ class Loop:
 
     def step(self, rows: list[Sample]) -> None:
         self.gradients(self, rows)
+        self.update()
+
+    def update(self) -> None:
         parallel.clip_gradients(self.model, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
