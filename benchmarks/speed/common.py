@@ -14,10 +14,9 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import SFTDataset, load_tokenizer
 from model.lm import LMConfig, MiniMindLM
-from runtime.device import fast_dtype, keep_memory
+from runtime.device import fast_dtype
 
 TOKENIZER = ROOT / "model/minimind_tokenizer"
-keep_memory()  # as every stage does; peers in the same process gain as well
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # X, Y, loss mask of a row
 
 

@@ -13,6 +13,7 @@ from common import dtypes, figure, in_turn, model_of, ratio, samples_of, seconds
 from training import Loop, ours
 
 from runtime import parallel
+from runtime.device import keep_memory
 
 SHAPE = {"dim": 512, "n_layers": 8, "vocab_size": 6400, "max_seq_len": 768}
 MOE = {"use_moe": True, "n_experts": 4, "n_experts_per_tok": 1}  # each as wide as the whole dense MLP, by default
@@ -21,6 +22,7 @@ WARM = 8  # steps before the clock runs
 
 def measure(args) -> list[dict]:
     device, samples, lines, rows = torch.device(args.device), samples_of(args.data_path, 768), [], args.step_rows
+    keep_memory()  # as a stage does
     count = WARM + args.rounds + 2
     steps = [[samples[(step * rows + n) % len(samples)] for n in range(rows)] for step in range(count)]
     warm, turns = steps[:WARM], steps[WARM:]

@@ -15,6 +15,7 @@ from model.few_rows import FewRows, suits
 from model.ops import multiply, sum_of_products, tiles
 from model.sampling import KVCache, next_step
 from runtime import parallel
+from runtime.device import keep_memory
 
 KINDS = {  # the first that an operation's name contains
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "DocumentAttention", "attend"),
@@ -62,6 +63,7 @@ def products_alone(config, tokens: int, targets: int, dtype: str, device: torch.
 def measure(args) -> list[dict]:
     device, samples = torch.device(args.device), samples_of(args.data_path, 768)
     fast, lines = dtypes(device)[-1], []
+    keep_memory()  # as a stage does
     models = {"SFT step": {}, "SFT step, compiled": {}, "SFT step, MoE": MOE}
     if not args.compile:
         del models["SFT step, compiled"]
