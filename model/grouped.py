@@ -25,8 +25,9 @@ class FewProducts(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, functions) -> Tensor:
         x, ctx.dtype, weight = x.contiguous(), weight.dtype, weight.float()
         ctx.functions, out = functions, torch.empty(*x.shape[:-1], len(weight))
+        ctx.sizes = x.shape[:-1].numel(), x.size(-1), len(weight)
         ctx.save_for_backward(x, weight)
-        native.call(functions.few_products, x, weight, out, x.shape[:-1].numel(), x.size(-1), len(weight))
+        native.call(functions.few_products, x, weight, out, *ctx.sizes)
         return out
 
     @staticmethod
@@ -34,8 +35,7 @@ class FewProducts(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         by_x, by_weight = torch.empty_like(x), torch.empty_like(weight)
-        sizes = x.shape[:-1].numel(), x.size(-1), len(weight)
-        native.call(ctx.functions.few_products_backward, x, weight, grad.contiguous(), by_x, by_weight, *sizes)
+        native.call(ctx.functions.few_products_backward, x, weight, grad.contiguous(), by_x, by_weight, *ctx.sizes)
         return by_x, by_weight.to(ctx.dtype), None
 
 

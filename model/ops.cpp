@@ -103,7 +103,7 @@ void norm_of_same_backward(const T *total, const float *gain, const float *scale
 void few_products(const T *x, const float *weight, float *out, int64_t rows, int64_t n, int64_t m) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++)
-        for (int64_t first = 0; first < m; first += FEW) {
+        for (int64_t first = 0; first < m; first += FEW) {  // of the last ones, where there are fewer, one several times
             floats products[FEW] = {};
             for (int64_t i = 0; i < n; i += LANES)
                 for (int64_t j = 0; j < FEW; j++)

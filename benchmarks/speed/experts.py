@@ -38,9 +38,9 @@ def measure(args) -> list[dict]:
         seconds = in_turn(loops, turns)
         what = "MoE, 4 experts, top-1:"
         lines.append(figure(f"{what} step time / dense, {kind}", ratio(seconds, "MoE", "dense"), most=1.15))
-        more, limit = memory_seconds(loops, turns, device), statistics.median(seconds["dense"])
-        detail = f"{more * 1e3:.0f} ms of {limit * 1e3:.0f} ms"
-        lines.append(figure(f"{what} the memory of its weights alone, {kind}", 1 + more / limit, detail=detail))
+        more, dense = memory_seconds(loops, turns, device), statistics.median(seconds["dense"])
+        detail = f"{more * 1e3:.0f} ms of {dense * 1e3:.0f} ms"
+        lines.append(figure(f"{what} the memory of its weights alone, {kind}", 1 + more / dense, detail=detail))
         if "MoE, compiled" in loops:
             both, gain = ratio(seconds, "MoE, compiled", "dense, compiled"), ratio(seconds, "MoE", "MoE, compiled")
             lines.append(figure(f"{what} step time / dense, both compiled, {kind}", both))
@@ -57,7 +57,7 @@ def memory_seconds(loops: dict[str, Loop], turns: list, device: torch.device) ->
 
     names = ("dense", "MoE")
     seconds = in_turn({f"{name}, update": functools.partial(update, loops[name]) for name in names}, turns)
-    moe, dense = (sum(p.numel() for p in loops[name].model.parameters()) for name in names[::-1])
+    dense, moe = (sum(p.numel() for p in loops[name].model.parameters()) for name in names)
     forward, backward, gradient = (torch.ones(moe - dense, device=device) for _ in range(3))
     passes = warm_seconds(lambda: torch.add(forward, backward, out=gradient), device)
     return passes + statistics.median(seconds["MoE, update"]) - statistics.median(seconds["dense, update"])
