@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from model.cpu_decoder import CpuDecoder, suits
 from model.decode_graph import DecodeGraph
-from model.few_rows import FewRows, suits
 from model.ops import autocast_dtype
 
 PREFILL = {"cpu": 2048, "cuda": 16384}  # tokens of prompts in a pass: more would only outgrow a CPU's own cache
@@ -19,22 +19,25 @@ class KVCache:
     def __init__(self, config, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.where = torch.arange(rows)  # the part of kv that is a row's
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens that each row holds, on the CPU
         self.longest = 0  # places that a pass looks at: those of the longest row
         self.filled = torch.arange(rows).unsqueeze(0)  # (copies, documents): the rows that packed documents go to
 
     def write(self, layer: int, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor) -> None:
         """Put k, v (B, n_kv_heads, T, head_dim) there: rows (copies, n) or (n,), positions (n,), n = B * T at most."""
+        rows = self.where[rows] if len(self.where) < self.kv.size(2) else rows
         for held, new in zip(self.kv[layer], (k, v), strict=True):
             held[rows, :, positions] = new.transpose(1, 2).flatten(0, 1)[: len(positions)].to(held.dtype)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, (rows, n_kv_heads, longest row, head_dim) each."""
-        return self.kv[layer, :, :, :, : self.longest].unbind(0)
+        kv = self.kv[layer, :, :, :, : self.longest]
+        return (kv[:, self.where] if len(self.where) < kv.size(1) else kv).unbind(0)
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all other rows."""
-        self.kv, self.lengths = self.kv.index_select(2, rows.to(self.kv.device)), self.lengths[rows]
+        """Forget all other rows, on a CPU. What they hold stays where it is."""
+        self.where, self.lengths = self.where[rows], self.lengths[rows]
 
 
 @torch.no_grad()
@@ -67,7 +70,7 @@ def complete(
     size = samples * min(batch_size, len(waiting))
     capacity = max((len(ids) + limit for ids, limit in zip(prompts, limits, strict=True)), default=0)
     cache = KVCache(model.config, size, capacity, device, autocast_dtype(model.lm_head.weight))
-    step = next_step(model, cache)
+    step, read = passes(model, cache)
     row, place, left = torch.zeros(3, size, dtype=torch.int64)  # what each seat works on, how far it is, what is left
     token, logits = torch.zeros(size, dtype=torch.int64, device=device), None
     while True:
@@ -82,7 +85,7 @@ def complete(
         new, waiting = waiting[: len(seats) // samples], waiting[len(seats) // samples :]
         if new:
             seats = seats[: len(new) * samples].view(-1, samples)
-            first = read_prompts(model, cache, [prompts[number] for number in new], seats.T).float()
+            first = read_prompts(read, cache, [prompts[number] for number in new], seats.T)
             logits = first.new_zeros(size, first.size(1)) if logits is None else logits
             logits[seats.flatten().to(device)] = first.repeat_interleave(samples, dim=0)
             numbers = torch.tensor(new).unsqueeze(1)
@@ -103,26 +106,35 @@ def complete(
         if end is not None:
             left[seats[(chosen == end).cpu()]] = 0
 
-        # 4. Seats that nobody will take are given up, where they cost time: not on a GPU. A copy of the cache for each
-        #    would cost more than it saves.
+        # 4. Seats that nobody will take are given up, where they cost time: not on a GPU
         seats = (left > 0).nonzero().squeeze(1)
-        if device.type == "cpu" and not waiting and len(seats) <= 0.75 * size:
+        if device.type == "cpu" and not waiting and len(seats) < size:
             cache.keep(seats)
             row, place, left, token, size = row[seats], place[seats], left[seats], token[seats.to(device)], len(seats)
 
 
-def next_step(model, cache: KVCache) -> Callable[[Tensor], Tensor]:
-    """What makes token (R,) into the logits behind it, (R, vocab) float32, for the rows of a cache."""
+def passes(model, cache: KVCache) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, list, Tensor], Tensor]]:
+    """A step and a reader of prompts, for the rows of a cache.
+
+    Returns:
+        step: token (R,) -> the logits behind it, (R, vocab) float32.
+        read: ids (1, N), lengths of the prompts packed there, the places of their last tokens -> the logits at those.
+    """
+
+    def read(ids: Tensor, lens: list[int], last: Tensor) -> Tensor:
+        return model(ids, doc_lens=lens, logits_at=last, cache=cache).logits.float()
+
     if cache.kv.device.type == "cuda":
-        return DecodeGraph(model, cache)
+        return DecodeGraph(model, cache), read
     if suits(model, cache.kv.dtype):
-        return FewRows(model, cache)
-    return lambda token: model(token.unsqueeze(1), cache=cache).logits.squeeze(1).float()
+        decoder = CpuDecoder(model, cache)
+        return decoder, decoder.read
+    return lambda token: model(token.unsqueeze(1), cache=cache).logits.squeeze(1).float(), read
 
 
-def read_prompts(model, cache: KVCache, prompts: list[list[int]], rows: Tensor) -> Tensor:
-    """Fill rows (copies, prompts) of the cache; returns the logits behind each prompt, (prompts, vocab)."""
-    logits, begin, device = [], 0, model.lm_head.weight.device
+def read_prompts(read: Callable, cache: KVCache, prompts: list[list[int]], rows: Tensor) -> Tensor:
+    """Fill rows (copies, prompts) of the cache; returns the logits behind each prompt, (prompts, vocab) float32."""
+    logits, begin, device = [], 0, cache.kv.device
     most = PREFILL[device.type]
     while begin < len(prompts):
         end, tokens = begin, 0
@@ -133,7 +145,7 @@ def read_prompts(model, cache: KVCache, prompts: list[list[int]], rows: Tensor) 
         cache.filled = rows[:, begin:end]
         last = (torch.tensor(lens).cumsum(0) - 1).to(device)
         ids = torch.tensor([pack], device=device)
-        logits.append(model(ids, doc_lens=lens, logits_at=last, cache=cache).logits)
+        logits.append(read(ids, lens, last))
         begin = end
     return torch.cat(logits)
 

@@ -2,17 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_model import KINDS, MOE, TINY, build, huggingface, ids
 
-from model import native
-from model.few_rows import FewRows, kernels, suits
-from model.lm import LMConfig
-from model.lora import add_lora
 from model.sampling import KVCache, sample, stream_text
-
-missing = kernels(LMConfig(**TINY), torch.float32) is None
-needs_compiler = pytest.mark.skipif(missing, reason="no C++ compiler that knows OpenMP")
 
 
 def left_padded(prompts: list[torch.Tensor], filler: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,78 +47,6 @@ def test_cached_logits_behind_packed_prompts_equal_each_prompt_alone(kind):
     for row, prompt in enumerate(prompts):
         alone = model(torch.cat([prompt, tail[row : row + 1]], dim=1)).logits[:, prompt.size(1) - 1 :]
         assert (batched[row] - alone[0]).abs().max() <= 1e-5
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
-@pytest.mark.parametrize("rows", [1, 16, 19])
-@pytest.mark.parametrize("heads", [(4, 2, 8), (6, 2, 16), (3, 3, 32), (5, 1, 64), (2, 2, 6)], ids=str)
-@torch.no_grad()
-def test_the_forward_pass_of_few_rows_gives_the_logits_of_the_model(dtype, most, rows, heads):
-    """Gains that are not 1, rows that are full, begun and empty, heads that share keys and values or do not.
-
-    The model computes in float32: in bfloat16 both would round, and attention is sharp here.
-    """
-    model = build(n_heads=heads[0], n_kv_heads=heads[1], head_dim=heads[2])
-    for name, p in model.named_parameters():
-        if "norm" in name:
-            p.copy_(torch.rand(p.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
-    assert suits(model, dtype)
-    ours, exact = (KVCache(model.config, rows, 50, torch.device("cpu"), kind) for kind in (dtype, torch.float32))
-    ours.kv.normal_(generator=torch.Generator().manual_seed(0))
-    exact.kv.copy_(ours.kv)
-    for cache in (ours, exact):
-        cache.lengths = torch.arange(rows) * 2
-    few_rows = FewRows(model, ours)
-    for token in ids(3, rows):
-        mine, logits = few_rows(token), model(token.unsqueeze(1), cache=exact).logits.squeeze(1)
-        assert mine.dtype == torch.float32 and (mine - logits).abs().max() <= most * logits.abs().max()
-    assert torch.equal(ours.lengths, exact.lengths)
-    torch.testing.assert_close(ours.kv.float(), exact.kv, rtol=0, atol=most * float(exact.kv.abs().max()))
-    ours.lengths[0] = 50
-    with pytest.raises(ValueError, match="room for 50 tokens"):
-        few_rows(token)
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_functions_between_the_products_equal_their_formulas(dtype):
-    """Also where an exponential vanishes or would overflow; rounding is that of torch, ties included."""
-    config, generator = LMConfig(**TINY), torch.Generator().manual_seed(0)
-    few_rows = FewRows(build(), KVCache(config, 1, 8, torch.device("cpu"), dtype))
-    x, by = torch.randn(40, 32, generator=generator), torch.randn(40, 32, generator=generator).to(dtype)
-    total, out = x + by.float(), torch.empty(40, 32, dtype=dtype)
-    few_rows.call("add_and_norm", x, by, out, 40, 32, 1e-6)
-    assert torch.equal(x, total)
-    most = 1e-6 if dtype == torch.float32 else 2**-8
-    torch.testing.assert_close(out, (total / total.square().mean(0).add(1e-6).sqrt()).to(dtype), rtol=most, atol=0)
-    extremes = torch.tensor([0.0, -0.0, 1e4, -1e4, 1e30, -1e30, 1e-30, -1e-30])
-    gate = torch.cat([torch.linspace(-120, 120, 4000), extremes]).to(dtype)
-    up, out = torch.randn(4008, generator=generator).to(dtype), torch.empty(4008, dtype=dtype)
-    few_rows.call("swiglu", gate, up, out, 4008)
-    exact = (F.silu(gate.double()) * up.double()).to(dtype)
-    torch.testing.assert_close(out, exact, rtol=10 * most if dtype == torch.float32 else most, atol=1e-35)
-
-
-def test_few_rows_are_for_plain_dense_models():
-    assert suits(build(), torch.float32) == (kernels(LMConfig(**TINY), torch.float32) is not None)
-    assert not suits(build(**KINDS["moe"]), torch.float32) and not suits(build(), torch.float16)
-    adapted = build()
-    add_lora(adapted, ["q_proj"], 2, 2.0, 0.0)
-    assert not suits(adapted, torch.float32)
-
-
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_the_same_tokens_are_generated(compiler, monkeypatch):
-    model, x = build(), ids(3, 20)
-    expected = model.generate(x, max_new_tokens=20)
-    monkeypatch.setenv("CXX", compiler)
-    native.library.cache_clear()
-    try:
-        assert not suits(model, torch.float32)
-        assert torch.equal(model.generate(x, max_new_tokens=20), expected)
-    finally:
-        native.library.cache_clear()
 
 
 @pytest.mark.parametrize("kind", KINDS)

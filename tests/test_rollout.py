@@ -8,6 +8,7 @@ from conftest import write_jsonl
 
 from dataset.packing import plan_epoch
 from dataset.prompt_dataset import PromptDataset, describe_prompts, preview_prompts
+from model import sampling
 from model.lm import LMConfig, MiniMindLM
 from model.reward import RewardConfig, RewardModel
 from runtime import rewards, rollout
@@ -81,16 +82,21 @@ def test_what_is_drawn_depends_on_nothing_but_seed_step_prompt_and_sample():
     assert texts(same)[:3] != texts(same)[3:]
 
 
-def test_rows_that_have_ended_cost_no_work():
-    model, rows = tiny(), []
-    model.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape))
-    tried = write(model, prompts_of([4] * 8), samples=8, temperature=1.5)
-    assert rows[0] == (1, 8 * 4)  # without padding, and the samples of a prompt share the pass over it
-    rows = [count for count, _ in rows]
-    for t, count in enumerate(rows[1:], start=1):
-        left = int((tried.lengths > t).sum())
-        assert left <= count and (left > 0.75 * count)
-    assert rows[-1] < 64
+@pytest.mark.parametrize("shape", [{}, {"use_moe": True}], ids=["dense", "experts"])
+def test_rows_that_have_ended_cost_no_work(shape, monkeypatch):
+    packs, rows, passes = [], [], sampling.passes
+
+    def recorded(model, cache):
+        step, read = passes(model, cache)
+        return (
+            lambda token: rows.append(len(token)) or step(token),
+            lambda ids, lens, last: packs.append(ids.shape) or read(ids, lens, last),
+        )
+
+    monkeypatch.setattr(sampling, "passes", recorded)
+    tried = write(tiny(**shape), prompts_of([4] * 8), samples=8, temperature=1.5)
+    assert packs == [(1, 8 * 4)]  # without padding, and the samples of a prompt share the pass over it
+    assert rows == [int((tried.lengths > t).sum()) for t in range(1, len(rows) + 1)] and rows[-1] < 64
 
 
 def test_a_draw_inverts_the_cumulated_distribution():

@@ -2,7 +2,10 @@
 
 Once all completions have the same length; once each has one of its own, as completions of a trained model have. Beside
 them what the machine would allow: the products alone, of prompts and new tokens, at the rate of the best of them.
+In bfloat16 transformers has its weights in it, which is faster than autocast.
 """
+
+import math
 
 import torch
 from common import (
@@ -17,9 +20,11 @@ from common import (
     ratio,
     seconds_of,
     step_flops,
+    warm_seconds,
 )
 from transformers import StoppingCriteria
 
+from model.cpu_decoder import packed
 from model.sampling import complete, sampler
 
 BATCH, NEW = 64, 128
@@ -38,34 +43,43 @@ class OwnLengths(StoppingCriteria):
 def measure(args) -> list[dict]:
     device, lines = torch.device(args.device), []
     model = model_of(device, dim=512, n_layers=8, vocab_size=6400, max_seq_len=768).eval()
-    theirs = qwen(model.config).to(device).eval()
-    theirs.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(0)
     prompts, ids, mask = random_prompts(BATCH, generator)
     width = ids.size(1)
     limits = {"each 128": [NEW] * BATCH, "1 to 128": torch.randint(1, NEW + 1, (BATCH,), generator=generator).tolist()}
     ids, mask = ids.to(device), mask.to(device)
 
-    def ours(limits: list[int]) -> torch.Tensor:
+    def ours(kind: str, limits: list[int]) -> torch.Tensor:
         out = torch.zeros(BATCH, NEW, dtype=torch.int64, device=device)
         choose = sampler(prompts, 6400, device)
-        for row, place, token in complete(model, prompts, limits, choose, batch_size=BATCH):
-            out[row, place] = token
+        with autocast(device, kind):
+            for row, place, token in complete(model, prompts, limits, choose, batch_size=BATCH):
+                out[row, place] = token
         return out
 
+    theirs = {}
+    for kind in dtypes(device):
+        theirs[kind] = qwen(model.config).to(device, getattr(torch, kind)).eval()
+        theirs[kind].load_state_dict(model.state_dict())
+
     @torch.inference_mode()
-    def peer(limits: list[int]) -> torch.Tensor:
+    def peer(kind: str, limits: list[int]) -> torch.Tensor:
         ends = OwnLengths(width + torch.tensor(limits, device=device))
         options = {"max_new_tokens": max(limits), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        return theirs.generate(ids, attention_mask=mask, stopping_criteria=[ends], **options)[:, width:]
+        return theirs[kind].generate(ids, attention_mask=mask, stopping_criteria=[ends], **options)[:, width:]
 
     for kind in dtypes(device):
         peak = matrix_peak(device, kind, int(mask.sum()), model.config)
+        if device.type == "cpu":  # with weights laid out for it a product can be faster than a plain one
+            size = (int(mask.sum()), 2 * model.config.hidden_dim, model.config.dim)
+            x, product = (torch.randn(n, size[2]).to(getattr(torch, kind)) for n in size[:2])
+            product = packed(product)
+            peak = max(peak, 2 * math.prod(size) / warm_seconds(lambda x=x, product=product: product(x), device))
         for name, most in limits.items():
-            with autocast(device, kind):
-                works = {"ours": lambda _, most=most: seconds_of(lambda: ours(most), device)}
-                works["transformers"] = lambda _, most=most: seconds_of(lambda: peer(most), device)
-                times, a, b = in_turn(works, range(args.rounds)), ours(most), peer(most)
+            works = {"ours": lambda _, args=(kind, most): seconds_of(lambda: ours(*args), device)}
+            works["transformers"] = lambda _, args=(kind, most): seconds_of(lambda: peer(*args), device)
+            a, b = ours(kind, most), peer(kind, most)  # before the clock runs: both prepare products by their shape
+            times = in_turn(works, range(args.rounds))
             same = sum(int((x[:n] == y[:n]).sum()) for x, y, n in zip(a, b, most, strict=True)) / sum(most)
             detail = f"{sum(most) / min(times['ours']):,.0f} tokens/s; {same:.1%} of the tokens are the same"
             what = f"generation, {BATCH} prompts of 16 to 256 tokens, {name} new, {kind}: tokens/s / transformers"

@@ -11,15 +11,15 @@ from experts import MOE, SHAPE
 from torch.profiler import ProfilerActivity, profile, record_function
 from training import ROWS, Loop, ours
 
-from model.few_rows import FewRows, suits
+from model.cpu_decoder import CpuDecoder, suits
 from model.ops import multiply, sum_of_products, tiles
-from model.sampling import KVCache, next_step
+from model.sampling import KVCache, passes
 from runtime import parallel
 from runtime.device import keep_memory
 
 KINDS = {  # the first that an operation's name contains
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "DocumentAttention", "attend"),
-    "matrix products": ("aten::mm", "addmm", "_grouped_mm", "minimind::linear", "ProductBackward", "GroupedLinear"),
+    "matrix products": ("aten::mm", "addmm", "_grouped_mm", "linear", "ProductBackward", "GroupedLinear"),
     "optimizer": ("adamw",),
     "fused passes": ("CompiledFxGraph", "add_and_norm", "swiglu", "Norm", "Gated", "Rotation", "LinearCrossEntropy"),
     "other passes over memory, calls": ("",),
@@ -82,7 +82,7 @@ def measure(args) -> list[dict]:
     return lines + [line for kind in dtypes(device) for line in decoding(kind, device)]
 
 
-class Recorded(FewRows):
+class Recorded(CpuDecoder):
     """The profiler sees operations of torch alone."""
 
     def call(self, name: str, *args) -> None:
@@ -103,6 +103,6 @@ def decoding(dtype: str, device: torch.device) -> list[dict]:
             step(token)
 
     with autocast(device, dtype):
-        step = Recorded(model, cache) if suits(model, cache.kv.dtype) else next_step(model, cache)
+        step = Recorded(model, cache) if suits(model, cache.kv.dtype) else passes(model, cache)[0]
         steps()
         return shares(f"generation, a token of 64 rows, {dtype}", steps, device)

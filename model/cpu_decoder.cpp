@@ -1,6 +1,5 @@
-// What stands between the products of a layer when each of R rows of a batch gets one more token; see few_rows.py.
+// What stands between the products of a layer when each of R rows of a batch gets one more token; see cpu_decoder.py.
 //
-// Activations are (n, columns), a column for each row. columns is 1 or a multiple of LANES, more than R where R is not.
 // On the command line of the compiler stand T, the dtype of weights, cache and activations (float or bfloat16), and
 // the shape of attention: DIM numbers in a head, KV heads of keys and values, GROUP heads of queries for each of them,
 // LANES numbers in a vector, of which half a head is a multiple. Loops of known length keep a head in registers.
@@ -9,10 +8,8 @@
 
 const int N = DIM / LANES;  // vectors in a head
 
-static inline void read_column(const T *from, int64_t columns, floats *head) {
-    T numbers[DIM];
-    for (int d = 0; d < DIM; d++) numbers[d] = from[d * columns];
-    for (int i = 0; i < N; i++) head[i] = load(numbers + i * LANES);
+static inline void read(const T *from, floats *head) {
+    for (int i = 0; i < N; i++) head[i] = load(from + i * LANES);
 }
 
 // A head over its root mean square, times gain, turned by its position's angles (DIM / 2 cosines and sines).
@@ -31,51 +28,44 @@ static inline void norm_and_rotate(floats *head, const float *gain, const float 
 
 extern "C" {
 
-// x (n, columns) float += by (n, columns), if there is one; out (n, columns) = x over root mean squares, by column.
-void add_and_norm(float *x, const T *by, T *out, int64_t n, int64_t columns, float eps) {
-    if (columns == 1) {  // n is a multiple of LANES
+// x (R, n) float += by (R, n), if there is one; out (R, n) = x over the root mean square of its row. n, as all that
+// follow, is a multiple of LANES.
+void add_and_norm(float *x, const T *by, T *out, int64_t R, int64_t n, float eps) {
+#pragma omp parallel for if (R > 1)
+    for (int64_t begin = 0; begin < R * n; begin += n) {
         floats squares = {};
-        for (int64_t i = 0; i < n; i += LANES) {
+        for (int64_t i = begin; i < begin + n; i += LANES) {
             floats at = load(x + i);
             if (by) store(x + i, at += load(by + i));
             squares += at * at;
         }
-        float scale = 1 / std::sqrt(sum(squares) / n + eps);
-        for (int64_t i = 0; i < n; i += LANES) store(out + i, load(x + i) * scale);
-        return;
-    }
-#pragma omp parallel for
-    for (int64_t begin = 0; begin < columns; begin += LANES) {
-        floats scale = {};
-        for (int64_t i = begin; i < n * columns; i += columns) {
-            floats at = load(x + i);
-            if (by) store(x + i, at += load(by + i));
-            scale += at * at;
-        }
-        for (int r = 0; r < LANES; r++) scale[r] = 1 / std::sqrt(scale[r] / n + eps);
-        for (int64_t i = begin; i < n * columns; i += columns) store(out + i, load(x + i) * scale);
+        const float scale = 1 / std::sqrt(sum(squares) / n + eps);
+        for (int64_t i = begin; i < begin + n; i += LANES) store(out + i, load(x + i) * scale);
     }
 }
 
-// out (n,) = silu(gate (n,)) * up (n,)
-void swiglu(const T *gate, const T *up, T *out, int64_t n) {
-#pragma omp parallel for
-    for (int64_t i = 0; i < n; i += LANES) {
-        floats x = load(gate + i);
-        store(out + i, x * sigmoid(x) * load(up + i));
+// out (R, n) = silu(gate) * up, each (R, n), which stand side by side in gate_up (R, 2 n)
+void swiglu(const T *gate_up, T *out, int64_t R, int64_t n) {
+#pragma omp parallel for if (R > 1)
+    for (int64_t r = 0; r < R; r++) {
+        const T *gate = gate_up + 2 * r * n;
+        for (int64_t i = 0; i < n; i += LANES) {
+            floats x = load(gate + i);
+            store(out + r * n + i, x * sigmoid(x) * load(gate + n + i));
+        }
     }
 }
 
 // Attention of the new tokens to all that their rows hold, and themselves.
-//   qkv (KV * GROUP + KV + KV heads of DIM, columns): their queries, keys and values
+//   qkv (R, KV * GROUP + KV + KV heads of DIM): their queries, keys and values
 //   q_gain, k_gain (DIM,), cos, sin (capacity, DIM / 2): for norm_and_rotate
 //   places (R,): where the tokens stand in their rows, which is how many each row holds
-//   keys, values (R, KV, capacity, DIM): take up the new ones
+//   keys, values (rows, KV, capacity, DIM): take up the new ones; `where` (R,): which of these rows
 //   out (R, KV * GROUP * DIM)
 void attend(const T *qkv, const float *q_gain, const float *k_gain, const float *cos, const float *sin,
-            const int64_t *places, T *keys, T *values, T *out, int64_t R, int64_t columns, int64_t capacity,
+            const int64_t *places, const int64_t *where, T *keys, T *values, T *out, int64_t R, int64_t capacity,
             float eps) {
-    const int64_t most = (capacity + LANES - 1) / LANES * LANES, width = DIM * columns;
+    const int64_t most = (capacity + LANES - 1) / LANES * LANES;
 #pragma omp parallel
     {
         std::vector<float> weights(GROUP * most);  // a row for each query of a group
@@ -83,20 +73,20 @@ void attend(const T *qkv, const float *q_gain, const float *k_gain, const float 
         for (int64_t task = 0; task < R * KV; task++) {
             const int64_t r = task / KV, head = task % KV, place = places[r], held = place + 1;
             const float *cosines = cos + place * (DIM / 2), *sines = sin + place * (DIM / 2);
-            T *key = keys + task * capacity * DIM, *value = values + task * capacity * DIM;
-            const T *column = qkv + r;
+            const int64_t begin = (where[r] * KV + head) * capacity * DIM;
+            T *key = keys + begin, *value = values + begin;
+            const T *token = qkv + r * (GROUP + 2) * KV * DIM;
             // 1. The queries, and the new key and value, which the cache takes up
             floats q[GROUP][N], x[N];
             for (int g = 0; g < GROUP; g++) {
                 T rounded[DIM];
-                read_column(column + (head * GROUP + g) * width, columns, x);
+                read(token + (head * GROUP + g) * DIM, x);
                 norm_and_rotate(x, q_gain, cosines, sines, eps, rounded);
                 for (int i = 0; i < N; i++) q[g][i] = load(rounded + i * LANES) * (LOG2_E / std::sqrt(float(DIM)));
             }
-            read_column(column + (KV * GROUP + head) * width, columns, x);
+            read(token + (KV * GROUP + head) * DIM, x);
             norm_and_rotate(x, k_gain, cosines, sines, eps, key + place * DIM);
-            read_column(column + (KV * GROUP + KV + head) * width, columns, x);
-            for (int i = 0; i < N; i++) store(value + place * DIM + i * LANES, x[i]);
+            memcpy(value + place * DIM, token + (KV * GROUP + KV + head) * DIM, DIM * sizeof(T));
 
             // 2. Scores, for powers of 2. The values are fetched meanwhile.
             for (int64_t s = 0; s < held; s++) {

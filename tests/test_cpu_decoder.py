@@ -1,0 +1,122 @@
+"""Generation on a CPU: its forward pass gives the logits of the model, in steps and for prompts, whatever the shape."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import KINDS, TINY, build, ids
+
+from model import native
+from model.cpu_decoder import CpuDecoder, kernels, suits
+from model.lm import LMConfig
+from model.lora import add_lora
+from model.sampling import KVCache
+
+missing = kernels(LMConfig(**TINY), torch.float32) is None
+needs_compiler = pytest.mark.skipif(missing, reason="no C++ compiler that knows OpenMP")
+
+HEADS = [(4, 2, 8), (6, 2, 16), (3, 3, 32), (5, 1, 64), (2, 2, 6)]
+PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 0.05)]
+
+
+def with_gains(heads: tuple[int, int, int]) -> torch.nn.Module:
+    """A model whose norms have gains that are not 1."""
+    model = build(n_heads=heads[0], n_kv_heads=heads[1], head_dim=heads[2])
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            p.copy_(torch.rand(p.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
+    return model
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype, most", PRECISIONS, ids=str)
+@pytest.mark.parametrize("rows", [1, 16, 19])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@torch.no_grad()
+def test_a_step_of_the_decoder_gives_the_logits_of_the_model(dtype, most, rows, heads):
+    """Rows that are full, begun and empty, heads that share keys and values or do not; then some rows have left.
+
+    The model computes in float32: in bfloat16 both would round, and attention is sharp here.
+    """
+    model = with_gains(heads)
+    assert suits(model, dtype)
+    ours, exact = (KVCache(model.config, rows, 50, torch.device("cpu"), kind) for kind in (dtype, torch.float32))
+    ours.kv.normal_(generator=torch.Generator().manual_seed(0))
+    exact.kv.copy_(ours.kv)
+    for cache in (ours, exact):
+        cache.lengths = torch.arange(rows) * 2
+    decoder, places = CpuDecoder(model, ours), torch.arange(rows)
+    for kept in (places, places, places[::2].flip(0)):
+        for cache in (ours, exact):
+            cache.keep(kept)
+        token = ids(1, len(kept))[0]
+        mine, logits = decoder(token), model(token.unsqueeze(1), cache=exact).logits.squeeze(1)
+        assert mine.dtype == torch.float32 and (mine - logits).abs().max() <= most * logits.abs().max()
+    assert torch.equal(ours.lengths, exact.lengths)
+    torch.testing.assert_close(ours.kv.float(), exact.kv, rtol=0, atol=most * float(exact.kv.abs().max()))
+    ours.lengths[0] = 50
+    with pytest.raises(ValueError, match="room for 50 tokens"):
+        decoder(token)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype, most", PRECISIONS, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("library", [True, False], ids=["oneDNN", "plain"])
+@torch.no_grad()
+def test_the_decoder_reads_prompts_as_the_model_does(dtype, most, heads, library, monkeypatch):
+    """Prompts of one token and of many, one in two rows, among rows that hold something else already."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: library)
+    model, lens = with_gains(heads), [30, 1, 17]
+    ours, exact = (KVCache(model.config, 5, 50, torch.device("cpu"), kind) for kind in (dtype, torch.float32))
+    for cache in (ours, exact):
+        cache.kv.fill_(1.0)
+        cache.keep(torch.tensor([4, 3, 1, 0]))
+        cache.filled = torch.tensor([[3, 0, 1]])
+    prompts, last = ids(1, 48), torch.tensor(lens).cumsum(0) - 1
+    mine = CpuDecoder(model, ours).read(prompts, lens, last)
+    logits = model(prompts, doc_lens=lens, logits_at=last, cache=exact).logits
+    assert mine.dtype == torch.float32 and (mine - logits).abs().max() <= most * logits.abs().max()
+    assert ours.lengths.tolist() == exact.lengths.tolist() == [1, 17, 0, 30]
+    torch.testing.assert_close(ours.kv.float(), exact.kv, rtol=0, atol=most * float(exact.kv.abs().max()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_functions_between_the_products_equal_their_formulas(dtype):
+    """Also where an exponential vanishes or would overflow; rounding is that of torch, ties included."""
+    config, generator = LMConfig(**TINY), torch.Generator().manual_seed(0)
+    decoder = CpuDecoder(build(), KVCache(config, 1, 8, torch.device("cpu"), dtype))
+    x, by = torch.randn(32, 40, generator=generator), torch.randn(32, 40, generator=generator).to(dtype)
+    total, out = x + by.float(), torch.empty(32, 40, dtype=dtype)
+    decoder.call("add_and_norm", x, by, out, 32, 40, 1e-6)
+    assert torch.equal(x, total)
+    most = 1e-6 if dtype == torch.float32 else 2**-8
+    exact = total / total.square().mean(1, keepdim=True).add(1e-6).sqrt()
+    torch.testing.assert_close(out, exact.to(dtype), rtol=most, atol=0)
+    extremes = torch.tensor([0.0, -0.0, 1e4, -1e4, 1e30, -1e30, 1e-30, -1e-30])
+    gate = torch.cat([torch.linspace(-120, 120, 4000), extremes]).to(dtype).view(3, 1336)
+    up, out = torch.randn(3, 1336, generator=generator).to(dtype), torch.empty(3, 1336, dtype=dtype)
+    decoder.call("swiglu", torch.cat((gate, up), dim=1), out, 3, 1336)
+    exact = (F.silu(gate.double()) * up.double()).to(dtype)
+    torch.testing.assert_close(out, exact, rtol=10 * most if dtype == torch.float32 else most, atol=1e-35)
+
+
+def test_the_decoder_is_for_plain_dense_models():
+    assert suits(build(), torch.float32) == (kernels(LMConfig(**TINY), torch.float32) is not None)
+    assert not suits(build(**KINDS["moe"]), torch.float32) and not suits(build(), torch.float16)
+    adapted = build()
+    add_lora(adapted, ["q_proj"], 2, 2.0, 0.0)
+    assert not suits(adapted, torch.float32)
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_the_same_tokens_are_generated(compiler, monkeypatch):
+    model, x = build(), ids(3, 20)
+    expected = model.generate(x, max_new_tokens=20)
+    monkeypatch.setenv("CXX", compiler)
+    native.library.cache_clear()
+    try:
+        assert not suits(model, torch.float32)
+        assert torch.equal(model.generate(x, max_new_tokens=20), expected)
+    finally:
+        native.library.cache_clear()
