@@ -60,7 +60,8 @@ void swiglu(const T *gate_up, T *out, int64_t R, int64_t n) {
 //   qkv (R, KV * GROUP + KV + KV heads of DIM): their queries, keys and values
 //   q_gain, k_gain (DIM,), cos, sin (capacity, DIM / 2): for norm_and_rotate
 //   places (R,): where the tokens stand in their rows, which is how many each row holds
-//   keys, values (rows, KV, capacity, DIM): take up the new ones; `where` (R,): which of these rows
+//   keys, values (rows, KV, capacity, DIM): take up the new ones
+//   where (R,): which of these rows are meant, if they are not the first R
 //   out (R, KV * GROUP * DIM)
 void attend(const T *qkv, const float *q_gain, const float *k_gain, const float *cos, const float *sin,
             const int64_t *places, const int64_t *where, T *keys, T *values, T *out, int64_t R, int64_t capacity,
@@ -73,7 +74,7 @@ void attend(const T *qkv, const float *q_gain, const float *k_gain, const float 
         for (int64_t task = 0; task < R * KV; task++) {
             const int64_t r = task / KV, head = task % KV, place = places[r], held = place + 1;
             const float *cosines = cos + place * (DIM / 2), *sines = sin + place * (DIM / 2);
-            const int64_t begin = (where[r] * KV + head) * capacity * DIM;
+            const int64_t begin = ((where ? where[r] : r) * KV + head) * capacity * DIM;
             T *key = keys + begin, *value = values + begin;
             const T *token = qkv + r * (GROUP + 2) * KV * DIM;
             // 1. The queries, and the new key and value, which the cache takes up

@@ -19,25 +19,25 @@ class KVCache:
     def __init__(self, config, rows: int, capacity: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layers, 2, rows, config.n_kv_heads, capacity, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
-        self.where = torch.arange(rows)  # the part of kv that is a row's
+        self.where = None  # (rows,) int64, the part of kv that is each row's; None: all, in their order
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens that each row holds, on the CPU
         self.longest = 0  # places that a pass looks at: those of the longest row
         self.filled = torch.arange(rows).unsqueeze(0)  # (copies, documents): the rows that packed documents go to
 
     def write(self, layer: int, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor) -> None:
         """Put k, v (B, n_kv_heads, T, head_dim) there: rows (copies, n) or (n,), positions (n,), n = B * T at most."""
-        rows = self.where[rows] if len(self.where) < self.kv.size(2) else rows
+        rows = rows if self.where is None else self.where[rows]
         for held, new in zip(self.kv[layer], (k, v), strict=True):
             held[rows, :, positions] = new.transpose(1, 2).flatten(0, 1)[: len(positions)].to(held.dtype)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, (rows, n_kv_heads, longest row, head_dim) each."""
         kv = self.kv[layer, :, :, :, : self.longest]
-        return (kv[:, self.where] if len(self.where) < kv.size(1) else kv).unbind(0)
+        return (kv if self.where is None else kv[:, self.where]).unbind(0)
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all other rows, on a CPU. What they hold stays where it is."""
-        self.where, self.lengths = self.where[rows], self.lengths[rows]
+        """Forget all other rows, on a CPU. Those that are kept are not moved."""
+        self.where, self.lengths = rows if self.where is None else self.where[rows], self.lengths[rows]
 
 
 @torch.no_grad()
