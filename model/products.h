@@ -151,6 +151,17 @@ static void transpose(const void *matrix, int64_t rows, int64_t columns, void *r
         }
 }
 
+// sums + the products of words
+static inline floats add_products(floats sums, ints a, ints b) {
+    if (PAIR == 1) return sums + (floats)a * (floats)b;
+#if defined(__AVX512BF16__) && LANES == 16
+    return (floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+    sums += (floats)(a << 16) * (floats)(b << 16);
+    return sums + (floats)(a & -65536) * (floats)(b & -65536);
+#endif
+}
+
 // c (8, 2 vectors) += or = a (8, K) @ b (K, 2 vectors)
 template <bool ADD>
 static inline void vector_product(const word *a, int64_t a_row, const word *b, int64_t b_row, float *c, int64_t c_row,
@@ -163,12 +174,7 @@ static inline void vector_product(const word *a, int64_t a_row, const word *b, i
         for (int r = 0; r < 8; r++) {
             ints left = ints{} + (int32_t)a[r * a_row + k];
             for (int v = 0; v < 2; v++) {
-                if (PAIR == 1) {
-                    sums[r][v] += (floats)left * (floats)right[v];
-                } else {
-                    sums[r][v] += (floats)(left << 16) * (floats)(right[v] << 16);
-                    sums[r][v] += (floats)(left & -65536) * (floats)(right[v] & -65536);
-                }
+                sums[r][v] = add_products(sums[r][v], left, right[v]);
             }
         }
     }
