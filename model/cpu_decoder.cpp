@@ -92,7 +92,7 @@ void attend(const T *qkv, const float *q_gain, const float *k_gain, const float 
             // 2. Scores, for powers of 2. The values are fetched meanwhile.
             for (int64_t s = 0; s < held; s++) {
                 floats k[N];
-                for (int i = 0; i < N; i++) k[i] = load(key + s * DIM + i * LANES);
+                read(key + s * DIM, k);
                 for (size_t c = 0; c < DIM * sizeof(T); c += 64) __builtin_prefetch((char *)(value + s * DIM) + c);
                 for (int g = 0; g < GROUP; g++) {
                     floats products = q[g][0] * k[0];

@@ -47,9 +47,8 @@ def kernels(config, dtype: torch.dtype) -> ctypes.CDLL | None:
 
 def packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """What makes x into x @ weight.T, both of one dtype: with the weight laid out as oneDNN reads it, where it can."""
-    if not torch.backends.mkldnn.is_available():
-        return functools.partial(F.linear, weight=weight)
-    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    here = torch.backends.mkldnn.is_available()
+    if not here or weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return functools.partial(F.linear, weight=weight)
     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")

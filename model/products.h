@@ -173,9 +173,7 @@ static inline void vector_product(const word *a, int64_t a_row, const word *b, i
         const ints right[2] = {load_words(b + k * b_row), load_words(b + k * b_row + LANES)};
         for (int r = 0; r < 8; r++) {
             ints left = ints{} + (int32_t)a[r * a_row + k];
-            for (int v = 0; v < 2; v++) {
-                sums[r][v] = add_products(sums[r][v], left, right[v]);
-            }
+            for (int v = 0; v < 2; v++) sums[r][v] = add_products(sums[r][v], left, right[v]);
         }
     }
     for (int r = 0; r < 8; r++)

@@ -94,12 +94,12 @@ def test_logits_equal_transformers_at_long_positions(kind):
     reference = huggingface(model.config)
     reference.load_state_dict(model.state_dict(), strict=True)
     x = ids(1, 3000)
-    mine, theirs = model(x).logits, reference(x).logits
+    mine, theirs = (of(x).logits for of in (model, reference))
+    assert kind == "moe" or (mine - theirs).abs().max() <= 1e-5
     reference.config._experts_implementation = "eager"  # the other one knows no float64
     exact = reference.double()(x).logits
     mine, theirs = ((logits - exact).abs().max() for logits in (mine, theirs))
-    # With experts float32 rounds by 1e-5 to 2e-5 here, and not alike on every CPU, transformers as well.
-    assert exact.dtype == torch.float64 and theirs <= 3e-5 and mine <= 3 * theirs
+    assert exact.dtype == torch.float64 and theirs <= 3e-5 and mine <= 3 * theirs  # experts: 1e-5 to 2e-5 is rounding
 
 
 def test_gradients_equal_transformers():

@@ -5,6 +5,7 @@ them what the machine would allow: the products alone, of prompts and new tokens
 In bfloat16 transformers has its weights in it, which is faster than autocast.
 """
 
+import functools
 import math
 
 import torch
@@ -47,7 +48,7 @@ def measure(args) -> list[dict]:
     prompts, ids, mask = random_prompts(BATCH, generator)
     width = ids.size(1)
     limits = {"each 128": [NEW] * BATCH, "1 to 128": torch.randint(1, NEW + 1, (BATCH,), generator=generator).tolist()}
-    ids, mask = ids.to(device), mask.to(device)
+    tokens, ids, mask = int(mask.sum()), ids.to(device), mask.to(device)
 
     def ours(kind: str, limits: list[int]) -> torch.Tensor:
         out = torch.zeros(BATCH, NEW, dtype=torch.int64, device=device)
@@ -69,12 +70,12 @@ def measure(args) -> list[dict]:
         return theirs[kind].generate(ids, attention_mask=mask, stopping_criteria=[ends], **options)[:, width:]
 
     for kind in dtypes(device):
-        peak = matrix_peak(device, kind, int(mask.sum()), model.config)
+        peak = matrix_peak(device, kind, tokens, model.config)
         if device.type == "cpu":  # with weights laid out for it a product can be faster than a plain one
-            size = (int(mask.sum()), 2 * model.config.hidden_dim, model.config.dim)
-            x, product = (torch.randn(n, size[2]).to(getattr(torch, kind)) for n in size[:2])
-            product = packed(product)
-            peak = max(peak, 2 * math.prod(size) / warm_seconds(lambda x=x, product=product: product(x), device))
+            *rows, dim = tokens, 2 * model.config.hidden_dim, model.config.dim
+            x, weight = (torch.randn(n, dim).to(getattr(torch, kind)) for n in rows)
+            work = functools.partial(packed(weight), x)
+            peak = max(peak, 2 * math.prod(rows) * dim / warm_seconds(work, device))
         for name, most in limits.items():
             works = {"ours": lambda _, args=(kind, most): seconds_of(lambda: ours(*args), device)}
             works["transformers"] = lambda _, args=(kind, most): seconds_of(lambda: peer(*args), device)
