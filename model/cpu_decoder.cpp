@@ -4,9 +4,10 @@
 // the shape of attention: DIM numbers in a head, KV heads of keys and values, GROUP heads of queries for each of them,
 // LANES numbers in a vector, of which half a head is a multiple. Loops of known length keep a head in registers.
 
-#include "vectors.h"
+#include "products.h"
 
-const int N = DIM / LANES;  // vectors in a head
+const int N = DIM / LANES, WORDS = N / PAIR;  // vectors in a head: of numbers, and of words
+const int FEW = 4;  // keys at once
 
 static inline void read(const T *from, floats *head) {
     for (int i = 0; i < N; i++) head[i] = load(from + i * LANES);
@@ -23,6 +24,29 @@ static inline void norm_and_rotate(floats *head, const float *gain, const float 
         floats b = head[i + N / 2] * scale * load(gain + (i + N / 2) * LANES), s = load(sin + i * LANES);
         store(to + i * LANES, a * c - b * s);
         store(to + (i + N / 2) * LANES, b * c + a * s);
+    }
+}
+
+// The sum of each of FEW vectors -> to (FEW,)
+static inline void sums(const floats *x, float *to) {
+    if constexpr (LANES < FEW) {
+        for (int i = 0; i < FEW; i++) to[i] = sum(x[i]);
+    } else {  // two vectors become one whose numbers belong to them in turns, twice; then its parts are added
+        ints even, odd, front, back;
+        for (int l = 0; l < LANES; l++) {
+            const int part = l / 4 * 4, place = l % 4;
+            even[l] = part + place / 2 + place % 2 * LANES, odd[l] = even[l] + 2;
+            front[l] = part + place % 2 + place / 2 * LANES, back[l] = front[l] + 2;
+        }
+        auto add = [](floats a, floats b, ints one, ints other) {
+            return (floats)pick((ints)a, (ints)b, one) + (floats)pick((ints)a, (ints)b, other);
+        };
+        const floats all = add(add(x[0], x[1], even, odd), add(x[2], x[3], even, odd), front, back);
+        typedef float part __attribute__((vector_size(4 * FEW)));
+        part parts[LANES / FEW];
+        memcpy(parts, &all, sizeof all);
+        for (int i = 1; i < LANES / FEW; i++) parts[0] += parts[i];
+        memcpy(to, parts, sizeof parts[0]);
     }
 }
 
@@ -66,65 +90,78 @@ void swiglu(const T *gate_up, T *out, int64_t R, int64_t n) {
 void attend(const T *qkv, const float *q_gain, const float *k_gain, const float *cos, const float *sin,
             const int64_t *places, const int64_t *where, T *keys, T *values, T *out, int64_t R, int64_t capacity,
             float eps) {
-    const int64_t most = (capacity + LANES - 1) / LANES * LANES;
+    const int64_t step = std::max(LANES, FEW), most = round_up(capacity, step);
+    const float scale = LOG2_E / std::sqrt(float(DIM));  // of products, for powers of 2
 #pragma omp parallel
     {
-        std::vector<float> weights(GROUP * most);  // a row for each query of a group
+        std::vector<float> scores(GROUP * most);  // a row for each query of a group
+        std::vector<T> weights(GROUP * most);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < R * KV; task++) {
             const int64_t r = task / KV, head = task % KV, place = places[r], held = place + 1;
+            const int64_t end = round_up(held, step);
             const float *cosines = cos + place * (DIM / 2), *sines = sin + place * (DIM / 2);
             const int64_t begin = ((where ? where[r] : r) * KV + head) * capacity * DIM;
             T *key = keys + begin, *value = values + begin;
             const T *token = qkv + r * (GROUP + 2) * KV * DIM;
             // 1. The queries, and the new key and value, which the cache takes up
-            floats q[GROUP][N], x[N];
+            T rounded[DIM];
+            ints q[GROUP][WORDS];
+            floats x[N];
             for (int g = 0; g < GROUP; g++) {
-                T rounded[DIM];
                 read(token + (head * GROUP + g) * DIM, x);
                 norm_and_rotate(x, q_gain, cosines, sines, eps, rounded);
-                for (int i = 0; i < N; i++) q[g][i] = load(rounded + i * LANES) * (LOG2_E / std::sqrt(float(DIM)));
+                memcpy(q[g], rounded, sizeof rounded);
             }
             read(token + (KV * GROUP + head) * DIM, x);
             norm_and_rotate(x, k_gain, cosines, sines, eps, key + place * DIM);
             memcpy(value + place * DIM, token + (KV * GROUP + KV + head) * DIM, DIM * sizeof(T));
 
-            // 2. Scores, for powers of 2. The values are fetched meanwhile.
-            for (int64_t s = 0; s < held; s++) {
-                floats k[N];
-                read(key + s * DIM, k);
-                for (size_t c = 0; c < DIM * sizeof(T); c += 64) __builtin_prefetch((char *)(value + s * DIM) + c);
+            // 2. The products with the keys, the last one several times. The values are fetched meanwhile.
+            for (int64_t s = 0; s < held; s += FEW) {
+                ints k[FEW][WORDS];
+                for (int i = 0; i < FEW; i++) {
+                    const int64_t at = std::min(s + i, place) * DIM;
+                    memcpy(k[i], key + at, sizeof k[i]);
+                    for (size_t c = 0; c < sizeof k[i]; c += 64) __builtin_prefetch((char *)(value + at) + c);
+                }
                 for (int g = 0; g < GROUP; g++) {
-                    floats products = q[g][0] * k[0];
-                    for (int i = 1; i < N; i++) products += q[g][i] * k[i];
-                    weights[g * most + s] = sum(products);
+                    floats products[FEW] = {};
+                    for (int w = 0; w < WORDS; w++)
+                        for (int i = 0; i < FEW; i++) products[i] = add_products(products[i], q[g][w], k[i][w]);
+                    sums(products, &scores[g * most + s]);
                 }
             }
             // 3. The numerators of the softmax, and their sum
             float total[GROUP];
             for (int g = 0; g < GROUP; g++) {
-                float *w = &weights[g * most];
-                for (int64_t s = held; s % LANES; s++) w[s] = -INFINITY;
-                floats all = {}, tops = load(w);
-                for (int64_t s = LANES; s < held; s += LANES) {
-                    floats x = load(w + s);
+                float *at = &scores[g * most];
+                for (int64_t s = held; s < end; s++) at[s] = -INFINITY;
+                floats all = {}, tops = load(at);
+                for (int64_t s = LANES; s < end; s += LANES) {
+                    floats x = load(at + s);
                     tops = x > tops ? x : tops;
                 }
                 const float top = largest(tops);
-                for (int64_t s = 0; s < held; s += LANES) {
-                    floats e = exp2(load(w + s) - top);
-                    store(w + s, e);
+                for (int64_t s = 0; s < end; s += LANES) {
+                    floats e = exp2((load(at + s) - top) * scale);
+                    store(&weights[g * most + s], e);
                     all += e;
                 }
                 total[g] = sum(all);
             }
             // 4. The mean of the values
             floats result[GROUP][N] = {};
-            for (int64_t s = 0; s < held; s++)
-                for (int i = 0; i < N; i++) {
-                    floats v = load(value + s * DIM + i * LANES);
-                    for (int g = 0; g < GROUP; g++) result[g][i] += weights[g * most + s] * v;
+            for (int64_t s = 0; s < held; s += PAIR) {
+                const T *upper = value + s * DIM, *lower = value + std::min(s + PAIR - 1, place) * DIM;
+                for (int g = 0; g < GROUP; g++) {
+                    int32_t weight;
+                    memcpy(&weight, &weights[g * most + s], sizeof weight);
+                    for (int i = 0; i < N; i++)
+                        result[g][i] = add_products(result[g][i], ints{} + weight,
+                                                    pair(upper + i * LANES, lower + i * LANES));
                 }
+            }
             for (int g = 0; g < GROUP; g++)
                 for (int i = 0; i < N; i++) store(out + (task * GROUP + g) * DIM + i * LANES, result[g][i] / total[g]);
         }

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model import native
-from model.ops import kernels, multiply, sum_of_products, tiles, uncompiled
+from model.ops import kernels, multiply, products, sum_of_products, uncompiled
 
 
 def few_products(x: Tensor, weight: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, ends: Tensor, parts: int) -> tuple[Tensor, ...]:
         ctx.dtype = weight.dtype
-        if x.device.type != "cpu" or tiles(x.dtype) is None:  # which rounds it on the way
+        if x.device.type != "cpu" or products(x.dtype) is None:  # which rounds it on the way
             weight = weight.to(x.dtype)  # once for both directions
         ctx.save_for_backward(x, weight, ends)
         return tuple(grouped_mm(x, part.transpose(1, 2), ends) for part in weight.chunk(parts, dim=1))

@@ -1,4 +1,5 @@
-// Linear layers in bfloat16 on the matrix unit of a CPU (AMX): x @ weight.T and its gradients; see ops.py.
+// Linear layers in bfloat16 on a CPU that has products of it, in AVX-512 or on a matrix unit (AMX): x @ weight.T and its
+// gradients; see ops.py.
 //
 // Weights are float, as the optimizer keeps them, and rounded on the way: no pass over memory makes a copy. A thread
 // computes a rectangle of a result, and puts in order itself what it reads for that: there is nothing to wait for.
@@ -7,7 +8,7 @@
 
 #include "products.h"
 
-#ifdef __AMX_BF16__
+#ifdef __AVX512BF16__
 
 struct Rectangle { int64_t top, bottom, from, to; };  // rows and columns, multiples of 32 but for the last ones
 
@@ -27,7 +28,11 @@ static Rectangle part(int64_t M, int64_t N, int64_t cost) {
 // 32 numbers of a row of a matrix (rows, width), zeros beyond its edges
 static inline ints numbers(const T *matrix, int64_t rows, int64_t width, int64_t row, int64_t column) {
     ints x = {};
-    if (row < rows) memcpy(&x, matrix + row * width + column, std::min<int64_t>(32, width - column) * sizeof(T));
+    const T *at = matrix + row * width + column;
+    if (row < rows && width - column >= 32)
+        memcpy(&x, at, sizeof x);
+    else if (row < rows)
+        memcpy(&x, at, (width - column) * sizeof(T));
     return x;
 }
 
@@ -90,9 +95,9 @@ static void multiply(const T *x, const float *weight, const T *x2, const float *
                             const word *left = m < whole ? (word *)(factors[p] + m * K) : padded + p * 32 * words;
                             const word *right = memory + p * size + (n - from) * words;
                             if (p)
-                                tile_product<true>(left, words, right, 32, sum, 32, words);
+                                product<true>(left, words, right, 32, sum, 32, 32, 32, words);
                             else
-                                tile_product<false>(left, words, right, 32, sum, 32, words);
+                                product<false>(left, words, right, 32, sum, 32, 32, 32, words);
                         }
                         for (int64_t r = 0; r < std::min<int64_t>(32, M - m); r++)
                             stream(out + (m + r) * N + n, load(sum + r * 32), load(sum + r * 32 + LANES));
@@ -144,9 +149,9 @@ static void sum_products(const T *grad, const T *x, float *total, int64_t K, int
             for (int64_t j = my.from; j < my.to; j += 32) {
                 const word *columns = right + (j - my.from) * words;
                 if (k)
-                    tile_product<true>(left, words, columns, 32, block(i, j), 32, words);
+                    product<true>(left, words, columns, 32, block(i, j), 32, 32, 32, words);
                 else
-                    tile_product<false>(left, words, columns, 32, block(i, j), 32, words);
+                    product<false>(left, words, columns, 32, block(i, j), 32, 32, 32, words);
             }
         }
     }
@@ -165,11 +170,9 @@ static void sum_products(const T *grad, const T *x, float *total, int64_t K, int
 
 extern "C" {
 
-int has_tiles() { return TILES; }
-
-// Only with tiles:
-
-#ifdef __AMX_BF16__
+// Whether there is more
+#ifdef __AVX512BF16__
+int has_products() { return 1; }
 
 // out (M, N) = x (M, K) @ weight.T; weight (N, K) float. K and N are multiples of 32.
 void linear(const T *x, const float *weight, T *out, int64_t M, int64_t N, int64_t K) {
@@ -196,6 +199,8 @@ void linear_by_weight(const T *grad, const T *x, float *total, int64_t K, int64_
     }
 }
 
+#else
+int has_products() { return 0; }
 #endif
 
 }

@@ -62,7 +62,7 @@ def length_step(tokens: int, weight: Tensor) -> int:
     whole = type(weight) is nn.Parameter  # not spread over processes, which have lengths of their own to keep
     if not whole or weight.device.type != "cpu" or autocast_dtype(weight) != torch.bfloat16:
         return 1
-    if tiles(torch.bfloat16) is not None and weight.size(-1) % 32 == 0:
+    if products(torch.bfloat16) is not None and weight.size(-1) % 32 == 0:
         return 1
     return 2 ** max(0, tokens.bit_length() - 6)
 
@@ -138,21 +138,21 @@ class Linear(nn.Linear):
         if torch.compiler.is_compiling() or not native.plain(x, self.weight):
             return super().forward(x)
         dtype, training = autocast_dtype(x), torch.is_grad_enabled()
-        if training and tiles(dtype) is not None:
+        if training and products(dtype) is not None:
             return Product.apply(x, self.weight, dtype)
         if not training and dtype == torch.float32 and x.dim() == 3 and x.size(1) == 1 and 8 <= x.size(0) <= 128:
             return (self.weight @ x.squeeze(1).T).T.contiguous().unsqueeze(1)  # a step of generation
         return super().forward(x)
 
 
-def tiles(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The functions of linear.cpp, on a CPU with a matrix unit for a dtype."""
+def products(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The functions of linear.cpp, where a CPU has instructions for products of a dtype other than float32."""
     functions = native.library("linear.cpp", dtype) if dtype == torch.bfloat16 else None
-    return functions if functions is not None and functions.has_tiles() else None
+    return functions if functions is not None and functions.has_products() else None
 
 
 class Product(torch.autograd.Function):
-    """x @ weight.T, on a CPU with a matrix unit. The gradient of the weight is summed in float32, and not rounded."""
+    """x @ weight.T by linear.cpp. The gradient of the weight is summed in float32, and not rounded."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -192,9 +192,9 @@ SLOW.append(torch.ops.minimind.linear.default)
 def multiply(out: Tensor, x: Tensor, matrix: Tensor, x2: Tensor | None = None, matrix2: Tensor | None = None) -> None:
     """out (M, N) = x (M, K) @ matrix (K, N), + x2 @ matrix2 if there are these; a matrix may have another dtype.
 
-    A matrix in float32 is rounded on the way, where a CPU has a matrix unit: linear.cpp.
+    A matrix in float32 is rounded on the way, where a CPU can: linear.cpp.
     """
-    functions, (K, N) = tiles(x.dtype) if x.device.type == "cpu" else None, matrix.shape
+    functions, (K, N) = products(x.dtype) if x.device.type == "cpu" else None, matrix.shape
     if functions is None or matrix.dtype != torch.float32 or K % 32 or N % 32:
         torch.mm(x, matrix.to(x.dtype), out=out)
         if x2 is not None:
@@ -278,7 +278,7 @@ def sum_of_products(total: Tensor, a: Tensor, b: Tensor, add: bool = False) -> N
         torch.addmm(total, a.T, b, beta=int(add), out=total)
     elif a.device.type == "cuda":
         torch.addmm(total, a.T, b, beta=int(add), out_dtype=torch.float32, out=total)
-    elif (functions := tiles(a.dtype)) is not None:
+    elif (functions := products(a.dtype)) is not None:
         sizes = len(a), a.size(1), b.size(1)
         native.call(functions.linear_by_weight, a.contiguous(), b.contiguous(), total, *sizes, int(add))
     else:  # some rows at a time, then cast

@@ -132,10 +132,10 @@ static inline void exchange(ints *rows) {  // blocks of STEP by STEP words that 
 }
 
 static inline void transpose(ints *rows) {  // LANES of them
-    exchange<1>(rows);
-    exchange<2>(rows);
-    exchange<4>(rows);
-    exchange<8>(rows);
+    if constexpr (LANES > 1) exchange<1>(rows);
+    if constexpr (LANES > 2) exchange<2>(rows);
+    if constexpr (LANES > 4) exchange<4>(rows);
+    if constexpr (LANES > 8) exchange<8>(rows);
 }
 
 // from (rows, columns) -> to (columns, rows), of words or floats, both multiples of LANES

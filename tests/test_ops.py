@@ -255,7 +255,7 @@ def test_without_a_compiler_torch_computes_the_same(dtype, most, monkeypatch):
 @pytest.mark.parametrize("shape", [(32, 32), (96, 64), (1120, 1056), (40, 48)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_linear_layer_is_the_product_of_rounded_factors(tokens, shape, dtype):
-    """Sizes at the edges of what is multiplied at once, and such as the matrix unit of a CPU does not take."""
+    """Sizes at the edges of what is multiplied at once, and such as linear.cpp does not take."""
     generator = torch.Generator().manual_seed(0)
     layer = ops.Linear(shape[1], shape[0], bias=False, dtype=dtype)
     x, upstream = (torch.randn(2, tokens, n, generator=generator).bfloat16() for n in reversed(shape))
@@ -269,7 +269,7 @@ def test_a_linear_layer_is_the_product_of_rounded_factors(tokens, shape, dtype):
     exact = rows @ weight.T, grad @ weight, grad.T @ rows
     for ours, theirs in zip((y, x.grad, layer.weight.grad), exact, strict=True):
         assert (ours.flatten(0, -2).double() - theirs).norm() <= 2**-8 * theirs.norm()
-    if ops.tiles(torch.bfloat16) and dtype == torch.float32:
+    if ops.products(torch.bfloat16) and dtype == torch.float32:
         assert (layer.weight.grad.double() - exact[2]).norm() <= 1e-6 * exact[2].norm()  # not rounded
     layer.weight.requires_grad_(False)
     before, x.grad = x.grad, None

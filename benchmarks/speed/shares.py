@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from training import ROWS, Loop, ours
 
 from model.cpu_decoder import CpuDecoder, suits
-from model.ops import multiply, sum_of_products, tiles
+from model.ops import multiply, products, sum_of_products
 from model.sampling import KVCache, passes
 from runtime import parallel
 from runtime.device import keep_memory
@@ -50,7 +50,7 @@ def products_alone(config, tokens: int, targets: int, dtype: str, device: torch.
     shapes.append((targets, config.dim, config.vocab_size, 1))
     for rows, width, out, times in shapes:
         x, w, g = (torch.randn(*size, device=device) for size in ((rows, width), (out, width), (rows, out)))
-        cast = device.type != "cpu" or not tiles(kind) or out == config.vocab_size  # other weights: by the product
+        cast = device.type != "cpu" or not products(kind) or out == config.vocab_size  # other weights: by the product
         x, w, g = x.to(kind), w.to(kind) if cast else w, g.to(kind)
         for product in ((torch.empty_like(g), x, w.T), (torch.empty_like(x), g, w)):
             seconds += times * warm_seconds(lambda product=product: multiply(*product), device)
