@@ -132,6 +132,9 @@ void attention_backward(const T *q, const T *k, const T *v, const int64_t *begin
                 for (int64_t at = 0; at < n; at += BLOCK) {
                     const int64_t first = begin + at, count = n - at < BLOCK ? n - at : BLOCK, end = at + BLOCK;
                     const int64_t at_query = (first * heads + h) * D;
+                    for (int64_t r = 0; r < count; r++)  // wanted in a while, and far away
+                        for (int64_t d = 0; d < D; d += 64 / sizeof(T))
+                            __builtin_prefetch(out + at_query + r * heads * D + d);
                     read(q + at_query, heads * D, count, D, queries, BLOCK, width);
                     pair(queries, BLOCK, width, paired);
                     transpose(paired, pairs, width, query_columns);

@@ -120,6 +120,7 @@ static void sum_products(const T *grad, const T *x, float *total, int64_t K, int
     sums.resize(round_up(my.bottom - my.top, 32) * wide);
     word *const left = memory, *const right = left + 32 * WORDS;
     auto block = [&](int64_t i, int64_t j) { return sums + ((i - my.top) * wide + (j - my.from) * 32); };  // (32, 32)
+    const int64_t share = 2 * WORDS / ((my.bottom - my.top + 31) / 32) + 1;
     for (int64_t k = 0; k < K; k += 2 * WORDS) {
         const int64_t rows = std::min(K, k + 2 * WORDS), words = round_up(rows - k, 32) / 2;
         for (int64_t w = 0; w < words; w++)
@@ -152,6 +153,9 @@ static void sum_products(const T *grad, const T *x, float *total, int64_t K, int
                     product<true>(left, words, columns, 32, block(i, j), 32, 32, 32, words);
                 else
                     product<false>(left, words, columns, 32, block(i, j), 32, 32, 32, words);
+                // Meanwhile a part of the numbers that are wanted next comes nearer.
+                const int64_t next = k + 2 * WORDS + (i - my.top) / 32 * share, end = std::min(K, next + share);
+                for (int64_t row = next; row < end; row++) __builtin_prefetch(x + row * N + j, 0, 2);
             }
         }
     }
