@@ -27,8 +27,9 @@ static inline void store_pair(word *to, const floats *x) {
 
 // Scores from s on, -infinity behind the last one that a query sees.
 static inline floats seen(const float *row, int64_t s, int64_t last) {
-    static const ints PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return PLACES + (int32_t)(s - last) > 0 ? floats{} - INFINITY : load(row + s);
+    ints places;
+    for (int l = 0; l < LANES; l++) places[l] = l;
+    return places + (int32_t)(s - last) > 0 ? floats{} - INFINITY : load(row + s);
 }
 
 // rows (n, width), times scale -> n rows of D numbers

@@ -1,4 +1,5 @@
-// What stands between the products of a layer when each of R rows of a batch gets one more token; see cpu_decoder.py.
+// Generation on a CPU: the products of a layer with what stands between them, and the attention of a step; see
+// cpu_decoder.py.
 //
 // On the command line of the compiler stand T, the dtype of weights, cache and activations (float or bfloat16), and
 // the shape of attention: DIM numbers in a head, KV heads of keys and values, GROUP heads of queries for each of them,
@@ -8,6 +9,8 @@
 
 const int N = DIM / LANES, WORDS = N / PAIR;  // vectors in a head: of numbers, and of words
 const int FEW = 4;  // keys at once
+const int BLOCK = 32;  // rows, and columns, that are multiplied at once
+const int64_t MANY = 64;  // rows that stay in a core's cache from one block of columns to the next
 
 static inline void read(const T *from, floats *head) {
     for (int i = 0; i < N; i++) head[i] = load(from + i * LANES);
@@ -50,33 +53,85 @@ static inline void sums(const floats *x, float *to) {
     }
 }
 
-extern "C" {
-
-// x (R, n) float += by (R, n), if there is one; out (R, n) = x over the root mean square of its row. n, as all that
-// follow, is a multiple of LANES.
-void add_and_norm(float *x, const T *by, T *out, int64_t R, int64_t n, float eps) {
-#pragma omp parallel for if (R > 1)
+// out (R, n) = x (R, n) over the root mean square of its row. Within a team of threads, as the next one.
+static void norm(const float *x, T *out, int64_t R, int64_t n, float eps) {
+#pragma omp for
     for (int64_t begin = 0; begin < R * n; begin += n) {
         floats squares = {};
-        for (int64_t i = begin; i < begin + n; i += LANES) {
-            floats at = load(x + i);
-            if (by) store(x + i, at += load(by + i));
-            squares += at * at;
-        }
+        for (int64_t i = begin; i < begin + n; i += LANES) squares += load(x + i) * load(x + i);
         const float scale = 1 / std::sqrt(sum(squares) / n + eps);
         for (int64_t i = begin; i < begin + n; i += LANES) store(out + i, load(x + i) * scale);
     }
 }
 
-// out (R, n) = silu(gate) * up, each (R, n), which stand side by side in gate_up (R, 2 n)
-void swiglu(const T *gate_up, T *out, int64_t R, int64_t n) {
-#pragma omp parallel for if (R > 1)
-    for (int64_t r = 0; r < R; r++) {
-        const T *gate = gate_up + 2 * r * n;
-        for (int64_t i = 0; i < n; i += LANES) {
-            floats x = load(gate + i);
-            store(out + r * n + i, x * sigmoid(x) * load(gate + n + i));
+// x (R, n) @ weight.T (n, m), BLOCK numbers of a row at a time: finish(row, column, numbers). The weight is laid out as
+// words (m / BLOCK, n / PAIR, BLOCK). There are rows up to a multiple of BLOCK, and n is one.
+template <class F>
+static void multiply(const T *x, const word *weight, int64_t R, int64_t m, int64_t n, F finish) {
+    const int64_t words = n / PAIR, least = TILES ? BLOCK : ROWS;
+    Tiles tiles;
+#pragma omp for collapse(2)
+    for (int64_t top = 0; top < R; top += MANY)
+        for (int64_t column = 0; column < m; column += BLOCK)
+            for (int64_t row = top; row < std::min(R, top + MANY); row += BLOCK) {
+                alignas(64) float sums[BLOCK * BLOCK];
+                const int64_t count = std::min<int64_t>(BLOCK, R - row);
+                const char *next = R > ROWS && row == top ? (const char *)(weight + (column + BLOCK) * words) : nullptr;
+                product<false>(x + row * n, words, weight + column * words, BLOCK, sums, BLOCK, round_up(count, least),
+                               BLOCK, words, next);
+                for (int64_t r = 0; r < count; r++) finish(row + r, column, sums + r * BLOCK);
+            }
+}
+
+template <class S>
+static void norm_and_multiply(const float *x, const word *weight, S *out, int64_t R, int64_t n, int64_t m, float eps) {
+    static thread_local Piece<T> normed;
+    normed.resize(round_up(R, BLOCK) * n);
+    T *const factors = normed;  // of this thread, for all of its team
+#pragma omp parallel
+    {
+        norm(x, factors, R, n, eps);
+        multiply(factors, weight, R, m, n, [=](int64_t row, int64_t column, const float *sums) {
+            for (int64_t i = 0; i < BLOCK && column + i < m; i += LANES)
+                store(out + row * m + column + i, load(sums + i), m - column - i);
+        });
+    }
+}
+
+extern "C" {
+
+// out (R, m) = the norm of x (R, n) @ weight.T, whose rows are multiplied by the gains of the norm already
+void project(const float *x, const word *weight, T *out, int64_t R, int64_t n, int64_t m, float eps) {
+    norm_and_multiply(x, weight, out, R, n, m, eps);
+}
+
+void project_to_floats(const float *x, const word *weight, float *out, int64_t R, int64_t n, int64_t m, float eps) {
+    norm_and_multiply(x, weight, out, R, n, m, eps);
+}
+
+// What is behind attention in a layer: x (R, n) += attended (R, heads) @ out.T, and then += its MLP with h inner numbers.
+// In gate_up columns of both matrices stand side by side, half a block of each.
+void mlp(float *x, const T *attended, const word *out, const word *gate_up, const word *down, int64_t R, int64_t heads,
+         int64_t n, int64_t h, float eps) {
+    static thread_local Piece<T> memory;
+    memory.resize(round_up(R, BLOCK) * (n + h));
+    T *const normed = memory, *const inner = normed + round_up(R, BLOCK) * n;
+    auto add = [=](int64_t row, int64_t column, const float *sums) {
+        float *at = x + row * n + column;
+        for (int i = 0; i < BLOCK; i += LANES) store(at + i, load(at + i) + load(sums + i));
+    };
+    auto gated = [=](int64_t row, int64_t column, const float *sums) {
+        for (int i = 0; i < BLOCK / 2; i += LANES) {
+            const floats gate = load(sums + i), up = load(sums + BLOCK / 2 + i);
+            store(inner + row * h + column / 2 + i, gate * sigmoid(gate) * up);
         }
+    };
+#pragma omp parallel
+    {
+        multiply(attended, out, R, n, heads, add);
+        norm(x, normed, R, n, eps);
+        multiply(normed, gate_up, R, 2 * h, n, gated);
+        multiply(inner, down, R, n, h, add);
     }
 }
 

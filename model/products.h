@@ -162,28 +162,36 @@ static inline floats add_products(floats sums, ints a, ints b) {
 #endif
 }
 
-// c (8, 2 vectors) += or = a (8, K) @ b (K, 2 vectors)
+#ifdef __AVX512F__  // rows whose sums stay in registers
+const int ROWS = 8;
+#else
+const int ROWS = 4;
+#endif
+
+// c (ROWS, 2 vectors) += or = a (ROWS, K) @ b (K, 2 vectors). Meanwhile K lines of memory at `next`, if any, are fetched.
 template <bool ADD>
 static inline void vector_product(const word *a, int64_t a_row, const word *b, int64_t b_row, float *c, int64_t c_row,
-                                  int64_t K) {
-    floats sums[8][2];
-    for (int r = 0; r < 8; r++)
+                                  int64_t K, const char *next) {
+    floats sums[ROWS][2];
+    for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < 2; v++) sums[r][v] = ADD ? load(c + r * c_row + v * LANES) : floats{};
     for (int64_t k = 0; k < K; k++) {
+        if (next) __builtin_prefetch(next + k * 64, 0, 2);
         const ints right[2] = {load_words(b + k * b_row), load_words(b + k * b_row + LANES)};
-        for (int r = 0; r < 8; r++) {
+        for (int r = 0; r < ROWS; r++) {
             ints left = ints{} + (int32_t)a[r * a_row + k];
             for (int v = 0; v < 2; v++) sums[r][v] = add_products(sums[r][v], left, right[v]);
         }
     }
-    for (int r = 0; r < 8; r++)
+    for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < 2; v++) store(c + r * c_row + v * LANES, sums[r][v]);
 }
 
-// c (R, C) float += or = a (R, K) @ b (K, C); all of them multiples of 32 but for K in float; *_row: from row to row.
+// c (R, C) float += or = a (R, K) @ b (K, C); all of them multiples of 32 but for K in float, and R of ROWS without
+// tiles; *_row: from row to row. next: what is wanted in the next turn, 32 columns of K words, if it is far away.
 template <bool ADD>
 static void product(const void *left, int64_t a_row, const word *b, int64_t b_row, float *c, int64_t c_row, int64_t R,
-                    int64_t C, int64_t K) {
+                    int64_t C, int64_t K, const char *next = nullptr) {
     const word *a = (const word *)left;
 #ifdef __AMX_BF16__
     if (TILES) {
@@ -194,7 +202,8 @@ static void product(const void *left, int64_t a_row, const word *b, int64_t b_ro
     }
 #endif
     for (int64_t j = 0; j < C; j += 2 * LANES)
-        for (int64_t i = 0; i < R; i += 8)
-            vector_product<ADD>(a + i * a_row, a_row, b + j, b_row, c + i * c_row + j, c_row, K);
+        for (int64_t i = 0; i < R; i += ROWS)
+            vector_product<ADD>(a + i * a_row, a_row, b + j, b_row, c + i * c_row + j, c_row, K,
+                                next && i < 2 * ROWS ? next + i / ROWS * K * 64 : nullptr);
 }
 

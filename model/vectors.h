@@ -5,8 +5,16 @@
 #include <cstring>
 #include <vector>
 
-#ifndef LANES
-#define LANES 16
+#ifdef __AVX512F__
+#define MOST_LANES 16
+#else
+#define MOST_LANES 8  // longer ones are made in ways that take ten times as long
+#endif
+#if !defined(LANES)
+#define LANES MOST_LANES
+#elif LANES > MOST_LANES  // a multiple of it
+#undef LANES
+#define LANES MOST_LANES
 #endif
 
 #if defined(__AVX512BF16__) && LANES == 16

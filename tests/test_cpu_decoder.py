@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_model import KINDS, TINY, build, ids
 
 from model import native
-from model.cpu_decoder import CpuDecoder, kernels, suits
+from model.cpu_decoder import BLOCK, CpuDecoder, kernels, packed, suits
 from model.lm import LMConfig
 from model.lora import add_lora
 from model.sampling import KVCache
@@ -14,7 +14,7 @@ from model.sampling import KVCache
 missing = kernels(LMConfig(**TINY), torch.float32) is None
 needs_compiler = pytest.mark.skipif(missing, reason="no C++ compiler that knows OpenMP")
 
-HEADS = [(4, 2, 8), (6, 2, 16), (3, 3, 32), (5, 1, 64), (2, 2, 6)]
+HEADS = [(4, 2, 8), (6, 2, 16), (3, 3, 32), (5, 1, 64), (8, 2, 4), (16, 8, 6)]
 PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 0.05)]
 
 
@@ -61,11 +61,9 @@ def test_a_step_of_the_decoder_gives_the_logits_of_the_model(dtype, most, rows, 
 @needs_compiler
 @pytest.mark.parametrize("dtype, most", PRECISIONS, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("library", [True, False], ids=["oneDNN", "plain"])
 @torch.no_grad()
-def test_the_decoder_reads_prompts_as_the_model_does(dtype, most, heads, library, monkeypatch):
+def test_the_decoder_reads_prompts_as_the_model_does(dtype, most, heads):
     """Prompts of one token and of many, one in two rows, among rows that hold something else already."""
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: library)
     model, lens = with_gains(heads), [30, 1, 17]
     ours, exact = (KVCache(model.config, 5, 50, torch.device("cpu"), kind) for kind in (dtype, torch.float32))
     for cache in (ours, exact):
@@ -82,28 +80,32 @@ def test_the_decoder_reads_prompts_as_the_model_does(dtype, most, heads, library
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_functions_between_the_products_equal_their_formulas(dtype):
+def test_what_stands_between_the_products_equals_its_formulas(dtype):
     """Also where an exponential vanishes or would overflow; rounding is that of torch, ties included."""
-    config, generator = LMConfig(**TINY), torch.Generator().manual_seed(0)
-    decoder = CpuDecoder(build(), KVCache(config, 1, 8, torch.device("cpu"), dtype))
-    x, by = torch.randn(32, 40, generator=generator), torch.randn(32, 40, generator=generator).to(dtype)
-    total, out = x + by.float(), torch.empty(32, 40, dtype=dtype)
-    decoder.call("add_and_norm", x, by, out, 32, 40, 1e-6)
-    assert torch.equal(x, total)
+    generator, one = torch.Generator().manual_seed(0), packed(torch.eye(64, dtype=dtype))
+    decoder = CpuDecoder(build(), KVCache(LMConfig(**TINY), 1, 8, torch.device("cpu"), dtype))
     most = 1e-6 if dtype == torch.float32 else 2**-8
-    exact = total / total.square().mean(1, keepdim=True).add(1e-6).sqrt()
-    torch.testing.assert_close(out, exact.to(dtype), rtol=most, atol=0)
+    x = torch.randn(33, 64, generator=generator)
+    exact = x / x.square().mean(1, keepdim=True).add(1e-6).sqrt()
+    for name, out in (("project", torch.empty(33, 64, dtype=dtype)), ("project_to_floats", torch.empty(33, 64))):
+        decoder.call(name, x, one, out, 33, 64, 64, 1e-6)
+        torch.testing.assert_close(out, exact.to(dtype).to(out.dtype), rtol=most, atol=0)
     extremes = torch.tensor([0.0, -0.0, 1e4, -1e4, 1e30, -1e30, 1e-30, -1e-30])
-    gate = torch.cat([torch.linspace(-120, 120, 4000), extremes]).to(dtype).view(3, 1336)
-    up, out = torch.randn(3, 1336, generator=generator).to(dtype), torch.empty(3, 1336, dtype=dtype)
-    decoder.call("swiglu", torch.cat((gate, up), dim=1), out, 3, 1336)
-    exact = (F.silu(gate.double()) * up.double()).to(dtype)
-    torch.testing.assert_close(out, exact, rtol=10 * most if dtype == torch.float32 else most, atol=1e-35)
+    gate = torch.cat([torch.linspace(-120, 120, 4088), extremes]).to(dtype).view(64, 64)
+    up = torch.randn(64, 64, generator=generator).to(dtype)
+    exact = (F.silu(gate.double()) * up.double()).to(dtype).float()
+    gate_up = torch.stack([weight.T.reshape(-1, BLOCK // 2, 64) / 8 for weight in (gate, up)], dim=1)
+    x = 8 * torch.eye(64)  # its norm is itself
+    decoder.call("mlp", x, torch.ones(64, 32, dtype=dtype), packed(torch.zeros(64, 32, dtype=dtype)),
+                 packed(gate_up.view(128, 64)), one, 64, 32, 64, 64, 0.0)  # fmt: skip
+    others = ~torch.eye(64, dtype=torch.bool)
+    torch.testing.assert_close(x[others], exact[others], rtol=10 * most if most < 1e-5 else most, atol=1e-35)
 
 
 def test_the_decoder_is_for_plain_dense_models():
     assert suits(build(), torch.float32) == (kernels(LMConfig(**TINY), torch.float32) is not None)
     assert not suits(build(**KINDS["moe"]), torch.float32) and not suits(build(), torch.float16)
+    assert not suits(build(dim=48), torch.float32) and not suits(build(head_dim=6), torch.float32)
     adapted = build()
     add_lora(adapted, ["q_proj"], 2, 2.0, 0.0)
     assert not suits(adapted, torch.float32)

@@ -6,7 +6,6 @@ In bfloat16 transformers has its weights in it, which is faster than autocast.
 """
 
 import functools
-import math
 
 import torch
 from common import (
@@ -25,8 +24,8 @@ from common import (
 )
 from transformers import StoppingCriteria
 
-from model.cpu_decoder import packed
-from model.sampling import complete, sampler
+from model.cpu_decoder import CpuDecoder, suits
+from model.sampling import KVCache, complete, sampler
 
 BATCH, NEW = 64, 128
 
@@ -71,11 +70,11 @@ def measure(args) -> list[dict]:
 
     for kind in dtypes(device):
         peak = matrix_peak(device, kind, tokens, model.config)
-        if device.type == "cpu":  # with weights laid out for it a product can be faster than a plain one
-            *rows, dim = tokens, 2 * model.config.hidden_dim, model.config.dim
-            x, weight = (torch.randn(n, dim).to(getattr(torch, kind)) for n in rows)
-            work = functools.partial(packed(weight), x)
-            peak = max(peak, 2 * math.prod(rows) * dim / warm_seconds(work, device))
+        if device.type == "cpu" and suits(model, getattr(torch, kind)):  # our own products may be faster
+            decoder = CpuDecoder(model, KVCache(model.config, 1, 1, device, getattr(torch, kind)))
+            x, (weight, *_) = torch.randn(tokens, model.config.dim), decoder.layers[0]
+            work = functools.partial(decoder.project, x, weight)
+            peak = max(peak, 2 * work().numel() * model.config.dim / warm_seconds(work, device))
         for name, most in limits.items():
             works = {"ours": lambda _, args=(kind, most): seconds_of(lambda: ours(*args), device)}
             works["transformers"] = lambda _, args=(kind, most): seconds_of(lambda: peer(*args), device)

@@ -11,17 +11,18 @@ from experts import MOE, SHAPE
 from torch.profiler import ProfilerActivity, profile, record_function
 from training import ROWS, Loop, ours
 
-from model.cpu_decoder import CpuDecoder, suits
+from model import native
 from model.ops import multiply, products, sum_of_products
 from model.sampling import KVCache, passes
 from runtime import parallel
 from runtime.device import keep_memory
 
-KINDS = {  # the first that an operation's name contains
-    "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "DocumentAttention", "attend"),
-    "matrix products": ("aten::mm", "addmm", "_grouped_mm", "linear", "ProductBackward", "GroupedLinear"),
+KINDS = {  # the first that the name of an operation, or of a function of model/*.cpp, contains
+    "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "native::att"),
+    "matrix products": ("aten::mm", "addmm", "_grouped_mm", "native::linear", "few_products",
+                        "native::project", "native::mlp"),  # of generation, with what stands between them
     "optimizer": ("adamw",),
-    "fused passes": ("CompiledFxGraph", "add_and_norm", "swiglu", "Norm", "Gated", "Rotation", "LinearCrossEntropy"),
+    "fused passes": ("CompiledFxGraph", "native::"),
     "other passes over memory, calls": ("",),
 }
 STEPS = 4  # whose rows are trained on
@@ -30,8 +31,16 @@ STEPS = 4  # whose rows are trained on
 def shares(what: str, work, device: torch.device) -> list[dict]:
     """Lines with the share of each kind of operation in some work."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    call = native.call
+
+    def recorded(function, *args) -> None:  # the profiler sees operations of torch alone
+        with record_function(f"native::{function.__name__}"):
+            call(function, *args)
+
+    native.call = recorded
     with profile(activities=activities) as record:
         work()
+    native.call = call
     spent = dict.fromkeys(KINDS, 0.0)
     for event in record.key_averages():
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
@@ -82,14 +91,6 @@ def measure(args) -> list[dict]:
     return lines + [line for kind in dtypes(device) for line in decoding(kind, device)]
 
 
-class Recorded(CpuDecoder):
-    """The profiler sees operations of torch alone."""
-
-    def call(self, name: str, *args) -> None:
-        with record_function(name):
-            super().call(name, *args)
-
-
 @torch.no_grad()
 def decoding(dtype: str, device: torch.device) -> list[dict]:
     """Steps of generation: 64 rows that hold 200 tokens on average."""
@@ -103,6 +104,6 @@ def decoding(dtype: str, device: torch.device) -> list[dict]:
             step(token)
 
     with autocast(device, dtype):
-        step = Recorded(model, cache) if suits(model, cache.kv.dtype) else passes(model, cache)[0]
+        step = passes(model, cache)[0]
         steps()
         return shares(f"generation, a token of 64 rows, {dtype}", steps, device)
