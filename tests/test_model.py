@@ -98,8 +98,8 @@ def test_logits_equal_transformers_at_long_positions(kind):
     assert kind == "moe" or (mine - theirs).abs().max() <= 1e-5
     reference.config._experts_implementation = "eager"  # the other one knows no float64
     exact = reference.double()(x).logits
-    mine, theirs = ((logits - exact).abs().max() for logits in (mine, theirs))
-    assert exact.dtype == torch.float64 and theirs <= 3e-5 and mine <= 3 * theirs  # experts: 1e-5 to 2e-5 is rounding
+    mine, theirs = mine - exact, theirs - exact  # experts: rounding alone may reach 1e-5 to 2e-5, but not on average
+    assert mine.dtype == torch.float64 and mine.norm() <= 1.1 * theirs.norm() and mine.abs().max() <= 3e-5
 
 
 def test_gradients_equal_transformers():
