@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+KINDS = {Tensor, torch.nn.Parameter}
 FOLDER = Path(__file__).parent / "__pycache__"  # where Python keeps what it has compiled
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 
@@ -59,16 +60,23 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL | Non
 
 def plain(*tensors: Tensor) -> bool:
     """Whether tensors lie in the memory of this process: not on a GPU, or spread over processes (DTensor)."""
-    return all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" for x in tensors)
+    for x in tensors:  # a loop: this is asked hundreds of times in a step
+        if type(x) not in KINDS or not x.is_cpu:
+            return False
+    return True
 
 
 def call(function, *args: Tensor | int | float | None) -> None:
     """Call a function of a library. Tensors, which must be contiguous, are passed as their first element's address."""
-    function(*(argument(arg) for arg in args))
+    function(*[argument(arg) for arg in args])
 
 
 def argument(value: Tensor | int | float | None):
-    if isinstance(value, Tensor):
-        assert plain(value) and value.is_contiguous()
-        return ctypes.c_void_p(value.data_ptr())
-    return value if value is None else (ctypes.c_float if isinstance(value, float) else ctypes.c_int64)(value)
+    if type(value) is int:
+        return ctypes.c_int64(value)
+    if type(value) is float:
+        return ctypes.c_float(value)
+    if value is None:
+        return None
+    assert plain(value) and value.is_contiguous()
+    return ctypes.c_void_p(value.data_ptr())
