@@ -64,8 +64,8 @@ class CpuDecoder:
     def __init__(self, model, cache):
         self.config, self.cache, self.dtype, self.layout = model.config, cache, cache.kv.dtype, model.layout
         self.kernels = kernels(self.config, self.dtype)
-        self.embedding, self.vocab_size = model.model.embed_tokens.weight, len(model.lm_head.weight)
-        self.head, self.layers = self.behind(model.model.norm, model.lm_head.weight), []
+        self.embedding, self.layers = model.model.embed_tokens.weight, []
+        self.head = self.behind(model.model.norm, model.lm_head.weight)
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
             qkv = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
@@ -77,7 +77,8 @@ class CpuDecoder:
         positions = torch.arange(cache.kv.size(-2)).unsqueeze(0)
         self.angles = [part.view(-1, self.config.head_dim // 2) for part in model.rotation(positions)]
 
-    def behind(self, norm, weight: Tensor) -> Tensor:  # a norm
+    def behind(self, norm, weight: Tensor) -> Tensor:
+        """The weight behind a norm, its gains multiplied in, as `packed` lays it out."""
         return packed((weight * norm.weight).to(self.dtype))
 
     @torch.no_grad()
@@ -122,7 +123,7 @@ class CpuDecoder:
         return out
 
     def logits(self, x: Tensor) -> Tensor:
-        out = torch.empty(len(x), self.vocab_size)
+        out = torch.empty(len(x), self.config.vocab_size)
         self.call("project_to_floats", x, self.head, out, *x.shape, out.size(1), self.config.norm_eps)
         return out
 

@@ -70,7 +70,7 @@ def measure(args) -> list[dict]:
         options = {"max_new_tokens": max(limits), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         return theirs[kind].generate(ids, attention_mask=mask, stopping_criteria=[ends], **options)[:, width:]
 
-    def products(kind: str) -> float:
+    def best_product(kind: str) -> float:
         """FLOP/s."""
         peak = matrix_peak(device, kind, tokens, model.config)
         if device.type == "cpu" and suits(model, getattr(torch, kind)):  # our own products may be faster
@@ -82,13 +82,13 @@ def measure(args) -> list[dict]:
 
     numbers = torch.ones(2**26, device=device)  # 256 MiB
     for kind in dtypes(device):
-        peak, memory = products(kind), 4 * len(numbers) / warm_seconds(numbers.sum, device)
+        peak, memory = best_product(kind), 4 * len(numbers) / warm_seconds(numbers.sum, device)
         for name, most in limits.items():
             works = {"ours": lambda _, args=(kind, most): seconds_of(lambda: ours(*args), device)}
             works["transformers"] = lambda _, args=(kind, most): seconds_of(lambda: peer(*args), device)
             a, b = ours(kind, most), peer(kind, most)  # before the clock runs: both prepare products by their shape
             times = in_turn(works, range(args.rounds))
-            peak = max(peak, products(kind))
+            peak = max(peak, best_product(kind))
             same = sum(int((x[:n] == y[:n]).sum()) for x, y, n in zip(a, b, most, strict=True)) / sum(most)
             detail = f"{sum(most) / min(times['ours']):,.0f} tokens/s; {same:.1%} of the tokens are the same"
             what = f"generation, {BATCH} prompts of 16 to 256 tokens, {name} new, {kind}: tokens/s / transformers"
