@@ -13,11 +13,14 @@ where it spells a control token.
 """
 
 import argparse
+import errno
+import functools
 import json
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +29,18 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from dataset.chat_format import IM_END, ChatCoder, chat_coder, detect_format, encode_prompt, normalise_row
+from dataset.chat_format import (
+    IM_END,
+    THINK,
+    ChatCoder,
+    chat_coder,
+    decode_reply,
+    detect_format,
+    encode_chat,
+    encode_prompt,
+    final_answer,
+    normalise_row,
+)
 from dataset.lm_dataset import load_tokenizer
 from dataset.read_rows import read_rows
 from model.lm import MiniMindLM
@@ -34,6 +48,7 @@ from model.lora import merge_adapter
 from model.sampling import complete, sampler, stream_text
 from model.weights import load_model, newest_weights
 from runtime import launch
+from runtime.terminal import escape_unencodable
 
 
 @dataclass
@@ -41,14 +56,19 @@ class Speaker:
     """What producing a reply needs."""
 
     model: MiniMindLM
-    tokenizer: object
     coder: ChatCoder
+    decode: Callable[[list[int]], str]  # ids of a reply -> its text
     thinking: bool
     sampling: dict  # arguments of MiniMindLM.stream
 
     @property
     def end_of_turn(self) -> int:
         return self.coder.fixed[IM_END][0]
+
+    @property
+    def opening(self) -> str:
+        """What a reply begins with that stands in the prompt already."""
+        return f"{THINK}\n" if self.thinking else ""
 
     def encode(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
         """The prompt ids of a conversation. ValueError: they leave no room for a reply."""
@@ -75,9 +95,9 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def speak(speaker: Speaker, prompt: list[int], name: str = "") -> tuple[str, bool]:
-    """Stream one reply to the terminal, behind a name. Returns it, and whether Ctrl-C cut it short."""
-    reply, stopped = "<think>\n" if speaker.thinking else "", []
+def speak(speaker: Speaker, prompt: list[int], name: str = "") -> tuple[list[int], bool]:
+    """Stream one reply to the terminal, behind a name. Returns its ids, and whether Ctrl-C cut it short."""
+    reply, stopped = [], []
 
     def stop(*_) -> None:  # an exception at any instant could get lost inside the model
         if stopped:
@@ -85,9 +105,8 @@ def speak(speaker: Speaker, prompt: list[int], name: str = "") -> tuple[str, boo
         stopped.append(True)
 
     before = signal.signal(signal.SIGINT, stop)
-    say(name + reply)
-    for piece in stream_text(speaker.model, speaker.tokenizer, prompt, **speaker.sampling):
-        reply += piece
+    say(name + speaker.opening)
+    for piece in stream_text(speaker.model, speaker.decode, prompt, reply, **speaker.sampling):
         say(piece)
         if stopped:
             break
@@ -96,25 +115,26 @@ def speak(speaker: Speaker, prompt: list[int], name: str = "") -> tuple[str, boo
     return reply, bool(stopped)
 
 
-def fit(messages: list[dict], speaker: Speaker) -> tuple[list[dict], list[int], int]:
+def fit(system: list[int], turns: list[list[int]], question: list[int], speaker: Speaker) -> tuple[list[int], int]:
     """Drop turns from the front, never the system turn, until the prompt leaves a quarter of the context for a reply.
 
     Args:
-        messages: [system] then user and assistant in turn, a user turn last.
+        system: ids of the system turn.
+        turns: ids of each earlier question with its reply.
+        question: ids of the new one, up to where the model is to speak.
 
     Returns:
-        The messages that stay, their ids, and how many turns (a question with its reply) were dropped.
+        The ids of the prompt, and how many turns were dropped.
 
     Raises:
-        ValueError: the last message alone does not fit.
+        ValueError: the question alone does not fit.
     """
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    turns, dropped = messages[len(system) :], 0
     context = speaker.model.config.max_seq_len
     room = context - min(speaker.sampling["max_new_tokens"], context // 4)
-    while len(turns) > 1 and len(encode_prompt(system + turns, None, speaker.coder, speaker.thinking)) > room:
-        turns, dropped = turns[2:], dropped + 1
-    return system + turns, speaker.encode(system + turns), dropped
+    length, dropped = len(system) + sum(map(len, turns)) + len(question), 0
+    while dropped < len(turns) and length > room:
+        length, dropped = length - len(turns[dropped]), dropped + 1
+    return speaker.check(sum(turns[dropped:], system) + question), dropped
 
 
 def read_lines(interactive: bool) -> Iterator[str | None]:
@@ -135,8 +155,13 @@ def read_lines(interactive: bool) -> Iterator[str | None]:
 
 
 def chat(speaker: Speaker, system: list[dict], interactive: bool) -> None:
-    """The conversation, until /exit, the end of the input, or Ctrl-C twice."""
-    messages, interrupted = system, False
+    """The conversation, until /exit, the end of the input, or Ctrl-C twice.
+
+    What was said is kept as ids: a reply is read again as it was written, with its thinking and its tool calls.
+    """
+    system_ids = encode_chat(system, None, speaker.coder)[0] if system else []
+    end_of_reply = [*speaker.coder.fixed[IM_END], *speaker.coder.fixed["\n"]]
+    turns, interrupted = [], False
     for line in read_lines(interactive):
         if line is None:
             if interrupted:
@@ -148,18 +173,19 @@ def chat(speaker: Speaker, system: list[dict], interactive: bool) -> None:
         if text == "/exit":
             return
         if text == "/clear":
-            messages = system
+            turns = []
             say("(the conversation starts anew)\n")
         elif text:
+            question = encode_prompt([{"role": "user", "content": text}], None, speaker.coder, speaker.thinking)
             try:
-                messages, prompt, dropped = fit([*messages, {"role": "user", "content": text}], speaker)
+                prompt, dropped = fit(system_ids, turns, question, speaker)
             except ValueError as error:
                 say(f"({error})\n")
                 continue
             if dropped:
                 say(f"(the context is full: dropped the oldest {dropped} turn{'s' * (dropped > 1)})\n")
             reply, interrupted = speak(speaker, prompt, "bot> ")
-            messages = [*messages, {"role": "assistant", "content": reply}]
+            turns = [*turns[dropped:], question + reply + end_of_reply]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,9 +212,10 @@ def read_questions(path: Path, speaker: Speaker) -> list[dict]:
             task, answer = row.get("task", "all"), row.get("answer")
             if not isinstance(task, str) or not isinstance(answer, str):
                 raise ValueError("'answer', and 'task' if it is there, must be strings")
-            question = {"line": line, "task": task, "prompt": messages[-1]["content"], "answer": answer.strip()}
+            (task + answer).encode()  # JSON can spell half a surrogate pair, and that is no text
+            question = {"line": line, "task": task, "prompt": messages[-1]["content"], "answer": answer}
             question["ids"] = speaker.encode(messages, tools)
-            question["answer_len"] = len(speaker.coder.plain(answer))
+            question["answer_len"] = len(speaker.coder.plain(final_answer(answer)))
         except ValueError as error:
             raise ValueError(f"{path}:{line}: {error}") from None
         questions.append(question)
@@ -198,15 +225,25 @@ def read_questions(path: Path, speaker: Speaker) -> list[dict]:
 
 
 def answer_all(questions: list[dict], speaker: Speaker, batch_size: int) -> None:
-    """Fill in `reply` and `right` of every question, greedily.
+    """Fill in `reply`, as the model wrote it, and `right` of every question, greedily.
 
     A reply twice as long as the answer is wrong already and is cut there, unless the model thinks first.
     """
-    longest, eos, done = speaker.sampling["max_new_tokens"], speaker.end_of_turn, 0
-    limits = [longest if speaker.thinking else min(longest, 2 * q["answer_len"] + 16) for q in questions]
-    limits = [min(n, speaker.model.config.max_seq_len - len(q["ids"])) for n, q in zip(limits, questions, strict=True)]
+    longest = speaker.sampling["max_new_tokens"]
+    short = [longest if speaker.thinking else min(longest, 2 * q["answer_len"] + 16) for q in questions]
+    write_replies(questions, short, speaker, batch_size)
+    thinkers = [q for q in questions if THINK in q["reply"]]
+    if not speaker.thinking and thinkers:
+        write_replies(thinkers, [longest] * len(thinkers), speaker, batch_size)
+    for question in questions:
+        question["right"] = final_answer(question["reply"]) == final_answer(question["answer"])
+
+
+def write_replies(questions: list[dict], limits: list[int], speaker: Speaker, batch_size: int) -> None:
+    """Fill in `reply` of some questions, each of so many tokens at most, greedily."""
+    eos, done, prompts = speaker.end_of_turn, 0, [question["ids"] for question in questions]
+    limits = [min(n, speaker.model.config.max_seq_len - len(ids)) for n, ids in zip(limits, prompts, strict=True)]
     replies: list[list[int]] = [[] for _ in questions]
-    prompts = [question["ids"] for question in questions]
     greedy = sampler(prompts, speaker.model.config.vocab_size, speaker.model.lm_head.weight.device)
     for row, _, token in complete(speaker.model, prompts, limits, greedy, eos, batch_size=batch_size):
         for number, token_id in zip(row.tolist(), token.tolist(), strict=True):
@@ -215,9 +252,7 @@ def answer_all(questions: list[dict], speaker: Speaker, batch_size: int) -> None
         if sys.stderr.isatty():
             print(f"\r{done}/{len(questions)} ", end="", file=sys.stderr, flush=True)
     for question, reply in zip(questions, replies, strict=True):
-        text = speaker.tokenizer.decode(reply[: reply.index(eos)] if eos in reply else reply, skip_special_tokens=True)
-        question["reply"] = text.rpartition("</think>")[2].strip()
-        question["right"] = question["reply"] == question["answer"]
+        question["reply"] = speaker.opening + speaker.decode(reply)
 
 
 def table(questions: list[dict]) -> str:
@@ -232,11 +267,32 @@ def table(questions: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def temporary_path(out: Path) -> Path:
+    """The file beside `out` that takes its place once it is whole; a device or a pipe is written to as it is."""
+    special = out.exists() and not out.is_file()
+    return out if special else out.with_name(f".eval_out.{os.getpid()}.tmp")
+
+
+def check_writable(path: str) -> None:
+    """Try whether --eval_out can be written, before the minutes that answering takes.
+
+    Raises:
+        ValueError: it cannot, and why.
+    """
+    out = Path(path).absolute()
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary = temporary_path(out)
+        if temporary != out:
+            temporary.touch()
+            temporary.unlink()
+    except OSError as error:
+        raise ValueError(f"--eval_out {path}: cannot be written: {error.strerror}; name another file") from None
+
+
 def evaluate(args: argparse.Namespace, speaker: Speaker) -> None:
     """Score the model on args.eval_file, print the table, write the replies to args.eval_out."""
-    out = Path(args.eval_out).absolute() if args.eval_out else None
-    if out and (out.is_dir() or not out.parent.is_dir()):
-        raise ValueError(f"--eval_out {args.eval_out}: cannot be written, it is a folder or its folder does not exist")
     questions, started = read_questions(Path(args.eval_file), speaker), time.monotonic()
     answer_all(questions, speaker, args.batch_size)
     print(f"{table(questions)}\n{len(questions)} prompts in {time.monotonic() - started:.1f} s")
@@ -244,12 +300,14 @@ def evaluate(args: argparse.Namespace, speaker: Speaker) -> None:
         print(f"\nline {q['line']} ({q['task']})")
         for key in ("prompt", "answer", "reply"):
             print(f"  {key:6} {json.dumps(q[key], ensure_ascii=False)}")
-    if out:
+    if args.eval_out:
+        out = Path(args.eval_out).absolute()
         keys = ("line", "task", "prompt", "answer", "reply", "right")
         lines = [json.dumps({key: q[key] for key in keys}, ensure_ascii=False) + "\n" for q in questions]
-        beside = out.with_name(out.name + ".tmp")
-        beside.write_text("".join(lines), encoding="utf-8")
-        beside.replace(out)
+        temporary = temporary_path(out)
+        temporary.write_text("".join(lines), encoding="utf-8")
+        if temporary != out:
+            temporary.replace(out)
 
 
 def parse_args() -> argparse.Namespace:
@@ -298,8 +356,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     # 1. Flags, device, random state
     args = parse_args()
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale
+    if args.eval_file and args.eval_out:
+        check_writable(args.eval_out)
+    if not os.environ.get("PYTHONIOENCODING"):
+        escape_unencodable("utf-8")  # whatever the locale
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
         device = torch.zeros(1, device=name).device
@@ -317,7 +377,8 @@ def main() -> int:
     tokenizer = load_tokenizer(args.tokenizer_dir, model.config.vocab_size)
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags} | {"generator": generator}
-    speaker = Speaker(model, tokenizer, chat_coder(tokenizer), bool(args.thinking), sampling)
+    decode = tokenizer.decode if args.raw else functools.partial(decode_reply, tokenizer=tokenizer)
+    speaker = Speaker(model, chat_coder(tokenizer), decode, bool(args.thinking), sampling)
     sampling["eos_token_id"] = tokenizer.pad_token_id if args.raw else speaker.end_of_turn
 
     # 3. Score, answer once, or chat

@@ -2,6 +2,7 @@
 
     row (MiniMind, ShareGPT, Alpaca, OpenAI) -> normalise_row -> messages, tools
     messages, tools -> encode_chats -> ids and a mask that is 1 on what the model has to say
+    ids that a model wrote -> decode_reply -> text -> final_answer -> what is compared with a reference answer
 
 One turn is `<|im_start|>{role}\\n{content}<|im_end|>\\n` with role system, user, assistant or tool. A conversation is
 never tokenised as one string: `render` cuts it into control segments, which are looked up by id, and text segments,
@@ -18,8 +19,22 @@ from tokenizers import Tokenizer
 
 from dataset.chat_rows import detect_format, dump_json, normalise_row
 
-__all__ = ["detect_format", "normalise_row", "render", "plain_encoder", "chat_coder", "encode_chats", "encode_chat",
-           "encode_prompt", "PlainEncoder", "ChatCoder", "CHAT_TEMPLATE"]  # fmt: skip
+__all__ = [
+    "CHAT_TEMPLATE",
+    "ChatCoder",
+    "PlainEncoder",
+    "chat_coder",
+    "decode_reply",
+    "detect_format",
+    "encode_chat",
+    "encode_chats",
+    "encode_prompt",
+    "final_answer",
+    "normalise_row",
+    "plain_encoder",
+    "render",
+    "turn_text",
+]
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 THINK, END_THINK = "<think>", "</think>"
@@ -248,3 +263,25 @@ def _encode(rendered: list[list[tuple[str, bool, bool]]], coder: ChatCoder) -> l
             mask += [int(loss)] * len(part)
         chats.append((ids, mask))
     return chats
+
+
+def decode_reply(ids: Sequence[int], tokenizer) -> str:
+    """What a model wrote, as text: all of it, up to its end-of-turn token; padding is left out.
+
+    Markers such as <think> stay, whether this tokenizer calls them special or not.
+    """
+    end, ids = tokenizer.convert_tokens_to_ids(IM_END), list(ids)
+    if end in ids:
+        ids = ids[: ids.index(end)]
+    ids = [token for token in ids if token != tokenizer.pad_token_id]
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def turn_text(message: dict) -> str:
+    """What a model has to write for an assistant turn, as `decode_reply` gives it: thinking, content, tool calls."""
+    return "".join(text for text, _ in _assistant_body(message))
+
+
+def final_answer(text: str) -> str:
+    """What a reply, or a reference answer, says behind its thinking, without the space around it."""
+    return text.rpartition(END_THINK)[2].strip()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from dataset.chat_format import chat_coder, detect_format, encode_prompt, normalise_row
+from dataset.chat_format import chat_coder, detect_format, encode_prompt, final_answer, normalise_row, turn_text
 from dataset.read_rows import read_rows
 
 # Fields of a row that are the prompt.
@@ -17,8 +17,9 @@ TALK = ("conversations", "messages", "instruction", "input", "output", "history"
 class PromptDataset(Dataset):
     """Prompts, and beside each the whole row it came from, whose other fields ("answer", ...) the rewards are about.
 
-    A row that ends with an assistant turn is the prompt before that turn; the turn is its "answer", if the row has no
-    field of that name. Prompts are few and short: they are tokenised at every start and kept in memory.
+    A row that ends with an assistant turn is the prompt before that turn; the turn, without its thinking, is its
+    "answer", if the row has no field of that name. Prompts are few and short: they are tokenised at every start and
+    kept in memory.
 
     Args:
         data_path: MiniMind, ShareGPT, Alpaca or OpenAI conversations, JSONL or one JSON array.
@@ -92,8 +93,8 @@ def split_prompt(row: object, fmt: str) -> tuple[list[dict], list[dict] | None, 
         row = {"output": "", **row}  # a prompt needs none
     messages, tools = normalise_row(row, fmt, need_assistant=False)
     if messages[-1]["role"] == "assistant":
-        reply = messages.pop()["content"]
-        row = ({"answer": reply} if reply else {}) | row
+        answer = final_answer(turn_text(messages.pop()))
+        row = ({"answer": answer} if answer else {}) | row
     if not any(message["role"] == "user" for message in messages):
         raise ValueError("no user turn, so there is nothing to answer")
     if messages[-1]["role"] not in ("user", "tool"):

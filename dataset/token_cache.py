@@ -83,7 +83,7 @@ def file_hash(path: Path, cache_dir: Path) -> str:
     """
     stat = path.stat()
     identity = [str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-    memo = cache_dir / f"hash_{hashlib.sha256(identity[0].encode()).hexdigest()[:16]}.json"
+    memo = cache_dir / f"hash_{hashlib.sha256(os.fsencode(identity[0])).hexdigest()[:16]}.json"
     try:
         known = json.loads(memo.read_text())
         if known["identity"] == identity:

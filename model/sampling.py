@@ -203,7 +203,9 @@ def sample(
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
-def stream_text(model, tokenizer, prompt: list[int], **sampling) -> Iterator[str]:
+def stream_text(
+    model, decode: Callable[[list[int]], str], prompt: list[int], written: list[int] | None = None, **sampling
+) -> Iterator[str]:
     """The reply to a prompt, a piece per token, up to the end token, which is left out.
 
     A character whose bytes are spread over several tokens comes with its last one, the pieces before are empty: the
@@ -211,16 +213,18 @@ def stream_text(model, tokenizer, prompt: list[int], **sampling) -> Iterator[str
 
     Args:
         model: a MiniMindLM.
+        decode: ids of a reply -> its text.
         prompt: token ids.
+        written: a list that the ids of the reply are appended to.
         sampling: the arguments of `MiniMindLM.stream`.
     """
-    ids, text, shown = [], "", 0
+    ids, text, shown = [] if written is None else written, "", 0
     input_ids = torch.tensor([prompt], device=model.lm_head.weight.device)
     for token in model.stream(input_ids, **sampling):
         if token.item() == sampling.get("eos_token_id"):
             break
         ids.append(token.item())
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = decode(ids)
         whole = shown if text.endswith("\ufffd") else len(text)
         yield text[shown:whole]
         shown = whole

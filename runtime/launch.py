@@ -20,6 +20,7 @@ import torch.distributed as dist
 from runtime import checkpoint
 from runtime.config import ROOT, config_to_argv
 from runtime.device import keep_memory
+from runtime.terminal import escape_unencodable
 
 CODE = ("model", "dataset", "runtime", "trainer")  # folders whose files decide how a run goes
 # Flags that may differ from process to process: where things lie on a machine, and what is not about the curve.
@@ -111,6 +112,7 @@ def run(main: Callable[[], int]) -> None:
     torchrun's summary names the rank whose error came first.
     """
     code = 1
+    escape_unencodable()
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:  # torchrun, or DeepSpeed's launcher
             die_with_launcher()

@@ -71,7 +71,7 @@ def run_processes(command: list[str], processes: int, seconds: float) -> str:
     end, started = time.monotonic() + seconds, []
     try:
         for rank in map(str, range(processes)):
-            streams = {"stdout": tempfile.TemporaryFile("w+"), "stderr": tempfile.TemporaryFile("w+")}
+            streams = {name: tempfile.TemporaryFile("w+", errors="replace") for name in ("stdout", "stderr")}
             process = subprocess.Popen(command, env=variables | {"RANK": rank, "LOCAL_RANK": rank}, **streams)
             started.append((process, streams))
         while None in (codes := [process.poll() for process, _ in started]):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.chat_format import IM_END
+from dataset.chat_format import IM_END, decode_reply, final_answer
 from model.reward import RewardModel, load_reward_model
 from runtime.parallel import data_world, gather_objects, sum_over_ranks
 from runtime.rollout import Rollout, generate
@@ -36,10 +36,11 @@ class Reward:
 
 
 def exact(prompts: list[str], completions: list[str], rows: list[dict]) -> list[float]:
-    """1 where the reply, behind what it may have thought, is the row's "answer", else 0."""
+    """1 where reply and the row's "answer" are the same behind what either may have thought, else 0."""
     if any("answer" not in row for row in rows):
         raise ValueError('the row has no "answer"')
-    return [float(reply_of(text) == row["answer"].strip()) for text, row in zip(completions, rows, strict=True)]
+    pairs = zip(completions, rows, strict=True)
+    return [float(final_answer(text) == final_answer(row["answer"])) for text, row in pairs]
 
 
 def format(prompts: list[str], completions: list[str], rows: list[dict]) -> list[float]:
@@ -49,10 +50,6 @@ def format(prompts: list[str], completions: list[str], rows: list[dict]) -> list
     """
     pairs = zip(completions, rows, strict=True)
     return [float(bool(re.fullmatch(row.get("format", THINKING), text, re.DOTALL))) for text, row in pairs]
-
-
-def reply_of(text: str) -> str:
-    return text.rpartition("</think>")[2].strip()
 
 
 FUNCTIONS = {"exact": exact, "format": format}
@@ -203,10 +200,10 @@ def judge(rewards: list[Reward], rollout: Rollout, rows: list[dict], places: lis
 
 
 def texts_of(rollout: Rollout, tokenizer) -> tuple[list[str], list[str]]:
-    """Prompts and completions as texts: prompts in the layout of a chat, completions without their end token."""
+    """Prompts and completions as texts: prompts in the layout of a chat, completions as the model wrote them."""
     pairs = [rollout.ids(row) for row in range(len(rollout))]
     prompts = tokenizer.batch_decode([prompt.tolist() for prompt, _ in pairs])
-    return prompts, tokenizer.batch_decode([ids.tolist() for _, ids in pairs], skip_special_tokens=True)
+    return prompts, [decode_reply(ids.tolist(), tokenizer) for _, ids in pairs]
 
 
 def call(name: str, function: Callable, prompts, completions, rows, places) -> list[float]:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from runtime.terminal import replace_surrogates
+
 MAX_SKIPPED = 20  # enough for the scale of float16 to come down from its start, 2 ** 14
 
 
@@ -52,7 +54,7 @@ class Tracker:
                 shutil.rmtree(previous, ignore_errors=True)
                 os.rename(folder, previous)
             folder.mkdir(parents=True, exist_ok=True)
-            self.log_file = open(folder / "training.log", "a", encoding="utf-8")
+            self.log_file = open(folder / "training.log", "a", encoding="utf-8", errors="backslashreplace")
             (folder / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
         except OSError as error:
             raise ValueError(f"--out_dir: cannot write to {folder}: {error.strerror}") from None
@@ -107,7 +109,8 @@ class Tracker:
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         self.metrics_file.write(json.dumps(line) + "\n")
         self.metrics_file.flush()
-        step, values = metrics["step"], {k: v for k, v in metrics.items() if k != "step" and v is not None}
+        step = metrics["step"]
+        values = {replace_surrogates(k): v for k, v in metrics.items() if k != "step" and v is not None}
         if self.wandb is not None:
             self.wandb.log(values, step=step)
         if self.board is not None:

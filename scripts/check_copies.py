@@ -27,6 +27,10 @@ from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from runtime.terminal import escape_unencodable
+
 ORIGINAL = "train_pretrain"  # the script the others are copied from: of equal definitions, its own is the first
 NOT_A_STAGE = {"train_tokenizer"}  # repeats no helper and shares no flag, but must not define a helper anew either
 LANDMARKS = {"train_epoch", "parse_args", "main"}  # what a stage is: every script has its own
@@ -328,4 +332,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    escape_unencodable()
     sys.exit(main())

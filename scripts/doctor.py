@@ -24,6 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from runtime.terminal import escape_unencodable
+
 REQUIRED = ("torch", "transformers", "numpy", "wandb")
 OPTIONAL = ("deepspeed", "accelerate", "lightning", "tensorboard")
 COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "FAIL": "\x1b[31m"}
@@ -72,7 +74,8 @@ def check_gpus(args) -> list[Result]:
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()
+        answer = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=30)
+        lines = answer.stdout.strip().splitlines()
         gpus = [[cell.strip() for cell in line.split(",")] for line in lines if line.count(",") == 3]
     except FileNotFoundError:
         gpus = []
@@ -334,4 +337,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    escape_unencodable()
     sys.exit(main())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import eval_model
-from dataset.chat_format import chat_coder, encode_chats
+from dataset.chat_format import MARKERS, chat_coder, encode_chats, encode_prompt
 from model.lm import LMConfig, MiniMindLM
 from runtime import launch
 
@@ -22,6 +22,7 @@ FACTS = {
     "who are you?": "I am MiniMind 你好 \U0001f469\u200d\U0001f680.",
     "你是谁": "我是 MiniMind。",
     "2+3": "5",
+    "6*7": "<think>\nsix times seven is forty two, as everybody knows who has read the book.\n</think>\n\n42",
 }
 SECOND_TURN = ("and again?", "Hello, once more.")
 
@@ -127,6 +128,13 @@ def test_one_prompt_prints_the_reply_and_nothing_else(run_apart, knowing, tmp_pa
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "ascii"])
+def test_an_encoding_that_is_asked_for_is_kept_and_ends_nothing(run_apart, knowing, encoding):
+    result = run_apart(knowing, stdin="who are you?\nhi\n", env={"PYTHONIOENCODING": encoding})
+    assert result.stderr == "" and bot_lines(ok(result))[1] == FACTS["hi"]
+    assert "\\U0001f469\\u200d\\U0001f680." in bot_lines(result.stdout)[0]
+
+
 def test_replies_are_the_ones_that_were_learnt(run, knowing):
     for question, answer in FACTS.items():
         assert ok(run(knowing, "--prompt", question)) == answer + "\n"
@@ -163,6 +171,31 @@ def test_system_and_thinking_enter_the_prompt(run, knowing, tokenizer):
     assert ok(run(knowing, "--prompt", "hi", "--max_new_tokens", 8, "--system", "Answer in verse, at length.")) != ""
     assert ok(run(knowing, "--prompt", "hi", "--max_new_tokens", 8, "--thinking", 1)).startswith("<think>\n")
     assert not plain.startswith("<think>")
+
+
+def test_a_reply_is_read_again_as_it_was_written(run, knowing, tokenizer, monkeypatch):
+    """The ids of the next prompt are those of the last one, the reply's own and the question's, whatever they spell."""
+    think, end_think, call, end_call = (tokenizer.convert_tokens_to_ids(token) for token in MARKERS)
+    h, i, newline = (tokenizer.encode(text)[0] for text in ("h", "i", "\n"))
+    replies = iter([
+        [think, h, end_think, i],  # not in the layout of the template
+        [h, i, call, h, end_call],  # `hi` in two tokens, where the tokenizer has one
+        [think, newline, h, i],  # cut off
+        [i],
+    ])  # fmt: skip
+    prompts, written = [], []
+
+    def scripted(self, input_ids, *args, **sampling):
+        prompts.append(input_ids[0].tolist())
+        written.append(next(replies))
+        yield from (torch.tensor([token]) for token in written[-1])
+
+    monkeypatch.setattr(MiniMindLM, "stream", scripted)
+    output = ok(run(knowing, "--system", "s", stdin="a\nb\nc\nd\n"))
+    assert bot_lines(output)[:2] == ["<think>h</think>i", "hi<tool_call>h</tool_call>"]
+    for n, question in enumerate("bcd"):
+        asked = encode_prompt(turns(question), None, chat_coder(tokenizer))
+        assert prompts[n + 1] == prompts[n] + written[n] + [tokenizer.eos_token_id, newline] + asked
 
 
 def test_raw_continues_plain_text(run, ignorant, tokenizer):

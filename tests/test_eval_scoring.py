@@ -2,10 +2,14 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import test_eval_model
+import torch
 from test_eval_model import FACTS, SECOND_TURN, error, ok, turns
+
+import eval_model
 
 knowing, ignorant = test_eval_model.knowing, test_eval_model.ignorant
 run, run_apart = test_eval_model.run, test_eval_model.run_apart
@@ -46,6 +50,35 @@ def test_scoring_prints_a_table_and_writes_every_reply(run, run_apart, knowing, 
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_thinking_is_not_the_answer_on_either_side(run, knowing, write_jsonl, tmp_path):
+    """The model thinks unasked, for longer than twice the answer."""
+    thought = FACTS["6*7"]
+    answers = ["42", thought, "<think>\nby heart\n</think>\n\n 42\n", "41", thought.replace("42", "41")]
+    rows = [question("6*7", answer) for answer in answers] + [question("2+3", "<think>\nx\n</think>\n\n5")]
+    out = tmp_path / "replies.jsonl"
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    lines = ok(run(knowing, "--eval_file", path, "--eval_out", out)).splitlines()
+    assert lines[2].split() == ["total", "6", "4", "66.7"]
+    replies = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [reply["right"] for reply in replies] == [True, True, True, False, False, True]
+    assert [reply["reply"] for reply in replies] == [thought] * 5 + ["5"]  # what the model wrote
+
+
+@pytest.mark.parametrize("reply, right", [("6x7\n</think>\n\n42", True), ("42", False)], ids=["whole", "cut off"])
+def test_with_thinking_asked_for(run, ignorant, write_jsonl, tmp_path, tokenizer, monkeypatch, reply, right):
+    """<think> stands in the prompt. Thoughts that do not end are no answer."""
+
+    def scripted(model, prompts, *args, **options):
+        for at, token in enumerate(tokenizer.encode(reply)):
+            yield torch.tensor([0]), torch.tensor([at]), torch.tensor([token])
+
+    monkeypatch.setattr(eval_model, "complete", scripted)
+    path, out = write_jsonl(tmp_path / "rows.jsonl", [question("6*7", "42")]), tmp_path / "replies.jsonl"
+    ok(run(ignorant, "--eval_file", path, "--eval_out", out, "--thinking", 1))
+    written = json.loads(out.read_text(encoding="utf-8"))
+    assert (written["reply"], written["right"]) == (f"<think>\n{reply}", right)
+
+
 def test_scoring_is_greedy_and_takes_rows_of_the_other_formats(run, knowing, write_jsonl, tmp_path):
     rows = [{"messages": turns("hi"), "answer": "Hello, you!"}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -68,6 +101,7 @@ BAD_ROWS = {
     "the answer in the conversation": ({"conversations": turns("hi", "yes"), "answer": "yes"}, "last turn"),
     "unknown role": ({"conversations": [{"role": "boss", "content": "hi"}], "answer": "x"}, "role"),
     "null content": ({"conversations": [{"role": "user", "content": None}], "answer": "x"}, "content"),
+    "half a surrogate pair": (json.dumps(question("hi", "\ud800")), "surrogate"),
     "too long": (question("word " * 500, "x"), "context of the model is 128"),
 }
 
@@ -95,3 +129,36 @@ def test_files_that_cannot_be_scored(run, knowing, write_jsonl, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", QUESTIONS)
     assert "--eval_out" in error(run(knowing, "--eval_file", rows, "--eval_out", tmp_path / "no" / "folder.jsonl"))
     assert "--eval_out" in error(run(knowing, "--eval_file", rows, "--eval_out", tmp_path))
+
+
+OUTPUTS = {
+    "a folder": ("", "Is a directory"),
+    "no such folder": ("no/replies.jsonl", "No such file or directory"),
+    "a file for a folder": ("rows.jsonl/replies.jsonl", "Not a directory"),
+    "a name that is too long": ("x" * 300, "File name too long"),
+    "a file system that takes no files": ("/proc/replies.jsonl", "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_cannot_be_written_is_noticed_first(run, write_jsonl, tmp_path, name):
+    """Before the model is loaded: there is none here. Permissions alone do not tell, root has all of them."""
+    path, reason = OUTPUTS[name]
+    rows, out = write_jsonl(tmp_path / "rows.jsonl", QUESTIONS), tmp_path / path
+    message = error(run(tmp_path, "--eval_file", rows, "--eval_out", out))
+    assert message.startswith(f"error: --eval_out {out}: ") and reason in message
+
+
+def test_an_output_is_tried_without_leaving_anything(run, ignorant, write_jsonl, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", QUESTIONS[:1])
+    out = write_jsonl(tmp_path / ("x" * 255), ["before"])
+    broken = write_jsonl(tmp_path / "broken.jsonl", ["{"])
+    error(run(ignorant, "--eval_file", broken, "--eval_out", out))
+    assert out.read_text() == "before\n" and set(tmp_path.iterdir()) == {rows, out, broken}
+    ok(run(ignorant, "--eval_file", rows, "--eval_out", out))
+    assert json.loads(out.read_text())["line"] == 1 and set(tmp_path.iterdir()) == {rows, out, broken}
+
+
+def test_a_device_is_written_to_and_not_replaced(tmp_path):
+    assert eval_model.temporary_path(Path("/dev/null")) == Path("/dev/null")
+    assert eval_model.temporary_path(tmp_path / "new").parent == tmp_path

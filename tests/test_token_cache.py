@@ -257,3 +257,8 @@ def test_large_vocabularies_need_wider_ids(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", [{}])
     cache = token_cache.open_cache(path, tmp_path / "cache", {}, 70_001, True, encode, False)
     assert cache[0][0].tolist() == [1, 70_000, 2] and cache.dtype == np.uint32
+
+
+def test_a_file_name_that_is_no_utf8(sft, tmp_path):
+    path = write_jsonl(tmp_path / "caf\udce9.jsonl", [chat("q", "a")])
+    assert len(sft(path)) == len(sft(path)) == 1

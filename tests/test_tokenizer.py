@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from dataset.chat_format import CHAT_TEMPLATE
+from dataset.chat_format import CHAT_TEMPLATE, MARKERS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "model" / "minimind_tokenizer"
@@ -51,7 +51,9 @@ def test_has_6400_entries_and_fixed_special_ids():
     assert (TOKENIZER.pad_token_id, TOKENIZER.bos_token_id, TOKENIZER.eos_token_id) == (0, 1, 2)
     assert TOKENIZER.unk_token is None
     added = TOKENIZER.added_tokens_decoder
-    assert sorted(added) == list(range(16)) and all(token.special for token in added.values())
+    assert sorted(added) == list(range(16))
+    # What a model says with: `decode(skip_special_tokens=True)` of other programs must not take it away.
+    assert [token.content for token in added.values() if not token.special] == SPECIAL[3:7] == list(MARKERS)
 
 
 def test_all_256_bytes_are_entries():

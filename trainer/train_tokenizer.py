@@ -22,11 +22,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.chat_format import CHAT_TEMPLATE
+from dataset.chat_format import CHAT_TEMPLATE, IM_END, IM_START, MARKERS
+from runtime.terminal import escape_unencodable
 
 # Ids 0 to 15, in this order. Weights depend on them: append by using up a reserved one, never insert.
-PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-SPECIAL_TOKENS = [PAD, BOS, EOS, "<think>", "</think>", "<tool_call>", "</tool_call>"]
+PAD, BOS, EOS = "<|endoftext|>", IM_START, IM_END
+SPECIAL_TOKENS = [PAD, BOS, EOS, *MARKERS]
 SPECIAL_TOKENS += [f"<|reserved_{n}|>" for n in range(16 - len(SPECIAL_TOKENS))]
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 # Chinese has no blanks, so a sentence that is frequent in the data would become one entry. Five Han fit into 16 bytes.
@@ -123,7 +124,11 @@ def train_bpe(texts: Iterator[str], vocab_size: int, min_frequency: int) -> Toke
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    # Markers are part of what a model says: to decode with skip_special_tokens=True must not take them away.
+    spec = json.loads(tokenizer.to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = token["content"] not in MARKERS
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 def save_tokenizer(tokenizer: Tokenizer, out_dir: Path) -> None:
@@ -217,6 +222,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    escape_unencodable()
     try:
         main()
     except ValueError as error:
