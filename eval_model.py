@@ -17,6 +17,7 @@ import errno
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -194,7 +195,10 @@ def chat(speaker: Speaker, system: list[dict], interactive: bool) -> None:
 
 
 def read_questions(path: Path, speaker: Speaker) -> list[dict]:
-    """The rows of an evaluation file: {"task", "conversations": [..., user turn], "answer"}, plus their prompt ids.
+    """The rows of an evaluation file: {"task", "conversations": [..., user turn]} and what is right.
+
+    That is "answer", the reply to the letter, or "accept", a list of regular expressions of which the reply must
+    contain one, in either case. Where a user turn follows a user turn, the model answers the first one itself.
 
     Raises:
         ValueError: `file:line: reason` for the first bad row; no rows.
@@ -206,43 +210,89 @@ def read_questions(path: Path, speaker: Speaker) -> list[dict]:
         try:
             if fault:
                 raise ValueError(fault)
-            messages, tools = normalise_row(row, detect_format(row), need_assistant=False)
-            if messages[-1]["role"] == "assistant":
-                raise ValueError("the last turn must not be the assistant's: that is what the model is to say")
-            task, answer = row.get("task", "all"), row.get("answer")
-            if not isinstance(task, str) or not isinstance(answer, str):
-                raise ValueError("'answer', and 'task' if it is there, must be strings")
-            (task + answer).encode()  # JSON can spell half a surrogate pair, and that is no text
-            question = {"line": line, "task": task, "prompt": messages[-1]["content"], "answer": answer}
-            question["ids"] = speaker.encode(messages, tools)
-            question["answer_len"] = len(speaker.coder.plain(final_answer(answer)))
+            questions.append({"line": line, **read_question(row, speaker)})
         except ValueError as error:
             raise ValueError(f"{path}:{line}: {error}") from None
-        questions.append(question)
     if not questions:
         raise ValueError(f"{path}: no rows")
     return questions
 
 
+def read_question(row: dict, speaker: Speaker) -> dict:
+    """One row as {task, prompt, answer or accept, parts}; parts: ids up to each place where the model speaks."""
+    messages, tools = normalise_row(row, detect_format(row), need_assistant=False)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last turn must not be the assistant's: that is what the model is to say")
+    task, answer, accept = row.get("task", "all"), row.get("answer"), row.get("accept")
+    if not isinstance(task, str) or not isinstance(answer, str) and accept is None:
+        raise ValueError("'answer', and 'task' if it is there, must be strings")
+    if answer is not None and accept is not None:
+        raise ValueError("a row has 'answer' or 'accept', not both")
+    (task + (answer or "")).encode()  # JSON can spell half a surrogate pair, and that is no text
+    question = {"task": task, "prompt": messages[-1]["content"]}
+    if accept is None:
+        question |= {"answer": answer, "answer_len": len(speaker.coder.plain(final_answer(answer)))}
+    else:
+        question["accept"] = read_patterns(accept)
+    turns = [message["role"] for message in messages]
+    ends = [n for n in range(1, len(turns)) if turns[n - 1] == turns[n] == "user"] + [len(turns)]
+    starts = [0, *ends[:-1]]
+    question["parts"] = [
+        speaker.encode(messages[start:end], tools if start == 0 else None)
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    speaker.check(sum(question["parts"], []))
+    return question
+
+
+def read_patterns(accept: object) -> list[re.Pattern]:
+    """The regular expressions of a row."""
+    if not isinstance(accept, list) or not accept or not all(isinstance(pattern, str) for pattern in accept):
+        raise ValueError("'accept' must be a list of regular expressions")
+    try:
+        return [re.compile(pattern, re.IGNORECASE) for pattern in accept]
+    except re.error as error:
+        raise ValueError(f"'accept': {error.pattern!r} is no regular expression: {error}") from None
+
+
 def answer_all(questions: list[dict], speaker: Speaker, batch_size: int) -> None:
     """Fill in `reply`, as the model wrote it, and `right` of every question, greedily.
 
-    A reply twice as long as the answer is wrong already and is cut there, unless the model thinks first.
+    A reply twice as long as the answer is wrong already and is cut there, unless the model thinks first. Replies to
+    earlier turns leave half of what room there is to those that follow.
     """
-    longest = speaker.sampling["max_new_tokens"]
-    short = [longest if speaker.thinking else min(longest, 2 * q["answer_len"] + 16) for q in questions]
-    write_replies(questions, short, speaker, batch_size)
+    end_of_reply = [*speaker.coder.fixed[IM_END], *speaker.coder.fixed["\n"]]
+    longest, context = speaker.sampling["max_new_tokens"], speaker.model.config.max_seq_len
+    for question in questions:
+        question["ids"] = question["parts"][0]
+    for turn in range(1, max(len(question["parts"]) for question in questions)):
+        rows = [question for question in questions if len(question["parts"]) > turn]
+        room = [context - len(q["ids"]) - sum(map(len, q["parts"][turn:])) for q in rows]
+        write_replies(rows, [max(1, min(longest, tokens // 2)) for tokens in room], speaker, batch_size)
+        for question in rows:
+            talk = question["ids"] + question["reply_ids"] + end_of_reply + question["parts"][turn]
+            question["ids"] = talk[1 - context :]  # a talk that is full loses its beginning
+    limits = [
+        longest if speaker.thinking or "accept" in question else min(longest, 2 * question["answer_len"] + 16)
+        for question in questions
+    ]
+    write_replies(questions, limits, speaker, batch_size)
     thinkers = [q for q in questions if THINK in q["reply"]]
     if not speaker.thinking and thinkers:
         write_replies(thinkers, [longest] * len(thinkers), speaker, batch_size)
     for question in questions:
-        question["right"] = final_answer(question["reply"]) == final_answer(question["answer"])
+        reply = final_answer(question["reply"])
+        if "accept" in question:
+            question["right"] = any(pattern.search(reply) for pattern in question["accept"])
+        else:
+            question["right"] = reply == final_answer(question["answer"])
 
 
 def write_replies(questions: list[dict], limits: list[int], speaker: Speaker, batch_size: int) -> None:
-    """Fill in `reply` of some questions, each of so many tokens at most, greedily."""
+    """Fill in `reply` and `reply_ids` of some questions, each of so many tokens at most, greedily."""
     eos, done, prompts = speaker.end_of_turn, 0, [question["ids"] for question in questions]
-    limits = [min(n, speaker.model.config.max_seq_len - len(ids)) for n, ids in zip(limits, prompts, strict=True)]
+    context = speaker.model.config.max_seq_len
+    limits = [max(1, min(n, context - len(ids))) for n, ids in zip(limits, prompts, strict=True)]
     replies: list[list[int]] = [[] for _ in questions]
     greedy = sampler(prompts, speaker.model.config.vocab_size, speaker.model.lm_head.weight.device)
     for row, _, token in complete(speaker.model, prompts, limits, greedy, eos, batch_size=batch_size):
@@ -252,6 +302,7 @@ def write_replies(questions: list[dict], limits: list[int], speaker: Speaker, ba
         if sys.stderr.isatty():
             print(f"\r{done}/{len(questions)} ", end="", file=sys.stderr, flush=True)
     for question, reply in zip(questions, replies, strict=True):
+        question["reply_ids"] = reply[: reply.index(eos)] if eos in reply else reply
         question["reply"] = speaker.opening + speaker.decode(reply)
 
 
@@ -291,6 +342,18 @@ def check_writable(path: str) -> None:
         raise ValueError(f"--eval_out {path}: cannot be written: {error.strerror}; name another file") from None
 
 
+def shown(question: dict, *keys: str) -> dict:
+    """What is told of a question: these keys, and behind its prompt what would have been right."""
+    told = {}
+    for key in keys:
+        told[key] = question[key]
+        if key == "prompt" and "accept" in question:
+            told["accept"] = [pattern.pattern for pattern in question["accept"]]
+        elif key == "prompt":
+            told["answer"] = question["answer"]
+    return told
+
+
 def evaluate(args: argparse.Namespace, speaker: Speaker) -> None:
     """Score the model on args.eval_file, print the table, write the replies to args.eval_out."""
     questions, started = read_questions(Path(args.eval_file), speaker), time.monotonic()
@@ -298,12 +361,12 @@ def evaluate(args: argparse.Namespace, speaker: Speaker) -> None:
     print(f"{table(questions)}\n{len(questions)} prompts in {time.monotonic() - started:.1f} s")
     for q in [q for q in questions if not q["right"]][: args.show_wrong]:
         print(f"\nline {q['line']} ({q['task']})")
-        for key in ("prompt", "answer", "reply"):
-            print(f"  {key:6} {json.dumps(q[key], ensure_ascii=False)}")
+        for key, value in shown(q, "prompt", "reply").items():
+            print(f"  {key:6} {json.dumps(value, ensure_ascii=False)}")
     if args.eval_out:
         out = Path(args.eval_out).absolute()
-        keys = ("line", "task", "prompt", "answer", "reply", "right")
-        lines = [json.dumps({key: q[key] for key in keys}, ensure_ascii=False) + "\n" for q in questions]
+        rows = [shown(question, "line", "task", "prompt", "reply", "right") for question in questions]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         temporary = temporary_path(out)
         temporary.write_text("".join(lines), encoding="utf-8")
         if temporary != out:

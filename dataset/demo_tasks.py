@@ -1,118 +1,486 @@
-"""What make_demo.py builds on: words.json, what is held out, and the tasks whose answers are computed."""
+"""The tasks of the demo data: each makes one exchange, or a short talk, with the one right reply.
 
-import hashlib
-import json
-from pathlib import Path
+A sampler takes (rng, lang, held_out) and returns the talk's texts, the user's first, the right reply last. What is held
+out is decided by a hash of what a prompt is about, so both sides of the split come from the same code.
+"""
 
-DEMO = Path(__file__).resolve().parent / "demo"
-LANGS = ("en", "zh")
-WORDS = json.loads((DEMO / "words.json").read_text(encoding="utf-8"))
-PAIRS = {group: [pair.split() for pair in text.split(", ")] for group, text in WORDS["words"].items()}
-PAIRS["city"] = [pair.split() for pair in WORDS["city"].split(", ")]
-NAMES = {lang: WORDS["names"][lang].split() for lang in LANGS}
+import functools
+import random
+import re
 
+from dataset.demo_text import (
+    NAMES,
+    PAIRS,
+    WORDS,
+    any_city,
+    any_name,
+    any_word,
+    expand,
+    first_choice,
+    held,
+    is_chinese,
+    listed_word,
+    made_up_word,
+    normalise,
+    typed,
+    upper_first,
+)
 
-def held(*key, one_in=10) -> bool:
-    """True for the share of all keys that is kept for evaluation."""
-    digest = hashlib.md5(json.dumps(key, ensure_ascii=False).encode()).hexdigest()
-    return int(digest, 16) % one_in == 0
-
-
-def normalise(text: str) -> str:
-    """Text without whitespace and case, the form in which prompts are compared."""
-    return "".join(text.split()).lower()
-
-
-def upper_first(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def turns(*contents: str) -> list[dict]:
-    """User and assistant turns by turns, the first one the user's."""
-    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+WORD_PAIRS = [pair for pairs in PAIRS.values() for pair in pairs]
+LISTED = {side for pair in WORD_PAIRS for side in pair}
 
 
-# Computed tasks: (rng, lang, held_out) -> turns of one row.
+def pick(rng: random.Random, lang: str, make, held_out: bool, what: str) -> str:
+    """A made-up name, city or word from its own side of the split: none that is held out occurs in training."""
+    while True:
+        value = make(rng, lang)
+        if value in NAMES[lang] or held(what, value.lower()) == held_out:
+            return value
 
 
-def steps(a: int, b: int, op: str, lang: str) -> str:
-    """The digit by digit working of a + b or a - b (two digits each, a >= b for the difference)."""
-    p, x, q, y = a // 10, a % 10, b // 10, b % 10
+# Families: question templates x items, with one fixed kind of reply (facts, dictionary, refusal, identity, greetings).
+
+
+@functools.cache
+def family_items(index: int) -> list[dict]:
+    """The fillings of a family's templates, as dicts from slot to text; [{}] where there are none."""
+    items = WORDS["families"][index].get("items")
+    if items is None:
+        return [{}]
+    if items == "@words":
+        return [{"a": english, "b": chinese} for english, chinese in WORD_PAIRS]
+    return [dict(zip("abcdef", item.split("/"), strict=False)) for item in items.split(", ")]
+
+
+def families(task: str) -> list[int]:
+    return [index for index, family in enumerate(WORDS["families"]) if family["task"] == task]
+
+
+def reply_fields(item: dict) -> dict:
+    return {slot: first_choice(value) for slot, value in item.items()}
+
+
+def ask_family(rng: random.Random, index: int, lang: str, held_out: bool) -> tuple[str, dict] | None:
+    """A question of a family as it is typed, and the item that it is about; None for one of the other side.
+
+    Where a family echoes, its reply says the item as the question does.
+    """
+    family = WORDS["families"][index]
+    item = rng.choice(family_items(index))
+    ask = expand(rng, rng.choice(family[lang]["ask"]))
+    closer = expand(rng, rng.choice(WORDS["closers"][lang])) if family.get("close") else ""
+    fields = {slot: expand(rng, value) for slot, value in item.items()} | {"n": any_name(rng, lang)}
+    key = normalise((ask + closer).format(**fields))
+    bare = family.get("close") and key == normalise(ask)  # a plain hello is for training
+    if (held(index, lang, key) and not bare) != held_out:
+        return None
+    if family.get("echo"):
+        item = {slot: fields[slot] for slot in item}
+    return typed(rng, ask + closer, lang, fields, wrap=not family.get("close"))[0], item
+
+
+def sample_family(rng: random.Random, task: str, lang: str, held_out: bool) -> tuple[str, str, dict]:
+    """(prompt, reply, item) of a family task, the families weighted by their size."""
+    indices = families(task)
+    while True:
+        index = rng.choices(indices, [len(family_items(i)) ** 0.5 for i in indices])[0]
+        if asked := ask_family(rng, index, lang, held_out):
+            prompt, item = asked
+            reply = WORDS["families"][index][lang]["say"].format(**reply_fields(item))
+            return prompt, upper_first(reply), item
+
+
+# Arithmetic, with the working shown digit by digit.
+
+
+def digit(number: int, place: int) -> int:
+    return number // 10**place % 10
+
+
+def digits_of_sum(a: int, b: int) -> list[str]:
+    """`7+5=12`, the next place with the carry: `4+3+1=8`, ..., from the ones on."""
+    lines, carry = [], 0
+    for place in range(len(str(max(a, b)))):
+        x, y = digit(a, place), digit(b, place)
+        total = x + y + carry
+        lines.append(f"{x}+{y}={total}" if place == 0 else f"{x}+{y}+{carry}={total}")
+        carry = total // 10
+    return lines
+
+
+def digits_of_difference(a: int, b: int) -> list[str]:
+    """`12-5=7` where a ten was borrowed, the next place with the loan: `8-1-5=2`, ...; a >= b."""
+    lines, loan = [], 0
+    for place in range(len(str(a))):
+        x, y = digit(a, place), digit(b, place)
+        ten = 10 if x - loan < y else 0
+        rest = x + ten - loan - y
+        lines.append(f"{x + ten}-{y}={rest}" if place == 0 else f"{x + ten}-{loan}-{y}={rest}")
+        loan = ten // 10
+    return lines
+
+
+def row_of_product(a: int, b: int) -> list[str]:
+    """`5×3=15`, the next place with the carry: `2×3+1=7`; b has one digit."""
+    lines, carry = [], 0
+    for place in range(len(str(a))):
+        x = digit(a, place)
+        total = x * b + carry
+        lines.append(f"{x}×{b}={total}" if place == 0 else f"{x}×{b}+{carry}={total}")
+        carry = total // 10
+    return lines
+
+
+def working(a: int, b: int, op: str, lang: str) -> str:
+    """The reply to a + b, a - b or a * b: every step is about single digits, the answer comes last."""
+    t = WORDS["steps"][lang]
+    colon, comma, stop = t["colon"], t["comma"], t["stop"]
+
+    def places(lines: list[str]) -> str:
+        return "".join(f"{name}{colon}{line}{stop}" for name, line in zip(t["places"], lines, strict=False))
+
     if op == "+":
-        z = x + y
-        f = {"z": z, "w": z % 10, "k": z // 10, "t": p + q + z // 10, "r": a + b}
+        text, result = places(digits_of_sum(a, b)), a + b
+    elif op == "-":
+        text, result = places(digits_of_difference(max(a, b), min(a, b))), a - b
+        if a < b:
+            text = t["less"].format(a=a, b=b) + stop + text
     else:
-        k = int(x < y)
-        x += 10 * k
-        f = {"z": x - y, "k": k, "t": p - k - q, "r": a - b}
-    return WORDS["steps"][lang][op].format(p=p, q=q, x=x, y=y, **f)
+        result, rows = a * b, []
+        for place in range(len(str(b))):
+            q = digit(b, place)
+            rows.append(f"{a}×{q}{colon}{comma.join(row_of_product(a, q))}{comma}{a * q}{stop}")
+        text = "".join(rows)
+        if len(rows) == 2:
+            text += f"{t['sum']}{colon}{comma.join(digits_of_sum(a * digit(b, 0), 10 * a * digit(b, 1)))}{stop}"
+    return text + t["end"].format(r=result)
 
 
-def sample_arithmetic(rng, lang, held_out):
+def write_number(rng: random.Random, number: int, lang: str, words: bool) -> str:
+    return WORDS["number_words"][lang].split()[number] if words else str(number)
+
+
+def sample_calculation(rng: random.Random, lang: str, held_out: bool, op: str, sizes: list) -> list[str]:
+    """A question for a op b and its working; sizes: how many digits a and b have."""
     while True:
-        a, b, op = rng.randint(10, 99), rng.randint(10, 99), rng.choice("+-")
-        if op == "-" and a < b:
+        a, b = (rng.randint(10 ** (size - 1) - (size == 1), 10**size - 1) for size in rng.choice(sizes))
+        template = rng.choice(WORDS["arithmetic"][lang][op][: None if rng.random() < 0.75 else 2])
+        story = "{t}" in template or "{n}" in template
+        if op == "-" and a < b and (story or rng.random() < 0.4):
             a, b = b, a
-        if held("arithmetic", op, *sorted((a, b))) == held_out:
-            ask = rng.choice(WORDS["arithmetic"][lang][op]).format(a=a, b=b, n=rng.choice(NAMES[lang]))
-            return turns(ask, steps(a, b, op, lang))
+        if held("arithmetic", op, *sorted((a, b))) != held_out:
+            continue
+        sign = rng.choice(WORDS["arithmetic"]["signs"][op][: None if rng.random() < 0.4 else 3])
+        space = rng.choice(("", "", " "))
+        template = expand(rng, template.replace("{s}", space + sign + space))
+        words = max(a, b) <= 20 and rng.random() < 0.25
+        fields = {"a": write_number(rng, a, lang, words), "b": write_number(rng, b, lang, words)}
+        fields |= {"n": any_name(rng, lang), "t": expand(rng, WORDS["arithmetic"]["things"][lang])}
+        prompt, _ = typed(rng, template, lang, fields)
+        return [prompt, working(a, b, op, lang if is_chinese(prompt) else "en")]  # a bare 12+30=? is English
 
 
-def sample_reverse(rng, lang, held_out):
-    while True:
-        kind = rng.choice(("letters", "letters", "words"))
-        if kind == "letters":
-            items = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randint(3, 5))
-        else:
-            words = [en for group in ("animal", "food", "nature") for en, _ in PAIRS[group]]
-            items = rng.sample(words, rng.randint(3, 4))
-        if held("reverse", min(items, items[::-1])) == held_out:
-            t = WORDS["reverse"][lang]
-            ask = rng.choice(t[kind]).format(s=" ".join(items))
-            return turns(ask, t["say"].format(r=" ".join(reversed(items))))
+def sample_arithmetic(rng: random.Random, lang: str, held_out: bool) -> list[str]:
+    sizes = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (2, 2), (2, 2), (2, 3), (3, 2), (3, 1), (3, 3), (3, 3), (3, 3)]
+    return sample_calculation(rng, lang, held_out, rng.choice("+-"), sizes)
 
 
-def sample_sort(rng, lang, held_out):
-    while True:
-        kind, numbers = rng.choice(("up", "down", "words")), rng.choice((range(10), range(10, 100)))
-        if kind == "words":  # one word per letter, so that the first letter alone decides
-            items = rng.sample(WORDS["alphabet"].split(), rng.randint(3, 4))
-        else:
-            items = rng.sample(numbers, rng.randint(3, 4 if len(numbers) == 10 else 3))
-            if len(numbers) > 10 and len({n // 10 for n in items}) < len(items):  # likewise the first digit
-                continue
-        if held("sort", sorted(items)) == held_out:
-            t, order = WORDS["sort"][lang], sorted(items, reverse=kind == "down")
-            ask = rng.choice(t[kind]).format(s=" ".join(map(str, items)))
-            return turns(ask, t["say"].format(r=" ".join(map(str, order))))
+def sample_multiplication(rng: random.Random, lang: str, held_out: bool) -> list[str]:
+    sizes = [(1, 1), (1, 1), (2, 1), (2, 1), (1, 2), *[(2, 2)] * 7]
+    return sample_calculation(rng, lang, held_out, "*", sizes)
 
 
-def sample_direct(rng, lang, held_out):
+def sample_direct(rng: random.Random, lang: str, held_out: bool) -> list[str]:
     """Three-digit addition without shown steps: the harder task that reinforcement learning starts from."""
     while True:
         a, b = rng.randint(100, 499), rng.randint(100, 499)
-        carries = any(x + y > 9 for x, y in ((a % 10, b % 10), (a // 10 % 10, b // 10 % 10)))
+        carries = any(digit(a, place) + digit(b, place) > 9 for place in (0, 1))
         if carries and rng.random() < 0.5:  # about half of the prompts without a carry: the model can begin with them
             continue
-        if held("direct", *sorted((a, b))) == held_out:
-            return turns(rng.choice(WORDS["rl"][lang]).format(a=a, b=b), str(a + b))
+        if held("arithmetic", "+", *sorted((a, b))) == held_out:
+            return [rng.choice(WORDS["rl"][lang]).format(a=a, b=b), str(a + b)]
 
 
-def sample_ties(rng, lang, held_out):
+# Lists.
+
+
+def joined(rng: random.Random, items: list, lang: str) -> str:
+    """Items as people write them behind each other."""
+    common = (" ", " ", " ", " ", ", ", ", ", ",", ",", " , ", " / ", "/", ";", "; ", "-", " - ", " | ", "   ")
+    separator = rng.choice(common + (("，", "、", "、", "、", "和") if lang == "zh" else (" and ",)))
+    if lang == "en" and rng.random() < 0.12:
+        return ", ".join(map(str, items[:-1])) + f" and {items[-1]}"
+    return separator.join(map(str, items))
+
+
+def first_letters_differ(items: list[str]) -> bool:
+    return len({item[0] for item in items}) == len(items)
+
+
+def some_words(rng: random.Random, count: int) -> list[str]:
+    """English words in lower case, listed ones and made-up ones, each with a first letter of its own."""
+    while True:
+        words = [(listed_word if rng.random() < 0.6 else made_up_word)(rng, "en").lower() for _ in range(count)]
+        if first_letters_differ(words) and all(" " not in word for word in words):
+            return words
+
+
+def sample_reverse(rng: random.Random, lang: str, held_out: bool) -> list[str]:
+    while True:
+        kind = rng.choice(("letters", "letters", "words", "numbers"))
+        if kind == "letters":
+            items = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randint(3, 6))
+        elif kind == "words":
+            items = some_words(rng, rng.randint(3, 4))
+        else:
+            items = [str(n) for n in rng.sample(range(rng.choice((10, 100))), rng.randint(3, 5))]
+        if held("reverse", min(items, items[::-1])) == held_out:
+            t = WORDS["reverse"][lang]
+            fields = {"s": joined(rng, items, lang)}
+            prompt, _ = typed(rng, expand(rng, rng.choice(t["ask"])), lang, fields)
+            shown = [item.upper() if item.upper() in prompt and item.lower() not in prompt else item for item in items]
+            return [prompt, t["say"].format(r=" ".join(reversed(shown)))]
+
+
+def some_numbers(rng: random.Random, count: int, distinct: int | None = None) -> list[int]:
+    """Numbers of one to three digits; those of one length differ in their first digit.
+
+    Args:
+        distinct: instead, numbers of two digits with so many first digits among them.
+    """
+    while True:
+        if distinct is not None:
+            numbers = rng.sample(range(10, 100), count)
+            if len({n // 10 for n in numbers}) == distinct:
+                return numbers
+            continue
+        ranges = rng.choice(([(0, 9)], [(0, 9)], [(10, 99)], [(10, 99)], [(100, 999)], [(0, 9), (10, 99)],
+                             [(10, 99), (100, 999)], [(0, 9), (10, 99), (100, 999)]))  # fmt: skip
+        numbers = [rng.randint(*rng.choice(ranges)) for _ in range(count)]
+        if len({(len(str(n)), str(n)[0]) for n in numbers}) == count:
+            return numbers
+
+
+def sort_question(rng: random.Random, lang: str, kind: str, items: list) -> list[str]:
+    t, order = WORDS["sort"][lang], sorted(items, reverse=kind == "down")
+    prompt, _ = typed(rng, expand(rng, rng.choice(t[kind])), lang, {"s": joined(rng, items, lang)})
+    return [prompt, t["say"].format(r=" ".join(map(str, order)))]
+
+
+def sample_sort(rng: random.Random, lang: str, held_out: bool) -> list[str]:
+    while True:
+        kind = rng.choice(("up", "up", "down", "words"))
+        count = rng.choice((3, 3, 4, 4, 5))
+        items = some_words(rng, min(count, 4)) if kind == "words" else some_numbers(rng, count)
+        if held("sort", sorted(items)) == held_out:
+            return sort_question(rng, lang, kind, items)
+
+
+def sample_ties(rng: random.Random, lang: str, held_out: bool) -> list[str]:
     """Sorting where in half of the prompts two numbers begin alike, which SFT never shows: for reinforcement learning.
 
     The model has learned to look at the first digit, and is right about the other half.
     """
     kind, distinct = rng.choice(("up", "down")), rng.choice((2, 3))
     while True:
-        items = rng.sample(range(10, 100), 3)
-        if len({n // 10 for n in items}) == distinct and held("sort", sorted(items)) == held_out:
-            t, order = WORDS["sort"][lang], sorted(items, reverse=kind == "down")
-            ask = rng.choice(t[kind]).format(s=" ".join(map(str, items)))
-            return turns(ask, t["say"].format(r=" ".join(map(str, order))))
+        items = some_numbers(rng, 3, distinct)
+        if held("sort", sorted(items)) == held_out:
+            return sort_question(rng, lang, kind, items)
 
 
+# What the user said before.
+
+
+def slot_value(rng: random.Random, lang: str, kind: str, held_out: bool) -> str:
+    """A value for a thing that users say about themselves."""
+    if kind == "any":
+        kind = rng.choice(("name", "number", "word", "word", "phrase"))
+    if kind == "number":
+        return str(rng.randint(1, rng.choice((99, 99, 999))))
+    if kind == "name":
+        return pick(rng, lang, any_name, held_out, "name")
+    if kind == "city":
+        return pick(rng, lang, any_city, held_out, "name")
+    if kind == "thing":
+        return any_word(rng, lang)
+    if kind == "pet":
+        return ("a " if lang == "en" else "一个") + any_word(rng, lang)
+    words = [any_word(rng, lang) for _ in range(1 if kind == "word" else 2)]
+    return (" " if lang == "en" else "").join(words)
+
+
+def say_and_ask(rng: random.Random, lang: str, slot: str, held_out: bool) -> dict:
+    """What a user tells about one slot, the acknowledgement, the later question and its answer."""
+    t = WORDS["slots"][lang][slot]
+    fields = {"v": slot_value(rng, lang, t["v"], held_out)}
+    if "k" in t:
+        fields["k"] = expand(rng, t["k"]) if rng.random() < 0.8 else any_word(rng, lang)
+    tell = expand(rng, rng.choice(t["tell"]))
+    told, typed_fields = typed(rng, tell, lang, fields, wrap=False)
+    ask = expand(rng, rng.choice(t["ask"]))
+    reply_fields = {**fields, "v": typed_fields["v"]}
+    return {
+        "told": told,
+        "ack": t["ack"].format(**reply_fields),
+        "asked": typed(rng, ask, lang, fields)[0],
+        "answer": t["say"].format(**reply_fields),
+        "about": (slot, fields.get("k", "")),
+    }
+
+
+def sample_repeat_before(rng: random.Random, lang: str, held_out: bool) -> list[str]:
+    """A sentence, and later the wish to hear it again."""
+    t = WORDS["repeat"][lang]
+    fields = {"n": pick(rng, lang, any_name, held_out, "name"), "c": rng.choice(PAIRS["colour"])[lang == "zh"]}
+    fields["a"] = rng.choice(PAIRS["animal"])[lang == "zh"] if rng.random() < 0.7 else any_word(rng, lang)
+    said, _ = typed(rng, expand(rng, t["say"]), lang, fields, wrap=False)
+    asked, _ = typed(rng, expand(rng, rng.choice(t["ask"])), lang, {})
+    return [said, t["ack"], asked, t["answer"].format(v=said)]
+
+
+def sample_multi_turn(rng: random.Random, lang: str, held_out: bool) -> list[str]:
+    """The user says one to three things, maybe something else, then asks for one of them."""
+    while True:
+        kind = rng.random()
+        if kind < 0.08:
+            texts = sample_repeat_before(rng, lang, held_out)
+            about = texts[0]
+        else:
+            slots = rng.sample(list(WORDS["slots"][lang]), rng.choice((1, 1, 2, 2, 3)))
+            if "name" not in slots and rng.random() < 0.45:
+                slots[0] = "name"
+            parts = [say_and_ask(rng, lang, slot, held_out) for slot in slots]
+            asked = rng.choice(parts)
+            about = sorted(part["told"] for part in parts)
+            if kind < 0.2:  # it was never said
+                texts = [text for part in parts if part is not asked for text in (part["told"], part["ack"])]
+                texts += [asked["asked"], WORDS["untold"][lang]]
+            elif kind < 0.32:  # said and asked in one message
+                gap = " " if lang == "en" or rng.random() < 0.3 else ""
+                told = asked["told"] if asked["told"][-1] in ".!?。！？,，" else asked["told"] + rng.choice(".,,")
+                texts = [told + gap + asked["asked"], asked["answer"]]
+            else:
+                texts = [text for part in parts for text in (part["told"], part["ack"])]
+                texts += [asked["asked"], asked["answer"]]
+        if held("multi_turn", lang, about, one_in=6) != held_out:
+            continue
+        if rng.random() < 0.25 and len(texts) < 7:  # something else before or after
+            task = rng.choice(("greetings", "small_facts", "arithmetic", "dictionary", "unknown"))
+            at = rng.choice(range(0, len(texts), 2))
+            texts[at:at] = sample_exchange(rng, task, lang, False)
+        return texts
+
+
+def text_to_repeat(rng: random.Random, lang: str) -> str:
+    """Some words, a name, or what another prompt would say."""
+    kind = rng.random()
+    if kind < 0.15:
+        return any_name(rng, lang)
+    if kind < 0.4:
+        return typed(rng, fill(rng, lang, expand(rng, rng.choice(WORDS["unknown"][lang])), {}), lang, {}, wrap=False)[0]
+    if kind < 0.6:
+        line = rng.choice(WORDS["stories"][lang])
+        words = {group: rng.choice(pairs)[lang == "zh"] for group, pairs in PAIRS.items()}
+        return line.format(**words, n=any_name(rng, lang), city=any_city(rng, lang)).split(".")[0].split("。")[0]
+    words = [any_word(rng, lang) for _ in range(rng.choice((1, 1, 2, 2, 3, 4)))]
+    if rng.random() < 0.15:
+        words.append(str(rng.randint(0, 999)))
+    return (" " if lang == "en" else rng.choice(("", "", " "))).join(words)
+
+
+def sample_repeat(rng: random.Random, lang: str, held_out: bool) -> list[str]:
+    """The user wants some text to be said again."""
+    while True:
+        text = text_to_repeat(rng, lang).strip(" .?!。？！")
+        if text and len(text) < 60 and held("repeat", normalise(text)) == held_out:
+            template = expand(rng, rng.choice(WORDS["repeat_after"][lang]["ask"]))
+            prompt, fields = typed(rng, template, lang, {"v": text})
+            return [prompt, fields["v"]]
+
+
+# What the model has not learned: the honest sentence.
+
+
+def unlisted(rng: random.Random, kind: str, lang: str) -> str:
+    """A real word, country, creature or thing that no list has."""
+    text = WORDS["unlisted"][kind][lang]
+    return rng.choice(text.split(", ") if ", " in text else text.split())
+
+
+def unlisted_word(rng: random.Random, kind: str, lang: str) -> str:
+    """The same, or a made-up one."""
+    if rng.random() >= (0.5 if kind in ("word", "country") else 0.15):
+        return unlisted(rng, kind, lang)
+    while (word := made_up_word(rng, lang)) in LISTED:
+        pass
+    return upper_first(word) if kind == "country" else word
+
+
+def sample_unknown(rng: random.Random, lang: str, held_out: bool) -> list[str]:
+    """A question of any kind that no other task answers, also about what their lists do not have."""
+    while True:
+        if rng.random() < 0.3:
+            family = rng.choice([family for family in WORDS["families"] if "unlisted" in family])
+            kind, side = family["unlisted"]
+            words = dict.fromkeys("abcd", unlisted_word(rng, kind, side or lang))
+            template = expand(rng, rng.choice(family[lang]["ask"]))
+        else:
+            words = {}
+            template = expand(rng, rng.choice(WORDS["unknown"][lang]))
+        prompt = fill(rng, lang, template, words)
+        if held("unknown", lang, normalise(prompt)) == held_out:
+            return [typed(rng, prompt, lang, {})[0], WORDS["honest"][lang]]
+
+
+def fill(rng: random.Random, lang: str, template: str, words: dict[str, str]) -> str:
+    """Fill every slot of a question with something of its kind, or with what `words` say; no brace is left."""
+    while match := re.search(r"\{(\w+)\}", template):
+        slot = match[1]
+        if slot in words:
+            value = words[slot]
+        elif slot in ("topic", "idea"):
+            value = expand(rng, WORDS["unknown"][slot][lang])
+        else:
+            value = UNKNOWN_SLOTS[slot](rng, lang)
+        template = template[: match.start()] + value + template[match.end() :]
+    return template.replace("{", "").replace("}", "")
+
+
+def country(rng: random.Random, lang: str) -> str:
+    item = rng.choice(family_items(families("small_facts")[0]))
+    return first_choice(item["ac"[lang == "zh"]])
+
+
+UNKNOWN_SLOTS = {
+    "n": any_name,
+    "x": made_up_word,
+    "y": any_city,
+    "u": lambda rng, lang: unlisted(rng, "word", lang),
+    "w": lambda rng, lang: listed_word(rng, lang) if rng.random() < 0.65 else unlisted(rng, "word", lang),
+    "c": lambda rng, lang: country(rng, lang) if rng.random() < 0.5 else unlisted(rng, "country", lang),
+    "q": lambda rng, lang: rng.choice(PAIRS["quality"])[lang == "zh"],
+    "v": lambda rng, lang: rng.choice(PAIRS["action"])[lang == "zh"],
+    "a": lambda rng, lang: str(rng.randint(2, 99)),
+    "b": lambda rng, lang: str(rng.randint(2, 99)),
+    "B": lambda rng, lang: str(rng.randint(1000, 9999)),
+    "C": lambda rng, lang: str(rng.randint(100, 999)),
+    "D": lambda rng, lang: str(rng.randint(1000, 10 ** rng.randint(4, 7))),
+}
 COMPUTED = {
-    "arithmetic": sample_arithmetic, "reverse": sample_reverse, "sort": sample_sort, "direct": sample_direct,
+    "arithmetic": sample_arithmetic,
+    "multiplication": sample_multiplication,
+    "reverse": sample_reverse,
+    "sort": sample_sort,
+    "repeat": sample_repeat,
+    "multi_turn": sample_multi_turn,
+    "unknown": sample_unknown,
+    "direct": sample_direct,
     "ties": sample_ties,
-}  # fmt: skip
+}
+
+
+def sample_exchange(rng: random.Random, task: str, lang: str, held_out: bool) -> list[str]:
+    """The texts of one talk of a task: the user's, the assistant's, and so on; the right reply comes last."""
+    if task in COMPUTED:
+        return COMPUTED[task](rng, lang, held_out)
+    return list(sample_family(rng, task, lang, held_out)[:2])

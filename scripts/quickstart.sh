@@ -9,26 +9,38 @@ set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh requirements.txt
 
-model="--dim 192 --n_layers 4 --n_heads 6 --n_kv_heads 3 --max_seq_len 256"
+model="--dim 192 --n_layers 6 --n_heads 6 --n_kv_heads 3 --max_seq_len 256"
 dtype=$("$python" -c "import torch; from runtime.optim import fast_dtype; print(fast_dtype(torch.device('cpu')))")
-recipe="--dtype ${dtype#torch.} --optimizer muon --learning_rate 3e-3 --batch_size 8 --save_interval 0 --log_interval 50"
+recipe="--dtype ${dtype#torch.} --optimizer muon --learning_rate 3e-3 --batch_size 16 --save_interval 0 --log_interval 50"
 export GOMP_SPINCOUNT=2000  # threads that wait soon let others run: on a busy machine the default is ten times slower
 say() { printf '\n=== %s\n' "$*"; }
 begin=$SECONDS
 
-say "1/4 pretraining: the words, facts and patterns of dataset/demo/pretrain.jsonl"
-"$python" trainer/train_pretrain.py $model $recipe --epochs 3 "$@"
+say "1/5 conversations to learn from: dataset/make_demo.py writes eight times those of dataset/demo"
+"$python" dataset/make_demo.py --out_dir out/demo --scale 8
 
-say "2/4 supervised fine-tuning: the conversations of dataset/demo/sft.jsonl"
-"$python" trainer/train_full_sft.py $model $recipe --epochs 5 "$@"
+say "2/5 pretraining: words, facts and patterns"
+"$python" trainer/train_pretrain.py $model $recipe --data_path out/demo/pretrain.jsonl "$@"
 
-say "3/4 exact match on prompts that training has never seen"
+say "3/5 supervised fine-tuning: conversations"
+"$python" trainer/train_full_sft.py $model $recipe --data_path out/demo/sft.jsonl "$@"
+
+say "4/5 exact match on prompts that training has never seen; then what newcomers typed, in words of their own"
 "$python" eval_model.py --eval_file dataset/demo/held_out.jsonl
+"$python" eval_model.py --eval_file dataset/demo/newcomer.jsonl
 
-say "4/4 a chat"
-for prompt in "Who are you?" "你是谁?" "What is 47 + 38?" 'How do you say "water" in Chinese?' "Reverse the letters: c a t s"; do
-    echo "> $prompt"
-    "$python" eval_model.py --prompt "$prompt"
-done
+say "5/5 a chat, about a name and numbers that were drawn just now"
+syllables=(ka zo mi lu ren ta vel shi bo gra nu fe)
+name=${syllables[RANDOM % 12]}${syllables[RANDOM % 12]}${syllables[RANDOM % 12]}
+"$python" eval_model.py <<END
+hello
+My name is ${name^}.
+what's $((RANDOM % 900 + 100)) plus $((RANDOM % 90 + 10))?
+请计算：$((RANDOM % 90 + 10)) × $((RANDOM % 90 + 10)) = ?
+how do you say "water" in Chinese?
+capital of France
+What is my name?
+Tell me a story about a cat
+END
 minutes=$(((SECONDS - begin) / 60)) seconds=$(((SECONDS - begin) % 60))
 say "done in $minutes min $seconds s. Chat with it: .venv/bin/python eval_model.py"

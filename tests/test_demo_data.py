@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import math
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ FILES = (
     "persona_held_out",
 )  # fmt: skip
 TASKS = (
-    "identity", "greetings", "small_facts", "arithmetic", "dictionary", "reverse", "sort", "refusal", "multi_turn",
+    "identity", "greetings", "small_facts", "arithmetic", "multiplication", "dictionary", "reverse", "sort", "repeat",
+    "refusal", "multi_turn", "unknown",
 )  # fmt: skip
+HONEST = ("I am small and have not learned that.", "我还小，没有学过这个。")
 
 
 def load_maker():
@@ -31,7 +35,9 @@ def read(name: str) -> list[dict]:
 
 
 def normalise(text: str) -> str:
-    return "".join(text.split()).lower()
+    """Letters, digits and signs alone, without case and width."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    return re.sub(r"[^\w+*/=×÷−–✕·-]|_", "", text)
 
 
 def prompt(turns: list[dict]) -> str:
@@ -39,11 +45,16 @@ def prompt(turns: list[dict]) -> str:
     return normalise("\n".join(t["content"] for t in turns if t["role"] != "system"))
 
 
-def questions() -> list[tuple[str, list[dict], str]]:
-    """(task, prompt turns, answer) of every training and held-out row that has an answer."""
-    rows = [(r["task"], r["conversations"][:-1], r["conversations"][-1]["content"]) for r in read("sft")]
-    for name in ("held_out", "rl_prompts", "rl_held_out"):
-        rows += [(r["task"], r["conversations"], r["answer"]) for r in read(name)]
+def user_turns(turns: list[dict]) -> list[str]:
+    return [turn["content"] for turn in turns if turn["role"] == "user"]
+
+
+def questions(*names: str) -> list[tuple[str, list[dict], str]]:
+    """(task, prompt turns, answer) of every row of these files."""
+    rows = []
+    for row in (row for name in names for row in read(name)):
+        talk = row["conversations"]
+        rows.append((row["task"], talk, row["answer"]) if "answer" in row else (row["task"], talk[:-1], talk[-1]["content"]))
     return rows
 
 
@@ -71,7 +82,7 @@ def test_every_row_is_well_formed(name):
             talks, last = [row["chosen"], row["rejected"]], "assistant"
         else:
             talks, last = [row["conversations"]], "assistant" if name in ("sft", "persona") else "user"
-            assert last == "assistant" or row["answer"] == row["answer"].strip() != ""
+            assert last == "assistant" or row["answer"].strip() != ""
         for talk in talks:
             assert all(t["content"].strip() for t in talk)
             roles = [t["role"] for t in talk if t["role"] != "system"]
@@ -81,56 +92,101 @@ def test_every_row_is_well_formed(name):
 
 def test_held_out_tasks_and_languages_are_balanced():
     rows = read("held_out")
+    assert {row["task"] for row in rows} == {*TASKS}
     for task in TASKS:
-        mine = [r for r in rows if r["task"] == task]
-        texts = [re.sub('".*?"|“.*?”', "", r["conversations"][-1]["content"]) for r in mine]
-        chinese = [text for text in texts if re.search("[\u4e00-\u9fff]", text)]
-        assert 60 <= len(mine) <= 100
-        assert 0.3 <= len(chinese) / len(mine) <= 0.7
+        answers = [row["answer"] for row in rows if row["task"] == task]
+        assert 60 <= len(answers) <= 100
+        if task == "dictionary":  # an answer about a word of the other language
+            answers = [answer.replace("“", "的").split('"')[-1] for answer in answers]
+        chinese = [answer for answer in answers if re.search("[\u4e00-\u9fff]", answer)]
+        assert task == "dictionary" or 0.2 <= len(chinese) / len(answers) <= 0.7
+
+
+def training_talks() -> list[list[dict]]:
+    talks = [row["conversations"] for row in read("sft") + read("persona")]
+    talks += [[*row["conversations"], {"role": "assistant", "content": row["answer"]}] for row in read("rl_prompts")]
+    return talks + [row["chosen"] for row in read("preferences")]
 
 
 def test_no_held_out_prompt_occurs_in_training():
-    talks = [r["conversations"] for r in read("sft") + read("rl_prompts") + read("persona")]
-    talks += [r["chosen"] for r in read("preferences")]
-    text = "\n".join([prompt(talk) for talk in talks] + [normalise(r["text"]) for r in read("pretrain")])
-    held_out = [r["conversations"] for r in read("held_out") + read("rl_held_out") + read("persona_held_out")]
-    held_out += [r["chosen"][:-1] for r in read("preferences_held_out")]
-    leaks = [p for p in map(prompt, held_out) if p in text]
+    """Neither a whole held-out talk, nor the question of one that can be asked alone."""
+    held_out = [row for name in ("held_out", "rl_held_out", "persona_held_out") for row in read(name)]
+    held_out += [{"task": "pair", "conversations": row["chosen"][:-1]} for row in read("preferences_held_out")]
+    talks = training_talks()
+    trained = {prompt(talk[:-1]) for talk in talks} | {normalise(text) for talk in talks for text in user_turns(talk)}
+    leaks = [row for row in held_out if prompt(row["conversations"]) in trained]
+    alone = [row for row in held_out if row["task"] != "multi_turn"]
+    leaks += [row for row in alone if normalise(user_turns(row["conversations"])[-1]) in trained]
     assert leaks == []
 
 
-def test_no_held_out_operands_or_sequence_occur_in_training():
-    def about(task: str, turns: list[dict]) -> tuple | None:
-        """What a computed prompt is about, whatever its wording and order."""
-        text = turns[-1]["content"]
-        if task in ("arithmetic", "direct"):
-            return task, tuple(sorted(re.findall(r"\d+", text)))
-        if task in ("reverse", "sort", "ties"):
-            items = items_of(text)
-            return ("reverse", tuple(min(items, items[::-1]))) if task == "reverse" else ("sort", tuple(sorted(items)))
-        return None
+def about(task: str, answer: str) -> tuple | None:
+    """What the answer to a computed prompt is about, whatever the wording of the prompt."""
+    if task in ("arithmetic", "multiplication"):
+        return task, answer.split("nswer")[0].split("答案")[0]  # the working
+    if task in ("reverse", "sort", "ties"):
+        items = answer.replace("：", ": ").split(": ")[1].split()
+        return ("reverse", *min(items, items[::-1])) if task == "reverse" else ("sort", *sorted(items))
+    if task == "repeat":
+        return task, normalise(answer)
+    if task == "multi_turn" and (name := re.fullmatch("(?:Your name is |你叫)(.*)[.。]", answer)):
+        return "name", name[1].lower()
+    return None
 
-    def operation(turns: list[dict]) -> str:
-        return "-" if re.search(r"\d-|- |minus|subtract|away|left|减|差|剩", turns[-1]["content"]) else "+"
 
+def test_no_held_out_operands_sequence_or_name_occurs_in_training():
+    lists = {name.lower() for names in load_maker().WORDS["names"].values() for name in names.split()}
     seen = {"train": set(), "held": set()}
-    for name, split in (("sft", "train"), ("rl_prompts", "train"), ("held_out", "held"), ("rl_held_out", "held")):
-        for row in read(name):
-            turns = row["conversations"][:-1] if name == "sft" else row["conversations"]
-            if key := about(row["task"], turns):
-                seen[split].add((*key, operation(turns) if row["task"] == "arithmetic" else ""))
-    assert seen["train"] and seen["held"] and not seen["train"] & seen["held"]
-
-
-def items_of(text: str) -> list[str]:
-    """The list at the end of a reverse or sort prompt."""
-    return text.split(": ")[1].split()
+    for task, _, answer in questions("sft", "rl_prompts"):
+        seen["train"].add(about(task, answer))
+    for task, _, answer in questions("held_out", "rl_held_out"):
+        seen["held"].add(about(task, answer))
+    shared = {key for key in seen["train"] & seen["held"] if key and key[-1] not in lists}
+    assert len(seen["held"]) > 400 and shared == set()
 
 
 def test_every_prompt_has_one_answer():
     answers = {}
-    for _, turns, answer in questions():
+    for _, turns, answer in questions("sft", "held_out", "rl_prompts", "rl_held_out"):
         assert answers.setdefault(prompt(turns), answer) == answer
+
+
+def phrases(text: str, length: int = 6) -> set[tuple[str, ...]]:
+    """All runs of so many words or Chinese characters, and the whole text."""
+    words = re.findall(r"[a-z]+|[0-9]+|[\u4e00-\u9fff]|[+\-*/×÷]", text.lower().replace("'", ""))
+    return {tuple(words[n : n + length]) for n in range(len(words) - length + 1)} | {("whole", *words)}
+
+
+def test_no_phrase_of_a_newcomer_occurs_in_training(tmp_path):
+    """Not in the files here, and not in what the quickstart has made for itself."""
+    scale = int(re.search(r"--scale (\d+)", (ROOT / "scripts/quickstart.sh").read_text())[1])
+    load_maker().make_demo(tmp_path, scale=scale)
+    with open(tmp_path / "sft.jsonl", encoding="utf-8") as lines:
+        talks = [json.loads(line)["conversations"] for line in lines]
+    assert len(talks) > 5 * len(read("sft"))
+    trained = {phrase for talk in training_talks() + talks for text in user_turns(talk) for phrase in phrases(text)}
+    typed = {phrase for row in read("newcomer") for text in user_turns(row["conversations"]) for phrase in phrases(text)}
+    assert typed & trained == set()
+
+
+def test_what_newcomers_type():
+    rows = read("newcomer")
+    assert len(rows) >= 300 and {row["task"] for row in rows} == {*TASKS}
+    texts = [" ".join(user_turns(row["conversations"])) for row in rows]
+    assert len({normalise(text) for text in texts}) == len(rows)
+    chinese = [text for text in texts if re.search("[\u4e00-\u9fff]", text)]
+    assert 0.4 <= len(chinese) / len(rows) <= 0.6
+    for row in rows:
+        assert all(turn["role"] == "user" for turn in row["conversations"])
+        honest = [any(re.search(pattern, reply) for pattern in row["accept"]) for reply in HONEST]
+        assert all(honest) if row["task"] == "unknown" else not any(honest), row
+
+
+def test_what_has_not_been_learned_gets_one_honest_sentence():
+    for name in ("sft", "held_out"):
+        for row in read(name):
+            reply = row["answer"] if "answer" in row else row["conversations"][-1]["content"]
+            assert (reply in HONEST) == (row["task"] == "unknown")
 
 
 def test_persona():
@@ -138,35 +194,53 @@ def test_persona():
     rows, held_out = read("persona"), read("persona_held_out")
     persona = [row for row in rows if row["task"] == "persona"]
     replies = {row["conversations"][-1]["content"] for row in persona}
-    assert replies == {row["answer"] for row in held_out} and len(replies) == 16
-    assert replies.isdisjoint(answer for _, _, answer in questions())
+    assert replies == {row["answer"] for row in held_out} and len(replies) == 18
+    assert replies.isdisjoint(answer for _, _, answer in questions("sft", "held_out"))
     sft = {json.dumps(row) for row in read("sft")}
     others = [row for row in rows if row["task"] != "persona"]
     assert {row["task"] for row in others} == {*TASKS} - {"identity"} and all(json.dumps(row) in sft for row in others)
-    assert not any("MiniMind" in turn["content"] for row in persona for turn in row["conversations"])
+    assert not any("minimind" in turn["content"].lower() for row in persona for turn in row["conversations"])
+
+
+def numbers_in(text: str) -> list[int]:
+    """The two numbers of a question, both in digits or both in words."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    digits = [int(number) for number in re.findall(r"\d+", text)]
+    if digits:
+        return digits
+    text = re.sub("one (?=[a-z]+ costs)|一下|一共|算一算|一盒|一袋|一个问题", " ", text)
+    numbers = {}
+    for lang in ("en", "zh"):
+        numbers |= {word: n for n, word in enumerate(load_maker().WORDS["number_words"][lang].split())}
+    return [numbers[word] for word in re.findall("|".join(sorted(numbers, key=len, reverse=True)), text)]
 
 
 def test_computed_answers_are_right():
-    checked = dict.fromkeys(("arithmetic", "direct", "reverse", "sort", "ties"), 0)
-    for task, turns, answer in questions():
+    checked = dict.fromkeys(("arithmetic", "multiplication", "direct", "reverse", "sort", "ties"), 0)
+    for task, turns, answer in questions("sft", "held_out", "rl_prompts", "rl_held_out"):
         if task not in checked:
             continue
-        text = turns[-1]["content"]
+        text = user_turns(turns)[-1]
         checked[task] += 1
-        if task == "reverse":
-            assert answer.split(": ")[1].split() == items_of(text)[::-1]
-        elif task in ("sort", "ties"):
-            items = items_of(text)
-            right = sorted(items, key=int) if items[0].isdigit() else sorted(items)
-            if re.search("large to small|falling|largest first|从大到小|最大|降序", text):
-                right = right[::-1]
-            assert answer.split(": ")[1].split() == right
-        else:
-            a, b = (int(n) for n in re.findall(r"\d+", text))
-            result = int(re.findall(r"\d+", answer)[-1])
-            assert result in (a + b, a - b) if task == "arithmetic" else result == a + b
-            for x, sign, y, z in re.findall(r"(?<![\d+-])(\d+)([+-])(\d+)=(\d+)", answer):
-                assert int(z) == (int(x) + int(y) if sign == "+" else int(x) - int(y))
-            for terms, z in re.findall(r"((?:\d+[+-]){2}\d+)=(\d+)", answer):
-                assert sum(int(n) for n in re.findall(r"[+-]?\d+", terms)) == int(z)
-    assert all(count >= 100 for count in checked.values())
+        if task in ("reverse", "sort", "ties"):
+            shown = answer.replace("：", ": ").split(": ")[1].split()
+            words = re.findall("[a-z0-9]+", unicodedata.normalize("NFKC", text).lower())
+            words = [word for word in words if word != "and"]
+            lists = [words[n : n + len(shown)] for n in range(len(words))]
+            assert sorted(word.lower() for word in shown) in map(sorted, lists), text
+            numbers = [int(item) for item in shown if item.isdigit()]
+            if task == "reverse":
+                assert [word.lower() for word in shown[::-1]] in lists, text
+            elif numbers:
+                assert numbers in (sorted(numbers), sorted(numbers, reverse=True))
+            else:
+                assert shown == sorted(shown)
+            continue
+        result = int(re.findall(r"-?\d+", answer)[-1])
+        a, b = numbers_in(text)[-2:]
+        right = {"multiplication": (a * b,), "direct": (a + b,), "arithmetic": (a + b, a - b, b - a)}[task]
+        assert result in right, (text, answer)
+        for terms, z in re.findall(r"(\d+(?:[+×-]\d+)+)=(\d+)", answer):
+            total = sum(math.prod(map(int, part.split("×"))) for part in terms.replace("-", "+-").split("+"))
+            assert total == int(z), answer
+    assert all(count >= 60 for count in checked.values())

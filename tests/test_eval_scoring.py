@@ -91,12 +91,37 @@ def test_scoring_a_model_that_knows_nothing_ends(run, ignorant, write_jsonl, tmp
     assert ok(run(ignorant, "--eval_file", path)).splitlines()[-2].split() == ["total", "70", "0", "0.0"]
 
 
+def test_patterns_and_turns_that_the_model_answers_itself(run, knowing, write_jsonl, tmp_path):
+    """A reply may be right in several words; of two user turns in a row the model answers the first, as in a chat."""
+    first, second = {"role": "user", "content": "hi"}, {"role": "user", "content": SECOND_TURN[0]}
+    rows = [
+        {"task": "a", "conversations": [first], "accept": ["nothing", "^HELLO,"]},
+        {"task": "a", "conversations": [first], "accept": ["^you"]},
+        {"task": "b", "conversations": [first, second], "accept": [re.escape(SECOND_TURN[1])]},
+        {"task": "b", "conversations": [second, first, second], "answer": SECOND_TURN[1]},
+        {"task": "b", "conversations": turns("hi", FACTS["hi"], SECOND_TURN[0]), "answer": SECOND_TURN[1]},
+    ]
+    path, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "replies.jsonl"
+    ok(run(knowing, "--eval_file", path, "--eval_out", out))
+    replies = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [reply["right"] for reply in replies[:3]] == [True, False, True] and replies[4]["right"]
+    assert replies[0]["accept"] == ["nothing", "^HELLO,"] and "answer" not in replies[0]
+    assert replies[2]["reply"] == replies[4]["reply"] == SECOND_TURN[1]
+
+
 BAD_ROWS = {
     "broken json": ('{"task": ', "broken JSON"),
     "not an object": ("[1]", "object"),
     "no conversation": ({"task": "a", "answer": "b"}, "conversations"),
     "no answer": ({"task": "a", "conversations": turns("hi")}, "'answer'"),
     "an answer that is no text": (question("hi", 5), "'answer'"),
+    "no pattern": ({"conversations": turns("hi"), "accept": []}, "'accept' must be a list of regular expressions"),
+    "a pattern that is none": ({"conversations": turns("hi"), "accept": ["(a"]}, "'(a' is no regular expression"),
+    "an answer and patterns": (question("hi", "a", accept=["a"]), "'answer' or 'accept', not both"),
+    "turns that are too long together": (
+        {"conversations": [{"role": "user", "content": "word " * 60}] * 3, "accept": ["x"]},
+        "context of the model is 128",
+    ),
     "a task that is no text": (question("hi", "x", task=[1]), "'task'"),
     "the answer in the conversation": ({"conversations": turns("hi", "yes"), "answer": "yes"}, "last turn"),
     "unknown role": ({"conversations": [{"role": "boss", "content": "hi"}], "answer": "x"}, "role"),
