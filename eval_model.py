@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from dataset.chat_format import IM_END, ChatCoder, chat_coder, detect_format, encode_prompt, normalise_row
+from dataset.chat_rows import present
 from dataset.lm_dataset import load_tokenizer
 from dataset.read_rows import read_rows
 from model.lm import MiniMindLM
@@ -183,7 +184,7 @@ def read_questions(path: Path, speaker: Speaker) -> list[dict]:
             messages, tools = normalise_row(row, detect_format(row), need_assistant=False)
             if messages[-1]["role"] == "assistant":
                 raise ValueError("the last turn must not be the assistant's: that is what the model is to say")
-            task, answer = row.get("task", "all"), row.get("answer")
+            task, answer = present(row).get("task", "all"), row.get("answer")
             if not isinstance(task, str) or not isinstance(answer, str):
                 raise ValueError("'answer', and 'task' if it is there, must be strings")
             question = {"line": line, "task": task, "prompt": messages[-1]["content"], "answer": answer.strip()}
