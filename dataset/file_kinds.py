@@ -176,7 +176,7 @@ def text_kind(path: Path, head: bytes, expected: str) -> tuple[str, str] | None:
         if rows or re.match(rb'\s*\[\s*\{\s*"', head):
             return "JSON, but a .txt file is read as plain text", "mv FILE ROWS"
         return None
-    table = path.suffix in (".csv", ".tsv")
+    table = path.suffix in (".csv", ".tsv") and not any(is_json(line, b"{") for line in lines[:1])
     if not table and any(re.match(rb"\s*[\[{]", line) or is_json(line, b'"') for line in lines[:20]):
         return None  # has rows: what is wrong with others of them is said by line
     encoding = "utf-8-sig" if decodes(head, "utf-8") else guess_encoding(head)

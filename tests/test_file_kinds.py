@@ -199,6 +199,7 @@ def test_faults_are_told_apart_from_other_files(tmp_path):
     """What is wrong with single rows is still said by line, and text is text."""
     for lines in (["{", *ROWS], ["# notes", *ROWS], ['"a text"', '"another"'], ["  {}"], ["a,b", *ROWS]):
         assert len(list(read_rows(write_jsonl(tmp_path / "a.jsonl", lines)))) == len(lines)
+    assert len(list(read_rows(write_jsonl(tmp_path / "rows.csv", ROWS)))) == len(ROWS)
     marks = ("GGUF \u662f", "PAR1 \u662f", "a,b\nc,d\n", "<doc id=1>\n\u662f</doc>\n", "{no json}")
     for text in (*marks, "a\0b" + "\u662f" * 99, '        {"\u662f": 1'):
         (tmp_path / "a.txt").write_text(text, encoding="utf-8")
