@@ -42,6 +42,7 @@ from dataset.chat_format import (
     final_answer,
     normalise_row,
 )
+from dataset.chat_rows import present
 from dataset.lm_dataset import load_tokenizer
 from dataset.read_rows import read_rows
 from model.lm import MiniMindLM
@@ -223,6 +224,7 @@ def read_question(row: dict, speaker: Speaker) -> dict:
     messages, tools = normalise_row(row, detect_format(row), need_assistant=False)
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last turn must not be the assistant's: that is what the model is to say")
+    row = present(row)
     task, answer, accept = row.get("task", "all"), row.get("answer"), row.get("accept")
     if not isinstance(task, str) or not isinstance(answer, str) and accept is None:
         raise ValueError("'answer', and 'task' if it is there, must be strings")

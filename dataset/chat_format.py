@@ -95,7 +95,8 @@ def render(messages: list[dict], tools: list[dict] | None = None, loss_on: str =
     """Cut a conversation into segments (text, control, loss); the texts joined are the whole conversation.
 
     control: the text is a token or a turn header, to be looked up. loss: it belongs to an assistant turn to learn from,
-    that is to its body or its <|im_end|>, not to its header nor to the newline behind it.
+    that is to its body or its <|im_end|>, not to its header nor to the newline behind it. A turn with "loss": False is
+    not to be learned from.
     """
     if loss_on not in ("all", "last"):
         raise ValueError(f"loss_on must be 'all' or 'last', found {loss_on!r}")
@@ -105,7 +106,7 @@ def render(messages: list[dict], tools: list[dict] | None = None, loss_on: str =
     segments = []
     for n, message in enumerate(messages):
         role = message["role"]
-        loss = role == "assistant" and (loss_on == "all" or n == last)
+        loss = role == "assistant" and (loss_on == "all" or n == last) and message.get("loss", True)
         segments.append((f"{IM_START}{role}\n", True, False))
         if role == "assistant":
             segments += [(text, control, loss) for text, control in _assistant_body(message)]

@@ -1,6 +1,17 @@
 """Rows of the four chat formats (MiniMind, ShareGPT, Alpaca, OpenAI), checked and brought into one shape.
 
-Pure functions. Every fault of a row is a ValueError with a short reason; the caller adds the file and the line.
+Pure functions. Every fault of a row is a ValueError with a short reason; the caller adds the file and the line. Turn
+numbers in it count the turns that the file has.
+
+A field with null is a field that is not there. A field that changes what is learned, of a row or of a turn, is obeyed
+or refused by name: all that are known to do so are listed below. Any other (id, source, score, lang, ...) is a note.
+
+    obeyed   system, tools, functions; of a turn: role, content, reasoning_content (reasoning, thinking), tool_calls,
+             function_call; of both: weight, train, loss, where 0 or false means to read a turn but not to learn it
+    refused  `REFUSED`, and on rows or turns alone `REFUSED_ON_ROWS` and `REFUSED_ON_TURNS`
+
+In prompts (RL, scoring) nothing is learned from the row's own turns, and its fields are there for the rewards: only
+`REFUSED_ON_PROMPTS` are refused.
 """
 
 import json
@@ -20,6 +31,36 @@ FORMATS = {
     "openai": '{"messages": [{"role", "content"}, ...]}',
 }
 
+NOTHING = (None, "", [], {})
+LEARN = ("weight", "train", "loss")
+THINKING = ("reasoning_content", "reasoning", "thinking")
+CALLS = ("tool_calls", "function_call")
+TOOLS = ("tools", "functions")
+
+# name -> what to do about it
+MEDIA = dict.fromkeys(
+    ("image", "images", "video", "videos", "audio", "audios"), "the model reads text only: take such rows out"
+)
+REFUSED = MEDIA | dict.fromkeys(
+    ("mask", "loss_mask", "loss_weight", "train_detail"), "say what is learned with 'weight': 0 or 1 on a turn"
+)
+REFUSED_ON_PROMPTS = MEDIA | dict.fromkeys(("system_prompt", "system_message"), "rename it to 'system'")
+REFUSED_ON_ROWS = (
+    REFUSED
+    | REFUSED_ON_PROMPTS
+    | dict.fromkeys(THINKING, "it belongs on an assistant turn")
+    | dict.fromkeys(("kto_tag", "label"), "no stage learns from single judgements: make pairs, or take the field out")
+)
+REFUSED_ON_TOOL_TURNS = REFUSED | {"refusal": "put it into the content"}
+REFUSED_ON_TURNS = REFUSED_ON_TOOL_TURNS | {
+    "name": "the chat layout has none: put it into the content, or take the field out"
+}
+
+
+def present(fields: dict) -> dict:
+    """The fields that are there: one with null is not."""
+    return {name: value for name, value in fields.items() if value is not None}
+
 
 def detect_format(row) -> str:
     """Name the format of a row: 'minimind', 'sharegpt', 'alpaca' or 'openai'.
@@ -29,16 +70,19 @@ def detect_format(row) -> str:
     """
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, found {_kind(row)}")
+    row = present(row)
     if "messages" in row:
         return "openai"
     if "conversations" in row:
-        turns = _turns(row, "conversations")
-        if isinstance(turns[0], dict) and "from" in turns[0]:
-            return "sharegpt"
-        return "minimind"
+        return "sharegpt" if is_sharegpt(_turns(row, "conversations")[:1]) else "minimind"
     if "instruction" in row or "output" in row:
         return "alpaca"
     raise _wrong_schema(row)
+
+
+def is_sharegpt(turns: list) -> bool:
+    """Whether turns, or some of them, have from and value."""
+    return any(isinstance(turn, dict) and turn.get("from") is not None for turn in turns)
 
 
 def normalise_row(row, fmt: str, need_assistant: bool = True) -> tuple[list[dict], list[dict] | None]:
@@ -51,7 +95,7 @@ def normalise_row(row, fmt: str, need_assistant: bool = True) -> tuple[list[dict
 
     Returns:
         messages: dicts with role (system, user, assistant, tool), content (str) and, on assistant turns that have them,
-            reasoning_content (str) and tool_calls ([{"name", "arguments": dict}]).
+            reasoning_content (str), tool_calls ([{"name", "arguments": dict}]) and loss (False: not to learn from).
         tools: list of function specs, or None.
 
     Raises:
@@ -59,78 +103,161 @@ def normalise_row(row, fmt: str, need_assistant: bool = True) -> tuple[list[dict
     """
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, found {_kind(row)}")
+    row = present(row)
     key = {"openai": "messages", "alpaca": "output"}.get(fmt, "conversations")
     if key not in row or (fmt == "alpaca" and "instruction" not in row):
         raise _wrong_schema(row, fmt)
     if fmt == "alpaca":
-        turns = _alpaca_turns(row)
+        messages = _alpaca_turns(row)
+        if need_assistant:
+            messages[-1] |= _thinking(row, "")
+            row = {name: value for name, value in row.items() if name not in THINKING}
     else:
-        turns = _turns(row, key)
-        if fmt == "sharegpt" and row.get("system"):
-            turns = [{"from": "system", "value": row["system"]}, *turns]
-    role_key, content_key = ("from", "value") if fmt == "sharegpt" else ("role", "content")
-    messages = [_normalise_turn(turn, f"turn {n}", role_key, content_key) for n, turn in enumerate(turns, 1)]
-
-    for n, message in enumerate(messages, 1):
-        if message["role"] == "system" and n > 1:
-            raise ValueError(f"turn {n}: a system turn must be the first turn")
+        messages = normalise_turns(_turns(row, key), fmt == "sharegpt")
     if need_assistant and all(message["role"] != "assistant" for message in messages):
         raise ValueError("no assistant turn, so there is nothing to learn from")
-    tools = row.get("tools")
-    if not tools and messages[0]["role"] == "system":
-        tools = turns[0].get("tools")  # MiniMind writes them on the system turn
-    return messages, _tools(tools)
+    return add_row_fields(messages, row, is_prompt=not need_assistant)
+
+
+def add_row_fields(messages: list[dict], row: dict, is_prompt: bool = False) -> tuple[list[dict], list[dict] | None]:
+    """What the row itself says about a conversation: (messages with its system text, tools).
+
+    Args:
+        messages: as `normalise_turns` gives them.
+        row: without null.
+        is_prompt: nothing is learned from these turns, and the fields of a row are for its rewards.
+    """
+    refuse(row, REFUSED_ON_PROMPTS if is_prompt else REFUSED_ON_ROWS)
+    for name in ("tool_choice", *CALLS):
+        if row.get(name) not in (*NOTHING, "auto"):
+            raise ValueError(f"{name!r} of a row must be \"auto\": take the field out")
+    learned = learns(row)
+    if is_prompt and not learned:
+        raise ValueError("the row is not to be learned from (weight, train or loss): take it out")
+    if not learned:
+        messages = [{**message, "loss": False} if message["role"] == "assistant" else message for message in messages]
+    own = [message["content"] for message in messages[:1] if message["role"] == "system"]
+    system = _text(row.get("system", ""), "'system'")
+    if system and own and system != own[0]:
+        raise ValueError("'system' and the system turn differ: keep one of them")
+    tools = [found for name in TOOLS if (found := _tools(row.get(name), f"{name!r}"))]
+    if own:
+        first = dict(messages[0])
+        tools += [first.pop("tools")] if "tools" in first else []  # MiniMind writes them on the system turn
+        messages = [first, *messages[1:]]
+    elif system:
+        messages = [{"role": "system", "content": system}, *messages]
+    if any(found != tools[0] for found in tools):
+        raise ValueError("'tools' or 'functions' are there twice and differ: keep one of them")
+    return messages, tools[0] if tools else None
+
+
+def refuse(fields: dict, names: dict[str, str], where: str = "") -> None:
+    """Raise a ValueError where a field is there that would change what is learned and is not supported."""
+    for name in names.keys() & fields.keys():
+        if fields[name] not in NOTHING:
+            if name != "label" or isinstance(fields[name], bool):  # any other label is a note
+                raise ValueError(f"{where}{name!r} is not supported: {names[name]}")
+
+
+def learns(fields: dict, where: str = "") -> bool:
+    """Whether a row or a turn is to be learned from: what weight, train and loss say, 0 or 1 (false or true)."""
+    said = {name: fields[name] for name in LEARN if name in fields}
+    for name, value in said.items():
+        if value not in (0, 1):
+            found = json.dumps(value, default=str)[:40]
+            raise ValueError(f"{where}{name!r} must be 0 or 1 (false or true), found {found}")
+    return all(said.values())
 
 
 def _alpaca_turns(row: dict) -> list[dict]:
-    """Turn instruction, input, output and the optional system and history into role/content turns."""
-    history = row.get("history") or []
+    """Turn instruction, input, output and the optional history into turns."""
+    history = row.get("history", [])
     if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
         raise ValueError("'history' must be a list of [question, answer] pairs")
-    fields = {name: row[name] for name in ("instruction", "output")}
-    fields["input"] = "" if row.get("input") is None else row["input"]
-    for name, value in fields.items():
-        _text(value, f"'{name}'")
-    turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for question, answer in history:
-        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    question = fields["instruction"] + ("\n" + fields["input"] if fields["input"] else "")
-    return turns + [{"role": "user", "content": question}, {"role": "assistant", "content": fields["output"]}]
+    question, more, answer = (_text(row.get(name, ""), f"{name!r}") for name in ("instruction", "input", "output"))
+    turns = []
+    for n, pair in enumerate(history, 1):
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": _text(text, f"'history', pair {n}: its {role} text")})
+    question += "\n" + more if more else ""
+    return [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def normalise_turns(turns: list, sharegpt: bool) -> list[dict]:
+    """Turns as messages of `normalise_row`; a system turn has its own tools, too."""
+    messages = []
+    for n, turn in enumerate(turns, 1):
+        messages.append(_normalise_turn(turn, f"turn {n}", *(("from", "value") if sharegpt else ("role", "content"))))
+        if n > 1 and messages[-1]["role"] == "system":
+            raise ValueError(f"turn {n}: a system turn must be the first turn")
+    return messages
 
 
 def _normalise_turn(turn, where: str, role_key: str, content_key: str) -> dict:
     if not isinstance(turn, dict):
         raise ValueError(f"{where} must be an object, found {_kind(turn)}")
+    given, turn = turn, present(turn)
     if role_key not in turn:
         raise ValueError(f"{where} has no {role_key!r} (keys found: {', '.join(map(str, turn)) or 'none'})")
     name = turn[role_key]
     if not isinstance(name, str) or name not in ROLES:
         raise ValueError(f"{where}: unknown role {repr(name)[:40]} (known: {', '.join(ROLES)})")
-    role, content, calls, calls_key = ROLES[name], turn.get(content_key), turn.get("tool_calls"), "tool_calls"
+    content, at = turn.get(content_key), f"{where}: "
+    calls = {key: turn[key] for key in CALLS if turn.get(key)}
     if name == "function_call":  # ShareGPT: the value is the call itself
-        content, calls, calls_key = "", _text(content, f"{where}: {content_key!r}"), content_key
-    if isinstance(content, list):  # OpenAI: a list of text parts
-        content = "".join(_part(part, where) for part in content)
-    if content is None and calls and role == "assistant":
+        calls[content_key] = _text(content, f"{at}{content_key!r}")
         content = ""
-    if content_key not in turn and content is None:
+    if isinstance(content, list):  # OpenAI: a list of text parts
+        content = "".join(_part(part, at) for part in content)
+    if content is None and calls and ROLES[name] == "assistant":
+        content = ""
+    if content is None and content_key not in given:
         raise ValueError(f"{where} has no {content_key!r} (keys found: {', '.join(map(str, turn))})")
-    message = {"role": role, "content": _text(content, f"{where}: {content_key!r}")}
-    for key in ("reasoning_content", "tool_calls"):
-        if turn.get(key) and role != "assistant":
-            raise ValueError(f"{where}: {key!r} belongs on an assistant turn, found on {name!r}")
-    if turn.get("reasoning_content"):
-        message["reasoning_content"] = _text(turn["reasoning_content"], f"{where}: 'reasoning_content'")
-    if calls or name == "function_call":
-        message["tool_calls"] = [_tool_call(call, where) for call in _json_list(calls, f"{where}: {calls_key!r}")]
+    message = {"role": ROLES[name], "content": _text(content, f"{at}{content_key!r}")}
+    if len(turn) > 2 or calls:
+        _add_turn_fields(message, turn, name, calls, at)
     return message
 
 
+def _add_turn_fields(message: dict, turn: dict, name: str, calls: dict, at: str) -> None:
+    """Obey or refuse what a turn says beside its role and content."""
+    role = message["role"]
+    refuse(turn, REFUSED_ON_TOOL_TURNS if role == "tool" else REFUSED_ON_TURNS, at)
+    for key in (*THINKING, *CALLS):
+        if turn.get(key) and role != "assistant":
+            raise ValueError(f"{at}{key!r} belongs on an assistant turn, found on {name!r}")
+    message |= _thinking(turn, at)
+    if len(calls) > 1:
+        raise ValueError(f"{at}{' and '.join(map(repr, calls))} are both calls: keep one of them")
+    for key, value in calls.items():
+        message["tool_calls"] = [_tool_call(call, at) for call in _json_list(value, f"{at}{key!r}")]
+    for key in TOOLS:
+        if tools := _tools(turn.get(key), f"{at}{key!r}"):
+            if role != "system" or message.get("tools", tools) != tools:
+                raise ValueError(f"{at}{key!r} belongs on the row or on the system turn, and once")
+            message["tools"] = tools
+    learned = learns(turn, at)
+    if role == "assistant":
+        if not learned:
+            message["loss"] = False
+    elif asked := [key for key in LEARN if turn.get(key)]:
+        raise ValueError(f"{at}{asked[0]!r} asks to learn from {name!r}, only assistant turns are learned from")
+
+
+def _thinking(fields: dict, where: str) -> dict:
+    """{"reasoning_content": text} under whichever name it is there, or {}."""
+    texts = {name: _text(fields[name], f"{where}{name!r}") for name in THINKING if fields.get(name)}
+    if len(set(texts.values())) > 1:
+        raise ValueError(f"{where}{' and '.join(map(repr, texts))} differ: keep one of them")
+    return {"reasoning_content": next(iter(texts.values()))} if texts else {}
+
+
 def _part(part, where: str) -> str:
-    if isinstance(part, dict) and part.get("type", "text") == "text":
+    if isinstance(part, dict) and present(part).get("type", "text") == "text":
         part = part.get("text")
     if not isinstance(part, str):
-        raise ValueError(f"{where}: a content part must be text, found {json.dumps(part, default=str)[:60]}")
+        raise ValueError(f"{where}a content part must be text, found {json.dumps(part, default=str)[:60]}")
     return part
 
 
@@ -138,24 +265,26 @@ def _tool_call(call, where: str) -> dict:
     """Accept {"function": {"name", "arguments"}} and {"name", "arguments"}; arguments may be a JSON string."""
     call = call.get("function") or call if isinstance(call, dict) else call
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
-        raise ValueError(f"{where}: a tool call must be an object with a 'name' and 'arguments'")
+        raise ValueError(f"{where}a tool call must be an object with a 'name' and 'arguments'")
     arguments = call.get("arguments")
     if isinstance(arguments, str):
-        arguments = _parse_json(arguments or "{}", f"{where}: the arguments of {call['name']!r}")
+        arguments = _parse_json(arguments or "{}", f"{where}the arguments of {call['name']!r}")
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
-        raise ValueError(f"{where}: the arguments of {call['name']!r} must be an object, found {_kind(arguments)}")
+        raise ValueError(f"{where}the arguments of {call['name']!r} must be an object, found {_kind(arguments)}")
     call = {"name": call["name"], "arguments": arguments}
-    _text(dump_json(call), f"{where}: the call of {call['name']!r}")
+    _text(dump_json(call), f"{where}the call of {call['name']!r}")
     return call
 
 
-def _tools(value) -> list[dict] | None:
-    tools = _json_list(value, "'tools'") if value else []
+def _tools(value, where: str) -> list[dict]:
+    if not value:
+        return []
+    tools = _json_list(value, where)
     if any(not isinstance(tool, dict) for tool in tools):
-        raise ValueError("'tools' must be a list of function objects")
-    _text(dump_json(tools), "'tools'")
-    return tools or None
+        raise ValueError(f"{where} must be a list of function objects")
+    _text(dump_json(tools), where)
+    return tools
 
 
 def _json_list(value, where: str) -> list:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.chat_format import chat_coder, detect_format, encode_chats, normalise_row, plain_encoder
+from dataset.chat_rows import REFUSED, learns, present, refuse
 from dataset.token_cache import open_cache, replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,8 +176,8 @@ class PretrainDataset(CachedDataset):
             encoded = iter(plain.batch([text for text in texts if isinstance(text, str)]))
             results = []
             for text in texts:
-                if isinstance(text, ValueError):
-                    results.append(text)
+                if not isinstance(text, str):
+                    results.append(text or ([], False))
                     continue
                 ids = [*next(encoded), end]
                 pieces = [ids[at : at + max_length + 1] for at in range(0, len(ids) - 1, max_length)]
@@ -191,7 +192,8 @@ class SFTDataset(CachedDataset):
     """Conversations: MiniMind, ShareGPT, Alpaca or OpenAI messages, as JSONL or one JSON array.
 
     The format is detected from the first row of the file. The loss mask covers the assistant turns with their
-    <|im_end|>; a row that is cut at max_length down to no supervised token is dropped and counted.
+    <|im_end|>, but for those that say not to learn from them (weight, train or loss: 0); a row that is left with no
+    supervised token, so or by being cut at max_length, is dropped and counted.
 
     Args:
         data_path, tokenizer, max_length, cache_dir, skip_bad: see `PretrainDataset`.
@@ -231,8 +233,8 @@ class SFTDataset(CachedDataset):
         super().__init__(data_path, tokenizer, options, encode, True, cache_dir, skip_bad)
 
 
-def row_text(row: object) -> str | ValueError:
-    """The text of a pretraining row, or what is wrong with it."""
+def row_text(row: object) -> str | ValueError | None:
+    """The text of a pretraining row, what is wrong with it, or None: the row says not to learn from it."""
     if isinstance(row, str):
         text = row
     elif not isinstance(row, dict):
@@ -241,7 +243,14 @@ def row_text(row: object) -> str | ValueError:
         keys = ", ".join(list(row)[:5]) or "none"
         return ValueError(f'a pretraining row needs a string under "text"; keys found: {keys}')
     else:
-        text = row["text"]
+        text, row = row["text"], present(row)
+        try:
+            refuse(row, REFUSED)
+            learned = learns(row)
+        except ValueError as error:
+            return error
+        if not learned:
+            return None
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
         return ValueError("the text has a lone surrogate and is no valid Unicode")
     return text

@@ -4,7 +4,7 @@
     {"prompt": ..., "chosen": ..., "rejected": ...}           each a text, a turn or a list of turns
     {"conversations": [turns], "chosen": ..., "rejected": ...}  the same under ShareGPT's name for the prompt
 
-Turns have role and content, or from and value.
+Turns have role and content, or from and value; roles and fields are those of chat rows, see `chat_rows.py`.
 """
 
 import functools
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.chat_format import chat_coder, encode_chats, normalise_row
+from dataset.chat_format import chat_coder, encode_chats
+from dataset.chat_rows import add_row_fields, is_sharegpt, normalise_turns, present, refuse
 from dataset.lm_dataset import CachedDataset, describe, marked
 from dataset.packing import split_rows
 
@@ -31,8 +32,9 @@ class PreferenceDataset(CachedDataset):
     that a pair is what an epoch shuffles and packs: its two sides always go through one forward pass. A pair with more
     than max_length tokens in all has a row of its own; only each side has to fit.
 
-    An answer that is longer than the room for it is cut, and counted as truncated. A pair whose answers then are the
-    same is dropped and counted: what told them apart lies beyond max_length.
+    An answer that is longer than the room for it is cut, and counted as truncated. A pair is dropped and counted where
+    its prompt leaves no room for an answer, where its answers then are the same (what told them apart lies beyond
+    max_length), and where it says not to learn from it.
 
     Args:
         data_path, tokenizer, max_length, cache_dir, skip_bad: see `lm_dataset.PretrainDataset`.
@@ -49,7 +51,7 @@ class PreferenceDataset(CachedDataset):
             chats = [chat for pair in pairs if not isinstance(pair, ValueError) for chat in pair]
             encoded = iter(encode_chats(chats, coder(), loss_on="last"))
             return [
-                pair if isinstance(pair, ValueError) else checked(cut, [next(encoded), next(encoded)], max_length)
+                pair if isinstance(pair, ValueError) else cut([next(encoded), next(encoded)], max_length)
                 for pair in pairs
             ]
 
@@ -135,26 +137,23 @@ def normalise_pair(row: object) -> list[tuple[list[dict], list[dict] | None]]:
     """
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object {SHAPES}, found {type(row).__name__}")
+    row = present(row)
     for side in SIDES:
         if side not in row:
             found = ", ".join(map(repr, list(row)[:10])) or "none"
             raise ValueError(f"a preference pair needs {side!r}; keys found: {found}; accepted: {SHAPES}")
-    prompt = row.get("prompt", row.get("conversations")) or []
-    parts = {name: part if isinstance(part, list) else [part]
-             for name, part in (("prompt", prompt), *((side, row[side]) for side in SIDES))}  # fmt: skip
-    by_from = any(isinstance(turn, dict) and "from" in turn for part in parts.values() for turn in part)
-    role, content, fmt, key = ("from", "value", "sharegpt", "conversations") if by_from else (
-        "role", "content", "openai", "messages")  # fmt: skip
+    refuse(row, {"margin": "pairs are learned without one, take the field out"})
+    prompt = turns_of(row.get("prompt") or row.get("conversations") or [], "user", "prompt")
     chats = []
     for side in SIDES:
-        answer = [{role: "assistant", content: turn} if isinstance(turn, str) else turn for turn in parts[side]]
-        turns = [{role: "user", content: turn} if isinstance(turn, str) else turn for turn in parts["prompt"]]
-        # A list that begins with another speaker is the whole conversation: it repeats the prompt.
-        whole = answer and isinstance(answer[0], dict) and answer[0].get(role) not in ("assistant", "gpt")
-        try:
-            messages, tools = normalise_row({**row, key: answer if whole else [*turns, *answer]}, fmt)
-        except ValueError as error:
-            raise ValueError(f"{side}: {error}") from None
+        answer = turns_of(row[side], "assistant", side)
+        if answer and answer[0]["role"] in ("system", "user"):
+            answer = with_prompt(answer, prompt, side)
+        else:
+            answer = [*prompt, *answer]
+        if not answer:
+            raise ValueError(f"{side}: empty conversation")
+        messages, tools = add_row_fields(answer, row)
         last = messages[-1]
         if last["role"] != "assistant":
             raise ValueError(f"{side}: the last turn must be the assistant's answer, it is of role {last['role']}")
@@ -171,20 +170,39 @@ def normalise_pair(row: object) -> list[tuple[list[dict], list[dict] | None]]:
     return chats
 
 
-def cut(sides: list[tuple[list[int], list[int]]], max_length: int) -> tuple[list[tuple[list[int], list[int]]], bool]:
-    """The (ids, mask) of both sides within max_length + 1 tokens, [] where that makes them equal; whether it cut.
+def turns_of(part: object, role: str, name: str) -> list[dict]:
+    """A text, a turn or a list of turns as messages; a text is of the role."""
+    turns = part if isinstance(part, list) else [part]
+    sharegpt = is_sharegpt(turns)
+    by, text = ("from", "value") if sharegpt else ("role", "content")
+    try:
+        return normalise_turns([{by: role, text: turn} if isinstance(turn, str) else turn for turn in turns], sharegpt)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def with_prompt(whole: list[dict], prompt: list[dict], side: str) -> list[dict]:
+    """A side that is the whole conversation and repeats the prompt, but perhaps for its system turn.
 
     Raises:
-        ValueError: the prompt alone fills max_length.
+        ValueError: it does not repeat it.
     """
-    for (_, mask), name in zip(sides, SIDES, strict=True):
-        if 1 not in mask[: max_length + 1]:
-            raise ValueError(
-                f"{name}: the prompt has {mask.index(1):,} tokens and leaves no room for an answer within "
-                f"--max_seq_len {max_length}"
-            )
+    size = len(prompt)
+    if any(whole[at : at + size] == prompt for at in range(len(whole) - size + 1)):
+        return whole
+    if prompt[0]["role"] == "system" and whole[: size - 1] == prompt[1:]:
+        return [prompt[0], *whole]
+    raise ValueError(
+        f"{side}: it begins with a {whole[0]['role']} turn, so it is the whole conversation, but it does not repeat "
+        "the prompt: take the prompt out of the row, or all but the answer out of this field"
+    )
+
+
+def cut(sides: list[tuple[list[int], list[int]]], max_length: int) -> tuple[list[tuple[list[int], list[int]]], bool]:
+    """The (ids, mask) of both sides within max_length + 1 tokens, [] for nothing to learn from; whether it cut."""
     shorter = [(ids[: max_length + 1], mask[: max_length + 1]) for ids, mask in sides]
-    return ([] if shorter[0] == shorter[1] else shorter), any(len(ids) > max_length + 1 for ids, _ in sides)
+    learned = all(1 in mask for _, mask in shorter) and shorter[0] != shorter[1]
+    return (shorter if learned else []), any(len(ids) > max_length + 1 for ids, _ in sides)
 
 
 def preview_pairs(dataset: PreferenceDataset, tokenizer, count: int, colour: bool = False) -> str:

@@ -25,7 +25,7 @@ class PromptDataset(Dataset):
         data_path: MiniMind, ShareGPT, Alpaca or OpenAI conversations, JSONL or one JSON array.
         tokenizer: a fast tokenizer.
         max_length: longest prompt with its completion, in tokens.
-        max_new_tokens: longest completion; a prompt has to leave room for it.
+        max_new_tokens: longest completion; a prompt that leaves no room for it is dropped and counted.
         skip_bad: leave bad rows out and count them.
 
     Attributes:
@@ -34,7 +34,7 @@ class PromptDataset(Dataset):
         key: hash of data, tokenizer and options, the identity of the data in checkpoints.
         lengths: (rows,) int64, tokens of a prompt with the longest completion, for `packing.plan_epoch`.
         supervised: (rows,) int64, tokens of the longest completion.
-        stats: counts of the file: rows, tokens (of the prompts), bad, first_bad.
+        stats: counts of the file: rows, tokens (of the prompts), dropped, bad, first_bad.
 
     Raises:
         ValueError: `file:line: reason` of a bad row; a missing or empty file; no usable row.
@@ -45,7 +45,7 @@ class PromptDataset(Dataset):
         if not path.is_file():
             raise ValueError(f"{path}: no such data file")
         self.prompts: list[list[int]] = []
-        self.rows, self.places, bad = [], [], []
+        self.rows, self.places, bad, dropped = [], [], [], 0
         for (line, row, fault), _ in read_rows(path):
             try:
                 if fault:
@@ -53,25 +53,28 @@ class PromptDataset(Dataset):
                 fmt = fmt or detect_format(row)
                 messages, tools, row = split_prompt(row, fmt)
                 ids = encode_prompt(messages, tools, coder)
-                if len(ids) + max_new_tokens > max_length:
-                    raise ValueError(
-                        f"the prompt has {len(ids)} tokens, with --max_new_tokens {max_new_tokens} that is more than "
-                        f"--max_seq_len {max_length}: shorten one of the three"
-                    )
             except (ValueError, RecursionError) as error:
                 if not skip_bad:
                     raise ValueError(f"{path}:{line}: {error}") from None
                 bad.append(f"line {line}: {error}")
                 continue
+            if len(ids) + max_new_tokens > max_length:
+                dropped += 1
+                continue
             self.prompts.append(ids)
             self.rows.append(row)
             self.places.append(f"{path}:{line}")
         if not self.prompts:
-            raise ValueError(f"{path}: no usable row: {bad[0]}" if bad else f"{path}: the file is empty")
+            if not bad and not dropped:
+                raise ValueError(f"{path}: the file is empty")
+            room = f"--max_seq_len {max_length} with --max_new_tokens {max_new_tokens}"
+            why = f"{len(bad)} bad, {dropped} too long for {room}"
+            raise ValueError(f"{path}: no usable row: {why}. {(bad or [''])[0]}".rstrip())
         tokens = np.array([len(ids) for ids in self.prompts], np.int64)
         self.lengths = tokens + max_new_tokens
         self.supervised = np.full(len(tokens), max_new_tokens, np.int64)
-        self.stats = {"rows": len(tokens), "tokens": int(tokens.sum()), "bad": len(bad), "first_bad": (bad or [""])[0]}
+        self.stats = {"rows": len(tokens), "tokens": int(tokens.sum()), "dropped": dropped}
+        self.stats |= {"bad": len(bad), "first_bad": (bad or [""])[0]}
         told = json.dumps([self.prompts, self.rows, tokenizer.backend_tokenizer.to_str(), max_length, max_new_tokens])
         self.key = hashlib.sha256(told.encode()).hexdigest()[:32]
 
@@ -89,8 +92,10 @@ def split_prompt(row: object, fmt: str) -> tuple[list[dict], list[dict] | None, 
     Raises:
         ValueError: a fault of the row, without file and line.
     """
-    if fmt == "alpaca" and isinstance(row, dict) and "instruction" in row:
-        row = {"output": "", **row}  # a prompt needs none
+    if isinstance(row, dict):
+        row = {name: value for name, value in row.items() if value is not None or name not in (*TALK, "answer")}
+        if fmt == "alpaca" and "instruction" in row:
+            row = {"output": ""} | row  # a prompt needs none
     messages, tools = normalise_row(row, fmt, need_assistant=False)
     if messages[-1]["role"] == "assistant":
         answer = final_answer(turn_text(messages.pop()))
@@ -105,9 +110,10 @@ def split_prompt(row: object, fmt: str) -> tuple[list[dict], list[dict] | None, 
 
 
 def describe_prompts(dataset: PromptDataset) -> str:
-    """One line of counts: prompts, their tokens, bad rows."""
+    """One line of counts: prompts, their tokens, dropped and bad rows."""
     stats = dataset.stats
-    text = f"{stats['rows']:,} prompts of {stats['tokens'] / stats['rows']:.1f} tokens on average"
+    mean = stats["tokens"] / stats["rows"]
+    text = f"{stats['rows']:,} prompts of {mean:.1f} tokens on average, {stats['dropped']:,} dropped"
     return text + (f", {stats['bad']:,} bad rows skipped (first: {stats['first_bad']})" if stats["bad"] else "")
 
 

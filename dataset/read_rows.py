@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dataset.file_kinds import check_kind, not_utf8
+
 MAX_ROW_BYTES = 8 << 20  # a longer row is a mistake in the data; encoding it would cost gigabytes of memory
 BLOCK = 1 << 20  # bytes read at a time from a JSON array
 
@@ -15,8 +17,10 @@ def read_rows(path: Path) -> Iterator[tuple[Row, int]]:
     """Yield ((line, row, fault), bytes read so far). A row is parsed JSON, or a str for `.txt`. BOM and CRLF are fine.
 
     Raises:
-        ValueError: a JSON array that cannot be read on (`file:line: reason`).
+        ValueError: the file is of another kind (`file: what it is, how to convert it`); a JSON array that cannot be
+            read on (`file:line: reason`).
     """
+    check_kind(path, "lines" if path.suffix == ".txt" else "rows")
     with open(path, "rb") as file:
         if file.read(3) != b"\xef\xbb\xbf":
             file.seek(0)
@@ -26,22 +30,18 @@ def read_rows(path: Path) -> Iterator[tuple[Row, int]]:
             yield from read_array(file, path)
         else:
             file.seek(start)
-            yield from read_lines(file, as_text=path.suffix == ".txt")
-
-
-def not_utf8(error: UnicodeDecodeError, where: str) -> str:
-    bad = f"byte 0x{error.object[error.start]:02x} at {where}"
-    return f"{bad} is not UTF-8; convert the file, e.g. iconv -f LATIN1 -t UTF-8"
+            yield from read_lines(file, path)
 
 
 def too_long(size: int) -> str:
     return f"row of more than {size / 2**20:.0f} MB, the limit is {MAX_ROW_BYTES >> 20} MB; split it"
 
 
-def read_lines(file: BinaryIO, as_text: bool) -> Iterator[tuple[Row, int]]:
-    line, at = 0, file.tell()
+def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[Row, int]]:
+    line, at, advice = 0, file.tell(), ""
     while raw := file.readline(MAX_ROW_BYTES + 1):
         line += 1
+        begin = at
         at += len(raw)
         if len(raw) > MAX_ROW_BYTES:
             size = len(raw)
@@ -55,9 +55,11 @@ def read_lines(file: BinaryIO, as_text: bool) -> Iterator[tuple[Row, int]]:
             continue
         try:
             text = raw.decode("utf-8")
-            row, fault = (text if as_text else json.loads(text)), ""
+            row, fault = (text if path.suffix == ".txt" else json.loads(text)), ""
         except UnicodeDecodeError as error:
-            row, fault = None, not_utf8(error, f"column {error.start + 1}")
+            advice = advice or not_utf8(path, begin)  # of the first such line, for all of them
+            bad = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+            row, fault = None, f"{bad} is not UTF-8; {advice}"
         except json.JSONDecodeError as error:
             row, fault = None, f"broken JSON: {error.msg} at column {error.colno}"
         except (ValueError, RecursionError) as error:
@@ -85,7 +87,8 @@ def read_array(file: BinaryIO, path: Path) -> Iterator[tuple[Row, int]]:
         except UnicodeDecodeError as error:
             fault_line = line + text.count("\n", at) + raw.count(b"\n", 0, error.start)
             offset = file.tell() - len(rest) - len(raw) + error.start
-            raise ValueError(f"{path}:{fault_line}: {not_utf8(error, f'offset {offset}')}") from None
+            bad = f"byte 0x{raw[error.start]:02x} at offset {offset}"
+            raise ValueError(f"{path}:{fault_line}: {bad} is not UTF-8; {not_utf8(path, offset)}") from None
         while True:
             begin = at
             while at < len(text) and text[at] in " \t\r\n,[" and not (text[at] == "[" and opened):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dataset.read_rows import Row, read_rows
 
-VERSION = 1  # raise it when the meaning of the cached arrays changes
+VERSION = 2  # raise it when the meaning of the cached arrays changes
 CHUNK_BYTES = 1 << 20  # text encoded in one call: enough to keep all cores busy, small enough to keep memory flat
 DROP_PAGES_EVERY = 1 << 9  # rows read between two releases of the mapped pages; a read can map 64 KB
 

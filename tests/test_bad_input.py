@@ -4,6 +4,7 @@ Most cases share one interpreter: `run_cases` starts a process that runs the sta
 each had been started by hand. What depends on processes (torchrun, ports) is started for real at the end of the file.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -104,6 +105,12 @@ FLAGS = {
     "ddp without torchrun": ("--ddp", f"--ddp needs a launcher: torchrun --nproc_per_node 2 {ROOT / SFT} --ddp"),
     "no data": ("--data_path {work}/nowhere.jsonl", "{work}/nowhere.jsonl: no such data file"),
     "empty file": ("--data_path {work}/empty.jsonl", "{work}/empty.jsonl: the file is empty"),
+    "gzip": ("--data_path {work}/rows.gz --skip_bad", "{work}/rows.gz: this is compressed with gzip: gzip -dc"),
+    "GBK": (
+        "--data_path {work}/gbk.jsonl",
+        "{work}/gbk.jsonl:1: byte 0xc4 at column 49 is not UTF-8; convert the file, it is GB18030: "
+        "iconv -f GB18030 -t UTF-8 {work}/gbk.jsonl > {work}/gbk.utf8.jsonl",
+    ),
     "empty array": ("--data_path {work}/empty.json", "{work}/empty.json: the file is empty"),
     "broken array": ("--data_path {work}/torn.json", "{work}/torn.json:2: broken JSON: the array does not end"),
     "rows too long": ("--max_seq_len 5", "0 bad, 4 without a supervised token within max_seq_len; see --max_seq_len"),
@@ -170,6 +177,8 @@ def make_files(work: Path) -> None:
     for name, text in files.items():
         (work / name).parent.mkdir(exist_ok=True)
         (work / name).write_text(text)
+    (work / "rows.gz").write_bytes(gzip.compress(GOOD.encode()))
+    (work / "gbk.jsonl").write_bytes(GOOD.replace('"a"', '"\u4f60\u597d"').encode("gbk"))
     for name, dim, n_layers in (("wide", 48, 1), ("deep", 32, 2), ("torn", 32, 1)):
         config = LMConfig(dim=dim, n_layers=n_layers, n_heads=4, n_kv_heads=2, max_seq_len=64)
         torch.save(MiniMindLM(config).state_dict(), work / f"{name}.pth")

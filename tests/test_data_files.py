@@ -161,6 +161,22 @@ def test_bad_pretraining_row(pretrain, row, reason):
     assert pretrain(['{"text": "good"}', row], skip_bad=True).stats["bad"] == 1
 
 
+def test_fields_of_pretraining_rows(pretrain):
+    last = {"text": "c", "train": True, "loss": None, "label": True}
+    dataset = pretrain([{"text": "a"}, {"text": "b", "weight": 0}, last])
+    assert (len(dataset), dataset.stats["dropped"]) == (2, 1)
+    for more, reason in (({"weight": 2}, "'weight' must be 0 or 1"), ({"images": ["x"]}, "'images' is not supported")):
+        with pytest.raises(ValueError, match=f"data.jsonl:2: {reason}"):
+            pretrain([{"text": "good"}, {"text": "a"} | more])
+
+
+def test_rows_that_say_not_to_learn_from_them_are_dropped(sft):
+    masked = chat("a", "b")
+    masked["conversations"][1]["weight"] = 0
+    dataset = sft([chat("a", "b"), masked, chat("c", "d") | {"weight": 0}])
+    assert (len(dataset), dataset.stats["dropped"]) == (1, 2)
+
+
 def test_latin_1_text_file(pretrain, tmp_path):
     path = tmp_path / "data.txt"
     path.write_bytes("fine\nna\u00efve\n".encode("latin-1"))

@@ -1,5 +1,6 @@
 """The committed demo data: reproducible, small, well-formed, right, and without leaks into the held-out files."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -22,6 +23,7 @@ TASKS = (
 HONEST = ("I am small and have not learned that.", "我还小，没有学过这个。")
 
 
+@functools.cache
 def load_maker():
     spec = importlib.util.spec_from_file_location("make_demo", ROOT / "dataset" / "make_demo.py")
     module = importlib.util.module_from_spec(spec)
@@ -53,8 +55,8 @@ def questions(*names: str) -> list[tuple[str, list[dict], str]]:
     """(task, prompt turns, answer) of every row of these files."""
     rows = []
     for row in (row for name in names for row in read(name)):
-        talk = row["conversations"]
-        rows.append((row["task"], talk, row["answer"]) if "answer" in row else (row["task"], talk[:-1], talk[-1]["content"]))
+        row = row if "answer" in row else load_maker().as_question(row)
+        rows.append((row["task"], row["conversations"], row["answer"]))
     return rows
 
 
@@ -164,9 +166,12 @@ def test_no_phrase_of_a_newcomer_occurs_in_training(tmp_path):
     with open(tmp_path / "sft.jsonl", encoding="utf-8") as lines:
         talks = [json.loads(line)["conversations"] for line in lines]
     assert len(talks) > 5 * len(read("sft"))
-    trained = {phrase for talk in training_talks() + talks for text in user_turns(talk) for phrase in phrases(text)}
-    typed = {phrase for row in read("newcomer") for text in user_turns(row["conversations"]) for phrase in phrases(text)}
-    assert typed & trained == set()
+
+    def phrases_of(talks: list[list[dict]]) -> set:
+        return {phrase for talk in talks for text in user_turns(talk) for phrase in phrases(text)}
+
+    newcomers = phrases_of([row["conversations"] for row in read("newcomer")])
+    assert newcomers & phrases_of(training_talks() + talks) == set()
 
 
 def test_what_newcomers_type():

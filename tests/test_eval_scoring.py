@@ -1,5 +1,6 @@
 """eval_model.py --eval_file: the table, the replies it writes, and rows that cannot be scored."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -151,6 +152,9 @@ def test_files_that_cannot_be_scored(run, knowing, write_jsonl, tmp_path):
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(json.dumps(QUESTIONS[0]).encode() + b'\n{"caf\xe9": 1}\n')
     assert f"{latin}:2: byte 0xe9" in error(run(knowing, "--eval_file", latin))
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps(QUESTIONS[0]).encode()))
+    assert f"{packed}: this is compressed with gzip: gzip -dc" in error(run(knowing, "--eval_file", packed))
     rows = write_jsonl(tmp_path / "rows.jsonl", QUESTIONS)
     assert "--eval_out" in error(run(knowing, "--eval_file", rows, "--eval_out", tmp_path / "no" / "folder.jsonl"))
     assert "--eval_out" in error(run(knowing, "--eval_file", rows, "--eval_out", tmp_path))

@@ -1,5 +1,7 @@
 """Preference pairs: the forms of rows, masks, packing, and what is wrong with a row."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -89,14 +91,23 @@ BAD = {
     "equal answers": (pair("Hi", "Hello.", "Hello."), "the same answer"),
     "an empty answer": (pair("Hi", "Hello.", " "), "rejected: the answer is empty"),
     "an empty answer as text": ({"prompt": "Hi", "chosen": "", "rejected": "Go."}, "chosen: the answer is empty"),
-    "null": ({"prompt": "Hi", "chosen": None, "rejected": "Go."}, "chosen: turn 2 must be an object, found null"),
+    "null": ({"prompt": "Hi", "chosen": None, "rejected": "Go."}, "needs 'chosen'; keys found: 'prompt', 'rejected'"),
     "no prompt": ({"chosen": "a", "rejected": "b"}, "there is no prompt"),
     "no turns": ({"chosen": [], "rejected": []}, "chosen: empty conversation"),
     "different prompts": (GOOD | {"rejected": pair("Who?", "a", "b")["rejected"]}, "answer different prompts"),
     "a user's last word": ({"chosen": GOOD["chosen"] + [turn("user", "?")], "rejected": GOOD["rejected"]},
                            "chosen: the last turn must be the assistant's"),
     "an unknown role": ({"chosen": [turn("me", "a")], "rejected": [turn("me", "b")]}, "chosen: turn 1: unknown role"),
-    "a prompt that fills the context": (pair("why " * 300, "Yes.", "No."), "leaves no room for an answer"),
+    "a bad turn of the prompt": (FORMS["turns"] | {"system": "x", "prompt": [turn("user", "Hi"), turn("me", "a")]},
+                                 "prompt: turn 2: unknown role 'me'"),
+    "a bad turn of an answer": (FORMS["texts"] | {"system": "x", "rejected": [turn("me", "a")]},
+                                "rejected: turn 1: unknown role 'me'"),
+    "two system texts": (FORMS["turns"] | {"system": "x", "prompt": [turn("system", "y"), *GOOD["chosen"][:1]]},
+                         "'system' and the system turn differ"),
+    "images": (GOOD | {"images": ["a.png"]}, "'images' is not supported"),
+    "a margin": (GOOD | {"margin": 2}, "'margin' is not supported"),
+    "a weight": (GOOD | {"weight": 0.5}, "'weight' must be 0 or 1"),
+    "another whole conversation": (GOOD | {"prompt": "Who?"}, "chosen: it begins with a user turn, so it is the whole"),
 }  # fmt: skip
 
 
@@ -109,6 +120,61 @@ def test_bad_rows(open_rows, case, tmp_path):
     assert "\n" not in str(caught.value)
     dataset = open_rows([GOOD, row, pair("Hi", "a", "b")], skip_bad=True)
     assert (len(dataset), dataset.stats["bad"]) == (2, 1) and "1 bad rows skipped (first: line 2" in describe(dataset)
+
+
+def test_pairs_that_cannot_be_learned_from_are_dropped(open_rows):
+    """They stop nothing: a prompt that fills the context, a pair that says not to learn from it."""
+    long, masked = pair("why " * 300, "Yes.", "No."), pair("Hi", "Yes.", "No.")
+    masked["chosen"][1]["weight"] = 0
+    dataset = open_rows([GOOD, long, pair("Hi", "a", "b"), GOOD | {"train": False}, masked])
+    assert (len(dataset), dataset.stats["dropped"], dataset.stats["bad"]) == (2, 3, 0)
+    assert "2 rows" in describe(dataset) and "3 dropped" in describe(dataset)
+    with pytest.raises(ValueError, match="no usable row: 0 bad, 2 without a supervised token within max_seq_len"):
+        open_rows([long, long])
+
+
+CALL = {"name": "add", "arguments": {"a": 2, "b": 2}}
+TOLD = [turn("tool", "4"), turn("assistant", "It is 4.")]
+CALLED = [*GOOD["chosen"][:1], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+TEXT_CALL, OLD_CALL = json.dumps(CALL), {"role": "assistant", "content": None, "function_call": CALL}
+SHARED_CALL = {"from": "function_call", "value": TEXT_CALL}
+ROLES = {
+    "tool_calls": {"chosen": CALLED, "rejected": GOOD["rejected"]},
+    "function_call": FORMS["turns"] | {"chosen": turn("function_call", TEXT_CALL)},
+    "a list of one": FORMS["texts"] | {"chosen": [turn("function_call", TEXT_CALL)]},
+    "OpenAI's old field": FORMS["turns"] | {"chosen": OLD_CALL},
+    "ShareGPT": FORMS["ShareGPT"] | {"chosen": SHARED_CALL},
+    "under both names": FORMS["ShareGPT"] | {"chosen": SHARED_CALL, "rejected": GOOD["rejected"][1]},
+    "null": FORMS["ShareGPT"] | dict.fromkeys(("prompt", "system", "tools", "messages", "label"))
+    | {"chosen": SHARED_CALL | {"role": None, "weight": None}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ROLES)
+def test_an_answer_may_be_a_call(open_rows, form):
+    assert sides(open_rows([ROLES[form]])) == sides(open_rows([ROLES["tool_calls"]]))
+
+
+def test_an_answer_may_follow_what_a_tool_said(open_rows, tokenizer):
+    wrong = [TOLD[0], turn("assistant", "It is 5.")]
+    whole = {"chosen": [*CALLED, *TOLD], "rejected": [*CALLED, *wrong]}
+    tail = {"prompt": CALLED, "chosen": TOLD, "rejected": wrong}
+    shares = {"conversations": [*SHAREGPT, {"from": "function_call", "value": json.dumps(CALL)}],
+              "chosen": [{"from": "observation", "value": "4"}, {"from": "gpt", "value": "It is 4."}],
+              "rejected": [{"from": "tool", "value": "4"}, {"from": "gpt", "value": "It is 5."}]}  # fmt: skip
+    expected = sides(open_rows([whole]))
+    assert sides(open_rows([tail])) == expected and sides(open_rows([shares])) == expected
+    X, Y, mask = open_rows([tail])[0][0]
+    assert tokenizer.decode(Y[mask.bool()].tolist()) == "It is 4.<|im_end|>"
+
+
+def test_a_system_text_counts(open_rows, tokenizer):
+    said = turn("system", "Be brief.")
+    expected = sides(open_rows([{side: [said, *turns] for side, turns in GOOD.items()}]))
+    for row in (GOOD, *FORMS.values(), FORMS["turns"] | {"prompt": [said, *GOOD["chosen"][:1]]}):
+        assert sides(open_rows([row | {"system": "Be brief."}])) == expected
+    # A prompt with it before whole conversations without it.
+    assert sides(open_rows([GOOD | {"prompt": [said, *GOOD["chosen"][:1]]}])) == expected
 
 
 def test_long_answers_are_cut_and_counted(open_rows):

@@ -209,7 +209,8 @@ def test_a_plan_row_is_a_prompt(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "row, reason",
     [
-        ({"messages": user("word " * 60)}, "the prompt has 69 tokens, with --max_new_tokens 16 that is more than"),
+        ({"messages": user("hi"), "weight": 0}, "the row is not to be learned from (weight, train or loss)"),
+        ({"messages": user("hi"), "images": ["a.png"]}, "'images' is not supported"),
         ({"messages": [{"role": "system", "content": "be kind"}]}, "no user turn, so there is nothing to answer"),
         ({"messages": user("hi"), "answer": 4}, "'answer' must be a string"),
         ({"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "x"}]}, "no user turn"),
@@ -225,6 +226,31 @@ def test_bad_prompts(tokenizer, tmp_path, row, reason):
     assert str(error.value).startswith(f"{path}:2: ") and reason in str(error.value)
     kept = PromptDataset(path, tokenizer, 80, 16, skip_bad=True)
     assert len(kept) == 1 and "1 bad rows skipped (first: line 2:" in describe_prompts(kept)
+
+
+def test_prompts_that_are_too_long_are_dropped(tokenizer, tmp_path):
+    long = {"messages": user("word " * 60)}
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": user("hi")}, long, {"messages": user("hello")}])
+    dataset = PromptDataset(path, tokenizer, 80, 16)
+    assert (len(dataset), dataset.stats["dropped"], dataset.places[1]) == (2, 1, f"{path}:3")
+    assert describe_prompts(dataset).endswith("tokens on average, 1 dropped")
+    with pytest.raises(ValueError, match="0 bad, 2 too long for --max_seq_len 80 with --max_new_tokens 16"):
+        PromptDataset(write_jsonl(tmp_path / "long.jsonl", [long, long]), tokenizer, 80, 16)
+
+
+def test_prompts_with_a_system_text_and_with_null(tokenizer, tmp_path):
+    said = [{"role": "system", "content": "Be brief."}, *user("2+2")]
+    columns = dict.fromkeys(("conversations", "messages", "instruction", "output", "tools", "answer", "history"))
+    shares = [{"from": "human", "value": "2+2", "weight": None}, {"from": "gpt", "value": "4"}]
+    rows = [{"messages": user("2+2"), "answer": "4"}, {"instruction": "2+2", "answer": "4"},
+            {"conversations": [*user("2+2"), {"role": "assistant", "content": "4"}]},
+            {"conversations": shares, "level": None}]  # fmt: skip
+    expected = tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
+    for row in rows:
+        path = write_jsonl(tmp_path / "rows.jsonl", [columns | row | {"system": "Be brief."}])
+        dataset = PromptDataset(path, tokenizer, 64, 16)
+        assert dataset[0] == expected and dataset.rows[0]["answer"] == "4"
+    assert "level" in dataset.rows[0]  # a reward may ask for it
 
 
 def test_files_without_prompts(tokenizer, tmp_path):

@@ -184,7 +184,7 @@ def test_report_measures_bytes_per_token(tmp_path):
         (["--min_frequency", "0"], "--min_frequency at least 1"),
         (["--data_path", "missing.jsonl"], "cannot read missing.jsonl: No such file"),
         (["--data_path", "broken.jsonl"], "broken.jsonl:2 is not JSON"),
-        (["--data_path", "latin1.txt"], "latin1.txt is not UTF-8 (byte 3)"),
+        (["--data_path", "latin1.txt"], "latin1.txt:1: byte 0xe9 is not UTF-8; convert"),
         (["--data_path", "empty.jsonl"], "empty.jsonl has no text in it"),
         (["--data_path", "small.txt"], "--vocab_size 6400: the data gives"),
         (["--report", "small.txt", "--out_dir", "nowhere"], "no tokenizer.json in --out_dir nowhere"),

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset.chat_format import CHAT_TEMPLATE, IM_END, IM_START, MARKERS
+from dataset.file_kinds import check_kind, not_utf8
 from runtime.terminal import escape_unencodable
 
 # Ids 0 to 15, in this order. Weights depend on them: append by using up a reserved one, never insert.
@@ -49,12 +50,17 @@ def read_texts(path: Path) -> Iterator[str]:
     """Yield the texts of a file: the strings of a row, joined, or the blocks of a file that is not JSON.
 
     Raises:
-        ValueError: no such file, not UTF-8, broken JSON (with its line), or no text at all.
+        ValueError: no such file, not UTF-8 or no text (and how to convert it), broken JSON (with its line).
     """
+    expected = {".json": "rows", ".jsonl": "rows", ".txt": "lines"}.get(path.suffix, "text")
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        check_kind(path, expected)
+        raw = path.read_bytes()
+        content = raw.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it first") from None
+        line = raw.count(b"\n", 0, error.start) + 1
+        where = f"{path}:{line}: byte 0x{raw[error.start]:02x}"
+        raise ValueError(f"{where} is not UTF-8; {not_utf8(path, error.start)}") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     found = False
