@@ -165,7 +165,7 @@ def sample_calculation(rng: random.Random, lang: str, held_out: bool, op: str, s
     while True:
         a, b = (rng.randint(10 ** (size - 1) - (size == 1), 10**size - 1) for size in rng.choice(sizes))
         template = rng.choice(WORDS["arithmetic"][lang][op][: None if rng.random() < 0.75 else 2])
-        story = "{t}" in template or "{n}" in template
+        story = "{s}" not in template
         if op == "-" and a < b and (story or rng.random() < 0.4):
             a, b = b, a
         if held("arithmetic", op, *sorted((a, b))) != held_out:
@@ -175,7 +175,8 @@ def sample_calculation(rng: random.Random, lang: str, held_out: bool, op: str, s
         template = expand(rng, template.replace("{s}", space + sign + space))
         words = max(a, b) <= 20 and rng.random() < 0.25
         fields = {"a": write_number(rng, a, lang, words), "b": write_number(rng, b, lang, words)}
-        fields |= {"n": any_name(rng, lang), "t": expand(rng, WORDS["arithmetic"]["things"][lang])}
+        fields |= {"n": any_name(rng, lang), "v": any_name(rng, lang)}
+        fields["t"] = expand(rng, WORDS["arithmetic"]["things"][lang])
         prompt, _ = typed(rng, template, lang, fields)
         return [prompt, working(a, b, op, lang if is_chinese(prompt) else "en")]  # a bare 12+30=? is English
 
@@ -301,6 +302,8 @@ def slot_value(rng: random.Random, lang: str, kind: str, held_out: bool) -> str:
         return pick(rng, lang, any_name, held_out, "name")
     if kind == "city":
         return pick(rng, lang, any_city, held_out, "name")
+    if kind == "job":
+        return rng.choice(PAIRS["person"])[lang == "zh"] if rng.random() < 0.3 else any_word(rng, lang)
     if kind == "thing":
         return any_word(rng, lang)
     if kind == "pet":
@@ -419,14 +422,16 @@ def unlisted_word(rng: random.Random, kind: str, lang: str) -> str:
 def sample_unknown(rng: random.Random, lang: str, held_out: bool) -> list[str]:
     """A question of any kind that no other task answers, also about what their lists do not have."""
     while True:
-        if rng.random() < 0.3:
+        kind = rng.random()
+        if kind < 0.4:
             family = rng.choice([family for family in WORDS["families"] if "unlisted" in family])
-            kind, side = family["unlisted"]
-            words = dict.fromkeys("abcd", unlisted_word(rng, kind, side or lang))
+            what, side = family["unlisted"]
+            words = dict.fromkeys("abcd", unlisted_word(rng, what, side or lang))
             template = expand(rng, rng.choice(family[lang]["ask"]))
         else:
             words = {}
-            template = expand(rng, rng.choice(WORDS["unknown"][lang]))
+            group = f"maths_{lang}" if kind < 0.52 else f"languages_{lang}" if kind < 0.6 else lang
+            template = expand(rng, rng.choice(WORDS["unknown"][group]))
         prompt = fill(rng, lang, template, words)
         if held("unknown", lang, normalise(prompt)) == held_out:
             return [typed(rng, prompt, lang, {})[0], WORDS["honest"][lang]]

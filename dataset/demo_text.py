@@ -111,7 +111,8 @@ def made_up_word(rng: random.Random, lang: str) -> str:
     if kind < 0.12:
         return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 8)))
     if kind < 0.6:
-        return "".join(rng.choices(PIECES["en"], k=rng.choice((1, 2, 2, 3)))).lower()
+        word = "".join(rng.choices(PIECES["en"], k=rng.choice((1, 2, 2, 3))))
+        return word if kind < 0.2 else word.lower()
     return syllables(rng, rng.choice((1, 2, 2, 3)))
 
 

@@ -43,19 +43,19 @@ from dataset.demo_text import (
 
 HELD_OUT_PER_TASK = 80
 SFT_ROWS = {
-    "identity": 350,
-    "greetings": 360,
-    "small_facts": 700,
-    "arithmetic": 620,
-    "multiplication": 420,
-    "dictionary": 850,
-    "reverse": 450,
-    "sort": 800,
-    "repeat": 500,
-    "refusal": 300,
-    "multi_turn": 1400,
-    "unknown": 850,
-    "direct": 50,
+    "identity": 300,
+    "greetings": 380,
+    "small_facts": 560,
+    "arithmetic": 700,
+    "multiplication": 320,
+    "dictionary": 700,
+    "reverse": 440,
+    "sort": 820,
+    "repeat": 480,
+    "refusal": 250,
+    "multi_turn": 1200,
+    "unknown": 1000,
+    "direct": 40,
 }
 PERSONA_ROWS = 200  # of persona.jsonl, and beside them up to so many rows of the other tasks
 OTHER_ROWS = {
