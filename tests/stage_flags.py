@@ -16,6 +16,7 @@ LATER_STAGES = {
     "train_lora": (
         SHARED | {"preview", "drop_last"},
         {
+            "optimizer": ("str", ("adamw", "muon")),  # LAMB never leaves the 0 that adapters begin at
             "lora_rank": ("int", None),
             "lora_alpha": ("float", None),
             "lora_dropout": ("float", None),
