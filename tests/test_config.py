@@ -20,6 +20,7 @@ COMMON = {
     "cache_dir": ("str", None),
     "max_seq_len": ("int", None),
     "packing": ZERO_OR_ONE,
+    "curriculum": ("str", None),
     "drop_last": ZERO_OR_ONE,
     "skip_bad": SWITCH,
     "eval_ratio": ("float", None),

@@ -176,6 +176,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--cache_dir", help="where token caches live (default: out/cache)")
     data.add_argument("--max_seq_len", type=int, default=512, help="longest row, and context of the model, in tokens")
     data.add_argument("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
+    data.add_argument("--curriculum", default="none", help="easy first: none, length, field:NAME")
     data.add_argument("--drop_last", type=int, choices=(0, 1), default=0, help="1: no shorter last global batch")
     data.add_argument("--skip_bad", action="store_true", help="leave bad rows out and count them")
     data.add_argument("--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation")
@@ -257,7 +258,7 @@ def main() -> int:
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
     tokenizer = load_tokenizer(args.tokenizer_dir)
-    options = (args.max_seq_len, args.cache_dir, args.skip_bad)
+    options = (args.max_seq_len, args.cache_dir, args.skip_bad, args.curriculum)
     dataset = parallel.rank_zero_first(lambda: PretrainDataset(args.data_path, tokenizer, *options))
     Logger(f"{args.data_path}: {describe(dataset)}")
     if args.preview:

@@ -184,6 +184,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--cache_dir", help="where token caches live (default: out/cache)")
     data.add_argument("--max_seq_len", type=int, default=512, help="longest row, and context of the model, in tokens")
     data.add_argument("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
+    data.add_argument("--curriculum", default="none", help="easy first: none, length, field:NAME")
     data.add_argument("--skip_bad", action="store_true", help="leave bad rows out and count them")
     data.add_argument("--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation")
     data.add_argument("--eval_data", help="file of held-out pairs, instead of --eval_ratio")

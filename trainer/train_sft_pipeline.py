@@ -180,6 +180,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--cache_dir", help="where token caches live (default: out/cache)")
     data.add_argument("--max_seq_len", type=int, default=512, help="longest row, and context of the model, in tokens")
     data.add_argument("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
+    data.add_argument("--curriculum", default="none", help="easy first: none, length, field:NAME")
     data.add_argument("--drop_last", type=int, choices=(0, 1), default=0, help="1: no shorter last global batch")
     data.add_argument("--loss_on", choices=("all", "last"), default="all", help="assistant turns that carry loss")
     data.add_argument("--skip_bad", action="store_true", help="leave bad rows out and count them")
@@ -263,7 +264,8 @@ def main() -> int:
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
     tokenizer = load_tokenizer(args.tokenizer_dir)
-    options = {"cache_dir": args.cache_dir, "skip_bad": args.skip_bad, "loss_on": args.loss_on}
+    options = {"cache_dir": args.cache_dir, "skip_bad": args.skip_bad}
+    options |= {"loss_on": args.loss_on, "curriculum": args.curriculum}
     dataset = parallel.rank_zero_first(lambda: SFTDataset(args.data_path, tokenizer, args.max_seq_len, **options))
     Logger(f"{args.data_path}: {describe(dataset)}")
     if args.preview:
