@@ -188,7 +188,7 @@ def check_identity(saved: dict, current: dict, source: Path) -> None:
     if SCALED not in current:
         saved = {name: value for name, value in saved.items() if name != SCALED}
     differing = [
-        f"{name} was {saved.get(name, 'none')} and is {current.get(name, 'none')}"
+        f"{name} was {saved.get(name)} and is {current.get(name)}"
         for name in sorted(saved.keys() | current.keys())
         if saved.get(name, "none") != current.get(name, "none")
     ]

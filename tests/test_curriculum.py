@@ -178,7 +178,7 @@ def test_runs_of_before_go_on(tmp_path):
     current = identity_of({"dim": 32, "curriculum": "none"}, 4, "key")
     before = {name: value for name, value in current.items() if name != "--curriculum"}
     check_identity(before, current, tmp_path)
-    with pytest.raises(ValueError, match="--curriculum was none and is length"):
+    with pytest.raises(ValueError, match="--curriculum was None and is length"):
         check_identity(before, current | {"--curriculum": "length"}, tmp_path)
 
 
