@@ -95,10 +95,13 @@ class CachedDataset(Dataset):
         key: hash of data, tokenizer and options, the identity of the data in checkpoints.
         lengths: (rows,) int64, T of each row, so that batches can be planned without reading a row.
         supervised: (rows,) int64, tokens with loss of each row.
+        difficulty: (rows,) numbers by which an epoch is ordered; None without a curriculum.
         stats: counts of the file: rows, tokens, supervised, dropped, truncated, bad, first_bad.
     """
 
-    def __init__(self, data_path, tokenizer, options: dict, encode, masked: bool, cache_dir, skip_bad: bool):
+    def __init__(
+        self, data_path, tokenizer, options: dict, encode, masked: bool, cache_dir, skip_bad: bool, curriculum: str
+    ):
         cache_dir, lazy = Path(cache_dir or CACHE_DIR), isinstance(tokenizer, LazyTokenizer)
         backend = tokenizer.described(cache_dir) if lazy else tokenizer.backend_tokenizer.to_str()
         self.cache = open_cache(
@@ -109,10 +112,12 @@ class CachedDataset(Dataset):
             masked=masked,
             encode=encode,
             skip_bad=skip_bad,
+            field=curriculum.removeprefix("field:") if curriculum.startswith("field:") else None,
         )
         self.key, self.stats = self.cache.key, self.cache.stats
         self.lengths = self.cache.lengths.astype(np.int64) - 1
         self.supervised = self.cache.supervised.astype(np.int64)
+        self.difficulty = self.lengths if curriculum == "length" else self.cache.difficulty
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -158,12 +163,21 @@ class PretrainDataset(CachedDataset):
         max_length: longest row in tokens.
         cache_dir: where token caches live; default: out/cache.
         skip_bad: leave bad rows out and count them, instead of stopping at the first one.
+        curriculum: what says how hard a row is: its 'length', or 'field:NAME', a number in it; or 'none'.
 
     Raises:
         ValueError: `file:line: reason` of a bad row; a missing or empty file; no usable row.
     """
 
-    def __init__(self, data_path, tokenizer, max_length: int = 512, cache_dir=None, skip_bad: bool = False):
+    def __init__(
+        self,
+        data_path,
+        tokenizer,
+        max_length: int = 512,
+        cache_dir=None,
+        skip_bad: bool = False,
+        curriculum: str = "none",
+    ):
         @functools.cache
         def encoder() -> tuple:
             end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
@@ -185,7 +199,7 @@ class PretrainDataset(CachedDataset):
             return results
 
         options = {"max_length": max_length}
-        super().__init__(data_path, tokenizer, options, encode, False, cache_dir, skip_bad)
+        super().__init__(data_path, tokenizer, options, encode, False, cache_dir, skip_bad, curriculum)
 
 
 class SFTDataset(CachedDataset):
@@ -196,7 +210,7 @@ class SFTDataset(CachedDataset):
     supervised token, so or by being cut at max_length, is dropped and counted.
 
     Args:
-        data_path, tokenizer, max_length, cache_dir, skip_bad: see `PretrainDataset`.
+        data_path, tokenizer, max_length, cache_dir, skip_bad, curriculum: see `PretrainDataset`.
         loss_on: 'all' assistant turns, or only the 'last' one.
 
     Raises:
@@ -204,7 +218,14 @@ class SFTDataset(CachedDataset):
     """
 
     def __init__(
-        self, data_path, tokenizer, max_length: int = 512, cache_dir=None, skip_bad: bool = False, loss_on: str = "all"
+        self,
+        data_path,
+        tokenizer,
+        max_length: int = 512,
+        cache_dir=None,
+        skip_bad: bool = False,
+        loss_on: str = "all",
+        curriculum: str = "none",
     ):
         coder, found = functools.cache(lambda: chat_coder(tokenizer)), []
 
@@ -230,7 +251,7 @@ class SFTDataset(CachedDataset):
             return results
 
         options = {"max_length": max_length, "loss_on": loss_on}
-        super().__init__(data_path, tokenizer, options, encode, True, cache_dir, skip_bad)
+        super().__init__(data_path, tokenizer, options, encode, True, cache_dir, skip_bad, curriculum)
 
 
 def row_text(row: object) -> str | ValueError | None:

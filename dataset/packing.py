@@ -1,8 +1,8 @@
 """The plan of an epoch: which rows every optimizer step, rank and micro-batch trains on.
 
-The plan is a function of data, seed, epoch, max_seq_len and packing alone. Optimizer step s takes rows [s G, (s + 1) G)
-of it, G being the global batch; how many ranks and micro-batches share that window changes nothing else. A row is a
-document, or with packing a pack of documents that together have at most max_seq_len tokens.
+The plan is a function of data, seed, epoch, max_seq_len, packing and curriculum alone. Optimizer step s takes rows
+[s G, (s + 1) G) of it, G being the global batch; how many ranks and micro-batches share that window changes nothing
+else. A row is a document, or with packing a pack of documents that together have at most max_seq_len tokens.
 """
 
 import functools
@@ -106,19 +106,26 @@ def plan_epoch(
     drop_last: int,
     epoch: int,
 ) -> Plan:
-    """Shuffle the documents and pack them.
+    """Shuffle the documents, put them in the order of their difficulty if they have one, and pack them.
 
-    Packs are filled in shuffled order and closed when the next document does not fit. Rows are never padded, so the
-    room left in a pack costs nothing, and no search for a better fit could save anything.
+    With a curriculum every epoch goes from easy to hard, and equally hard documents stay shuffled. A window that
+    drop_last leaves out then has the hardest ones.
+
+    Packs are filled in that order and closed when the next document does not fit. Rows are never padded, so the room
+    left in a pack costs nothing, and no search for a better fit could save anything.
 
     Args:
-        dataset: has `lengths` and `supervised`, (all documents,) int64 token counts.
+        dataset: has `lengths` and `supervised`, (all documents,) int64 token counts, and may have `difficulty`,
+            (all documents,) numbers.
         documents: ids of the documents to train on.
 
     Raises:
         ValueError: the epoch has no step, as its only window is dropped.
     """
     order = documents[np.random.default_rng([seed, epoch]).permutation(len(documents))]
+    difficulty = getattr(dataset, "difficulty", None)
+    if difficulty is not None:
+        order = order[np.argsort(difficulty[order], kind="stable")]
     if packing:
         starts, room = [], 0
         for place, length in enumerate(dataset.lengths[order].tolist()):

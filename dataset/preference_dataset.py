@@ -37,13 +37,21 @@ class PreferenceDataset(CachedDataset):
     max_length), and where it says not to learn from it.
 
     Args:
-        data_path, tokenizer, max_length, cache_dir, skip_bad: see `lm_dataset.PretrainDataset`.
+        data_path, tokenizer, max_length, cache_dir, skip_bad, curriculum: see `lm_dataset.PretrainDataset`.
 
     Raises:
         ValueError: `file:line: reason` of a bad row; a missing or empty file; no usable row.
     """
 
-    def __init__(self, data_path, tokenizer, max_length: int = 512, cache_dir=None, skip_bad: bool = False):
+    def __init__(
+        self,
+        data_path,
+        tokenizer,
+        max_length: int = 512,
+        cache_dir=None,
+        skip_bad: bool = False,
+        curriculum: str = "none",
+    ):
         coder = functools.cache(lambda: chat_coder(tokenizer))
 
         def encode(rows: list[object]) -> list:
@@ -55,7 +63,10 @@ class PreferenceDataset(CachedDataset):
                 for pair in pairs
             ]
 
-        super().__init__(data_path, tokenizer, {"max_length": max_length}, encode, True, cache_dir, skip_bad)
+        options = {"max_length": max_length}
+        super().__init__(data_path, tokenizer, options, encode, True, cache_dir, skip_bad, curriculum)
+        if self.difficulty is not None:
+            self.difficulty = self.difficulty.reshape(-1, 2).mean(axis=1)
         self.lengths = self.lengths.reshape(-1, 2).sum(axis=1)
         self.supervised = self.supervised.reshape(-1, 2).sum(axis=1)
         self.stats = self.stats | {"rows": len(self.lengths)}
@@ -84,6 +95,7 @@ class ReferencedPairs(Dataset):
     def __init__(self, pairs: PreferenceDataset, logps: np.ndarray):
         self.pairs, self.logps = pairs, torch.from_numpy(logps)
         self.key, self.lengths, self.supervised = pairs.key, pairs.lengths, pairs.supervised
+        self.difficulty = pairs.difficulty
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -101,8 +113,8 @@ def open_pairs(flags: dict, tokenizer):
     """The pairs of a run: (pairs, rows of them to train on, held-out pairs, rows of those).
 
     Args:
-        flags: of the stage: data_path, max_seq_len, cache_dir, skip_bad, seed; held out is the file eval_data, or the
-            share eval_ratio of the pairs.
+        flags: of the stage: data_path, max_seq_len, cache_dir, skip_bad, curriculum, seed; held out is the file
+            eval_data, or the share eval_ratio of the pairs.
 
     Raises:
         ValueError: as `PreferenceDataset`; both ways of holding out are asked for.
@@ -111,7 +123,7 @@ def open_pairs(flags: dict, tokenizer):
     if eval_data and eval_ratio:
         raise ValueError(f"--eval_data {eval_data} and --eval_ratio {eval_ratio}: use one of the two")
     options = (tokenizer, *(flags[name] for name in ("max_seq_len", "cache_dir", "skip_bad")))
-    pairs = PreferenceDataset(flags["data_path"], *options)
+    pairs = PreferenceDataset(flags["data_path"], *options, flags["curriculum"])
     train_rows, held_out = split_rows(len(pairs), eval_ratio, flags["seed"])
     if not eval_data:
         return pairs, train_rows, pairs, held_out

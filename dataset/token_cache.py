@@ -36,6 +36,7 @@ class TokenCache:
         key: hash of content, tokenizer and options; the same data has the same key wherever its file lies.
         lengths: (rows,) int32, tokens of each row including the one that is only predicted.
         supervised: (rows,) int32, tokens of each row that carry loss.
+        difficulty: (rows,) float64, what the field that was asked for says of each row; None where none was.
         stats: what building it counted: rows, tokens, supervised, dropped, truncated, bad, first_bad.
     """
 
@@ -46,11 +47,12 @@ class TokenCache:
             self.dtype, self.masked = np.dtype(meta["dtype"]), meta["masked"]
             self.lengths = np.load(folder / "lengths.npy")
             self.supervised = np.load(folder / "supervised.npy")
+            self.difficulty = np.load(folder / "difficulty.npy") if meta.get("field") else None
             self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
             for name, width in (("tokens.bin", self.dtype.itemsize), ("mask.bin", int(self.masked))):
                 if (folder / name).stat().st_size != self.starts[-1] * width:
                     raise ValueError(f"{name} has a wrong size")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError) as error:
             raise ValueError(f"{folder}: this token cache is damaged ({error}); delete the folder") from None
         self.maps: dict[str, mmap.mmap] = {}  # opened on first use, so that every worker process maps for itself
         self.reads = 0
@@ -106,7 +108,14 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def open_cache(
-    data_path: Path, cache_dir: Path, options: dict, vocab_size: int, masked: bool, encode: Encoder, skip_bad: bool
+    data_path: Path,
+    cache_dir: Path,
+    options: dict,
+    vocab_size: int,
+    masked: bool,
+    encode: Encoder,
+    skip_bad: bool,
+    field: str | None = None,
 ) -> TokenCache:
     """The cache of a data file, built first where it does not exist yet.
 
@@ -114,6 +123,7 @@ def open_cache(
         options: everything besides the file's bytes that the content depends on (tokenizer, lengths, ...).
         encode: turns the rows of a chunk into token pieces.
         skip_bad: leave bad rows out and count them.
+        field: of the rows, which holds how hard they are; a row without a number there is bad.
 
     Raises:
         ValueError: missing, empty or unreadable file; a bad row (`file:line: reason`) unless skip_bad; no row left.
@@ -125,6 +135,7 @@ def open_cache(
         content = file_hash(data_path, cache_dir)
     except OSError as error:
         raise ValueError(f"cannot use {error.filename}: {error.strerror}; see --data_path and --cache_dir") from None
+    options = options | ({"field": field} if field else {})
     described = json.dumps([VERSION, content, skip_bad, masked, options], sort_keys=True)
     key = hashlib.sha256(described.encode()).hexdigest()[:32]
     folder = cache_dir / key
@@ -136,19 +147,35 @@ def open_cache(
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when the holder dies, however it dies
             if not folder.is_dir():
-                build(data_path, folder, key, vocab_size, masked, encode, skip_bad)
+                build(data_path, folder, key, vocab_size, masked, encode, skip_bad, field)
     return TokenCache(folder)
 
 
+def difficulty_of(row: object, field: str) -> float:
+    """The number in a field of a row; ValueError: there is none."""
+    value = row.get(field) if isinstance(row, dict) else None
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        return float(value)
+    found = "no such field" if value is None else json.dumps(value)[:40]
+    raise ValueError(f"--curriculum field:{field} needs a number there, found {found}")
+
+
 def build(
-    data_path: Path, folder: Path, key: str, vocab_size: int, masked: bool, encode: Encoder, skip_bad: bool
+    data_path: Path,
+    folder: Path,
+    key: str,
+    vocab_size: int,
+    masked: bool,
+    encode: Encoder,
+    skip_bad: bool,
+    field: str | None,
 ) -> None:
     """Encode all rows into a folder beside `folder`, then rename it. The caller holds the lock."""
     building = folder.with_name(f"{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)  # of a build that was killed
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     stats = {"rows": 0, "tokens": 0, "supervised": 0, "dropped": 0, "truncated": 0, "bad": 0, "first_bad": ""}
-    lengths, supervised = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    lengths, supervised, difficulty = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], []
 
     def bad_row(line: int, reason: str) -> None:
         if not skip_bad:
@@ -157,14 +184,19 @@ def build(
         stats["first_bad"] = stats["first_bad"] or f"line {line}: {reason}"
 
     def write_chunk(chunk: list[Row]) -> None:
-        ids, mask, sizes, counts = [], [], [], []
+        ids, mask, sizes, counts, numbers = [], [], [], [], []
         encoded = iter(encode([row for _, row, fault in chunk if not fault]))
-        for line, _, fault in chunk:  # in the file's order: the first fault is the one reported
+        for line, row, fault in chunk:  # in the file's order: the first fault is the one reported
             result = ValueError(fault) if fault else next(encoded)
-            if isinstance(result, ValueError):
-                bad_row(line, str(result))
+            try:
+                if isinstance(result, ValueError):
+                    raise result
+                number = difficulty_of(row, field) if field else 0.0
+            except ValueError as error:
+                bad_row(line, str(error))
                 continue
             pieces, truncated = result
+            numbers.extend([number] * len(pieces))
             stats["dropped"] += not pieces
             stats["truncated"] += truncated
             for row_ids, row_mask in pieces:
@@ -177,6 +209,8 @@ def build(
             mask_file.write(np.array(mask, np.uint8))
         lengths.append(np.array(sizes, np.int32))
         supervised.append(np.array(counts, np.int32))
+        if field:
+            difficulty.append(np.array(numbers, np.float64))
 
     try:
         building.mkdir()
@@ -209,6 +243,9 @@ def build(
         np.save(building / "lengths.npy", all_lengths)
         np.save(building / "supervised.npy", all_supervised)
         meta = {"key": key, "dtype": dtype.name, "masked": masked, "source": data_path.name, "stats": stats}
+        if field:
+            np.save(building / "difficulty.npy", np.concatenate(difficulty))
+            meta["field"] = field
         (building / "meta.json").write_text(json.dumps(meta))
         for path in building.iterdir():  # to the disk before the name that vouches for them
             with open(path, "rb") as file:

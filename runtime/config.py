@@ -26,6 +26,7 @@ ALIASES = {
     "logging_steps": "log_interval",
     "eval_steps": "eval_interval",
     "resume_from_checkpoint": "resume",
+    "lr_scheduler_type": "lr_schedule",
     "experiment_name": "save_weight",
     "distributed": "ddp",
     "distributed_strategy": "strategy",
@@ -37,13 +38,20 @@ ALIASES = {
     "dataloader_pin_memory": "pin_memory",
     "dataloader_prefetch_factor": "prefetch_factor",
 }
+# lr_scheduler_type -> our name. All of them come behind the warm-up of warmup_ratio.
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "warmup_stable_decay": "wsd",
+}
 # Keys without a flag: what is always done, and why. Another value is refused.
 FIXED = {
     "ddp_broadcast_buffers": ((True, False), "the model has no buffers"),
     "find_unused_parameters": ((False,), "every parameter takes part in every step"),
     "fp16_full_eval": ((False,), "evaluation computes in the precision of training, see dtype"),
     "fp16_opt_level": (("O1",), "float16 is autocast over float32 weights, which is O1"),
-    "lr_scheduler_type": (("cosine",), "the learning rate follows a cosine after warmup_ratio of the steps"),
     "pin_memory": ((True,), "batches are in pinned memory wherever there is a GPU"),
     "prefetch_factor": ((2,), "each of num_workers processes prepares 2 batches ahead"),
     "save_strategy": (("steps",), "checkpoints are saved every save_steps steps; 0 saves at the end alone"),
@@ -138,6 +146,10 @@ def flag_values(content: list[tuple[str, object]], defaults: dict) -> dict[str, 
             raise ValueError(f"unknown key {key!r}; the nearest known one is {near[0]!r}")
         if value is None:
             continue
+        if key == "lr_scheduler_type":
+            if str(value) not in SCHEDULES:
+                raise ValueError(f"{key}: {value} cannot be had; it is one of {', '.join(SCHEDULES)}")
+            value = SCHEDULES[value]
         if name in PRECISIONS:
             if precisions.setdefault(key, value) != value:
                 raise ValueError(f"{key}: {precisions[key]} and {key}: {value} contradict each other")

@@ -36,6 +36,7 @@ OBEYED = {
                      "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), "switch"),
 }  # fmt: skip
 ADAM = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode", "torch_adam")
+SCHEDULE = ("--learning_rate", "--warmup_ratio", "--lr_schedule", "--lr_scaling")
 SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 KINDS = {"number": (int, float), "name": str, "switch": bool}
 # What would train in another way than every other engine, or not at all.
@@ -108,8 +109,8 @@ def flag_defaults(config: dict) -> dict:
 
 
 def without_schedule(config: dict, argv: list[str]) -> dict:
-    """The file without its scheduler where --learning_rate or --warmup_ratio are given: flags win over the file."""
-    given = next((word for word in argv if word.split("=")[0] in ("--learning_rate", "--warmup_ratio")), None)
+    """The file without its scheduler where a flag of SCHEDULE is given: flags win over the file."""
+    given = next((word for word in argv if word.split("=")[0] in SCHEDULE), None)
     if given is None or "scheduler" not in config:
         return config
     if os.environ.get("RANK", "0") == "0":

@@ -71,6 +71,8 @@ def check_flags(args: dict) -> None:
         raise ValueError(f"--device {args['device']}: must be auto, cpu, cuda or cuda:N")
     if not args.get("ddp", True) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("started by torchrun as several processes but without --ddp: add --ddp")
+    if not re.fullmatch("none|length|field:.+", args.get("curriculum", "none")):
+        raise ValueError(f"--curriculum {args['curriculum']}: must be none, length or field:NAME")
     for name, value in args.items():
         if name in POSITIVE and value is not None and not value > 0:
             raise ValueError(f"--{name} {value}: must be positive")

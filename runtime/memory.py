@@ -81,7 +81,7 @@ def estimate(
         tokens: of one micro-batch, before context_parallel splits them.
         supervised: those of them that need logits.
         gradient_checkpointing: the level, see `recomputed` in model/ops.py; 0: everything is kept.
-        optimizer: 'adamw' keeps two numbers per parameter, 'muon' one for each matrix inside the blocks.
+        optimizer: 'adamw' and 'lamb' keep two numbers per parameter, 'muon' one for each matrix inside the blocks.
         offload: zero2 and zero3 keep parameters, gradients and optimizer state in CPU memory ('host'); gradients that
             accumulate stay.
         accumulation_steps: micro-batches between two exchanges of gradients.

@@ -1,11 +1,16 @@
-"""Optimizers: AdamW, or Muon for the matrices inside the blocks with AdamW for everything else."""
+"""Optimizers: AdamW; Muon for the matrices inside the blocks with AdamW for everything else; LAMB for large batches.
+
+Here stands, too, what a learning rate is multiplied by where the batch grows with the number of processes.
+"""
 
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.device import fast_dtype
+from runtime.parallel import is_sharded, local
 
 
 def make_optimizer(
@@ -17,8 +22,9 @@ def make_optimizer(
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019), algorithm 2.
 
     Args:
-        name: 'adamw' or 'muon'.
-        lr: peak learning rate, the same number for both: Muon's updates are scaled to the size of AdamW's.
+        name: 'adamw', 'muon' or 'lamb'.
+        lr: peak learning rate. The same number suits AdamW and Muon, whose updates are scaled to the size of AdamW's;
+            LAMB's is the share of its own norm by which a matrix moves in a step.
         shard: ZeRO-1: every process keeps the state of some parameters, updates those, and broadcasts them.
             Source: Rajbhandari et al., ZeRO (2020), section 5.1.
     """
@@ -30,6 +36,8 @@ def make_optimizer(
         {"params": [p for p in rest if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    if name == "lamb":
+        return build(Lamb, groups, shard, lr=lr)
     adamw = build(AdamW, groups, shard, lr=lr, betas=(0.9, 0.95), fused=True)
     if not inner:
         return adamw
@@ -108,3 +116,69 @@ class Muon:
     def zero_grad(self, set_to_none: bool = True) -> None:
         for part in self.parts.values():
             part.zero_grad(set_to_none)
+
+
+class Lamb(Uncompiled):
+    """Adam's update of every layer, with the length of lr times the layer's own norm.
+
+    A layer is a matrix, also each of stacked ones. Vectors, and a head with one output, which is one, take Adam's
+    update as it is; so does a layer whose norm is 0. Norms are those of whole matrices, however they are sharded.
+    Source: You et al., Large Batch Optimization for Deep Learning (2020), algorithm 2, with phi(z) = z; betas and eps
+    as there in section 4.
+    """
+
+    def __init__(self, parameters: list, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if "step" not in state:
+                    state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+                state["step"] += 1
+                steps = state["step"].item()
+                x, gradient, m, v = map(local, (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
+                m.lerp_(gradient, 1 - beta1)
+                v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                update = (m / (1 - beta1**steps)) / ((v / (1 - beta2**steps)).sqrt_() + group["eps"])
+                update.add_(x, alpha=group["weight_decay"])
+                if p.numel() > max(p.shape):
+                    update *= trust_ratio(p, x, update)
+                x.sub_(update, alpha=lr)
+
+
+def trust_ratio(p: Tensor, x: Tensor, update: Tensor) -> Tensor:
+    """Norm of each layer of p divided by that of its update; 1 where one of them is 0.
+
+    Args:
+        p: (..., m, n), perhaps sharded.
+        x, update: what this process holds of p, and of its update.
+
+    Returns:
+        (..., 1, 1), for the layers of which this process holds something.
+    """
+    # In float64, by rows first: the ratio is the same in every layout, see `parallel.clip_gradients`.
+    norms = [torch.linalg.vector_norm(t, dim=-1).double() for t in (x, update)]
+    squares = torch.stack(norms).square_().sum(dim=-1)  # (2, ...)
+    if is_sharded(p):
+        squares = squares.to(p.device_mesh.device_type)  # where its processes can send it from, with offload, too
+        for dim, placement in enumerate(p.placements):
+            if not placement.is_replicate() and placement.dim >= p.dim() - 2:  # else each has layers of its own
+                dist.all_reduce(squares, group=p.device_mesh.get_group(dim))
+    norm, update_norm = squares.sqrt().to(x.device, x.dtype)[..., None, None]
+    return torch.where((norm > 0) & (update_norm > 0), norm / update_norm, 1.0)
+
+
+def scale_lr(lr: float, scaling: str, processes: int) -> float:
+    """The learning rate for a batch that is `processes` times that of one process.
+
+    Args:
+        scaling: 'none', 'linear' or 'sqrt'.
+    Source: Goyal et al., Accurate, Large Minibatch SGD (2017), section 2.1, for 'linear'; Malladi et al., On the SDEs
+    and Scaling Rules for Adaptive Gradient Algorithms (2022), for 'sqrt', the rule for Adam.
+    """
+    return lr * {"none": 1, "linear": processes, "sqrt": math.sqrt(processes)}[scaling]

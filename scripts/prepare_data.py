@@ -28,7 +28,7 @@ ENGINES = {f"sft_{engine}": (f"train_sft_{engine}", SFTDataset)  # whose configu
 
 def open_data(stage: str, args: argparse.Namespace) -> CachedDataset:
     """The dataset that the stage would train on; builds its cache where there is none."""
-    options = {"cache_dir": args.cache_dir, "skip_bad": args.skip_bad}
+    options = {"cache_dir": args.cache_dir, "skip_bad": args.skip_bad, "curriculum": args.curriculum}
     if hasattr(args, "loss_on"):
         options["loss_on"] = args.loss_on
     return (STAGES | ENGINES)[stage][1](args.data_path, load_tokenizer(args.tokenizer_dir), args.max_seq_len, **options)

@@ -1,7 +1,7 @@
 """Flags of the stages behind SFT, frozen as those in test_config.py: beside SFT's, flag -> (type, choices)."""
 
 SHARED = {"tensor_parallel", "context_parallel"}  # a process has whole layers and whole rows
-NO_BATCHES = SHARED | {"loss_on", "cache_dir", "packing", "num_workers", "accumulation_steps"}
+NO_BATCHES = SHARED | {"loss_on", "cache_dir", "packing", "curriculum", "num_workers", "accumulation_steps"}
 ROLLOUTS = {
     "max_new_tokens": ("int", None),
     "temperature": ("float", None),
@@ -16,6 +16,7 @@ LATER_STAGES = {
     "train_lora": (
         SHARED | {"preview", "drop_last"},
         {
+            "optimizer": ("str", ("adamw", "muon")),  # LAMB never leaves the 0 that adapters begin at
             "lora_rank": ("int", None),
             "lora_alpha": ("float", None),
             "lora_dropout": ("float", None),

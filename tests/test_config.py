@@ -20,6 +20,7 @@ COMMON = {
     "cache_dir": ("str", None),
     "max_seq_len": ("int", None),
     "packing": ZERO_OR_ONE,
+    "curriculum": ("str", None),
     "drop_last": ZERO_OR_ONE,
     "skip_bad": SWITCH,
     "eval_ratio": ("float", None),
@@ -42,7 +43,9 @@ COMMON = {
     "global_batch_size": ("int", None),
     "learning_rate": ("float", None),
     "warmup_ratio": ("float", None),
-    "optimizer": ("str", ("adamw", "muon")),
+    "lr_schedule": ("str", ("cosine", "linear", "constant", "wsd")),
+    "lr_scaling": ("str", ("none", "linear", "sqrt")),
+    "optimizer": ("str", ("adamw", "muon", "lamb")),
     "weight_decay": ("float", None),
     "grad_clip": ("float", None),
     "seed": ("int", None),
@@ -226,7 +229,7 @@ def test_command_line_wins_over_lists_and_aliases(parse, config):
 @pytest.mark.parametrize("alias", [alias for alias, name in ALIASES.items() if name in COMMON])
 def test_aliases(parse, config, alias, launched):
     values = {"resume": ("auto", "auto"), "ddp": ("true", True), "strategy": ("ddp", "ddp"), "grad_clip": ("3", 3.0)}
-    values |= {"save_weight": ("sft_4gpu", "sft_4gpu"), "drop_last": ("true", 1)}
+    values |= {"save_weight": ("sft_4gpu", "sft_4gpu"), "drop_last": ("true", 1), "lr_schedule": ("linear", "linear")}
     text, value = values.get(ALIASES[alias], ("3", 3))
     assert getattr(parse("train_full_sft", "--config", config(f"{alias}: {text}\n")), ALIASES[alias]) == value
 

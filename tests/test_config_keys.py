@@ -48,7 +48,9 @@ def read(config, monkeypatch):
         ("find_unused_parameters: true", "find_unused_parameters: True cannot be had: every parameter takes part"),
         ("dataloader_pin_memory: false", "dataloader_pin_memory: False cannot be had: batches are in pinned memory"),
         ("dataloader: {prefetch_factor: 4}", "prefetch_factor: 4 cannot be had: each of num_workers processes"),
-        ("lr_scheduler_type: linear", "lr_scheduler_type: linear cannot be had: the learning rate follows a cosine"),
+        ("lr_scheduler_type: polynomial", "lr_scheduler_type: polynomial cannot be had; it is one of cosine, linear, "),
+        ("lr_scheduler_type: [linear]", "lr_scheduler_type: ['linear'] cannot be had; it is one of cosine"),
+        ("lr_scheduler_type: linear\nlr_schedule: wsd", "lr_scheduler_type: linear and lr_schedule: wsd contradict"),
         ("save_strategy: epoch", "save_strategy: epoch cannot be had: checkpoints are saved every save_steps"),
         ("fp16_opt_level: O2", "fp16_opt_level: O2 cannot be had: float16 is autocast over float32 weights"),
         ("fp16_full_eval: true", "fp16_full_eval: True cannot be had"),
@@ -100,6 +102,21 @@ def test_whole_numbers(read, text, value):
 @pytest.mark.parametrize("text", ["5e-5", "'5e-5'", "5.0e-05", "0.00005", "+5E-5"])
 def test_small_numbers(read, text):
     assert read(f"learning_rate: {text}").learning_rate == 5e-5
+
+
+@pytest.mark.parametrize(
+    "text, schedule",
+    [
+        ("lr_scheduler_type: cosine", "cosine"),
+        ("training: {lr_scheduler_type: 'linear'}", "linear"),
+        ("lr_scheduler_type: constant", "constant"),
+        ("lr_scheduler_type: constant_with_warmup", "constant"),
+        ("lr_scheduler_type: warmup_stable_decay\nlr_schedule: wsd", "wsd"),
+        ("lr_scheduler_type:", "cosine"),
+    ],
+)
+def test_schedules_of_other_stacks(read, text, schedule):
+    assert read(text).lr_schedule == schedule
 
 
 def test_one_value_under_two_names(read):

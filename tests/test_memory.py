@@ -139,6 +139,7 @@ def test_muon_accumulation_and_offload():
     )
     muon = memory.estimate(LARGE, "ddp", data_ranks=2, optimizer="muon", **RUN)
     assert muon["optimizer"] == 4 * n + 4 * vectors_and_ends
+    assert memory.estimate(LARGE, "ddp", data_ranks=2, optimizer="lamb", **RUN)["optimizer"] == 8 * n
 
     accumulated = memory.estimate(LARGE, "zero3", data_ranks=4, accumulation_steps=2, **RUN)
     assert accumulated["gradients"] == 4 * n

@@ -231,7 +231,7 @@ def test_reference_values_come_with_their_pairs(open_rows):
 
 def test_held_out_pairs(tokenizer, tmp_path):
     flags = {"data_path": write_jsonl(tmp_path / "a.jsonl", rows_of_all_lengths(10)), "max_seq_len": 64, "seed": 1}
-    flags |= {"cache_dir": tmp_path, "skip_bad": False, "eval_ratio": 0.2, "eval_data": None}
+    flags |= {"cache_dir": tmp_path, "skip_bad": False, "curriculum": "none", "eval_ratio": 0.2, "eval_data": None}
     pairs, rows, others, held_out = open_pairs(flags, tokenizer)
     assert others is pairs and sorted([*rows, *held_out]) == [*range(10)] and len(held_out) == 2
     flags |= {"eval_data": write_jsonl(tmp_path / "b.jsonl", [GOOD])}

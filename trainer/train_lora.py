@@ -31,7 +31,7 @@ from model.lora import adapter_json, adapter_tensors, add_lora
 from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate
-from runtime.optim import make_optimizer
+from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
 
@@ -54,14 +54,24 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
 
 
 # Copied from trainer.train_pretrain.get_lr
-def get_lr(current_step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
-    """Linear warm-up to lr, then a cosine down to lr / 10.
+def get_lr(
+    current_step: int, total_steps: int, lr: float, warmup_steps: int = 0, schedule: str = "cosine"
+) -> float:
+    """Linear warm-up to lr, then a cosine down to lr / 10, a line down to 0, or constant; wsd: constant for 90 % of
+    the steps behind the warm-up, then a line down to 0.
 
-    Source: Loshchilov and Hutter, SGDR (2017), eq. 5, one cycle with eta_min = lr / 10.
+    Source: Loshchilov and Hutter, SGDR (2017), eq. 5, one cycle with eta_min = lr / 10; Hu et al., MiniCPM (2024),
+    section 4, for warm-up, stable, decay, with the last tenth for the decay.
     """
     if current_step < warmup_steps:
         return lr * (current_step + 1) / warmup_steps
     done = (current_step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return lr * (1 - done)
+    if schedule == "constant":
+        return lr
+    if schedule == "wsd":
+        return lr * min(1.0, 10 * (1 - done))
     return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
@@ -114,7 +124,8 @@ def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocas
     loader = batches(dataset, plan, windows, *share, args.num_workers, parallel.row_split())
     for window in windows:
         # 1. Learning rate
-        lr = get_lr(progress["step"], args.total_steps, args.learning_rate, int(args.warmup_ratio * args.total_steps))
+        warmup_steps = int(args.warmup_ratio * args.total_steps)
+        lr = get_lr(progress["step"], args.total_steps, args.peak_lr, warmup_steps, args.lr_schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -174,6 +185,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--cache_dir", help="where token caches live (default: out/cache)")
     data.add_argument("--max_seq_len", type=int, default=512, help="longest row, and context of the model, in tokens")
     data.add_argument("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
+    data.add_argument("--curriculum", default="none", help="easy first: none, length, field:NAME")
     data.add_argument("--loss_on", choices=("all", "last"), default="all", help="assistant turns that carry loss")
     data.add_argument("--skip_bad", action="store_true", help="leave bad rows out and count them")
     data.add_argument("--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation")
@@ -201,6 +213,19 @@ def parse_args() -> argparse.Namespace:
     optim.add_argument("--global_batch_size", type=int, help="rows per optimizer step (default: product of the others)")
     optim.add_argument("--learning_rate", type=float, default=1e-3, help="peak learning rate")
     optim.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
+    optim.add_argument(
+        "--lr_schedule",
+        choices=("cosine", "linear", "constant", "wsd"),
+        default="cosine",
+        help="learning rate behind the warm-up",
+    )
+    optim.add_argument(
+        "--lr_scaling",
+        choices=("none", "linear", "sqrt"),
+        default="none",
+        help="learning rate x data-parallel processes, or x their square root",
+    )
+    # Differs from trainer.train_pretrain.--optimizer: LAMB's steps are a share of a norm, and adapters begin at 0
     optim.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the blocks' matrices")
     optim.add_argument("--weight_decay", type=float, default=0.0, help="of matrices")
     optim.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no limit)")
@@ -239,7 +264,8 @@ def main() -> int:
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
     tokenizer = load_tokenizer(args.tokenizer_dir)
-    options = {"cache_dir": args.cache_dir, "skip_bad": args.skip_bad, "loss_on": args.loss_on}
+    options = {"cache_dir": args.cache_dir, "skip_bad": args.skip_bad}
+    options |= {"loss_on": args.loss_on, "curriculum": args.curriculum}
     dataset = parallel.rank_zero_first(lambda: SFTDataset(args.data_path, tokenizer, args.max_seq_len, **options))
     Logger(f"{args.data_path}: {describe(dataset)}")
     train_rows, held_out = split_rows(len(dataset), args.eval_ratio, args.seed)
@@ -247,6 +273,7 @@ def main() -> int:
     order = (args.seed, args.max_seq_len, args.packing, global_batch, 0)
     plans = functools.partial(plan_epoch, dataset, train_rows, *order)
     args.total_steps = min(args.max_steps or math.inf, sum(plans(epoch).steps for epoch in range(args.epochs)))
+    args.peak_lr = scale_lr(args.learning_rate, args.lr_scaling, parallel.data_world()[1])
 
     # 3. Precision: float16 alone needs its gradients scaled
     dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
@@ -268,12 +295,12 @@ def main() -> int:
     setup_seed(args.seed + parallel.world()[0])  # one model everywhere, but dropout of its own on every rank
     args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
     model = parallel.wrap(model, args, dtype, global_batch)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay, args.strategy == "zero1")
+    optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, args.strategy == "zero1")
     progress = checkpoint.load_run(found, model, optimizer, scaler)
 
     # 6. Tracking
     tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
-    steps = f"{args.total_steps} steps of {global_batch} rows"
+    steps = f"{args.total_steps} steps of {global_batch} rows, learning rate {args.peak_lr:g}"
     tracker.print(f"{run_dir.name}: {parallel.describe(model, args, dtype)}, {steps}")
 
     def save() -> None:

@@ -36,7 +36,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.reward import ActorCritic, RewardConfig, RewardModel
 from model.weights import hash_weights, start_weights
 from runtime import checkpoint, launch, parallel, rewards, rollout
-from runtime.optim import make_optimizer
+from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
 
@@ -59,14 +59,24 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
 
 
 # Copied from trainer.train_pretrain.get_lr
-def get_lr(current_step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
-    """Linear warm-up to lr, then a cosine down to lr / 10.
+def get_lr(
+    current_step: int, total_steps: int, lr: float, warmup_steps: int = 0, schedule: str = "cosine"
+) -> float:
+    """Linear warm-up to lr, then a cosine down to lr / 10, a line down to 0, or constant; wsd: constant for 90 % of
+    the steps behind the warm-up, then a line down to 0.
 
-    Source: Loshchilov and Hutter, SGDR (2017), eq. 5, one cycle with eta_min = lr / 10.
+    Source: Loshchilov and Hutter, SGDR (2017), eq. 5, one cycle with eta_min = lr / 10; Hu et al., MiniCPM (2024),
+    section 4, for warm-up, stable, decay, with the last tenth for the decay.
     """
     if current_step < warmup_steps:
         return lr * (current_step + 1) / warmup_steps
     done = (current_step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return lr * (1 - done)
+    if schedule == "constant":
+        return lr
+    if schedule == "wsd":
+        return lr * min(1.0, 10 * (1 - done))
     return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
@@ -198,7 +208,7 @@ def train_epoch(args, plan, held_out, model, tools, optimizer, scaler, autocast,
         for update in range(steps_each):
             # 2. Learning rate
             mini, warmup = minis[update % args.mini_batches], int(args.warmup_ratio * args.total_steps)
-            lr = get_lr(progress["step"], args.total_steps, args.learning_rate, warmup)
+            lr = get_lr(progress["step"], args.total_steps, args.peak_lr, warmup, args.lr_schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
@@ -306,7 +316,24 @@ def parse_args() -> argparse.Namespace:
     optim.add_argument("--global_batch_size", type=int, help="prompts per rollout (default: batch_size x processes)")
     optim.add_argument("--learning_rate", type=float, default=1e-5, help="peak learning rate")
     optim.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
-    optim.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the blocks' matrices")
+    optim.add_argument(
+        "--lr_schedule",
+        choices=("cosine", "linear", "constant", "wsd"),
+        default="cosine",
+        help="learning rate behind the warm-up",
+    )
+    optim.add_argument(
+        "--lr_scaling",
+        choices=("none", "linear", "sqrt"),
+        default="none",
+        help="learning rate x data-parallel processes, or x their square root",
+    )
+    optim.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon", "lamb"),
+        default="adamw",
+        help="muon: for the blocks' matrices; lamb: for large batches",
+    )
     optim.add_argument("--weight_decay", type=float, default=0.1, help="of matrices")
     optim.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no limit)")
     optim.add_argument("--seed", type=int, default=42, help="seed of everything random")
@@ -356,6 +383,7 @@ def main() -> int:
     steps_each = args.ppo_epochs * args.mini_batches  # the last rollout is used up, whatever --max_steps says
     rollouts = sum(plans(epoch).steps for epoch in range(args.epochs))
     args.total_steps = steps_each * min(rollouts, math.ceil(args.max_steps / steps_each) or rollouts)
+    args.peak_lr = scale_lr(args.learning_rate, args.lr_scaling, parallel.data_world()[1])
     judges = rewards.load_rewards(args.reward, len(tokenizer), args.max_seq_len, args.device)
 
     # 3. Precision: float16 alone needs its gradients scaled
@@ -385,12 +413,12 @@ def main() -> int:
     plain = args.strategy not in parallel.SHARDED and not args.compile
     spare = None if plain else copy.deepcopy(actor).requires_grad_(False)
     model = parallel.wrap(ActorCritic(actor, critic), args, dtype, math.inf)  # steps have any number of passes
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay, args.strategy == "zero1")
+    optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, args.strategy == "zero1")
     progress = checkpoint.load_run(found, model, optimizer, scaler)
 
     # 6. Tracking
     tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
-    steps = f"{args.total_steps} steps, rollouts of {args.global_batch_size} prompts"
+    steps = f"{args.total_steps} steps, rollouts of {args.global_batch_size} prompts, learning rate {args.peak_lr:g}"
     tracker.print(f"{run_dir.name}: {parallel.describe(model, args, dtype)}, {steps}")
 
     def save() -> None:

@@ -29,6 +29,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import checkpoint, engine_store, launch, lightning_engine, parallel
 from runtime.evaluation import evaluate
+from runtime.optim import scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
 
@@ -51,14 +52,24 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
 
 
 # Copied from trainer.train_pretrain.get_lr
-def get_lr(current_step: int, total_steps: int, lr: float, warmup_steps: int = 0) -> float:
-    """Linear warm-up to lr, then a cosine down to lr / 10.
+def get_lr(
+    current_step: int, total_steps: int, lr: float, warmup_steps: int = 0, schedule: str = "cosine"
+) -> float:
+    """Linear warm-up to lr, then a cosine down to lr / 10, a line down to 0, or constant; wsd: constant for 90 % of
+    the steps behind the warm-up, then a line down to 0.
 
-    Source: Loshchilov and Hutter, SGDR (2017), eq. 5, one cycle with eta_min = lr / 10.
+    Source: Loshchilov and Hutter, SGDR (2017), eq. 5, one cycle with eta_min = lr / 10; Hu et al., MiniCPM (2024),
+    section 4, for warm-up, stable, decay, with the last tenth for the decay.
     """
     if current_step < warmup_steps:
         return lr * (current_step + 1) / warmup_steps
     done = (current_step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return lr * (1 - done)
+    if schedule == "constant":
+        return lr
+    if schedule == "wsd":
+        return lr * min(1.0, 10 * (1 - done))
     return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
@@ -120,7 +131,7 @@ def train_epoch(trainer, args, plans, dataset, held_out, model, scaler, autocast
             # 1. Learning rate
             epoch, plan, window, micro_batches = batch
             warmup_steps = int(args.warmup_ratio * args.total_steps)
-            lr = get_lr(progress["step"], args.total_steps, args.learning_rate, warmup_steps)
+            lr = get_lr(progress["step"], args.total_steps, args.peak_lr, warmup_steps, args.lr_schedule)
             for group in (optimizer := self.optimizers()).param_groups:
                 group["lr"] = lr
 
@@ -181,6 +192,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--cache_dir", help="where token caches live (default: out/cache)")
     data.add_argument("--max_seq_len", type=int, default=512, help="longest row, and context of the model, in tokens")
     data.add_argument("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
+    data.add_argument("--curriculum", default="none", help="easy first: none, length, field:NAME")
     data.add_argument("--drop_last", type=int, choices=(0, 1), default=0, help="1: no shorter last global batch")
     data.add_argument("--loss_on", choices=("all", "last"), default="all", help="assistant turns that carry loss")
     data.add_argument("--skip_bad", action="store_true", help="leave bad rows out and count them")
@@ -206,6 +218,18 @@ def parse_args() -> argparse.Namespace:
     optim.add_argument("--global_batch_size", type=int, help="rows per optimizer step (default: product of the others)")
     optim.add_argument("--learning_rate", type=float, default=5e-4, help="peak learning rate")
     optim.add_argument("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
+    optim.add_argument(
+        "--lr_schedule",
+        choices=("cosine", "linear", "constant", "wsd"),
+        default="cosine",
+        help="learning rate behind the warm-up",
+    )
+    optim.add_argument(
+        "--lr_scaling",
+        choices=("none", "linear", "sqrt"),
+        default="none",
+        help="learning rate x data-parallel processes, or x their square root",
+    )
     optim.add_argument("--weight_decay", type=float, default=0.1, help="of matrices")
     optim.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no limit)")
     optim.add_argument("--seed", type=int, default=42, help="seed of everything random")
@@ -243,7 +267,8 @@ def main() -> int:
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
     tokenizer = load_tokenizer(args.tokenizer_dir)
-    options = {"cache_dir": args.cache_dir, "skip_bad": args.skip_bad, "loss_on": args.loss_on}
+    options = {"cache_dir": args.cache_dir, "skip_bad": args.skip_bad}
+    options |= {"loss_on": args.loss_on, "curriculum": args.curriculum}
     dataset = parallel.rank_zero_first(lambda: SFTDataset(args.data_path, tokenizer, args.max_seq_len, **options))
     Logger(f"{args.data_path}: {describe(dataset)}")
     if args.preview:
@@ -254,6 +279,7 @@ def main() -> int:
     order = (args.seed, args.max_seq_len, args.packing, global_batch, args.drop_last)
     plans = functools.partial(plan_epoch, dataset, train_rows, *order)
     args.total_steps = min(args.max_steps or math.inf, sum(plans(epoch).steps for epoch in range(args.epochs)))
+    args.peak_lr = scale_lr(args.learning_rate, args.lr_scaling, parallel.data_world()[1])
 
     # 3. Precision: float16 alone needs its gradients scaled
     dtype = args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
@@ -275,7 +301,8 @@ def main() -> int:
 
     # 5. Tracking: our files, Lightning's progress bar, and its loggers for what --report_to names
     tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
-    layout = f"{parallel.describe(model, args, dtype)}, {args.total_steps} steps of {global_batch} rows"
+    steps = f"{args.total_steps} steps of {global_batch} rows, learning rate {args.peak_lr:g}"
+    layout = f"{parallel.describe(model, args, dtype)}, {steps}"
     tracker.print(f"{run_dir.name}: Lightning, {layout}")
     tracker.start(progress, args.total_steps)
     trainer = lightning_engine.make_trainer(args, run_dir, progress, tracker)
