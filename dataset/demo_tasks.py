@@ -140,11 +140,10 @@ def working(a: int, b: int, op: str, lang: str) -> str:
         return "".join(f"{name}{colon}{line}{stop}" for name, line in zip(t["places"], lines, strict=False))
 
     if op == "+":
-        text, result = places(digits_of_sum(a, b)), a + b
+        text, result = f"{a}+{b}{stop}" + places(digits_of_sum(a, b)), a + b
     elif op == "-":
-        text, result = places(digits_of_difference(max(a, b), min(a, b))), a - b
-        if a < b:
-            text = t["less"].format(a=a, b=b) + stop + text
+        question = f"{a}-{b}" if a >= b else f"{a}-{b}=-({b}-{a})"
+        text, result = question + stop + places(digits_of_difference(max(a, b), min(a, b))), a - b
     else:
         result, rows = a * b, []
         for place in range(len(str(b))):

@@ -80,6 +80,7 @@ DRILLS = {
     "multi_turn": 80,
     "story": 60,
 }
+LONGEST = 220  # tokens of a row, about: what the quickstart's model can see
 ONE_TOPIC = ("multi_turn", "direct", "ties")  # tasks whose rows are not joined with others
 
 
@@ -96,16 +97,25 @@ def user_turns(row: dict) -> list[str]:
     return [turn["content"] for turn in talk if turn["role"] == "user"]
 
 
+def length(texts: list[str]) -> float:
+    """About how many tokens a talk makes: letters are a third of one, digits one, Chinese characters up to three."""
+    marks = sum(0.4 if c == " " or c.isascii() and c.isalpha() else 1 if c.isascii() else 1.7 for c in "".join(texts))
+    return marks + 8 * len(texts)
+
+
 def sample_row(rng: random.Random, task: str, lang: str, held_out: bool, tasks: list[str]) -> dict:
     """One row {task, conversations}: the last turn is the reply.
 
     In some rows exchanges of other tasks come before it, as in a chat that has gone on for a while.
     """
-    texts = sample_exchange(rng, task, lang, held_out)
-    while task not in ONE_TOPIC and rng.random() < 0.3 and sum(map(len, texts)) < 250:
-        before = rng.choice(tasks)
+    while length(texts := sample_exchange(rng, task, lang, held_out)) > LONGEST:
+        pass
+    while task not in ONE_TOPIC and rng.random() < 0.3:
         before_lang = lang if rng.random() < 0.8 else rng.choice(LANGS)
-        texts = sample_exchange(rng, before, before_lang, False) + texts
+        longer = sample_exchange(rng, rng.choice(tasks), before_lang, False) + texts
+        if length(longer) > LONGEST:
+            break
+        texts = longer
     talk = turns(texts)
     if rng.random() < 0.08 and task != "direct":
         talk = [{"role": "system", "content": rng.choice(WORDS["system"][lang])}, *talk]
