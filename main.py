@@ -9,7 +9,6 @@ it gets --ddp. A file with `distributed_strategy: deepspeed`, or --deepspeed_con
 """
 
 import argparse
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from runtime import config, launch
+from runtime.launcher import read_launch
 
 ALGORITHMS = {
     "pretrain": "train_pretrain.py",
@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="sft", help="the stage")
     args, argv = parser.parse_known_args()
     script = stage_script(args.algorithm, choose_engine(argv))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "--ddp" not in argv and settings(argv).get("ddp") is not False:
+    if read_launch().world_size > 1 and "--ddp" not in argv and settings(argv).get("ddp") is not False:
         argv.append("--ddp")
     sys.argv = [str(script), *argv]
     runpy.run_path(str(script), run_name="__main__")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from runtime import checkpoint, deepspeed_engine, parallel
+from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import is_fsdp, world
 from runtime.tracking import Tracker, wandb_reachable
@@ -51,7 +52,7 @@ def check_launch(args) -> None:
     """
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError("this script needs Accelerate, which is not installed; pip install accelerate")
-    if "RANK" not in os.environ and env("MIXED_PRECISION") and "MASTER_ADDR" in os.environ:
+    if not read_launch().launched and env("MIXED_PRECISION") and "MASTER_ADDR" in os.environ:
         raise ValueError(
             "accelerate launch was asked for several processes and started one, as it does without as many GPUs; on "
             "CPUs: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N trainer/train_sft_accelerate.py --ddp"

@@ -5,13 +5,14 @@ reason, none is ignored: a key that does nothing would be believed to do somethi
 """
 
 import difflib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import yaml
+
+from runtime.launcher import read_launch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -157,7 +158,7 @@ def flag_values(content: list[tuple[str, object]], defaults: dict) -> dict[str, 
 def adapt(values: dict[str, object], defaults: dict, argv: list[str]) -> dict[str, object]:
     """The values for this script on this machine, started as it was: what is about launchers, engines and backends."""
     values, here = dict(values), "deepspeed_config" in defaults
-    if values.get("ddp") and "RANK" not in os.environ:
+    if values.get("ddp") and not read_launch().launched:
         print("distributed: true, but no launcher started this script: one process trains alone", flush=True)
         del values["ddp"]
     if values.get("strategy") == "deepspeed":
@@ -214,7 +215,7 @@ def choose_dtype(given: dict[str, object]) -> str | None:
 def check_backend(asked: object, ours: str) -> None:
     """nccl between GPUs and gloo between CPUs: say so where the file asks for something else."""
     if asked == "nccl" and ours == "gloo":
-        if os.environ.get("RANK", "0") == "0":
+        if read_launch().rank == 0:
             print("distributed_backend: nccl needs a GPU, gloo is used", flush=True)
     elif asked != ours:
         remedy = "leave it out, or take --device cpu" if ours == "nccl" else "leave it out"

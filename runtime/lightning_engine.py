@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset.packing import Plan, batches
 from runtime import launch
+from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import compile_blocks, data_world, is_fsdp, sync_gradients, world, wrap
 from runtime.tracking import Tracker, wandb_reachable
@@ -62,7 +63,7 @@ def make_trainer(args, folder: Path, progress: dict, tracker: Tracker):
     for name in ("lightning.pytorch", "lightning.fabric"):  # which devices it found, and tips
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")  # of torch, to it
-    processes, here = world()[1], int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes, here = world()[1], read_launch().local_world_size
     strategies = {
         "none": lambda: "auto",
         "ddp": lambda: DDPStrategy(bucket_cap_mb=args.bucket_cap_mb, gradient_as_bucket_view=True),

@@ -8,7 +8,6 @@ does: weights, gradients and optimizer state are float32; autocast makes copies 
 
 import functools
 import json
-import os
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from model.lm import LMConfig, MiniMindLM
 from model.ops import CHUNK, LEAST
+from runtime.launcher import read_launch
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 FLOAT = 4  # bytes of a float32
@@ -204,7 +204,7 @@ def activations(
 def device_memory(device: torch.device) -> int | None:
     """Bytes that this process may use: what is free on the GPU, or its share of the machine's RAM; None: unreadable.
 
-    RAM is shared by the LOCAL_WORLD_SIZE processes of the machine, and limited by the control group (containers).
+    RAM is shared by the processes of the machine, and limited by the control group (containers).
     """
     if device.type == "cuda":
         try:  # what this process holds already is its own to use
@@ -224,7 +224,7 @@ def device_memory(device: torch.device) -> int | None:
             free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):  # another version of control groups, or no limit ("max")
             pass
-    return max(0, min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(free)) // read_launch().local_world_size
 
 
 def choose_strategy(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_jsonl
-from running import LAUNCHER_VARIABLES, ROOT
+from running import LAUNCHER_VARIABLES, ROOT, launched_as
 
 from model.lm import LMConfig, MiniMindLM
 
@@ -342,8 +342,7 @@ def test_busy_port(run_script, work):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
-        done = run_script(SFT, "--ddp", *flags(work, "port"), env={**launched, "MASTER_PORT": port})
+        done = run_script(SFT, "--ddp", *flags(work, "port"), env=launched_as(0, 2, port))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = errors_of(done)
     assert f"cannot join the process group at 127.0.0.1:{port}: the port is busy, choose another --master_port" in line

@@ -5,7 +5,7 @@ import importlib
 import sys
 
 import pytest
-from running import ROOT
+from running import ROOT, launched_as
 from stage_flags import LATER_STAGES
 
 from runtime.config import ALIASES, FIXED, KNOWN, config_to_argv
@@ -121,7 +121,8 @@ def config(tmp_path):
 @pytest.fixture
 def launched(monkeypatch):
     """As if a launcher had started this process."""
-    monkeypatch.setenv("RANK", "0")
+    for name, value in launched_as(0, 1).items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

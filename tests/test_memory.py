@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from running import ROOT
+from running import ROOT, launched_as
 
 from model import native
 from model.lm import LMConfig, MiniMindLM
@@ -197,9 +197,9 @@ def test_without_memory_the_number_of_parameters_decides(layers, strategy, monke
 
 
 def test_device_memory_of_this_machine(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     whole = memory.device_memory(CPU)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    for name, value in launched_as(0, 1000).items():
+        monkeypatch.setenv(name, value)
     assert whole is None or 0 <= memory.device_memory(CPU) < whole / 100
 
 

@@ -66,7 +66,7 @@ def test_resume_on_another_number_of_processes(flags, tmp_path, start_script, ru
 
 def test_signals_save_and_exit(flags, tmp_path, start_script, run_script):
     job, out, steps, saved = [*flags, "--batch_size=1", "--save_interval=0", "--resume=auto"], tmp_path / "out", 0, []
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         process = start_script("trainer/train_full_sft.py", *job)
         wait_for_steps(process, out, steps + 3)
         process.send_signal(number)
