@@ -27,13 +27,13 @@ CODE = ("model", "dataset", "runtime", "trainer")  # folders whose files decide 
 LOCAL = ("config", "data_path", "tokenizer_dir", "cache_dir", "out_dir", "device", "num_workers", "report_to")
 
 
-def command_line(defaults: dict) -> list[str]:
+def command_line(parser) -> list[str]:
     """What a stage script parses: the file of --config as flags, then the flags it was given, which win.
 
     Left out is the `--local_rank N` that some launchers add: the environment says the same.
 
     Args:
-        defaults: all flags with their defaults, as `vars(parser.parse_args([]))` gives them.
+        parser: the ArgumentParser that knows the flags.
 
     Raises:
         ValueError: see `config.config_to_argv`.
@@ -44,7 +44,7 @@ def command_line(defaults: dict) -> list[str]:
             next(words, None)
         elif not re.match("--local[-_]rank=", word):
             argv.append(word)
-    return config_to_argv(argv, defaults) + argv
+    return config_to_argv(argv, parser) + argv
 
 
 POSITIVE = ("max_seq_len", "epochs", "batch_size", "accumulation_steps", "global_batch_size", "learning_rate",

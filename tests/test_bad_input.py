@@ -127,7 +127,7 @@ FLAGS = {
         "--config {work}/unknown.yaml",
         "unknown key 'batchsize'; the nearest known one is 'batch_siz",
     ),
-    "config wrong type": ("--config {work}/type.yaml", "--batch_size: invalid int value: 'many'"),
+    "config wrong type": ("--config {work}/type.yaml", "type.yaml:1: batch_size must be a whole number, found 'many'"),
     "resume nowhere": ("--resume {work}/nowhere", "--resume {work}/nowhere: no checkpoint there"),
 }
 

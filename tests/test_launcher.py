@@ -180,7 +180,9 @@ while True:
     signal.pause()"""
 
 
-@pytest.mark.parametrize("number, seen, code", [(signal.SIGINT, 2, 130), (signal.SIGHUP, 1, 129), (signal.SIGKILL, 15, -9)])
+@pytest.mark.parametrize(
+    "number, seen, code", [(signal.SIGINT, 2, 130), (signal.SIGHUP, 1, 129), (signal.SIGKILL, 15, -9)]
+)
 def test_ctrl_c_and_kill(number, seen, code):
     """Ctrl-C, which goes to all processes of a terminal, reaches the job by the launcher alone; kill -9 ends both."""
     process = subprocess.Popen(

@@ -223,7 +223,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
     output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
     output.add_argument("--report_to", nargs="+", choices=("none", "wandb", "tensorboard"), default=[], help="trackers")
-    argv = launch.command_line(vars(parser.parse_args([])))
+    argv = launch.command_line(parser)
     parser.set_defaults(**deepspeed_config.defaults(parser.parse_args(argv).deepspeed_config, argv))
     return parser.parse_args(argv)
 
