@@ -68,6 +68,13 @@ def slurm_task() -> Launch:
     return Launch(**{field: whole_number(name, 0) for field, name in names.items() if name in os.environ})
 
 
+def forget_leftovers() -> None:
+    """Without a launcher, take out of the environment what other libraries would believe one from."""
+    if not read_launch().launched:
+        for name in (*NEEDED, *NUMBERS):
+            os.environ.pop(name, None)
+
+
 def is_quiet() -> bool:
     """Whether another process of this machine tells of the errors that all of them have."""
     try:

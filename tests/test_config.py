@@ -342,7 +342,7 @@ def test_empty_file(parse, config):
         ("save_weight: [a]", "save_weight takes one value, found ['a']"),
         ("report_to: [wandb, [none]]", "report_to takes one value, found ['none']"),
         ("dtype: int8", "dtype: int8: no precision fits; dtype is float32, float16 or bfloat16"),
-        ("report_to: [wandb, paper]", "config.yaml:1: report_to must be one of none, wandb, tensorboard, found 'paper'"),
+        ("report_to: [wandb, paper]", "report_to must be one of none, wandb, tensorboard, found 'paper'"),
     ],
 )
 def test_mistakes_are_one_line(parse, config, text, said):

@@ -265,7 +265,7 @@ def main() -> int:
     progress = checkpoint.load_run(found, model, optimizer, scaler)
 
     # 6. Tracking
-    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found))
     steps = f"{args.total_steps} steps of {global_batch} rows"
     tracker.print(f"{run_dir.name}: {parallel.describe(model, args, dtype)}, {steps}")
 

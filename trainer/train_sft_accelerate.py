@@ -267,7 +267,7 @@ def main() -> int:
     progress = accelerated.load(accelerator, found)
 
     # 5. Tracking: ours, and accelerate's trackers for what --report_to names
-    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found))
     tracker.report_to.clear()
     tracker.print(f"{run_dir.name}: Accelerate, {layout}")
 
@@ -279,7 +279,7 @@ def main() -> int:
 
     # 6. Epochs
     tracker.start(progress, args.total_steps)
-    accelerated.start_trackers(accelerator, run_dir, vars(args), progress)
+    accelerated.start_trackers(accelerator, tracker, progress)
     stop = launch.StopSignal()
     while progress["step"] < args.total_steps and not stop.number:
         plan = plans(progress["epoch"])
@@ -289,8 +289,8 @@ def main() -> int:
     checkpoint.wait()
     ending = f"stopped by signal {stop.number} at step {progress['step']}" if stop.number else "finished"
     tracker.print(f"{ending}; weights in {run_dir}.pth")
+    accelerated.end_training(accelerator, tracker)
     tracker.close()
-    accelerator.end_training()
     return 128 + stop.number if stop.number else 0
 
 

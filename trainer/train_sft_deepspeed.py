@@ -271,7 +271,7 @@ def main() -> int:
     progress = deepspeed_engine.load_run(found, model)
 
     # 5. Tracking
-    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found))
     layout = deepspeed_engine.describe(model, args)
     tracker.print(f"{run_dir.name}: {layout}, {args.total_steps} steps of {global_batch} rows")
 

@@ -273,7 +273,7 @@ def main() -> int:
     progress = checkpoint.restore(found, scaler)  # Lightning reads its file in step 6
 
     # 5. Tracking: our files, Lightning's progress bar, and its loggers for what --report_to names
-    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found))
     layout = f"{parallel.describe(model, args, dtype)}, {args.total_steps} steps of {global_batch} rows"
     tracker.print(f"{run_dir.name}: Lightning, {layout}")
     tracker.start(progress, args.total_steps)

@@ -268,7 +268,7 @@ def main() -> int:
     progress = checkpoint.load_run(found, model.module, optimizer, scaler)
 
     # 6. Tracking
-    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found))
     steps = f"{args.total_steps} steps of {global_batch} rows"
     processes = f"{parallel.world()[1]} x {args.device.type}"
     tracker.print(f"{run_dir.name}: {size:,} parameters on {processes}, {model.describe()}, {dtype}, {steps}")
