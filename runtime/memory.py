@@ -17,6 +17,7 @@ import torch
 from model.lm import LMConfig, MiniMindLM
 from model.ops import CHUNK, LEAST
 from runtime.launcher import read_launch
+from runtime.optim import is_block_matrix
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 FLOAT = 4  # bytes of a float32
@@ -101,8 +102,8 @@ def estimate(
         local[name], rows = shape.numel() // divisor, shape[0] // (1 if by_columns else divisor)
         rows = shape[1] if len(shape) == 3 and shape[1] % ranks == 0 else rows  # experts: each is split
         mine[name] = -(-rows // ranks) * local[name] / rows if sharded else local[name]
-    state = {name: n * (4 if optimizer == "muon" and ".layers." in name and len(shapes[name]) == 2 else 8)
-             for name, n in mine.items()}  # fmt: skip
+    one_number = {name for name, shape in shapes.items() if optimizer == "muon" and is_block_matrix(name, shape)}
+    state = {name: FLOAT * n * (1 if name in one_number else 2) for name, n in mine.items()}
 
     parts = {
         "parameters": FLOAT * sum(mine.values()),

@@ -140,6 +140,15 @@ def test_muon_accumulation_and_offload():
     muon = memory.estimate(LARGE, "ddp", data_ranks=2, optimizer="muon", **RUN)
     assert muon["optimizer"] == 4 * n + 4 * vectors_and_ends
 
+    moe = replace(LARGE, use_moe=True)
+    rest = sum(  # the router is AdamW's, too; stacked experts are matrices
+        shape.numel()
+        for name, shape in memory.parameter_shapes(moe).items()
+        if len(shape) == 1 or "embed" in name or "mlp.gate.weight" in name
+    )
+    muon = memory.estimate(moe, "ddp", data_ranks=2, optimizer="muon", **RUN)
+    assert muon["optimizer"] == 4 * memory.parameter_count(moe) + 4 * rest
+
     accumulated = memory.estimate(LARGE, "zero3", data_ranks=4, accumulation_steps=2, **RUN)
     assert accumulated["gradients"] == 4 * n
 
