@@ -1,6 +1,7 @@
 """Whether a launcher started a process: all that one sets together says so; what is left behind of it says nothing."""
 
 import pytest
+from conftest import chat, write_jsonl
 from running import LAUNCHER_VARIABLES, launched_as
 
 from runtime.launcher import Launch, is_quiet, read_launch
@@ -87,10 +88,17 @@ def test_scripts_answer_in_one_line(run_script, name):
     assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
 
 
-def test_what_is_left_behind_does_not_keep_main_from_training_alone(run_script, tmp_path, tiny_flags):
-    flags = [*tiny_flags, "--max_steps=1", "--max_seq_len=64", "--from_weight=none", f"--out_dir={tmp_path}"]
+@pytest.mark.parametrize("engine", ["", "accelerate", "deepspeed", "lightning"])
+def test_what_is_left_behind_does_not_keep_a_process_from_training_alone(run_script, tmp_path, tiny_flags, engine):
+    """Accelerate, DeepSpeed and Lightning each read it, too, and would believe it."""
+    script = f"trainer/train_sft_{engine}.py" if engine else "main.py"
+    if engine:
+        pytest.importorskip(engine)
+    data = write_jsonl(tmp_path / "data.jsonl", [chat("a", "b")] * 4)
+    places = [f"--data_path={data}", f"--cache_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path}"]
+    flags = [*tiny_flags, *places, "--max_steps=1", "--max_seq_len=64", "--from_weight=none"]
     left_behind = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-    done = run_script("main.py", *flags, f"--cache_dir={tmp_path}", env=left_behind)
+    done = run_script(script, *flags, env=left_behind)
     assert done.returncode == 0 and "on 1 x cpu" in done.stdout, done.stderr
 
 
