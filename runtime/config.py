@@ -54,13 +54,22 @@ FIXED = {
 }
 # These say together what --dtype says alone.
 PRECISIONS = ("dtype", "mixed_precision", "fp16", "bf16")
-DTYPES = {"no": "float32", "false": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {
+    "no": "float32",
+    "false": "float32",
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
 KNOWN = (*FIXED, *PRECISIONS, "distributed_backend", "deepspeed_config")
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 SWITCH = WORDS | {"1": True, "0": False}
 # Text flags that are switches in other stacks.
 SWITCHED = {"resume": {True: "auto", False: "none"}}
-TAGS = {f"tag:yaml.org,2002:{name}" for name in "null bool int float timestamp str merge value seq map".split()}
+TAGS = {
+    f"tag:yaml.org,2002:{name}"
+    for name in "null bool int float timestamp str merge value seq map".split()
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,11 @@ def read_config(path: str) -> list[Entry]:
     """
     here = Path(path)
     try:
-        here = here if here.exists() or not (ROOT / "configs" / path).is_file() else ROOT / "configs" / path
+        here = (
+            here
+            if here.exists() or not (ROOT / "configs" / path).is_file()
+            else ROOT / "configs" / path
+        )
         loader = yaml.SafeLoader(here.read_text(encoding="utf-8"))
         content = loader.get_single_node()
         if content is None or content.tag == "tag:yaml.org,2002:null":  # nothing, or comments alone
@@ -113,7 +126,11 @@ def read_config(path: str) -> list[Entry]:
 
 
 def entries(
-    loader: yaml.SafeLoader, mapping: yaml.MappingNode, file: str, levels: int = 2, section: str = ""
+    loader: yaml.SafeLoader,
+    mapping: yaml.MappingNode,
+    file: str,
+    levels: int = 2,
+    section: str = "",
 ) -> Iterator[Entry]:
     """The entries of a mapping and of the sections in it. ValueError: a key stands there twice."""
     names = set()
@@ -127,13 +144,19 @@ def entries(
         if isinstance(node, yaml.MappingNode) and levels:
             yield from entries(loader, node, file, levels - 1, name)
         else:
-            yield Entry(f"{section}.{name}" if f"{section}.{name}" in ALIASES else name, text_of(node), place)
+            yield Entry(
+                f"{section}.{name}" if f"{section}.{name}" in ALIASES else name,
+                text_of(node),
+                place,
+            )
 
 
 def text_of(node: yaml.Node) -> str | list | dict | None:
     """A scalar as it stands in the file, None for null; lists of them; {} for a mapping."""
     if node.tag not in TAGS:
-        raise yaml.MarkedYAMLError(problem=f"a tag, {node.tag}, is not taken", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(
+            problem=f"a tag, {node.tag}, is not taken", problem_mark=node.start_mark
+        )
     if isinstance(node, yaml.SequenceNode):
         return [text_of(item) for item in node.value]
     if isinstance(node, yaml.MappingNode):
@@ -155,7 +178,9 @@ def config_to_argv(argv: list[str], parser) -> list[str]:
     path = config_path(argv)
     if path is None:
         return []
-    flags = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    flags = {
+        action.dest: action for action in parser._actions if action.dest not in ("help", "config")
+    }
     values = adapt(flag_values(read_config(path), flags), argv)
     return [word for name, entry in values.items() for word in as_words(name, entry.value)]
 
@@ -213,7 +238,9 @@ def flag_value(name: str, entry: Entry, action) -> bool | str | list[str]:
 def checked(name: str, entry: Entry, value: object, action) -> str:
     """One value as the text that argparse takes for it; numbers are written one way, so that they can be compared."""
     if not isinstance(value, str):
-        raise entry.error(f"{entry.key} takes one value, found {'a section' if value == {} else value}")
+        raise entry.error(
+            f"{entry.key} takes one value, found {'a section' if value == {} else value}"
+        )
     word, choices = value.lower(), getattr(action, "choices", None) or ()
     if word in WORDS and name in SWITCHED:
         return SWITCHED[name][WORDS[word]]
@@ -226,7 +253,9 @@ def checked(name: str, entry: Entry, value: object, action) -> str:
         wanted = {int: "a whole number", float: "a number"}[kind]
         raise entry.error(f"{entry.key} must be {wanted}, found {value!r}") from None
     if choices and (kind or str)(value) not in choices:
-        raise entry.error(f"{entry.key} must be one of {', '.join(map(str, choices))}, found {value!r}")
+        raise entry.error(
+            f"{entry.key} must be one of {', '.join(map(str, choices))}, found {value!r}"
+        )
     return value
 
 
@@ -257,14 +286,19 @@ def refuse_deepspeed(name: str, entry: Entry, flags: dict) -> None:
             "with this file, or trainer/train_sft_deepspeed.py; without DeepSpeed: strategy zero1, zero2 or zero3"
         )
     if name == "deepspeed_config":
-        raise entry.error("deepspeed.config_path is for strategy: deepspeed, which is not asked for here")
+        raise entry.error(
+            "deepspeed.config_path is for strategy: deepspeed, which is not asked for here"
+        )
 
 
 def adapt(values: dict[str, Entry], argv: list[str]) -> dict[str, Entry]:
     """The values for this script on this machine, started as it was: what is about launchers, engines and backends."""
     values = dict(values)
     if "ddp" in values and values["ddp"].value and not read_launch().launched:
-        print("distributed: true, but no launcher started this script: one process trains alone", flush=True)
+        print(
+            "distributed: true, but no launcher started this script: one process trains alone",
+            flush=True,
+        )
         del values["ddp"]
     if "strategy" in values and values["strategy"].value == "deepspeed":
         del values["strategy"]
@@ -275,7 +309,10 @@ def adapt(values: dict[str, Entry], argv: list[str]) -> dict[str, Entry]:
     if "distributed_backend" in values:
         device = values["device"].value if "device" in values else None
         on_cpu = {"cpu", "--device=cpu"} & {device, *argv}
-        check_backend(values.pop("distributed_backend"), "nccl" if torch.cuda.is_available() and not on_cpu else "gloo")
+        check_backend(
+            values.pop("distributed_backend"),
+            "nccl" if torch.cuda.is_available() and not on_cpu else "gloo",
+        )
     return values
 
 
@@ -301,7 +338,9 @@ def choose_dtype(given: dict[str, Entry]) -> str | None:
             left = [dtype for dtype in left if (dtype == DTYPES[key]) == asked]
         else:
             word = str(entry.value).lower()
-            left = [dtype for dtype in left if dtype == (word if key == "dtype" else DTYPES.get(word))]
+            left = [
+                dtype for dtype in left if dtype == (word if key == "dtype" else DTYPES.get(word))
+            ]
     if not left:
         said = ", ".join(f"{entry.key}: {entry.value}" for entry in given.values())
         raise next(reversed(given.values())).error(

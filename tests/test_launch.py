@@ -25,7 +25,9 @@ def environment(monkeypatch):
 def test_what_a_launcher_says(environment):
     environment(launched_as(1, 4))
     assert read_launch("--ddp") == read_launch() == Launch(True, 1, 1, 4, 4) and is_quiet()
-    environment({name: value for name, value in launched_as(1, 4).items() if not name.startswith("LOCAL")})
+    environment(
+        {name: value for name, value in launched_as(1, 4).items() if not name.startswith("LOCAL")}
+    )
     assert read_launch() == Launch(True, 1, 0, 4, 1) and not is_quiet()
 
 
@@ -39,7 +41,9 @@ def test_one_variable_alone_is_no_launcher(environment, name):
 def test_all_but_one_variable_is_no_launcher(environment, name):
     environment({other: value for other, value in launched_as(1, 4).items() if other != name})
     assert read_launch() == Launch() and not is_quiet()
-    with pytest.raises(ValueError, match=rf"^--ddp needs a launcher: torchrun .* there is .*, but no {name}$"):
+    with pytest.raises(
+        ValueError, match=rf"^--ddp needs a launcher: torchrun .* there is .*, but no {name}$"
+    ):
         read_launch("--ddp")
 
 
@@ -48,12 +52,16 @@ def test_all_but_one_variable_is_no_launcher(environment, name):
 @pytest.mark.parametrize("others", [True, False])
 def test_an_odd_value_is_named(environment, name, value, others):
     environment((launched_as(1, 4) if others else {}) | {name: value})
-    with pytest.raises(ValueError, match=f"^{name} is '{value}' in the environment, which is no whole number from "):
+    with pytest.raises(
+        ValueError, match=f"^{name} is '{value}' in the environment, which is no whole number from "
+    ):
         read_launch()
     assert not is_quiet()
 
 
-@pytest.mark.parametrize("name, value", [("RANK", "4"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "65536")])
+@pytest.mark.parametrize(
+    "name, value", [("RANK", "4"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "65536")]
+)
 def test_numbers_that_cannot_be(environment, name, value):
     environment(launched_as(1, 4) | {name: value})
     with pytest.raises(ValueError, match=f"^{name} is .* in the environment"):
@@ -62,7 +70,12 @@ def test_numbers_that_cannot_be(environment, name, value):
 
 # (script, flags, what was left behind, how the one line begins)
 MISTAKES = {
-    "a rank alone": ("eval_model.py", ["--weight=nothere"], {"LOCAL_RANK": "1"}, "no nothere weights in "),
+    "a rank alone": (
+        "eval_model.py",
+        ["--weight=nothere"],
+        {"LOCAL_RANK": "1"},
+        "no nothere weights in ",
+    ),
     "all but the master": (
         "eval_model.py",
         ["--weight=nothere"],
@@ -89,7 +102,9 @@ def test_scripts_answer_in_one_line(run_script, name):
 
 
 @pytest.mark.parametrize("engine", ["", "accelerate", "deepspeed", "lightning"])
-def test_what_is_left_behind_does_not_keep_a_process_from_training_alone(run_script, tmp_path, tiny_flags, engine):
+def test_what_is_left_behind_does_not_keep_a_process_from_training_alone(
+    run_script, tmp_path, tiny_flags, engine
+):
     """Accelerate, DeepSpeed and Lightning each read it, too, and would believe it."""
     script = f"trainer/train_sft_{engine}.py" if engine else "main.py"
     if engine:
@@ -104,4 +119,8 @@ def test_what_is_left_behind_does_not_keep_a_process_from_training_alone(run_scr
 
 def test_the_doctor_names_an_odd_value(run_script):
     done = run_script("scripts/doctor.py", env={"RANK": ""})
-    assert done.returncode == 1 and done.stdout.startswith("FAIL  launcher") and "RANK is ''" in done.stdout
+    assert (
+        done.returncode == 1
+        and done.stdout.startswith("FAIL  launcher")
+        and "RANK is ''" in done.stdout
+    )

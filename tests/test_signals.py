@@ -19,8 +19,14 @@ NAME = "full_sft_32"
 @pytest.fixture
 def job(tmp_path, tiny_flags):
     """Flags of a run that goes on until it is stopped, and saves only then."""
-    data = write_jsonl(tmp_path / "data.jsonl", [chat(f"say {n}", "it " * (n % 7 + 1)) for n in range(50)])
-    places = [f"--data_path={data}", f"--cache_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path / 'out'}"]
+    data = write_jsonl(
+        tmp_path / "data.jsonl", [chat(f"say {n}", "it " * (n % 7 + 1)) for n in range(50)]
+    )
+    places = [
+        f"--data_path={data}",
+        f"--cache_dir={tmp_path / 'cache'}",
+        f"--out_dir={tmp_path / 'out'}",
+    ]
     more = "--max_seq_len=64 --packing=0 --epochs=10000 --log_interval=1 --save_interval=0 --from_weight=none"
     return [*tiny_flags, *places, *more.split()]
 
@@ -77,7 +83,9 @@ def test_torchrun_that_hears_it_under_nohup_does_not_lose_the_run(start_script, 
 def test_a_closed_terminal_takes_no_more_text(job, tmp_path):
     leader, follower = pty.openpty()
     words = ["trainer/train_full_sft.py", *job]
-    process = start(words, None, None, ROOT, False, stdin=follower, stdout=follower, stderr=follower)
+    process = start(
+        words, None, None, ROOT, False, stdin=follower, stdout=follower, stderr=follower
+    )
     process.log = tmp_path / "out" / NAME / "training.log"
     os.close(follower)
     try:
