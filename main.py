@@ -9,7 +9,6 @@ it gets --ddp. A file with `distributed_strategy: deepspeed`, or --deepspeed_con
 """
 
 import argparse
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from runtime import config, launch
+from runtime.launcher import read_launch
 
 ALGORITHMS = {
     "pretrain": "train_pretrain.py",
@@ -52,9 +52,10 @@ def stage_script(algorithm: str, engine: str = "torchrun") -> Path:
 
 
 def settings(argv: list[str]) -> dict[str, object]:
-    """Flag -> value as the --config file of a command line has them, unchecked."""
+    """Flag -> value as the --config file of a command line has them, texts, unchecked."""
     path = config.config_path(argv)
-    return {config.ALIASES.get(key, key): value for key, value in (config.read_config(path) if path else [])}
+    entries = config.read_config(path) if path else []
+    return {config.ALIASES.get(entry.key, entry.key): entry.value for entry in entries}
 
 
 def choose_engine(argv: list[str]) -> str:
@@ -70,7 +71,8 @@ def main() -> int:
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="sft", help="the stage")
     args, argv = parser.parse_known_args()
     script = stage_script(args.algorithm, choose_engine(argv))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "--ddp" not in argv and settings(argv).get("ddp") is not False:
+    alone = config.SWITCH.get(str(settings(argv).get("ddp")).lower()) is False
+    if read_launch().world_size > 1 and "--ddp" not in argv and not alone:
         argv.append("--ddp")
     sys.argv = [str(script), *argv]
     runpy.run_path(str(script), run_name="__main__")

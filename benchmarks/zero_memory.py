@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, parallel
+from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
@@ -80,7 +81,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--strategy", choices=STRATEGIES, help="(of a worker)")
     args = parser.parse_args()
-    if "RANK" in os.environ:
+    if read_launch().launched:
         worker(args)
         return 0
     with torch.device("meta"):

@@ -167,16 +167,12 @@ def batches(
         collate_fn=functools.partial(dataset.collate, **(split or {})),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=outlive_signals,
         generator=torch.Generator(),  # DataLoader would draw a seed from the generator that dropout uses
     )
-    return iter(loader)
-
-
-def outlive_signals(worker: int) -> None:
-    """In a process that reads data: Ctrl-C and a launcher's SIGTERM go to it, too, but the step still needs its rows.
-
-    It ends when the process that it reads for does.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    # Ctrl-C and a launcher's signals go to the processes that read data, too, but the step still needs their rows. So
+    # they start, and stay, with these blocked, and end when the process that they read for does.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from runtime import checkpoint, deepspeed_engine, parallel
+from runtime.launcher import forget_leftovers, read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import is_fsdp, world
 from runtime.tracking import Tracker, wandb_reachable
@@ -51,7 +52,7 @@ def check_launch(args) -> None:
     """
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError("this script needs Accelerate, which is not installed; pip install accelerate")
-    if "RANK" not in os.environ and env("MIXED_PRECISION") and "MASTER_ADDR" in os.environ:
+    if not read_launch().launched and env("MIXED_PRECISION") and "MASTER_ADDR" in os.environ:
         raise ValueError(
             "accelerate launch was asked for several processes and started one, as it does without as many GPUs; on "
             "CPUs: ACCELERATE_USE_CPU=true torchrun --nproc_per_node N trainer/train_sft_accelerate.py --ddp"
@@ -97,6 +98,7 @@ def start(args, folder: Path):
     Raises:
         ValueError: accelerate would do something else than was asked for.
     """
+    forget_leftovers()  # accelerate takes a LOCAL_RANK alone for a launch
     import accelerate
     from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs
 
@@ -218,28 +220,45 @@ def whole_weights(accelerator, model: nn.Module) -> dict[str, Tensor]:
     return accelerator.get_state_dict(model)
 
 
-def start_trackers(accelerator, folder: Path, args: dict, progress: dict) -> None:
+def start_trackers(accelerator, tracker: Tracker, progress: dict) -> None:
     """Begin, or go on with, accelerate's trackers for what --report_to names; they end with `end_training`.
 
     Args:
-        folder: the run's.
+        tracker: of the run, which goes on without those that fail.
         progress: counters, with `run_id`.
     """
-    names = {str(name) for name in accelerator.log_with}
+    asked, started = accelerator.log_with, []
+    for name in asked:  # one by one, so that the others start where one fails
+        accelerator.log_with, accelerator.trackers = [name], []
+        tracker.attempt(str(name), start_tracker, accelerator, str(name), tracker.folder, tracker.args, progress)
+        started += accelerator.trackers
+    accelerator.log_with, accelerator.trackers = asked, started
+
+
+def start_tracker(accelerator, name: str, folder: Path, args: dict, progress: dict) -> None:
     settings = {"tensorboard": {"purge_step": progress["step"] + 1}}
-    if "wandb" in names and world()[0] == 0:
+    if name == "wandb" and world()[0] == 0:
         mode = os.environ.get("WANDB_MODE") or ("online" if wandb_reachable() else "offline")
         settings["wandb"] = {"mode": mode, "name": folder.name, "id": progress["run_id"], "dir": str(folder)}
         settings["wandb"] |= {"resume": "allow", "settings": {"silent": True, "init_timeout": 20}}
-    if names:
-        config = {name: value if isinstance(value, int | float) else str(value) for name, value in args.items()}
-        accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "minimind"), config, settings)
+    config = {flag: value if isinstance(value, int | float) else str(value) for flag, value in args.items()}
+    accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "minimind"), config, settings)
 
 
 def log(accelerator, tracker: Tracker, metrics: dict) -> None:
     """A line of numbers, with `step`, to our files and to accelerate's trackers."""
     tracker.log(metrics)
-    accelerator.log({name: value for name, value in metrics.items() if name != "step"}, step=metrics["step"])
+    values = {name: value for name, value in metrics.items() if name != "step"}
+    for board in accelerator.trackers:
+        tracker.attempt(board.name, board.log, values, step=metrics["step"])
+
+
+def end_training(accelerator, tracker: Tracker) -> None:
+    """Close accelerate's trackers, and the process group."""
+    for board in accelerator.trackers:
+        tracker.attempt(board.name, board.finish)
+    accelerator.trackers = []
+    accelerator.end_training()
 
 
 def load(accelerator, found: Path | None) -> dict:

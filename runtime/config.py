@@ -2,16 +2,20 @@
 
 Its keys are names of flags or the names that other stacks have for them. Every key is obeyed or refused with the
 reason, none is ignored: a key that does nothing would be believed to do something.
+
+Values are the text that stands in the file, and the flag says what it means: YAML alone would make a number of the name
+007, a truth value of the name on, and a text of the number 5e-4.
 """
 
 import difflib
-import os
-import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import yaml
+
+from runtime.launcher import read_launch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,25 +60,43 @@ FIXED = {
     "prefetch_factor": ((2,), "each of num_workers processes prepares 2 batches ahead"),
     "save_strategy": (("steps",), "checkpoints are saved every save_steps steps; 0 saves at the end alone"),
 }
-# These say together what --dtype says alone. YAML reads a bare `no` as false.
+# These say together what --dtype says alone.
 PRECISIONS = ("dtype", "mixed_precision", "fp16", "bf16")
-DTYPES = {"no": "float32", "False": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {
+    "no": "float32",
+    "false": "float32",
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
 KNOWN = (*FIXED, *PRECISIONS, "distributed_backend", "deepspeed_config")
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+SWITCH = WORDS | {"1": True, "0": False}
+# Text flags that are switches in other stacks.
+SWITCHED = {"resume": {True: "auto", False: "none"}}
+TAGS = {
+    f"tag:yaml.org,2002:{name}"
+    for name in "null bool int float timestamp str merge value seq map".split()
+}
 
 
-class Loader(yaml.SafeLoader):
-    """YAML as people write it: 5e-5 is a number, and a key that stands twice in a section is a mistake."""
+@dataclass(frozen=True)
+class Entry:
+    """A key of the file with its value.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ValueError(f"{twice[0]!r} stands there twice")
-        return super().construct_mapping(node, deep)
+    Attributes:
+        key: as it stands there; with its section where ALIASES has it so.
+        value: text, a list of texts, or None for null, which is as if the key did not stand there; {} for a section
+            that lies too deep.
+        place: `--config FILE:LINE`, for messages.
+    """
 
+    key: str
+    value: str | list | dict | None
+    place: str
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+    def error(self, said: str) -> ValueError:
+        return ValueError(f"{self.place}: {said}")
 
 
 def config_path(argv: list[str]) -> str | None:
@@ -83,8 +105,8 @@ def config_path(argv: list[str]) -> str | None:
     return None if at is None else argv[at].partition("=")[2] or "".join(argv[at + 1 : at + 2])
 
 
-def read_config(path: str) -> list[tuple[str, object]]:
-    """(key, value) of a YAML file in its order; two levels of sections such as `training:` are looked through.
+def read_config(path: str) -> list[Entry]:
+    """What a YAML file says, in its order; two levels of sections such as `training:` are looked through.
 
     A file that does not exist where you stand is looked for in configs/, too.
 
@@ -93,128 +115,247 @@ def read_config(path: str) -> list[tuple[str, object]]:
     """
     here = Path(path)
     try:
-        here = here if here.exists() or not (ROOT / "configs" / path).is_file() else ROOT / "configs" / path
-        content = yaml.load(here.read_text(encoding="utf-8"), Loader) or {}
+        here = (
+            here
+            if here.exists() or not (ROOT / "configs" / path).is_file()
+            else ROOT / "configs" / path
+        )
+        loader = yaml.SafeLoader(here.read_text(encoding="utf-8"))
+        content = loader.get_single_node()
+        if content is None or content.tag == "tag:yaml.org,2002:null":  # nothing, or comments alone
+            return []
+        if isinstance(content, yaml.MappingNode):
+            return list(entries(loader, content, f"--config {path}"))
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: broken YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: must be a mapping of flags to values")
-    return list(entries(content, 2))
+    raise ValueError(f"--config {path}: must be a mapping of flags to values")
 
 
-def entries(content: dict, levels: int, section: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in content.items():
-        if isinstance(value, dict) and levels:
-            yield from entries(value, levels - 1, key)
+def entries(
+    loader: yaml.SafeLoader,
+    mapping: yaml.MappingNode,
+    file: str,
+    levels: int = 2,
+    section: str = "",
+) -> Iterator[Entry]:
+    """The entries of a mapping and of the sections in it. ValueError: a key stands there twice."""
+    names = set()
+    for key, _ in mapping.value:
+        if key.value in names:
+            raise ValueError(f"{file}:{key.start_mark.line + 1}: {key.value!r} stands there twice")
+        names.add(key.value)
+    loader.flatten_mapping(mapping)  # of `<<: *other`, what is in `other` comes first
+    for name, (key, node) in {key.value: (key, node) for key, node in mapping.value}.items():
+        place = f"{file}:{key.start_mark.line + 1}"
+        if isinstance(node, yaml.MappingNode) and levels:
+            yield from entries(loader, node, file, levels - 1, name)
         else:
-            yield (f"{section}.{key}" if f"{section}.{key}" in ALIASES else key), value
+            yield Entry(
+                f"{section}.{name}" if f"{section}.{name}" in ALIASES else name,
+                text_of(node),
+                place,
+            )
 
 
-def config_to_argv(argv: list[str], defaults: dict) -> list[str]:
+def text_of(node: yaml.Node) -> str | list | dict | None:
+    """A scalar as it stands in the file, None for null; lists of them; {} for a mapping."""
+    if node.tag not in TAGS:
+        raise yaml.MarkedYAMLError(
+            problem=f"a tag, {node.tag}, is not taken", problem_mark=node.start_mark
+        )
+    if isinstance(node, yaml.SequenceNode):
+        return [text_of(item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return {}
+    return None if node.tag == "tag:yaml.org,2002:null" else node.value
+
+
+def config_to_argv(argv: list[str], parser) -> list[str]:
     """The YAML file of `--config` as command-line flags, to stand before the real ones, which then win.
 
     Args:
         argv: the command line, with or without `--config FILE`.
-        defaults: all flags with their defaults, as `vars(parser.parse_args([]))` gives them.
+        parser: the ArgumentParser that knows the flags.
 
     Raises:
-        ValueError: as `read_config`; an unknown key, with the nearest known one; a value that is not obeyed, with the
-            reason; two keys that contradict each other.
+        ValueError: names file, line and key. As `read_config`; an unknown key, with the nearest known one; a value that
+            the flag does not take, or that is not obeyed, with the reason; two keys that contradict each other.
     """
     path = config_path(argv)
     if path is None:
         return []
-    content = read_config(path)
-    try:
-        values = adapt(flag_values(content, defaults), defaults, argv)
-        return [word for name, value in values.items() for word in as_flag(name, value, defaults[name])]
-    except ValueError as error:
-        raise ValueError(f"--config {path}: {error}") from None
+    flags = {
+        action.dest: action for action in parser._actions if action.dest not in ("help", "config")
+    }
+    values = adapt(flag_values(read_config(path), flags), argv)
+    return [word for name, entry in values.items() for word in as_words(name, entry.value)]
 
 
-def flag_values(content: list[tuple[str, object]], defaults: dict) -> dict[str, object]:
-    """Flag (or distributed_backend, deepspeed_config) -> value; the rest as `config_to_argv`."""
-    keys: dict[str, str] = {}  # flag -> the key that stands for it in the file
-    values: dict[str, object] = {}
-    precisions: dict[str, object] = {}
-    for key, value in content:
-        name = ALIASES.get(key, key)
-        if name not in (*defaults, *KNOWN) or name == "config":
-            near = difflib.get_close_matches(str(key), [*defaults, *ALIASES, *KNOWN], n=1, cutoff=0.0)
-            raise ValueError(f"unknown key {key!r}; the nearest known one is {near[0]!r}")
-        if value is None:
+def flag_values(content: list[Entry], flags: dict) -> dict[str, Entry]:
+    """Flag (or distributed_backend, deepspeed_config) -> its entry, the value as the flag takes it.
+
+    Args:
+        flags: name -> the parser's action.
+
+    Raises:
+        ValueError: as `config_to_argv`.
+    """
+    values: dict[str, Entry] = {}
+    precisions: dict[str, Entry] = {}
+    for entry in content:
+        name = ALIASES.get(entry.key, entry.key)
+        if name not in (*flags, *KNOWN):
+            near = difflib.get_close_matches(entry.key, [*flags, *ALIASES, *KNOWN], n=1, cutoff=0.0)
+            raise entry.error(f"unknown key {entry.key!r}; the nearest known one is {near[0]!r}")
+        if entry.value is None:
             continue
-        if key == "lr_scheduler_type":
-            if str(value) not in SCHEDULES:
-                raise ValueError(f"{key}: {value} cannot be had; it is one of {', '.join(SCHEDULES)}")
-            value = SCHEDULES[value]
+        if name in FIXED:
+            check_fixed(entry, *FIXED[name])
+            continue
+        if entry.key == "lr_scheduler_type":
+            if entry.value not in SCHEDULES:
+                raise entry.error(f"lr_scheduler_type: {entry.value} cannot be had; it is one of {', '.join(SCHEDULES)}")
+            entry = replace(entry, value=SCHEDULES[entry.value])
         if name in PRECISIONS:
-            if precisions.setdefault(key, value) != value:
-                raise ValueError(f"{key}: {precisions[key]} and {key}: {value} contradict each other")
-        elif name in FIXED:
-            check_fixed(key, value, *FIXED[name])
-        elif name in values and values[name] != value:
-            raise ValueError(f"{keys[name]}: {values[name]} and {key}: {value} contradict each other; both mean {name}")
-        elif isinstance(defaults.get(name), bool) and not isinstance(value, bool):  # a switch
-            raise ValueError(f"{key} must be true or false, found {value!r}")
+            of_name = precisions
         else:
-            keys[name], values[name] = key, value
+            refuse_deepspeed(name, entry, flags)
+            entry, of_name = replace(entry, value=flag_value(name, entry, flags.get(name))), values
+        other = of_name.setdefault(name, entry)
+        if other.value != entry.value:
+            both = "" if name == other.key == entry.key else f"; both mean {name}"
+            same = f"{other.key}: {other.value} and {entry.key}: {entry.value} contradict each other{both}"
+            raise entry.error(same)
     if precisions and (dtype := choose_dtype(precisions)):
-        values["dtype"] = dtype
+        values["dtype"] = replace(next(iter(precisions.values())), value=dtype)
     return values
 
 
-def adapt(values: dict[str, object], defaults: dict, argv: list[str]) -> dict[str, object]:
+def flag_value(name: str, entry: Entry, action) -> bool | str | list[str]:
+    """The value of a flag: a switch is true or false, a list has texts, all else is a text that the flag takes.
+
+    Args:
+        action: of the parser; None for a key that is no flag.
+    """
+    if action is not None and action.nargs == 0:
+        return truth(entry)
+    if action is not None and action.nargs == "+":
+        values = entry.value if isinstance(entry.value, list) else [entry.value]
+        return [checked(name, entry, value, action) for value in values]
+    return checked(name, entry, entry.value, action)
+
+
+def checked(name: str, entry: Entry, value: object, action) -> str:
+    """One value as the text that argparse takes for it; numbers are written one way, so that they can be compared."""
+    if not isinstance(value, str):
+        raise entry.error(
+            f"{entry.key} takes one value, found {'a section' if value == {} else value}"
+        )
+    word, choices = value.lower(), getattr(action, "choices", None) or ()
+    if word in WORDS and name in SWITCHED:
+        return SWITCHED[name][WORDS[word]]
+    if word in WORDS and {0, 1} <= {*choices}:
+        return str(int(WORDS[word]))
+    kind = getattr(action, "type", None)
+    try:
+        value = repr(float(value)) if kind is float else str(whole(value)) if kind is int else value
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}[kind]
+        raise entry.error(f"{entry.key} must be {wanted}, found {value!r}") from None
+    if choices and (kind or str)(value) not in choices:
+        raise entry.error(
+            f"{entry.key} must be one of {', '.join(map(str, choices))}, found {value!r}"
+        )
+    return value
+
+
+def whole(text: str) -> int:
+    """7, and also 7.0 and 1e4. ValueError: no whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        if float(text).is_integer():
+            return int(float(text))
+        raise
+
+
+def truth(entry: Entry) -> bool:
+    word = entry.value.lower() if isinstance(entry.value, str) else None
+    if word not in SWITCH:
+        raise entry.error(f"{entry.key} must be true or false, found {entry.value!r}")
+    return SWITCH[word]
+
+
+def refuse_deepspeed(name: str, entry: Entry, flags: dict) -> None:
+    """Keys for the engine DeepSpeed in a file for a script that has another one."""
+    if "deepspeed_config" in flags:
+        return
+    if name == "strategy" and entry.value == "deepspeed":
+        raise entry.error(
+            "strategy deepspeed is an engine with a script of its own: start main.py or scripts/run_distributed.py "
+            "with this file, or trainer/train_sft_deepspeed.py; without DeepSpeed: strategy zero1, zero2 or zero3"
+        )
+    if name == "deepspeed_config":
+        raise entry.error(
+            "deepspeed.config_path is for strategy: deepspeed, which is not asked for here"
+        )
+
+
+def adapt(values: dict[str, Entry], argv: list[str]) -> dict[str, Entry]:
     """The values for this script on this machine, started as it was: what is about launchers, engines and backends."""
-    values, here = dict(values), "deepspeed_config" in defaults
-    if values.get("ddp") and "RANK" not in os.environ:
-        print("distributed: true, but no launcher started this script: one process trains alone", flush=True)
+    values = dict(values)
+    if "ddp" in values and values["ddp"].value and not read_launch().launched:
+        print(
+            "distributed: true, but no launcher started this script: one process trains alone",
+            flush=True,
+        )
         del values["ddp"]
-    if values.get("strategy") == "deepspeed":
-        if not here:
-            raise ValueError(
-                "strategy deepspeed is an engine with a script of its own: start main.py or scripts/run_distributed.py "
-                "with this file, or trainer/train_sft_deepspeed.py; without DeepSpeed: strategy zero1, zero2 or zero3"
-            )
+    if "strategy" in values and values["strategy"].value == "deepspeed":
         del values["strategy"]
     if "deepspeed_config" in values:
-        if not here:
-            raise ValueError("deepspeed.config_path is for strategy: deepspeed, which is not asked for here")
-        path = str(values["deepspeed_config"])
-        values["deepspeed_config"] = str(ROOT / path) if (ROOT / path).is_file() and not Path(path).exists() else path
+        path = values["deepspeed_config"].value
+        if (ROOT / path).is_file() and not Path(path).exists():
+            values["deepspeed_config"] = replace(values["deepspeed_config"], value=str(ROOT / path))
     if "distributed_backend" in values:
-        devices = [values.get("device"), *(word for word in argv if word in ("cpu", "--device=cpu"))]
-        cuda = torch.cuda.is_available() and not {"cpu", "--device=cpu"} & set(devices)
-        check_backend(values.pop("distributed_backend"), "nccl" if cuda else "gloo")
+        device = values["device"].value if "device" in values else None
+        on_cpu = {"cpu", "--device=cpu"} & {device, *argv}
+        check_backend(
+            values.pop("distributed_backend"),
+            "nccl" if torch.cuda.is_available() and not on_cpu else "gloo",
+        )
     return values
 
 
-def check_fixed(key: str, value: object, obeyed: tuple, why: str) -> None:
-    if value not in obeyed:
+def check_fixed(entry: Entry, obeyed: tuple, why: str) -> None:
+    asked = entry.value
+    if isinstance(obeyed[0], bool) and isinstance(asked, str):
+        asked = SWITCH.get(asked.lower())
+    if asked not in (obeyed if isinstance(obeyed[0], bool) else [str(value) for value in obeyed]):
         remedy = f"write {str(obeyed[0]).lower() if isinstance(obeyed[0], bool) else obeyed[0]}, or leave it out"
-        raise ValueError(f"{key}: {value} cannot be had: {why}; {remedy}")
+        raise entry.error(f"{entry.key}: {entry.value} cannot be had: {why}; {remedy}")
 
 
-def choose_dtype(given: dict[str, object]) -> str | None:
+def choose_dtype(given: dict[str, Entry]) -> str | None:
     """The --dtype that is asked for; None where fp16 is false and nothing else is said: no default is float16.
 
     Args:
-        given: keys of PRECISIONS with their values.
+        given: entries of PRECISIONS.
     """
     left = ["bfloat16", "float32", "float16"]
-    for key, value in given.items():
+    for key, entry in given.items():
         if key in ("fp16", "bf16"):
-            if not isinstance(value, bool):
-                raise ValueError(f"{key} must be true or false, found {value!r}")
-            left = [dtype for dtype in left if (dtype == DTYPES[key]) == value]
+            asked = truth(entry)
+            left = [dtype for dtype in left if (dtype == DTYPES[key]) == asked]
         else:
-            asked = value if key == "dtype" else DTYPES.get(str(value))
-            left = [dtype for dtype in left if dtype == asked]
+            word = str(entry.value).lower()
+            left = [
+                dtype for dtype in left if dtype == (word if key == "dtype" else DTYPES.get(word))
+            ]
     if not left:
-        said = ", ".join(f"{key}: {value}" for key, value in given.items())
-        raise ValueError(
+        said = ", ".join(f"{entry.key}: {entry.value}" for entry in given.values())
+        raise next(reversed(given.values())).error(
             f"{said}: no precision fits; dtype is float32, float16 or bfloat16, mixed_precision no, fp16 or bf16, "
             "and one of fp16 and bf16 may be true"
         )
@@ -223,22 +364,21 @@ def choose_dtype(given: dict[str, object]) -> str | None:
     return "float32" if "bf16" in given else None
 
 
-def check_backend(asked: object, ours: str) -> None:
+def check_backend(entry: Entry, ours: str) -> None:
     """nccl between GPUs and gloo between CPUs: say so where the file asks for something else."""
-    if asked == "nccl" and ours == "gloo":
-        if os.environ.get("RANK", "0") == "0":
+    if entry.value == "nccl" and ours == "gloo":
+        if read_launch().rank == 0:
             print("distributed_backend: nccl needs a GPU, gloo is used", flush=True)
-    elif asked != ours:
+    elif entry.value != ours:
         remedy = "leave it out, or take --device cpu" if ours == "nccl" else "leave it out"
-        raise ValueError(f"distributed_backend: {asked} cannot be had: GPUs talk by nccl, CPUs by gloo; {remedy}")
+        reason = f"cannot be had: GPUs talk by nccl, CPUs by gloo; {remedy}"
+        raise entry.error(f"distributed_backend: {entry.value} {reason}")
 
 
-def as_flag(name: str, value: object, default: object) -> list[str]:
+def as_words(name: str, value: bool | str | list[str]) -> list[str]:
     """The words of one flag on a command line."""
-    if isinstance(default, bool):
+    if isinstance(value, bool):
         return [f"--{name}"] if value else []
     if isinstance(value, list):
-        return [f"--{name}", *map(str, value)] if value else []
-    if isinstance(value, bool) or isinstance(value, float) and value.is_integer():  # 0 or 1; 1e9
-        value = int(value)
-    return [f"--{name}", str(value)]
+        return [f"--{name}", *value] if value else []
+    return [f"--{name}={value}"]

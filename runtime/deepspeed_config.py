@@ -14,6 +14,7 @@ from pathlib import Path
 
 from model.lm import LMConfig
 from runtime import memory
+from runtime.launcher import read_launch
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -113,7 +114,7 @@ def without_schedule(config: dict, argv: list[str]) -> dict:
     given = next((word for word in argv if word.split("=")[0] in SCHEDULE), None)
     if given is None or "scheduler" not in config:
         return config
-    if os.environ.get("RANK", "0") == "0":
+    if read_launch().rank == 0:
         print(f"{given.split('=')[0]} is given: the scheduler of --deepspeed_config is not used", flush=True)
     return {key: value for key, value in config.items() if key != "scheduler"}
 

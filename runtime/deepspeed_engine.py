@@ -22,6 +22,7 @@ from torch.utils import cpp_extension
 from runtime import checkpoint, parallel, store
 from runtime.deepspeed_config import OFFLOADS, section
 from runtime.device import one_order
+from runtime.launcher import forget_leftovers
 from runtime.optim import make_optimizer
 from runtime.parallel import gather_objects, world
 
@@ -43,7 +44,8 @@ def prepare(device: torch.device, config: dict) -> None:
                 f"--device {device}: DeepSpeed takes the first GPU that it sees; "
                 f"set CUDA_VISIBLE_DEVICES={device.index} and take --device cuda"
             )
-        os.environ.setdefault("LOCAL_RANK", "0")
+        forget_leftovers()
+        os.environ["LOCAL_RANK"] = "0"
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     import deepspeed

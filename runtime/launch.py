@@ -20,6 +20,7 @@ import torch.distributed as dist
 from runtime import checkpoint
 from runtime.config import ROOT, config_to_argv
 from runtime.device import keep_memory
+from runtime.launcher import is_quiet, read_launch
 from runtime.terminal import escape_unencodable
 
 CODE = ("model", "dataset", "runtime", "trainer")  # folders whose files decide how a run goes
@@ -27,13 +28,13 @@ CODE = ("model", "dataset", "runtime", "trainer")  # folders whose files decide 
 LOCAL = ("config", "data_path", "tokenizer_dir", "cache_dir", "out_dir", "device", "num_workers", "report_to")
 
 
-def command_line(defaults: dict) -> list[str]:
+def command_line(parser) -> list[str]:
     """What a stage script parses: the file of --config as flags, then the flags it was given, which win.
 
     Left out is the `--local_rank N` that some launchers add: the environment says the same.
 
     Args:
-        defaults: all flags with their defaults, as `vars(parser.parse_args([]))` gives them.
+        parser: the ArgumentParser that knows the flags.
 
     Raises:
         ValueError: see `config.config_to_argv`.
@@ -44,7 +45,7 @@ def command_line(defaults: dict) -> list[str]:
             next(words, None)
         elif not re.match("--local[-_]rank=", word):
             argv.append(word)
-    return config_to_argv(argv, defaults) + argv
+    return config_to_argv(argv, parser) + argv
 
 
 POSITIVE = ("max_seq_len", "epochs", "batch_size", "accumulation_steps", "global_batch_size", "learning_rate",
@@ -69,7 +70,7 @@ def check_flags(args: dict) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args["device"]):
         raise ValueError(f"--device {args['device']}: must be auto, cpu, cuda or cuda:N")
-    if not args.get("ddp", True) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not args.get("ddp", True) and read_launch().world_size > 1:
         raise ValueError("started by torchrun as several processes but without --ddp: add --ddp")
     if not re.fullmatch("none|length|field:.+", args.get("curriculum", "none")):
         raise ValueError(f"--curriculum {args['curriculum']}: must be none, length or field:NAME")
@@ -85,7 +86,10 @@ def check_flags(args: dict) -> None:
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGINT, so that the loop can finish its step, save and leave. The second one ends at once.
+    """Remembers a signal to stop, so that the loop can finish its step, save and leave. The second one ends at once.
+
+    It hears SIGTERM and SIGINT, and SIGHUP unless that is ignored, as under nohup. A terminal that is closed sends
+    SIGHUP twice, by its shell and by the kernel.
 
     Attributes:
         number: the signal that came, 0 while none has.
@@ -93,17 +97,56 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, *([] if ignores_hangup() else [signal.SIGHUP])):
             signal.signal(number, self.receive)
+        sys.stdout, sys.stderr = (OutlivingStream(stream) for stream in (sys.stdout, sys.stderr))
 
     def receive(self, number: int, frame: object) -> None:
-        if self.number:
+        if self.number and number != signal.SIGHUP:
             os._exit(128 + number)
-        self.number = number
+        self.number = self.number or number
 
     def hear(self, elsewhere: float) -> None:
         """A signal to one rank is a signal to all. Args: elsewhere: sum of the numbers of all ranks."""
         self.number = self.number or (signal.SIGTERM if elsewhere else 0)
+
+
+def ignores_hangup() -> bool:
+    """Whether SIGHUP is not to end this process: nohup has it ignored.
+
+    But torchrun listens to it also under nohup, passes it on, and kills what has not ended half a minute later.
+    """
+    from_torchrun = "SIGHUP" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "") and read_launch().launched
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and not from_torchrun
+
+
+class OutlivingStream:
+    """A text stream of which nothing is raised when who reads it is gone, a terminal or a pipe: a run has to save."""
+
+    def __init__(self, stream) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.drop()
+
+    def drop(self) -> None:
+        """Send all that is still to come to nowhere, also what Python flushes at its end."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
 
 
 def run(main: Callable[[], int]) -> None:
@@ -116,7 +159,8 @@ def run(main: Callable[[], int]) -> None:
     code = 1
     escape_unencodable()
     try:
-        if "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ:  # torchrun, or DeepSpeed's launcher
+        watched = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ  # torchrun, DeepSpeed's launcher
+        if read_launch().launched and watched:
             die_with_launcher()
         keep_memory()
         code = main() or 0
@@ -125,7 +169,7 @@ def run(main: Callable[[], int]) -> None:
     except (ValueError, OSError, FloatingPointError, dist.DistNetworkError) as error:
         if os.environ.get("MINIMIND_DEBUG"):
             traceback.print_exc()
-        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        if not is_quiet():
             print(f"error: {explain(error)}", file=sys.stderr, flush=True)
         code = 1 if isinstance(error, OSError | FloatingPointError) else 2
         report(error, explain(error))

@@ -1,5 +1,6 @@
 """PyTorch Lightning as the engine: its Trainer, strategies, loggers and progress bar, as a stage script wants them."""
 
+import functools
 import importlib.util
 import logging
 import os
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset.packing import Plan, batches
 from runtime import launch
+from runtime.launcher import forget_leftovers, read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import compile_blocks, data_world, is_fsdp, sync_gradients, world, wrap
 from runtime.tracking import Tracker, wandb_reachable
@@ -54,6 +56,7 @@ def make_trainer(args, folder: Path, progress: dict, tracker: Tracker):
     if tracker.bar is not None:
         tracker.bar.close()
         tracker.bar = None
+    forget_leftovers()  # Lightning takes a LOCAL_RANK alone for a launch
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
@@ -62,7 +65,7 @@ def make_trainer(args, folder: Path, progress: dict, tracker: Tracker):
     for name in ("lightning.pytorch", "lightning.fabric"):  # which devices it found, and tips
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`isinstance.treespec, LeafSpec.` is deprecated")  # of torch, to it
-    processes, here = world()[1], int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes, here = world()[1], read_launch().local_world_size
     strategies = {
         "none": lambda: "auto",
         "ddp": lambda: DDPStrategy(bucket_cap_mb=args.bucket_cap_mb, gradient_as_bucket_view=True),
@@ -79,7 +82,7 @@ def make_trainer(args, folder: Path, progress: dict, tracker: Tracker):
         max_epochs=1,
         limit_train_batches=args.total_steps - progress["step"],
         use_distributed_sampler=False,
-        logger=make_loggers(args, folder, progress),
+        logger=make_loggers(args, folder, progress, tracker),
         enable_checkpointing=False,
         enable_progress_bar=bar,
         enable_model_summary=False,
@@ -88,19 +91,28 @@ def make_trainer(args, folder: Path, progress: dict, tracker: Tracker):
     )
 
 
-def make_loggers(args, folder: Path, progress: dict) -> list:
-    """Lightning's loggers for what --report_to names."""
+def make_loggers(args, folder: Path, progress: dict, tracker: Tracker) -> list:
+    """Lightning's loggers for what --report_to names; the run goes on without those that fail."""
+    names = sorted({*args.report_to} - {"none"} | ({"wandb"} if args.use_wandb else set()))
+    loggers = [tracker.attempt(name, make_logger, name, folder, progress, tracker) for name in names]
+    return [logger for logger in loggers if logger is not None]
+
+
+def make_logger(name: str, folder: Path, progress: dict, tracker: Tracker):
+    """A logger that is started, and none of whose calls by Lightning can end the run."""
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-    names, loggers = {*args.report_to} | ({"wandb"} if args.use_wandb else set()), []
-    if "tensorboard" in names:
-        loggers.append(TensorBoardLogger(folder, name="tensorboard", version="", purge_step=progress["step"] + 1))
-    if "wandb" in names:
+    if name == "tensorboard":
+        logger = TensorBoardLogger(folder, name="tensorboard", version="", purge_step=progress["step"] + 1)
+    else:
         online = world()[0] == 0 and (os.environ.get("WANDB_MODE") or wandb_reachable()) in ("online", True)
         run = {"project": os.environ.get("WANDB_PROJECT", "minimind"), "name": folder.name, "id": progress["run_id"]}
         settings = {"silent": True, "init_timeout": 20}
-        loggers.append(WandbLogger(**run, save_dir=folder, offline=not online, resume="allow", settings=settings))
-    return loggers
+        logger = WandbLogger(**run, save_dir=folder, offline=not online, resume="allow", settings=settings)
+    _ = logger.experiment  # starts it
+    for call in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"):
+        setattr(logger, call, functools.partial(tracker.attempt, name, getattr(logger, call)))
+    return logger
 
 
 def log(trainer, tracker: Tracker, metrics: dict) -> None:

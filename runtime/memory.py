@@ -8,7 +8,6 @@ does: weights, gradients and optimizer state are float32; autocast makes copies 
 
 import functools
 import json
-import os
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 
 from model.lm import LMConfig, MiniMindLM
 from model.ops import CHUNK, LEAST
+from runtime.launcher import read_launch
+from runtime.optim import is_block_matrix
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 FLOAT = 4  # bytes of a float32
@@ -101,8 +102,8 @@ def estimate(
         local[name], rows = shape.numel() // divisor, shape[0] // (1 if by_columns else divisor)
         rows = shape[1] if len(shape) == 3 and shape[1] % ranks == 0 else rows  # experts: each is split
         mine[name] = -(-rows // ranks) * local[name] / rows if sharded else local[name]
-    state = {name: n * (4 if optimizer == "muon" and ".layers." in name and len(shapes[name]) == 2 else 8)
-             for name, n in mine.items()}  # fmt: skip
+    one_number = {name for name, shape in shapes.items() if optimizer == "muon" and is_block_matrix(name, shape)}
+    state = {name: FLOAT * n * (1 if name in one_number else 2) for name, n in mine.items()}
 
     parts = {
         "parameters": FLOAT * sum(mine.values()),
@@ -204,7 +205,7 @@ def activations(
 def device_memory(device: torch.device) -> int | None:
     """Bytes that this process may use: what is free on the GPU, or its share of the machine's RAM; None: unreadable.
 
-    RAM is shared by the LOCAL_WORLD_SIZE processes of the machine, and limited by the control group (containers).
+    RAM is shared by the processes of the machine, and limited by the control group (containers).
     """
     if device.type == "cuda":
         try:  # what this process holds already is its own to use
@@ -224,7 +225,7 @@ def device_memory(device: torch.device) -> int | None:
             free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):  # another version of control groups, or no limit ("max")
             pass
-    return max(0, min(free)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(free)) // read_launch().local_world_size
 
 
 def choose_strategy(

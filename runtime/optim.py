@@ -29,7 +29,7 @@ def make_optimizer(
             Source: Rajbhandari et al., ZeRO (2020), section 5.1.
     """
     parameters = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
-    inner = [p for key, p in parameters if p.dim() == 2 and ".layers." in key] if name == "muon" else []
+    inner = [p for key, p in parameters if is_block_matrix(key, p.shape)] if name == "muon" else []
     taken = {id(p) for p in inner}
     rest = [p for _, p in parameters if id(p) not in taken]
     groups = [
@@ -42,6 +42,14 @@ def make_optimizer(
     if not inner:
         return adamw
     return Muon(build(OrthogonalMomentum, inner, shard, lr=lr, weight_decay=weight_decay), adamw)
+
+
+def is_block_matrix(name: str, shape: torch.Size) -> bool:
+    """Whether a parameter is one that Muon takes: the blocks' matrices, those of stacked experts (n, out, in) as well.
+
+    The router is none: its rows are a classifier's, one for each expert.
+    """
+    return ".layers." in name and len(shape) > 1 and not name.endswith("mlp.gate.weight")
 
 
 def build(kind: type, parameters: list, shard: bool, **options) -> torch.optim.Optimizer:
@@ -68,6 +76,8 @@ class AdamW(Uncompiled, torch.optim.AdamW):
 class OrthogonalMomentum(Uncompiled):
     """Replaces the momentum of a matrix by the nearest orthogonal matrix, so that all directions learn at one pace.
 
+    Stacked matrices (experts, m, n) are so many matrices.
+
     Source: Jordan et al., Muon (2024), with Nesterov momentum; the size of an update, 0.2 sqrt(max(m, n)), as in Liu et
     al., Muon is Scalable for LLM Training (2025), eq. 4: that of AdamW's.
     """
@@ -84,26 +94,28 @@ class OrthogonalMomentum(Uncompiled):
                 average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalise(p.grad.lerp(average, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.to(p.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                p.add_(update.to(p.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """A matrix (m, n) with its singular values brought to about 1 (0.7 to 1.2, those near 0 part of the way).
 
+    Of stacked ones (experts, m, n) each by itself.
+
     In bfloat16 where the machine multiplies it fast, in float32 elsewhere: the result is as good.
     Source: Jordan et al., Muon (2024): a quintic Newton-Schulz iteration with coefficients for the steepest rise at 0.
     """
     x = matrix.to(fast_dtype(matrix.device))
-    x = x.T if x.size(0) > x.size(1) else x
-    x = x / x.norm().clamp_min(1e-7)  # the largest singular value is at most 1
+    x = x.mT if x.size(-2) > x.size(-1) else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)  # the largest singular value is at most 1
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if matrix.size(0) > matrix.size(1) else x
+    return x.mT if matrix.size(-2) > matrix.size(-1) else x
 
 
 class Muon:
-    """Two optimizers that act as one: `muon` on matrices, `adamw` on everything else."""
+    """Two optimizers that act as one: `muon` on the blocks' matrices, `adamw` on everything else."""
 
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
         self.parts = {"muon": muon, "adamw": adamw}

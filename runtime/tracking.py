@@ -4,15 +4,18 @@ Only rank 0 writes; on the other ranks every call does nothing.
 """
 
 import fcntl
+import importlib.util
 import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,41 +26,45 @@ MAX_SKIPPED = 20  # enough for the scale of float16 to come down from its start,
 
 
 class Tracker:
-    """Writes what is logged to all places at once."""
+    """Writes what is logged to all places at once.
 
-    def __init__(self, folder: Path, args: dict, enabled: bool, fresh: bool):
+    Attributes:
+        failed: the names of the trackers that raised something; training goes on without them.
+    """
+
+    def __init__(self, folder: Path, args: dict, enabled: bool, found: Path | None):
         """
         Args:
             folder: the run's folder, `out/full_sft_512`.
             args: flags, for args.json and wandb; `report_to` and `use_wandb` say where metrics go.
             enabled: True on rank 0.
-            fresh: a new run: an older one in the same folder is moved to `{folder}.previous`.
+            found: the checkpoint that the run goes on from, None for a new run; see `keep_earlier_run`.
 
         Raises:
             ValueError: the folder cannot be written, or a tracker is not installed.
         """
+        self.failed: set[str] = set()
         self.folder, self.args, self.enabled = folder, args, enabled
         self.report_to = {*args["report_to"]} | ({"wandb"} if args["use_wandb"] else set())
         self.bar, self.wandb, self.board = None, None, None
         if not enabled:
             return
-        if "tensorboard" in self.report_to:
-            try:
-                import torch.utils.tensorboard  # noqa: F401
-            except ImportError:
-                raise ValueError("--report_to tensorboard: it is not installed; pip install tensorboard") from None
+        for name in sorted(self.report_to - {"none"}):
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(f"--report_to {name}: it is not installed; pip install {name}")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             self.lock = lock_run(folder)
-            if fresh and folder.exists():
-                previous = folder.with_name(f"{folder.name}.previous")
-                shutil.rmtree(previous, ignore_errors=True)
-                os.rename(folder, previous)
+            goes_on = found is not None and folder.resolve() in found.resolve().parents
+            kept = None if goes_on else keep_earlier_run(folder)
             folder.mkdir(parents=True, exist_ok=True)
             self.log_file = open(folder / "training.log", "a", encoding="utf-8", errors="backslashreplace")
             (folder / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
         except OSError as error:
             raise ValueError(f"--out_dir: cannot write to {folder}: {error.strerror}") from None
+        if kept is not None:
+            remedy = f"to remove all that is kept so: rm -r {folder}.previous*"
+            self.print(f"what an earlier {folder.name} left is kept in {kept}; {remedy}")
 
     def start(self, progress: dict, total_steps: int) -> None:
         """Begin, or go on behind a checkpoint: what the files say about later steps is taken back, the run repeats it.
@@ -78,11 +85,21 @@ class Tracker:
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
         if "wandb" in self.report_to:
-            self.wandb = start_wandb(self.folder, progress["run_id"], self.args)
+            self.wandb = self.attempt("wandb", start_wandb, self.folder, progress["run_id"], self.args)
         if "tensorboard" in self.report_to:
-            from torch.utils.tensorboard import SummaryWriter
+            self.board = self.attempt("tensorboard", start_tensorboard, self.folder, step)
 
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+    def attempt(self, tracker: str, function: Callable, *args, **kwargs) -> object:
+        """Call a function of wandb or TensorBoard. Whatever it raises, training goes on, without that tracker."""
+        if tracker in self.failed:
+            return None
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            self.failed.add(tracker)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self.print(f"warning: {tracker} failed, the run goes on without it: {reason}")
+            return None
 
     def print(self, text: str) -> None:
         """A line for people: on the terminal and in training.log."""
@@ -112,10 +129,10 @@ class Tracker:
         step = metrics["step"]
         values = {replace_surrogates(k): v for k, v in metrics.items() if k != "step" and v is not None}
         if self.wandb is not None:
-            self.wandb.log(values, step=step)
+            self.attempt("wandb", self.wandb.log, values, step=step)
         if self.board is not None:
             for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+                self.attempt("tensorboard", self.board.add_scalar, name, value, step)
         if "eval_loss" in metrics:
             found = " ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_"))
             self.print(f"step {step}/{self.total_steps} {found}")
@@ -158,11 +175,48 @@ class Tracker:
     def close(self) -> None:
         if not self.enabled:
             return
-        for part in (self.bar, self.board, self.metrics_file, self.log_file):
+        if self.board is not None:
+            self.attempt("tensorboard", self.board.close)
+        if self.wandb is not None:
+            self.attempt("wandb", self.wandb.finish)
+        for part in (self.bar, self.metrics_file, self.log_file):
             if part is not None:
                 part.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+
+
+def keep_earlier_run(folder: Path) -> Path | None:
+    """Move what an earlier run of this name left out of the way of a new one.
+
+    The first one goes to `{folder}.previous`, the next ones to `{folder}.previous.2` and so on; nothing is deleted.
+    Its weights go there, too, as links, and stay where they are until the new run saves its own: --from_weight may
+    name them, and a run that fails before its first save leaves them in their place.
+
+    Returns:
+        The folder that it is in now; None where there was nothing.
+    """
+    pattern = re.compile(re.escape(folder.name) + r"\.previous(?:\.(\d+))?")
+    others = [path for path in folder.parent.iterdir() if pattern.fullmatch(path.name)]
+    weights = folder.with_name(f"{folder.name}.pth")
+    is_kept = any(weights.exists() and same_file(path / weights.name, weights) for path in others)
+    beside = [path for path in (weights, weights.with_name(f"{folder.name}.json")) if path.exists() and not is_kept]
+    if not folder.exists() and not beside:
+        return None
+    number = 1 + max((int(pattern.fullmatch(path.name)[1] or 1) for path in others), default=0)
+    kept = folder.with_name(f"{folder.name}.previous" + (f".{number}" if number > 1 else ""))
+    if folder.exists():
+        os.rename(folder, kept)
+    else:
+        kept.mkdir()
+    for path in beside:
+        try:
+            os.link(path, kept / path.name)
+        except OSError:  # a file system without links
+            shutil.copy2(path, kept / path.name)
+    return kept
+
+
+def same_file(path: Path, other: Path) -> bool:
+    return path.exists() and path.samefile(other)
 
 
 def lock_run(folder: Path):
@@ -201,6 +255,13 @@ def metrics_step(line: bytes) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # not a line of ours
+
+
+def start_tensorboard(folder: Path, step: int):
+    """A writer below the run's folder; what an interrupted run wrote behind `step` is not shown."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def start_wandb(folder: Path, run_id: str, args: dict):

@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from runtime.launcher import read_launch
 from runtime.terminal import escape_unencodable
 
 REQUIRED = ("torch", "transformers", "numpy", "wandb")
@@ -163,7 +164,7 @@ def check_network(args) -> list[Result]:
         results.append(("ok", "master_addr", f"{master} is {socket.gethostbyname(master)}", ""))
     except OSError:
         results.append(("FAIL", "master_addr", f"{master} has no address", "check --master_addr, /etc/hosts, DNS"))
-    if "RANK" in os.environ:
+    if read_launch().launched:
         return [*results, ("ok", "master_port", f"{port}, of this launch", "")]
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -284,7 +285,7 @@ def examine_launch(args) -> int:
     from runtime.link import measure
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
-    local = int(os.environ["LOCAL_RANK"])
+    local = read_launch().local_rank
     mine = [result for check in LOCAL for result in limited(check, args)] if local == 0 else []
     everyone: list = [None] * dist.get_world_size()
     gpus = torch.cuda.device_count() > local
@@ -312,9 +313,14 @@ def examine_launch(args) -> int:
 
 
 def main() -> int:
+    try:
+        launch = read_launch()
+    except ValueError as error:
+        show([("FAIL", "launcher", *str(error).split(": ", 1))])
+        return 1
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default=str(ROOT / "out"), help="where runs will write")
-    parser.add_argument("--nproc_per_node", type=int, default=os.environ.get("LOCAL_WORLD_SIZE", "1"),
+    parser.add_argument("--nproc_per_node", type=int, default=launch.local_world_size,
                         help="processes that will run on this machine")  # fmt: skip
     parser.add_argument("--master_addr", default=os.environ.get("MASTER_ADDR", "localhost"), help="host of rank 0")
     parser.add_argument("--master_port", type=int, default=os.environ.get("MASTER_PORT", "29500"), help="its port")
@@ -326,7 +332,7 @@ def main() -> int:
 
         print(json.dumps(measure_alone(args.probe, args.timeout)), flush=True)
         return 0
-    if "RANK" in os.environ:
+    if launch.launched:
         return examine_launch(args)
     failed = False
     for check in (*LOCAL, check_link):

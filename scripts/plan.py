@@ -11,7 +11,6 @@ every assumption is printed; --measure replaces those about this machine's compu
 import argparse
 import dataclasses
 import math
-import os
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ from dataset.lm_dataset import describe, load_tokenizer
 from dataset.packing import plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import launch, link, memory
+from runtime.launcher import read_launch
 from runtime.scaling import Load, Machine, flops_per_token, step_cost
 from runtime.tensor_parallel import check_sizes
 from scripts.preflight import stage_flags
@@ -82,8 +82,9 @@ def measure(machine: Machine, config: LMConfig, load: Load, args, cuda: bool) ->
     Raises:
         ValueError: the model does not fit.
     """
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if "RANK" in os.environ:
+    launched = read_launch()
+    device = torch.device("cuda", launched.local_rank) if cuda else torch.device("cpu")
+    if launched.launched:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     machine.memory = memory.device_memory(device) or machine.memory

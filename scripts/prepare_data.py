@@ -9,7 +9,6 @@ are fine: on shared storage the first one builds; with --per_node 1 the first on
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import CACHE_DIR, CachedDataset, PretrainDataset, SFTDataset, describe, load_tokenizer
 from runtime import launch
+from runtime.launcher import read_launch, slurm_task
 from scripts.preflight import stage_flags
 
 STAGES = {"pretrain": ("train_pretrain", PretrainDataset), "sft": ("train_full_sft", SFTDataset)}
@@ -44,8 +44,10 @@ def main() -> int:
     args = stage_flags(Path(f"trainer/{(STAGES | ENGINES)[own.stage][0]}.py"), rest)
 
     # One builds; the others have nothing to wait for here: training itself waits for a cache that is being built.
-    torchrun, slurm = ("LOCAL_RANK", "SLURM_LOCALID") if own.per_node else ("RANK", "SLURM_PROCID")
-    if int(os.environ.get(torchrun, os.environ.get(slurm, "0"))) > 0:
+    process = read_launch()
+    if not process.launched:
+        process = slurm_task()
+    if (process.local_rank if own.per_node else process.rank) > 0:
         return 0
     cache_dir = Path(args.cache_dir or CACHE_DIR)
     before = set(cache_dir.iterdir()) if cache_dir.is_dir() else set()

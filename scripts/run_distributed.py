@@ -88,7 +88,7 @@ def run(command: list[str], variables: dict[str, str]) -> int:
     """Run a command in a session of its own to its end, and pass signals on to it; returns the exit code.
 
     In its own session, so that Ctrl-C does not reach it twice: the second signal would end it before it has saved.
-    When this process is killed, the command is asked to end.
+    A SIGHUP that is ignored, as under nohup, stays so. When this process is killed, the command is asked to end.
     """
     received, process = [], None
 
@@ -97,7 +97,7 @@ def run(command: list[str], variables: dict[str, str]) -> int:
         if process is not None:
             process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, *([] if launch.ignores_hangup() else [signal.SIGHUP])):
         signal.signal(number, forward)
     process = subprocess.Popen(
         command,
@@ -141,6 +141,8 @@ def main() -> int:
     variables = {"OMP_NUM_THREADS": str(threads)}
     if args.max_restarts:  # torchrun's own store would hand the addresses of dead processes to their successors
         variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    if launch.ignores_hangup():  # torchrun would listen to it all the same
+        variables["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
     words = torchrun_words(args)
     if engine == "accelerate" and not cuda:  # `accelerate launch --cpu` would run one process, without a word
         variables["ACCELERATE_USE_CPU"] = "true"

@@ -24,6 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def launched_as(rank: int, nproc: int, port: int = 29500) -> dict[str, str]:
+    """LAUNCHER_VARIABLES as torchrun sets them for a rank, on one machine."""
+    values = (rank, rank, nproc, nproc, "127.0.0.1", port)
+    return dict(zip(LAUNCHER_VARIABLES, map(str, values), strict=True))
+
+
 def start(args, env, nproc, cwd, gpu, **streams) -> subprocess.Popen:
     script, *rest = map(str, args)
     command = [sys.executable]
@@ -138,14 +144,11 @@ def free_port() -> int:
 def run_ranks(*args, nproc=None, cwd=ROOT) -> str:
     """Run a project script to its good end, as nproc ranks that no launcher watches; returns what they printed."""
     words = [str(ROOT / args[0]), *map(str, args[1:])]
-    variables = {"CUDA_VISIBLE_DEVICES": ""}
-    if nproc:
-        variables |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables, port = {"CUDA_VISIBLE_DEVICES": ""}, free_port()
     with tempfile.TemporaryDirectory() as folder:
         outputs, processes = [Path(folder) / str(rank) for rank in range(nproc or 1)], []
         for rank, output in enumerate(outputs):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if nproc else {}
+            own = launched_as(rank, nproc, port) if nproc else {}
             processes.append(FORKS.Process(target=_be_script, args=(words, variables | own, output, cwd)))
             processes[-1].start()
         for process in processes:

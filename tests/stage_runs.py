@@ -28,7 +28,7 @@ def trainer(stage: str, folder: Path, flags: list[str]):
     def train(name: str, *more: str, nproc: int | None = None) -> Path:
         words = [f"trainer/train_{stage}.py", *flags, f"--out_dir={folder / name}", *more]
         train.printed = run_ranks(*words, *(["--ddp"] if nproc else []), nproc=nproc)
-        return next(path for path in (folder / name).iterdir() if path.is_dir() and not path.name.endswith("previous"))
+        return next(path for path in (folder / name).iterdir() if path.is_dir() and ".previous" not in path.name)
 
     train.folder, train.flags = folder, flags
     return train

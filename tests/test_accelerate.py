@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ENGINE_RUN as NAME
 from conftest import check_same_run, losses
-from running import ROOT, run_script, wait_for_steps
+from running import ROOT, launched_as, run_script, wait_for_steps
 
 from runtime import accelerated
 
@@ -113,7 +113,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_before_anything_starts(monkeypatch, case):
     variables, given, said = REFUSED[case]
-    for name, value in ({"RANK": "0"} | variables).items():
+    for name, value in (launched_as(0, 1) | variables).items():
         monkeypatch.setenv(name, value)
     args = {"ddp": True, "device": "cpu", "dtype": None, "strategy": "auto"} | given
     with pytest.raises(ValueError, match=said):
@@ -122,8 +122,8 @@ def test_refused_before_anything_starts(monkeypatch, case):
 
 @pytest.mark.parametrize("package", ["accelerate", "deepspeed"])
 def test_what_is_not_installed(monkeypatch, package):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for name, value in (launched_as(0, 1) | {"ACCELERATE_USE_DEEPSPEED": "true"}).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"not installed; pip install {package}"):
         accelerated.check_launch(SimpleNamespace(ddp=True, device="cpu", dtype=None, strategy="auto"))

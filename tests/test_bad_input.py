@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_jsonl
-from running import LAUNCHER_VARIABLES, ROOT
+from running import LAUNCHER_VARIABLES, ROOT, launched_as
 
 from model.lm import LMConfig, MiniMindLM
 
@@ -134,7 +134,7 @@ FLAGS = {
         "--config {work}/unknown.yaml",
         "unknown key 'batchsize'; the nearest known one is 'batch_siz",
     ),
-    "config wrong type": ("--config {work}/type.yaml", "--batch_size: invalid int value: 'many'"),
+    "config wrong type": ("--config {work}/type.yaml", "type.yaml:1: batch_size must be a whole number, found 'many'"),
     "resume nowhere": ("--resume {work}/nowhere", "--resume {work}/nowhere: no checkpoint there"),
 }
 
@@ -351,8 +351,7 @@ def test_busy_port(run_script, work):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
-        done = run_script(SFT, "--ddp", *flags(work, "port"), env={**launched, "MASTER_PORT": port})
+        done = run_script(SFT, "--ddp", *flags(work, "port"), env=launched_as(0, 2, port))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = errors_of(done)
     assert f"cannot join the process group at 127.0.0.1:{port}: the port is busy, choose another --master_port" in line

@@ -5,7 +5,7 @@ import importlib
 import sys
 
 import pytest
-from running import ROOT
+from running import ROOT, launched_as
 from stage_flags import LATER_STAGES
 
 from runtime.config import ALIASES, FIXED, KNOWN, config_to_argv
@@ -124,7 +124,8 @@ def config(tmp_path):
 @pytest.fixture
 def launched(monkeypatch):
     """As if a launcher had started this process."""
-    monkeypatch.setenv("RANK", "0")
+    for name, value in launched_as(0, 1).items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -246,20 +247,59 @@ def test_sections_in_sections_are_looked_through(parse, config):
     assert (args.batch_size, args.num_workers, args.seed) == (4, 2, 1)
 
 
-@pytest.mark.parametrize("text, value", [("true", True), ("false", False), ("yes", True), ("off", False), ("", False)])
+SWITCHES = [("true", True), ("True", True), ("yes", True), ("on", True), ("1", True), ("'true'", True)]
+SWITCHES += [("false", False), ("FALSE", False), ("no", False), ("off", False), ("0", False), ("'false'", False)]
+
+
+@pytest.mark.parametrize("text, value", [*SWITCHES, ("", False), ("~", False)])
 def test_switches(parse, config, text, value):
     assert parse("train_full_sft", "--config", config(f"skip_bad: {text}\n")).skip_bad is value
 
 
-@pytest.mark.parametrize("text", ["1", "'false'", "later", "[true]"])
+@pytest.mark.parametrize("text", ["2", "later", "[true]", "1.0", "y"])
 def test_a_switch_takes_only_true_and_false(parse, config, text):
-    with pytest.raises(ValueError, match="skip_bad must be true or false, found"):
-        parse("train_full_sft", "--config", config(f"skip_bad: {text}\n"))
+    path = config(f"# a comment\nskip_bad: {text}\n")
+    with pytest.raises(ValueError, match=f"^--config {path}:2: skip_bad must be true or false, found "):
+        parse("train_full_sft", "--config", path)
 
 
-@pytest.mark.parametrize("text, value", [("true", 1), ("false", 0), ("1", 1), ("0", 0)])
-def test_booleans_of_zero_and_one(parse, config, text, value):
-    assert parse("train_full_sft", "--config", config(f"packing: {text}\n")).packing == value
+@pytest.mark.parametrize("text, value", SWITCHES)
+@pytest.mark.parametrize("name", ["packing", "compile", "gradient_checkpointing"])
+def test_booleans_of_zero_and_one(parse, config, name, text, value):
+    assert getattr(parse("train_full_sft", "--config", config(f"{name}: {text}\n")), name) == int(value)
+
+
+# As YAML 1.1 these are numbers, truth values, dates and a time of day; a name or a path is what was written.
+TEXTS = ["007", "010", "0x1F", "1e5", "5e-4", "1_000", "1.0", "yes", "on", "No", "true", "y", "2024-01-01", "12:30:45",
+         ".inf", "-1", "+1", "=", "none"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", ["save_weight", "data_path", "from_weight"])
+def test_a_text_is_what_was_written(parse, config, name, text):
+    assert getattr(parse("train_full_sft", "--config", config(f"{name}: {text}\n")), name) == text
+
+
+@pytest.mark.parametrize("text", ["'null'", '"~"', "''"])
+def test_quotes_make_a_text_of_null(parse, config, text):
+    assert parse("train_full_sft", "--config", config(f"save_weight: {text}\n")).save_weight == text[1:-1]
+
+
+@pytest.mark.parametrize("key", ["resume", "resume_from_checkpoint"])
+@pytest.mark.parametrize("text, value", [("true", "auto"), ("Yes", "auto"), ("false", "none"), ("off", "none")])
+def test_resume_is_a_switch_too_as_in_other_stacks(parse, config, key, text, value):
+    assert parse("train_full_sft", "--config", config(f"{key}: {text}\n")).resume == value
+
+
+@pytest.mark.parametrize("text, value", [("auto", "auto"), ("none", "none"), ("", "none"), ("out/a/007", "out/a/007")])
+def test_resume_is_a_text(parse, config, text, value):
+    assert parse("train_full_sft", "--config", config(f"resume: {text}\n")).resume == value
+
+
+def test_what_another_section_has_is_merged(parse, config):
+    text = "base: &base\n  dim: 64\n  n_layers: 2\nrun:\n  <<: *base\n  dim: 64\n"
+    args = parse("train_full_sft", "--config", config(text))
+    assert (args.dim, args.n_layers) == (64, 2)
 
 
 @pytest.mark.parametrize("text, value", [("wandb", ["wandb"]), ("[none]", ["none"]), ("[]", []), ("", [])])
@@ -284,7 +324,7 @@ def test_empty_file(parse, config):
         ("training:\n  leaning_rate: 1", "unknown key 'leaning_rate'; the nearest known one is 'learning_rate'"),
         ("num_train_epoch: 1", "the nearest known one is 'num_train_epochs'"),
         ("config: other.yaml", "unknown key 'config'"),
-        ("1: 2", "unknown key 1"),
+        ("1: 2", "unknown key '1'"),
         ("a: {b: {c: 1}}", "unknown key 'c'"),
         ("a: {b: {c: {dim: 1}}}", "unknown key 'c'"),
         ("training:", "unknown key 'training'"),
@@ -293,11 +333,19 @@ def test_empty_file(parse, config):
         ("dim: [1", "broken YAML"),
         ("a: b: c", "broken YAML"),
         ("dim: !!python/object/apply:os.getcwd []", "broken YAML"),
-        ("dim: wide", "argument --dim: invalid int value: 'wide'"),
-        ("dim: 64.5", "argument --dim: invalid int value: '64.5'"),
-        ("dim: [1, 2]", "unrecognized arguments: 2"),
+        ("seed: 1\ndim: wide", "config.yaml:2: dim must be a whole number, found 'wide'"),
+        ("dim: 64.5", "config.yaml:1: dim must be a whole number, found '64.5'"),
+        ("dim: true", "dim must be a whole number, found 'true'"),
+        ("dim: .inf", "dim must be a whole number, found '.inf'"),
+        ("save_steps: 0x10", "save_steps must be a whole number, found '0x10'"),
+        ("training:\n  max_grad_norm: much", "config.yaml:2: max_grad_norm must be a number, found 'much'"),
+        ("packing: 2", "packing must be one of 0, 1, found '2'"),
+        ("dim: [1, 2]", "config.yaml:1: dim takes one value, found ['1', '2']"),
+        ("a: {b: {dim: {c: 1}}}", "config.yaml:1: dim takes one value, found a section"),
+        ("save_weight: [a]", "save_weight takes one value, found ['a']"),
+        ("report_to: [wandb, [none]]", "report_to takes one value, found ['none']"),
         ("dtype: int8", "dtype: int8: no precision fits; dtype is float32, float16 or bfloat16"),
-        ("report_to: [wandb, paper]", "argument --report_to: invalid choice: 'paper'"),
+        ("report_to: [wandb, paper]", "report_to must be one of none, wandb, tensorboard, found 'paper'"),
     ],
 )
 def test_mistakes_are_one_line(parse, config, text, said):
@@ -307,7 +355,7 @@ def test_mistakes_are_one_line(parse, config, text, said):
 
 
 def test_mistake_in_a_file_is_not_hidden_by_the_command_line(parse, config):
-    with pytest.raises(ValueError, match="invalid int value: 'wide'"):
+    with pytest.raises(ValueError, match="dim must be a whole number, found 'wide'"):
         parse("train_full_sft", "--dim", 64, "--config", config("dim: wide"))
 
 

@@ -1,5 +1,6 @@
 """Keys of --config files that are not simply flags: each is obeyed or refused with the reason, none is ignored."""
 
+import argparse
 import importlib
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 from test_config import COMMON
 
 from runtime import launch
-from runtime.config import DTYPES, FIXED, config_to_argv, read_config
+from runtime.config import DTYPES, FIXED, Entry, config_to_argv, read_config
 
 
 @pytest.fixture
@@ -32,28 +33,36 @@ def read(config, monkeypatch):
     return parse_args
 
 
+def parser(*names: str) -> argparse.ArgumentParser:
+    """A parser with flags of these names, texts."""
+    parser = argparse.ArgumentParser()
+    for name in names:
+        parser.add_argument(f"--{name}")
+    return parser
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
         ("mixed_precision: fp8", "mixed_precision: fp8: no precision fits"),
         ("mixed_precision: [fp16]", "mixed_precision: ['fp16']: no precision fits"),
-        ("fp16: true\nbf16: true", "fp16: True, bf16: True: no precision fits"),
-        ("dtype: float16\nfp16: false", "dtype: float16, fp16: False: no precision fits"),
-        ("mixed_precision: no\nbf16: true", "mixed_precision: False, bf16: True: no precision fits"),
+        ("fp16: true\nbf16: true", "fp16: true, bf16: true: no precision fits"),
+        ("dtype: float16\nfp16: false", "dtype: float16, fp16: false: no precision fits"),
+        ("mixed_precision: no\nbf16: true", "mixed_precision: no, bf16: true: no precision fits"),
         ("dtype: float16\nmachine: {dtype: float32}", "dtype: float16 and dtype: float32 contradict each other"),
         ("bf16: auto", "bf16 must be true or false, found 'auto'"),
-        ("dim: 32\ndim: 64", "'dim' stands there twice"),
+        ("dim: 32\ndim: 64", "config.yaml:2: 'dim' stands there twice"),
         ("batch_size: 2\ndataloader: {batch_size: 4}", "batch_size: 2 and batch_size: 4 contradict each other"),
         ("save_steps: 5\nsave_interval: 6", "save_steps: 5 and save_interval: 6 contradict each other; both mean save"),
-        ("find_unused_parameters: true", "find_unused_parameters: True cannot be had: every parameter takes part"),
-        ("dataloader_pin_memory: false", "dataloader_pin_memory: False cannot be had: batches are in pinned memory"),
+        ("find_unused_parameters: true", "find_unused_parameters: true cannot be had: every parameter takes part"),
+        ("dataloader_pin_memory: false", "dataloader_pin_memory: false cannot be had: batches are in pinned memory"),
         ("dataloader: {prefetch_factor: 4}", "prefetch_factor: 4 cannot be had: each of num_workers processes"),
         ("lr_scheduler_type: polynomial", "lr_scheduler_type: polynomial cannot be had; it is one of cosine, linear, "),
         ("lr_scheduler_type: [linear]", "lr_scheduler_type: ['linear'] cannot be had; it is one of cosine"),
         ("lr_scheduler_type: linear\nlr_schedule: wsd", "lr_scheduler_type: linear and lr_schedule: wsd contradict"),
         ("save_strategy: epoch", "save_strategy: epoch cannot be had: checkpoints are saved every save_steps"),
         ("fp16_opt_level: O2", "fp16_opt_level: O2 cannot be had: float16 is autocast over float32 weights"),
-        ("fp16_full_eval: true", "fp16_full_eval: True cannot be had"),
+        ("fp16_full_eval: true", "fp16_full_eval: true cannot be had"),
         ("distributed_backend: mpi", "distributed_backend: mpi cannot be had: GPUs talk by nccl, CPUs by gloo"),
         ("distributed_strategy: deepspeed", "strategy deepspeed is an engine with a script of its own: start main.py"),
         ("deepspeed: {config_path: zero2.json}", "deepspeed.config_path is for strategy: deepspeed"),
@@ -94,7 +103,10 @@ def test_what_is_always_done_may_be_asked_for(read, key):
         assert read(f"{key}: {value}") == read("")
 
 
-@pytest.mark.parametrize("text, value", [("1e4", 10_000), ("1.0e3", 1000), ("64.0", 64), ("7", 7)])
+WHOLE = {"1e4": 10_000, "1.0e3": 1000, "64.0": 64, "7": 7, "1_000": 1000, "010": 10}
+
+
+@pytest.mark.parametrize("text, value", WHOLE.items())
 def test_whole_numbers(read, text, value):
     assert read(f"save_steps: {text}").save_interval == value
 
@@ -139,19 +151,20 @@ def test_backend_on_a_cpu(read, capsys, asked, said):
 
 def test_deepspeed_script_gets_its_file_and_no_strategy(config):
     path = config("training:\n  strategy: deepspeed\n  deepspeed:\n    config_path: configs/sft.yaml\n")
-    defaults = {"config": None, "deepspeed_config": None, "strategy": "auto"}
-    assert config_to_argv(["--config", str(path)], defaults) == ["--deepspeed_config", "configs/sft.yaml"]
+    assert config_to_argv(["--config", str(path)], parser("strategy", "deepspeed_config")) == [
+        "--deepspeed_config=configs/sft.yaml"
+    ]
 
 
 def test_a_name_is_looked_for_in_configs_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert dict(read_config("sft.yaml"))["save_weight"] == "full_sft"
+    assert "full_sft" in [entry.value for entry in read_config("sft.yaml") if entry.key == "save_weight"]
     (tmp_path / "sft.yaml").write_text("save_weight: here")
-    assert read_config("sft.yaml") == [("save_weight", "here")]
+    assert read_config("sft.yaml") == [Entry("save_weight", "here", "--config sft.yaml:1")]
 
 
 @pytest.mark.parametrize("given", ["--local_rank 3", "--local_rank=3", "--local-rank 3", "--local-rank=3"])
 def test_the_rank_that_launchers_add_is_left_out(monkeypatch, given, config):
     path = str(config("dim: 64"))
     monkeypatch.setattr(sys, "argv", ["script", *given.split(), "--config", path, "--seed", "3"])
-    assert launch.command_line({"dim": 1, "seed": 1}) == ["--dim", "64", "--config", path, "--seed", "3"]
+    assert launch.command_line(parser("dim", "seed")) == ["--dim=64", "--config", path, "--seed", "3"]

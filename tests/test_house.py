@@ -35,7 +35,7 @@ def project_files() -> list[str]:
         names = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):  # a download without git
         parts = [path.relative_to(ROOT).parts for path in ROOT.rglob("*") if "__pycache__" not in path.parts]
-        names = ["/".join(p) for p in parts if p[0] not in (".git", ".venv", "out", "wandb")]
+        names = ["/".join(p) for p in parts if p[0] not in (".git", ".venv", "out", "wandb")] + ["out/README.md"]
     return sorted(name for name in set(names) if (ROOT / name).is_file())
 
 
@@ -136,6 +136,15 @@ def test_stage_scripts_have_the_same_landmarks(name):
     assert [function for function in defined if function in LANDMARKS] == LANDMARKS
     assert defined[: len(HELPERS)] == HELPERS, "the repeated helpers come first"
     assert "model.module.state_dict()" in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_folder_of_runs_is_there_and_git_keeps_its_readme_alone():
+    assert "out/README.md" in FILES
+    ignored = ["out/full_sft_512.pth", "out/full_sft_512.json", "out/full_sft_512/metrics.jsonl", "out/cache/x"]
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "check-ignore", "out/README.md", *ignored], capture_output=True, text=True
+    )
+    assert done.returncode == 128 or done.stdout.splitlines() == ignored  # 128: a download without git
 
 
 def test_no_machine_paths():

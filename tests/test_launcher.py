@@ -157,9 +157,9 @@ def test_a_rank_dies_and_a_signal_comes(start_script, work, tiny, tmp_path):
     os.kill(processes_of(process, "RANK=1")[0], signal.SIGKILL)  # its data process comes after it
     wait_for(process, "resumed from ")
     wait_for(process, " step ", process.log.read_text().count(" step ") + 3)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143, process.log.read_text()
-    (step,) = re.findall(r"stopped by signal 15 at step (\d+)", process.log.read_text())
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 129, process.log.read_text()
+    (step,) = re.findall(r"stopped by signal 1 at step (\d+)", process.log.read_text())
     assert (tmp_path / f"out/full_sft_32/checkpoints/step_{int(step):08d}").is_dir()
     assert [row["step"] for row in rows_of(tmp_path / "out")] == list(range(1, int(step) + 1))
     assert not processes_of(process, "RANK=0") and not processes_of(process, "RANK=1")
@@ -173,14 +173,16 @@ CHILD = """import signal, sys
 def end(number, frame):
     print("got", number, flush=True)
     sys.exit(1)
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, end)
 print("ready", flush=True)
 while True:
     signal.pause()"""
 
 
-@pytest.mark.parametrize("number, seen, code", [(signal.SIGINT, 2, 130), (signal.SIGKILL, 15, -9)])
+@pytest.mark.parametrize(
+    "number, seen, code", [(signal.SIGINT, 2, 130), (signal.SIGHUP, 1, 129), (signal.SIGKILL, 15, -9)]
+)
 def test_ctrl_c_and_kill(number, seen, code):
     """Ctrl-C, which goes to all processes of a terminal, reaches the job by the launcher alone; kill -9 ends both."""
     process = subprocess.Popen(

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from running import ROOT
+from running import ROOT, launched_as
 
 from model import native
 from model.lm import LMConfig, MiniMindLM
@@ -141,6 +141,15 @@ def test_muon_accumulation_and_offload():
     assert muon["optimizer"] == 4 * n + 4 * vectors_and_ends
     assert memory.estimate(LARGE, "ddp", data_ranks=2, optimizer="lamb", **RUN)["optimizer"] == 8 * n
 
+    moe = replace(LARGE, use_moe=True)
+    rest = sum(  # the router is AdamW's, too; stacked experts are matrices
+        shape.numel()
+        for name, shape in memory.parameter_shapes(moe).items()
+        if len(shape) == 1 or "embed" in name or "mlp.gate.weight" in name
+    )
+    muon = memory.estimate(moe, "ddp", data_ranks=2, optimizer="muon", **RUN)
+    assert muon["optimizer"] == 4 * memory.parameter_count(moe) + 4 * rest
+
     accumulated = memory.estimate(LARGE, "zero3", data_ranks=4, accumulation_steps=2, **RUN)
     assert accumulated["gradients"] == 4 * n
 
@@ -198,9 +207,9 @@ def test_without_memory_the_number_of_parameters_decides(layers, strategy, monke
 
 
 def test_device_memory_of_this_machine(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     whole = memory.device_memory(CPU)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    for name, value in launched_as(0, 1000).items():
+        monkeypatch.setenv(name, value)
     assert whole is None or 0 <= memory.device_memory(CPU) < whole / 100
 
 

@@ -1,6 +1,8 @@
 """The plan of an epoch: nothing lost, nothing twice, the same windows however ranks and micro-batches share them."""
 
 import itertools
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -268,3 +270,17 @@ def test_reading_data_leaves_the_random_state_alone(dataset, num_workers):
     before = torch.get_rng_state()
     loaded(dataset, plan, range(plan.steps), 0, 1, 2, num_workers)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_a_process_that_reads_data_loses_no_row(dataset, number, monkeypatch):
+    """A launcher's goes to it, too, and may come before it has read anything."""
+    plan, main = make_plan(40, dataset=dataset), os.getpid()
+    expected = loaded(dataset, plan, range(plan.steps), 0, 1, 2)
+
+    def signalled(name: str) -> None:  # what a worker of torch's DataLoader calls first
+        if os.getpid() != main:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(torch.multiprocessing, "_set_thread_name", signalled)
+    assert loaded(dataset, plan, range(plan.steps), 0, 1, 2, num_workers=1) == expected

@@ -4,6 +4,7 @@ import re
 
 import pytest
 from conftest import chat, write_jsonl
+from running import launched_as
 
 from scripts import prepare_data
 
@@ -38,14 +39,24 @@ def test_training_finds_the_cache(stage, script, run_script, tmp_path, tiny_flag
     assert contents(cache) == before, "training wrote a cache of its own"
 
 
-@pytest.mark.parametrize("per_node, first", [(0, "RANK"), (1, "LOCAL_RANK")])
-def test_one_process_builds(per_node, first, run_script, tmp_path):
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+@pytest.mark.parametrize("per_node", [0, 1])
+def test_one_process_builds(launcher, per_node, run_script, tmp_path):
     flags = ("--data_path", write_jsonl(tmp_path / "data.jsonl", [chat("a", "b")]), "--cache_dir", tmp_path / "cache")
-    environment = {"RANK": "3", "LOCAL_RANK": "3"}
+    environment, names = launched_as(3, 4), ("RANK", "LOCAL_RANK")
+    if launcher == "srun":
+        environment, names = {"SLURM_PROCID": "3", "SLURM_LOCALID": "3"}, ("SLURM_PROCID", "SLURM_LOCALID")
+    first = names[per_node]
     idle = run_script(SCRIPT, *flags, "--per_node", per_node, env=environment)
     assert (idle.returncode, idle.stdout) == (0, "") and not (tmp_path / "cache").exists()
     builder = run_script(SCRIPT, *flags, "--per_node", per_node, env=environment | {first: "0"})
     assert builder.returncode == 0 and "built in" in builder.stdout
+
+
+def test_a_rank_that_a_scheduler_left_behind_builds(run_script, tmp_path):
+    flags = ("--data_path", write_jsonl(tmp_path / "data.jsonl", [chat("a", "b")]), "--cache_dir", tmp_path / "cache")
+    done = run_script(SCRIPT, *flags, "--per_node", 1, env={"RANK": "1", "LOCAL_RANK": "1"})
+    assert done.returncode == 0 and "built in" in done.stdout
 
 
 MISTAKES = [

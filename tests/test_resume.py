@@ -12,7 +12,7 @@ import pytest
 import torch
 from running import ROOT, run_script, wait_for_steps
 
-from runtime import store
+from runtime import store, tracking
 
 FLAGS = "--dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --device=cpu --max_seq_len=64 --log_interval=1".split()
 NAME = "full_sft_32"
@@ -66,13 +66,13 @@ def test_resume_on_another_number_of_processes(flags, tmp_path, start_script, ru
 
 def test_signals_save_and_exit(flags, tmp_path, start_script, run_script):
     job, out, steps, saved = [*flags, "--batch_size=1", "--save_interval=0", "--resume=auto"], tmp_path / "out", 0, []
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
         process = start_script("trainer/train_full_sft.py", *job)
         wait_for_steps(process, out, steps + 3)
         process.send_signal(number)
         assert process.wait(60) == code, process.log.read_text()
         steps = len(metrics(out))
-        saved = [f"step_{steps:08d}", *saved]
+        saved = [f"step_{steps:08d}", *saved][:2]  # --save_total_limit
         assert [c.name for c in store.list_checkpoints(out / NAME / "checkpoints")] == saved
         assert f"stopped by signal {number} at step {steps}" in process.log.read_text()
     done = run_script("trainer/train_full_sft.py", *job)
@@ -137,6 +137,67 @@ def test_fresh_run_keeps_the_run_before(flags, run_script, trained):
     assert len(metrics(trained.parents[1])) == 2
     kept = trained.parent.with_name(f"{NAME}.previous")
     assert (kept / "metrics.jsonl").read_text().count("\n") == 12 and len(list((kept / "checkpoints").iterdir())) == 2
+
+
+def contents(folder) -> dict[str, bytes]:
+    """Every file below a folder with what is in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("nproc", [None, 2])
+def test_no_start_deletes_what_a_run_wrote(flags, run_script, trained, nproc):
+    """Two accidental fresh starts, of which the second fails: the first run is whole, its weights as well."""
+    run, out = trained.parent, trained.parents[1]
+    first = contents(run) | {f"{NAME}{end}": run.with_name(f"{NAME}{end}").read_bytes() for end in (".pth", ".json")}
+    switch = ["--ddp"] if nproc else []
+    done = run_script("trainer/train_full_sft.py", *flags, *switch, "--max_steps=2", "--seed=1", nproc=nproc)
+    line = f"what an earlier {NAME} left is kept in {run}.previous; to remove all that is kept so: "
+    assert done.returncode == 0 and done.stdout.count(f"{line}rm -r {run}.previous*\n") == 1, done.stderr
+    second = contents(run) | {f"{NAME}.pth": run.with_name(f"{NAME}.pth").read_bytes()}
+    broken = ["--learning_rate=1e30", "--grad_clip=0", "--save_interval=0", "--epochs=3"]
+    done = run_script("trainer/train_full_sft.py", *flags, *switch, *broken, nproc=nproc)
+    assert done.returncode == 1 and f"is kept in {run}.previous.2; " in done.stdout, done.stdout
+    assert run.with_name(f"{NAME}.pth").read_bytes() == second[f"{NAME}.pth"], "it saved nothing: they stay in place"
+    done = run_script("trainer/train_full_sft.py", *flags, *switch, "--max_steps=1", nproc=nproc)
+    assert done.returncode == 0 and f"is kept in {run}.previous.3; " in done.stdout, done.stderr
+    assert contents(out / f"{NAME}.previous") == first
+    assert second.items() <= contents(out / f"{NAME}.previous.2").items()
+    assert f"{NAME}.pth" not in contents(out / f"{NAME}.previous.3"), "that run saved none"
+
+
+def test_a_run_that_finds_no_checkpoint_to_go_on_from_deletes_nothing(flags, run_script, trained):
+    """--resume auto of a configuration file, and weights or metrics without a checkpoint."""
+    shutil.rmtree(trained)
+    metrics_before = (trained.parent / "metrics.jsonl").read_bytes()
+    weights = trained.parent.with_suffix(".pth").read_bytes()
+    done = run_script("trainer/train_full_sft.py", *flags, "--resume=auto", "--max_steps=1")
+    assert done.returncode == 0 and len(metrics(trained.parents[1])) == 1
+    kept = trained.parent.with_name(f"{NAME}.previous")
+    assert (kept / "metrics.jsonl").read_bytes() == metrics_before
+    assert (kept / f"{NAME}.pth").read_bytes() == weights
+
+
+def test_the_numbers_of_kept_runs(tmp_path):
+    """Weights without a folder are kept; the same ones once; numbers go up also where a smaller one is free."""
+    run, weights = tmp_path / "a_32", tmp_path / "a_32.pth"
+    assert tracking.keep_earlier_run(run) is None
+    weights.write_text("1")
+    assert tracking.keep_earlier_run(run) == tmp_path / "a_32.previous"
+    assert tracking.keep_earlier_run(run) is None
+    (tmp_path / "a_32.previous.7").mkdir()
+    store.save_file(weights, "2")
+    assert tracking.keep_earlier_run(run) == tmp_path / "a_32.previous.8"
+    texts = [(tmp_path / f"a_32.previous{number}" / "a_32.pth").read_text() for number in ("", ".8")]
+    assert texts == ["1", "2"] and weights.read_text() == "2"
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking.os, "link", lambda *paths: (_ for _ in ()).throw(OSError(1, "not permitted")))
+    (tmp_path / "a_32").mkdir()
+    (tmp_path / "a_32.pth").write_text("1")
+    kept = tracking.keep_earlier_run(tmp_path / "a_32")
+    store.save_file(tmp_path / "a_32.pth", "2")
+    assert (kept / "a_32.pth").read_text() == "1"
 
 
 def test_full_disk_loses_nothing_that_was_saved(flags, start_script, run_script, tmp_path, trained):

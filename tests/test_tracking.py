@@ -1,9 +1,12 @@
 """What a run leaves for people to see."""
 
 import json
+import sys
 
 import pytest
 from running import on_a_terminal
+
+from runtime.tracking import Tracker
 
 TINY = "--dim=32 --n_layers=1 --n_heads=2 --n_kv_heads=1 --max_seq_len=64 --device=cpu --batch_size=2".split()
 
@@ -51,3 +54,53 @@ def test_a_terminal_gets_a_progress_bar(data, tmp_path):
     job = [*flags(data, tmp_path / "out"), "--max_steps=3", "--log_interval=1"]
     code, text = on_a_terminal("trainer/train_full_sft.py", *job)
     assert code == 0 and "3/3" in text and "sup_tok/s" in text and "loss=" in text, text
+
+
+ENGINES = {
+    "train_full_sft": None,
+    "train_sft_accelerate": "accelerate",
+    "train_sft_lightning": "lightning",
+}
+
+
+@pytest.mark.parametrize("script", ENGINES)
+def test_a_tracker_never_ends_a_run(data, tmp_path, run_script, script):
+    """wandb refuses a misspelt WANDB_MODE; TensorBoard beside it gets every step."""
+    if ENGINES[script]:
+        pytest.importorskip(ENGINES[script])
+    job = [*flags(data, tmp_path / "out"), "--max_steps=3", "--log_interval=1", "--report_to", "wandb", "tensorboard"]
+    done = run_script(f"trainer/{script}.py", *job, env={"WANDB_MODE": "ofline"})
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+    assert done.stdout.count("warning: wandb failed, the run goes on without it: ") == 1
+    run = tmp_path / "out/full_sft_32"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert list((run / "tensorboard").rglob("events.*"))
+
+
+def test_a_tracker_that_breaks_later_is_left_alone(tmp_path, capsys):
+    """Each one is asked no more once it has failed, also not at the end."""
+    args = {"report_to": ["tensorboard"], "use_wandb": False}
+    tracker = Tracker(tmp_path / "run", args, True, None)
+    progress = {"step": 0, "tokens": 0}
+    tracker.start(progress, 2)
+    calls = []
+
+    def full(*args):
+        calls.append(args)
+        raise OSError(28, "No space left on device")
+
+    tracker.board.add_scalar = tracker.board.close = full
+    for step in (1, 2):
+        tracker.log({"step": step, "eval_loss": 1.0})
+    tracker.close()
+    assert len(calls) == 1 and len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    said = "warning: tensorboard failed, the run goes on without it: OSError: [Errno 28] No space left on device"
+    assert capsys.readouterr().out.count(said) == 1 and said in (tmp_path / "run/training.log").read_text()
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_named_before_training(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=f"--report_to {name}: it is not installed; pip install {name}"):
+        Tracker(tmp_path / "run", {"report_to": [name], "use_wandb": False}, True, None)
+    assert not (tmp_path / "run").exists()

@@ -10,7 +10,6 @@ Writes out/distill_512.pth with its .json, and out/distill_512/: metrics.jsonl, 
 import argparse
 import functools
 import math
-import os
 import random
 import sys
 from contextlib import nullcontext
@@ -30,6 +29,7 @@ from model.lm import LMConfig
 from model.weights import hash_weights, start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.evaluation import sum_over_rows
+from runtime.launcher import read_launch
 from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
@@ -39,13 +39,12 @@ from runtime.tracking import Tracker
 def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     """Join the process group that torchrun describes in the environment; returns the device of this process."""
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
-    if not args.ddp:
-        device = torch.device(("cuda:0" if cuda else "cpu") if args.device in ("auto", "cuda") else args.device)
-    elif "RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    launched = read_launch(needed_by="--ddp" if args.ddp else "")
+    if args.ddp:
+        device = torch.device("cuda", launched.local_rank) if cuda else torch.device("cpu")
     else:
-        raise ValueError(f"--ddp needs a launcher: torchrun --nproc_per_node 2 {sys.argv[0]} --ddp")
-    if cuda and max(device.index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > torch.cuda.device_count():
+        device = torch.device(("cuda:0" if cuda else "cpu") if args.device in ("auto", "cuda") else args.device)
+    if cuda and max(device.index + 1, launched.local_world_size) > torch.cuda.device_count():
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
     if args.ddp:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
@@ -252,7 +251,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
     output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
     output.add_argument("--report_to", nargs="+", choices=("none", "wandb", "tensorboard"), default=[], help="trackers")
-    return parser.parse_args(launch.command_line(vars(parser.parse_args([]))))
+    return parser.parse_args(launch.command_line(parser))
 
 
 def main() -> int:
@@ -303,7 +302,7 @@ def main() -> int:
     progress = checkpoint.load_run(found, model, optimizer, scaler)
 
     # 6. Tracking
-    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found))
     steps = f"{args.total_steps} steps of {global_batch} rows, learning rate {args.peak_lr:g}"
     tracker.print(f"{run_dir.name}: {parallel.describe(model, args, dtype)}, {steps}")
 

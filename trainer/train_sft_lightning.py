@@ -10,7 +10,6 @@ Writes out/full_sft_512.pth with its .json, and out/full_sft_512/: metrics.jsonl
 import argparse
 import functools
 import math
-import os
 import random
 import sys
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import checkpoint, engine_store, launch, lightning_engine, parallel
 from runtime.evaluation import evaluate
+from runtime.launcher import read_launch
 from runtime.optim import scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
@@ -38,13 +38,12 @@ from runtime.tracking import Tracker
 def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     """Join the process group that torchrun describes in the environment; returns the device of this process."""
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
-    if not args.ddp:
-        device = torch.device(("cuda:0" if cuda else "cpu") if args.device in ("auto", "cuda") else args.device)
-    elif "RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    launched = read_launch(needed_by="--ddp" if args.ddp else "")
+    if args.ddp:
+        device = torch.device("cuda", launched.local_rank) if cuda else torch.device("cpu")
     else:
-        raise ValueError(f"--ddp needs a launcher: torchrun --nproc_per_node 2 {sys.argv[0]} --ddp")
-    if cuda and max(device.index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > torch.cuda.device_count():
+        device = torch.device(("cuda:0" if cuda else "cpu") if args.device in ("auto", "cuda") else args.device)
+    if cuda and max(device.index + 1, launched.local_world_size) > torch.cuda.device_count():
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
     if args.ddp:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
@@ -253,7 +252,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
     output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
     output.add_argument("--report_to", nargs="+", choices=("none", "wandb", "tensorboard"), default=[], help="trackers")
-    return parser.parse_args(launch.command_line(vars(parser.parse_args([]))))
+    return parser.parse_args(launch.command_line(parser))
 
 
 def main() -> int:
@@ -300,7 +299,7 @@ def main() -> int:
     progress = checkpoint.restore(found, scaler)  # Lightning reads its file in step 6
 
     # 5. Tracking: our files, Lightning's progress bar, and its loggers for what --report_to names
-    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), args.resume == "none"))
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found))
     steps = f"{args.total_steps} steps of {global_batch} rows, learning rate {args.peak_lr:g}"
     layout = f"{parallel.describe(model, args, dtype)}, {steps}"
     tracker.print(f"{run_dir.name}: Lightning, {layout}")
