@@ -215,8 +215,9 @@ def flag_values(content: list[Entry], flags: dict) -> dict[str, Entry]:
             check_fixed(entry, *FIXED[name])
             continue
         if entry.key == "lr_scheduler_type":
-            if entry.value not in SCHEDULES:
-                raise entry.error(f"lr_scheduler_type: {entry.value} cannot be had; it is one of {', '.join(SCHEDULES)}")
+            if str(entry.value) not in SCHEDULES:
+                known = ", ".join(SCHEDULES)
+                raise entry.error(f"lr_scheduler_type: {entry.value} cannot be had; it is one of {known}")
             entry = replace(entry, value=SCHEDULES[entry.value])
         if name in PRECISIONS:
             of_name = precisions
