@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from runtime import background, store
 from runtime.background import later, pause, wait
+from runtime.device import is_sharded
 from runtime.optim import Muon
-from runtime.parallel import gather_objects, is_sharded, unwrap, world
+from runtime.parallel import gather_objects, unwrap, world
 from runtime.store import identity_of, save_file
 
 # Without a process group is what we mean.

@@ -1,4 +1,4 @@
-"""What a device is good at, in which order it sums, and the memory of a process."""
+"""What a device is good at, in which order it sums, what it holds of a tensor, and the memory of a process."""
 
 import ctypes
 import os
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -42,3 +43,13 @@ def keep_memory() -> None:
     if hasattr(library, "mallopt"):
         library.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest
         library.mallopt(-1, -1)  # M_TRIM_THRESHOLD, none
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor: one that may lie on several processes."""
+    return hasattr(tensor, "to_local")

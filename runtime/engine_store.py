@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from runtime import checkpoint, store
-from runtime.parallel import gather_objects, is_sharded, world
+from runtime.device import is_sharded
+from runtime.parallel import gather_objects, world
 
 
 def save(

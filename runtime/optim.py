@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from runtime.device import fast_dtype
-from runtime.parallel import is_sharded, local
+from runtime.device import fast_dtype, is_sharded, local
 
 
 def make_optimizer(

@@ -22,7 +22,7 @@ from model.lm import LMConfig, blocks
 from runtime import memory
 from runtime.compiling import compile_blocks, compile_now, compiler_works
 from runtime.data_parallel import WHY_NOT, RowParallel
-from runtime.device import one_order
+from runtime.device import is_sharded, local, one_order
 
 PATIENCE = timedelta(hours=12)  # of a rank that waits for another one to tokenise; a dead one is noticed at once
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "dp")
@@ -209,16 +209,6 @@ def describe(model: nn.Module, args, dtype: str) -> str:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, whatever it is wrapped in."""
     return model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor: one that may lie on several processes."""
-    return hasattr(tensor, "to_local")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

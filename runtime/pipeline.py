@@ -23,8 +23,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from model.lm import LMOutput, MiniMindLM
 from model.ops import recomputed
 from runtime import parallel
-from runtime.device import one_order
-from runtime.parallel import gather_objects, is_sharded, local, world
+from runtime.device import is_sharded, local, one_order
+from runtime.parallel import gather_objects, world
 from runtime.replicas import shard_number
 from runtime.tensor_parallel import split_layers
 

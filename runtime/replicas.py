@@ -5,7 +5,8 @@ import socket
 import torch
 from torch import Tensor, nn
 
-from runtime.parallel import gather_objects, is_sharded, local, unwrap, world
+from runtime.device import is_sharded, local
+from runtime.parallel import gather_objects, unwrap, world
 
 
 def agree(same: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ from dataset.packing import Plan
 from model import sampling
 from model.lm import MiniMindLM
 from runtime import parallel
+from runtime.device import is_sharded
 
 
 @dataclass
@@ -87,7 +88,7 @@ def whole_copy(model: nn.Module, copy: nn.Module | None) -> nn.Module:
         return model
     for p, whole in zip(model.parameters(), copy.parameters(), strict=True):
         p = p.detach().to(whole.device)
-        whole.data.copy_(p.full_tensor() if parallel.is_sharded(p) else p)
+        whole.data.copy_(p.full_tensor() if is_sharded(p) else p)
     return copy
 
 
