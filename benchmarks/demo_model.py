@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 DEMO = ROOT / "dataset/demo"
-SHAPE = "--dim 192 --n_layers 4 --n_heads 6 --n_kv_heads 3 --max_seq_len 256 --device cpu --save_interval 0".split()
+SHAPE = "--dim 192 --n_layers 6 --n_heads 3 --n_kv_heads 3 --max_seq_len 256 --device cpu --save_interval 0".split()
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:

@@ -220,26 +220,51 @@ def first_letters_differ(items: list[str]) -> bool:
 def some_words(rng: random.Random, count: int) -> list[str]:
     """English words in lower case, listed ones and made-up ones, each with a first letter of its own."""
     while True:
-        words = [(listed_word if rng.random() < 0.6 else made_up_word)(rng, "en").lower() for _ in range(count)]
+        words = [(listed_word if rng.random() < 0.9 else made_up_word)(rng, "en").lower() for _ in range(count)]
         if first_letters_differ(words) and all(" " not in word for word in words):
             return words
 
 
+def sample_list(rng: random.Random, task: str, lang: str) -> tuple[str, str]:
+    """(items, reply) of a list to sort or to reverse, the items as people write them; for training."""
+    while True:
+        kind, items = (some_sortable if task == "sort" else some_reversible)(rng)
+        if not held(task, list_key(task, items)):
+            return joined(rng, items, lang), list_reply(task, kind, items, lang)
+
+
+def list_key(task: str, items: list) -> list:
+    """What a list is about, in whatever order it is asked for."""
+    return sorted(items) if task == "sort" else min(items, items[::-1])
+
+
+def list_reply(task: str, kind: str, items: list, lang: str) -> str:
+    order = items[::-1] if task == "reverse" else sorted(items, reverse=kind == "down")
+    return WORDS[task][lang]["say"].format(r=" ".join(map(str, order)))
+
+
+def ask_list(rng: random.Random, task: str, lang: str, kind: str, items: list) -> list[str]:
+    ask = WORDS[task][lang]["ask" if task == "reverse" else kind]
+    prompt, _ = typed(rng, expand(rng, rng.choice(ask)), lang, {"s": joined(rng, items, lang)})
+    if kind == "letters":  # they may have been typed in the other case
+        items = [item.upper() if item.upper() in prompt and item not in prompt else item for item in items]
+    return [prompt, list_reply(task, kind, items, lang)]
+
+
+def some_reversible(rng: random.Random) -> tuple[str, list[str]]:
+    kind = rng.choice(("letters", "letters", "words", "numbers"))
+    if kind == "letters":
+        return kind, rng.sample("abcdefghijklmnopqrstuvwxyz", rng.choice((3, 3, 4, 4, 5)))
+    if kind == "words":
+        return kind, some_words(rng, rng.choice((3, 3, 4)))
+    return kind, [str(n) for n in rng.sample(range(rng.choice((10, 100))), rng.choice((3, 3, 4)))]
+
+
 def sample_reverse(rng: random.Random, lang: str, held_out: bool) -> list[str]:
     while True:
-        kind = rng.choice(("letters", "letters", "words", "numbers"))
-        if kind == "letters":
-            items = rng.sample("abcdefghijklmnopqrstuvwxyz", rng.randint(3, 6))
-        elif kind == "words":
-            items = some_words(rng, rng.randint(3, 4))
-        else:
-            items = [str(n) for n in rng.sample(range(rng.choice((10, 100))), rng.randint(3, 5))]
-        if held("reverse", min(items, items[::-1])) == held_out:
-            t = WORDS["reverse"][lang]
-            fields = {"s": joined(rng, items, lang)}
-            prompt, _ = typed(rng, expand(rng, rng.choice(t["ask"])), lang, fields)
-            shown = [item.upper() if item.upper() in prompt and item.lower() not in prompt else item for item in items]
-            return [prompt, t["say"].format(r=" ".join(reversed(shown)))]
+        kind, items = some_reversible(rng)
+        if held("reverse", list_key("reverse", items)) == held_out:
+            return ask_list(rng, "reverse", lang, kind, items)
 
 
 def some_numbers(rng: random.Random, count: int, distinct: int | None = None) -> list[int]:
@@ -254,26 +279,23 @@ def some_numbers(rng: random.Random, count: int, distinct: int | None = None) ->
             if len({n // 10 for n in numbers}) == distinct:
                 return numbers
             continue
-        ranges = rng.choice(([(0, 9)], [(0, 9)], [(10, 99)], [(10, 99)], [(100, 999)], [(0, 9), (10, 99)],
-                             [(10, 99), (100, 999)], [(0, 9), (10, 99), (100, 999)]))  # fmt: skip
+        ranges = rng.choice(([(0, 9)], [(0, 9)], [(0, 9)], [(10, 99)], [(10, 99)], [(10, 99)], [(100, 999)],
+                             [(0, 9), (10, 99)], [(0, 9), (10, 99)], [(0, 9), (10, 99), (100, 999)]))  # fmt: skip
         numbers = [rng.randint(*rng.choice(ranges)) for _ in range(count)]
         if len({(len(str(n)), str(n)[0]) for n in numbers}) == count:
             return numbers
 
 
-def sort_question(rng: random.Random, lang: str, kind: str, items: list) -> list[str]:
-    t, order = WORDS["sort"][lang], sorted(items, reverse=kind == "down")
-    prompt, _ = typed(rng, expand(rng, rng.choice(t[kind])), lang, {"s": joined(rng, items, lang)})
-    return [prompt, t["say"].format(r=" ".join(map(str, order)))]
+def some_sortable(rng: random.Random) -> tuple[str, list]:
+    kind, count = rng.choice(("up", "up", "down", "words")), rng.choice((3, 3, 3, 3, 4, 4, 5))
+    return kind, some_words(rng, min(count, 4)) if kind == "words" else some_numbers(rng, count)
 
 
 def sample_sort(rng: random.Random, lang: str, held_out: bool) -> list[str]:
     while True:
-        kind = rng.choice(("up", "up", "down", "words"))
-        count = rng.choice((3, 3, 4, 4, 5))
-        items = some_words(rng, min(count, 4)) if kind == "words" else some_numbers(rng, count)
-        if held("sort", sorted(items)) == held_out:
-            return sort_question(rng, lang, kind, items)
+        kind, items = some_sortable(rng)
+        if held("sort", list_key("sort", items)) == held_out:
+            return ask_list(rng, "sort", lang, kind, items)
 
 
 def sample_ties(rng: random.Random, lang: str, held_out: bool) -> list[str]:
@@ -284,8 +306,8 @@ def sample_ties(rng: random.Random, lang: str, held_out: bool) -> list[str]:
     kind, distinct = rng.choice(("up", "down")), rng.choice((2, 3))
     while True:
         items = some_numbers(rng, 3, distinct)
-        if held("sort", sorted(items)) == held_out:
-            return sort_question(rng, lang, kind, items)
+        if held("sort", list_key("sort", items)) == held_out:
+            return ask_list(rng, "sort", lang, kind, items)
 
 
 # What the user said before.
@@ -384,7 +406,8 @@ def text_to_repeat(rng: random.Random, lang: str) -> str:
         line = rng.choice(WORDS["stories"][lang])
         words = {group: rng.choice(pairs)[lang == "zh"] for group, pairs in PAIRS.items()}
         return line.format(**words, n=any_name(rng, lang), city=any_city(rng, lang)).split(".")[0].split("。")[0]
-    words = [any_word(rng, lang) for _ in range(rng.choice((1, 1, 2, 2, 3, 4)))]
+    make = listed_word if kind < 0.85 else any_word
+    words = [make(rng, lang) for _ in range(rng.choice((1, 1, 2, 2, 3, 4)))]
     if rng.random() < 0.15:
         words.append(str(rng.randint(0, 999)))
     return (" " if lang == "en" else rng.choice(("", "", " "))).join(words)

@@ -121,8 +121,9 @@ def any_name(rng: random.Random, lang: str) -> str:
     while True:
         kind = rng.random()
         if lang == "zh" and kind < 0.75:
-            surname = rng.choice((rng.choice(WORDS["names"]["surnames"]), rng.choice(HANZI)))
-            given = WORDS["names"]["given"] if rng.random() < 0.4 else HANZI
+            usual = rng.random() < 0.65
+            surname = rng.choice(WORDS["names"]["surnames"] if usual else HANZI)
+            given = WORDS["names"]["given"] if usual else HANZI
             name = (surname if kind < 0.6 else "") + "".join(rng.choices(given, k=rng.choice((1, 2, 2))))
         elif kind < 0.25 or lang == "zh" and kind < 0.85:
             name = rng.choice(NAMES[lang])
@@ -197,7 +198,7 @@ def typed(rng: random.Random, text: str, lang: str, fields: dict, wrap: bool = T
             for pattern, short in CONTRACTIONS:
                 if pattern.search(text) and rng.random() < 0.7:
                     text = pattern.sub(expand(rng, short), text, count=1)
-        if rng.random() < 0.07:
+        if rng.random() < 0.05:
             text = misspell(rng, text)
     elif rng.random() < 0.35:
         text = on_text(lambda part: part.translate(HALF_WIDTH), text)
@@ -206,7 +207,7 @@ def typed(rng: random.Random, text: str, lang: str, fields: dict, wrap: bool = T
         text = on_text(str.lower, text)
         if rng.random() < 0.75:
             fields = {slot: value.lower() for slot, value in fields.items()}
-    elif case < 0.41:
+    elif case < 0.4:
         text = on_text(str.upper, text)
         fields = {slot: value.upper() for slot, value in fields.items()}
     elif case < 0.9:
@@ -216,7 +217,7 @@ def typed(rng: random.Random, text: str, lang: str, fields: dict, wrap: bool = T
         text = re.sub(r"[.?!。？！ ]+$", "", text)
     elif mark < 0.5:
         text = re.sub(r"([.?!。？！])$", lambda m: rng.choice((" ", "", "", m[1], m[1] * 2)) + m[1], text)
-    if rng.random() < 0.07:
+    if rng.random() < 0.05:
         text = change_space(rng, text)
     prompt = text.format(**fields)
     if lang == "zh":

@@ -27,15 +27,16 @@ from dataset.demo_tasks import (
     reply_fields,
     sample_exchange,
     sample_family,
+    sample_list,
 )
 from dataset.demo_text import (
     DEMO,
     LANGS,
     PAIRS,
+    PIECES,
     WORDS,
     any_city,
     any_name,
-    any_word,
     made_up_word,
     normalise,
     upper_first,
@@ -43,19 +44,19 @@ from dataset.demo_text import (
 
 HELD_OUT_PER_TASK = 80
 SFT_ROWS = {
-    "identity": 300,
-    "greetings": 380,
-    "small_facts": 560,
-    "arithmetic": 700,
-    "multiplication": 320,
-    "dictionary": 700,
-    "reverse": 440,
-    "sort": 820,
-    "repeat": 480,
-    "refusal": 250,
+    "identity": 460,
+    "greetings": 340,
+    "small_facts": 580,
+    "arithmetic": 640,
+    "multiplication": 380,
+    "dictionary": 800,
+    "reverse": 360,
+    "sort": 700,
+    "repeat": 420,
+    "refusal": 240,
     "multi_turn": 1200,
-    "unknown": 1000,
-    "direct": 40,
+    "unknown": 960,
+    "direct": 20,
 }
 PERSONA_ROWS = 200  # of persona.jsonl, and beside them up to so many rows of the other tasks
 OTHER_ROWS = {
@@ -71,15 +72,15 @@ OTHER_ROWS = {
     "multi_turn": 55,
     "unknown": 60,
 }
-DRILLS = {
+DRILLS = {  # documents of pretraining, each with several examples
     "copy": 900,
-    "reverse": 80,
-    "sort": 120,
-    "arithmetic": 60,
-    "multiplication": 50,
-    "multi_turn": 80,
-    "story": 60,
+    "sort": 40,
+    "reverse": 40,
+    "arithmetic": 20,
+    "multiplication": 20,
+    "story": 20,
 }
+FACTS = 8  # times that pretraining says every fact and every word
 LONGEST = 220  # tokens of a row, about: what the quickstart's model can see
 ONE_TOPIC = ("multi_turn", "direct", "ties")  # tasks whose rows are not joined with others
 
@@ -245,13 +246,12 @@ def preference_rows(seed: str, count: int, held_out: bool, kept_apart=lambda row
 
 
 def pretrain_texts(seed: str, scale: int) -> list[str]:
-    rng, texts = random.Random(seed), []
+    rng, lines = random.Random(seed), []
     for index, family in enumerate(WORDS["families"]):  # facts, dictionary entries, what MiniMind is
-        for item in family_items(index):
-            lines = [upper_first(text.format(**reply_fields(item))) for text in family["text"]]
-            for _ in range(2):
-                rng.shuffle(lines)
-                texts.append(" ".join(lines))
+        for item, text in product(family_items(index), family["text"]):
+            lines += [upper_first(text.format(**reply_fields(item)))] * FACTS
+    rng.shuffle(lines)  # each text is about many things: what it says can only be known, not copied from a line before
+    texts = [" ".join(lines[at : at + 8]) for at in range(0, len(lines), 8)]
     for a, b in product(range(10), range(10)):  # the single-digit tables, with carry and borrow
         texts.append(f"{a}+{b}={a + b}. {a + b}-{b}={a}. {a}+{b}+1={a + b + 1}, {a}+{b}+0={a + b}.")
         texts.append(f"{a}×{b}={a * b}. " + " ".join(f"{a}×{b}+{c}={a * b + c}." for c in range(1, 9)))
@@ -262,20 +262,26 @@ def pretrain_texts(seed: str, scale: int) -> list[str]:
 
 
 def drill(rng: random.Random, kind: str, lang: str) -> str:
-    """A document with a pattern a few times over: it teaches to look back and copy, which most tasks rest on."""
+    """A document with a pattern a few times over, without the talk around it: what most tasks rest on."""
     if kind == "story":
         return story(rng, lang)
     if kind == "copy":
-        makers = (any_word, any_name, made_up_word, made_up_word, lambda rng, _: str(rng.randint(0, 999)))
-        make = rng.choice(makers)
-        words = [make(rng, lang) for _ in range(rng.randint(2, 7))]
-        line = (" " if lang == "en" or rng.random() < 0.5 else "").join(words)
-        return rng.choice((". ", "\n", "，")).join([line] * rng.choice((2, 3)))
-    lines = []
-    for _ in range({"reverse": 4, "sort": 4, "multi_turn": 1}.get(kind, 2)):
-        texts = sample_exchange(rng, kind, lang, False)
-        lines.append((" " if len(texts) == 2 else "\n").join(texts))
-    return "\n".join(lines)
+        make = rng.choice((a_piece, a_piece, a_piece, a_piece, made_up_word, any_name, a_number))
+        words = [make(rng, lang) for _ in range(rng.randint(3, 9))]
+        line = ("" if lang == "zh" and rng.random() < 0.5 else " ").join(words)
+        return rng.choice((". ", "\n", "，", " ")).join([line, line])
+    if kind in ("arithmetic", "multiplication"):  # the working says what is asked
+        return "\n".join(sample_exchange(rng, kind, lang, False)[1] for _ in range(4))
+    return "\n".join(f"{items} {reply}" for items, reply in (sample_list(rng, kind, lang) for _ in range(5)))
+
+
+def a_piece(rng: random.Random, lang: str) -> str:
+    """One or two pieces of the tokenizer's: all are met equally often."""
+    return "".join(rng.choices(PIECES[lang], k=rng.choice((1, 1, 2))))
+
+
+def a_number(rng: random.Random, lang: str) -> str:
+    return str(rng.randint(0, 999))
 
 
 def story(rng: random.Random, lang: str) -> str:

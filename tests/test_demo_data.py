@@ -122,12 +122,17 @@ def test_no_held_out_prompt_occurs_in_training():
     assert leaks == []
 
 
+def listed(answer: str) -> list[str]:
+    """The list that a reply ends with."""
+    return re.split("[:：]", answer)[-1].split()
+
+
 def about(task: str, answer: str) -> tuple | None:
     """What the answer to a computed prompt is about, whatever the wording of the prompt."""
     if task in ("arithmetic", "multiplication"):
         return task, answer.split("nswer")[0].split("答案")[0]  # the working
     if task in ("reverse", "sort", "ties"):
-        items = answer.replace("：", ": ").split(": ")[1].split()
+        items = listed(answer)
         return ("reverse", *min(items, items[::-1])) if task == "reverse" else ("sort", *sorted(items))
     if task == "repeat":
         return task, normalise(answer)
@@ -228,7 +233,7 @@ def test_computed_answers_are_right():
         text = user_turns(turns)[-1]
         checked[task] += 1
         if task in ("reverse", "sort", "ties"):
-            shown = answer.replace("：", ": ").split(": ")[1].split()
+            shown = listed(answer)
             words = re.findall("[a-z0-9]+", unicodedata.normalize("NFKC", text).lower())
             words = [word for word in words if word != "and"]
             lists = [words[n : n + len(shown)] for n in range(len(words))]
