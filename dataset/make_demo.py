@@ -80,7 +80,6 @@ DRILLS = {  # documents of pretraining, each with several examples
     "multiplication": 20,
     "story": 20,
 }
-FACTS = 8  # times that pretraining says every fact and every word
 LONGEST = 220  # tokens of a row, about: what the quickstart's model can see
 ONE_TOPIC = ("multi_turn", "direct", "ties")  # tasks whose rows are not joined with others
 
@@ -249,7 +248,7 @@ def pretrain_texts(seed: str, scale: int) -> list[str]:
     rng, lines = random.Random(seed), []
     for index, family in enumerate(WORDS["families"]):  # facts, dictionary entries, what MiniMind is
         for item, text in product(family_items(index), family["text"]):
-            lines += [upper_first(text.format(**reply_fields(item)))] * FACTS
+            lines += [upper_first(text.format(**reply_fields(item)))] * (2 + scale // 2)
     rng.shuffle(lines)  # each text is about many things: what it says can only be known, not copied from a line before
     texts = [" ".join(lines[at : at + 8]) for at in range(0, len(lines), 8)]
     for a, b in product(range(10), range(10)):  # the single-digit tables, with carry and borrow
