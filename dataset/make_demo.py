@@ -24,6 +24,7 @@ from dataset.demo_tasks import (
     ask_family,
     families,
     family_items,
+    look_up,
     reply_fields,
     sample_exchange,
     sample_family,
@@ -44,17 +45,17 @@ from dataset.demo_text import (
 
 HELD_OUT_PER_TASK = 80
 SFT_ROWS = {
-    "identity": 460,
+    "identity": 480,
     "greetings": 340,
-    "small_facts": 580,
-    "arithmetic": 640,
-    "multiplication": 380,
-    "dictionary": 800,
+    "small_facts": 560,
+    "arithmetic": 560,
+    "multiplication": 320,
+    "dictionary": 700,
     "reverse": 360,
     "sort": 700,
     "repeat": 420,
-    "refusal": 240,
-    "multi_turn": 1200,
+    "refusal": 260,
+    "multi_turn": 1240,
     "unknown": 960,
     "direct": 20,
 }
@@ -73,11 +74,12 @@ OTHER_ROWS = {
     "unknown": 60,
 }
 DRILLS = {  # documents of pretraining, each with several examples
-    "copy": 900,
-    "sort": 40,
-    "reverse": 40,
-    "arithmetic": 20,
-    "multiplication": 20,
+    "copy": 1300,
+    "look_up": 320,
+    "sort": 90,
+    "reverse": 90,
+    "arithmetic": 30,
+    "multiplication": 30,
     "story": 20,
 }
 LONGEST = 220  # tokens of a row, about: what the quickstart's model can see
@@ -249,15 +251,25 @@ def pretrain_texts(seed: str, scale: int) -> list[str]:
     for index, family in enumerate(WORDS["families"]):  # facts, dictionary entries, what MiniMind is
         for item, text in product(family_items(index), family["text"]):
             lines += [upper_first(text.format(**reply_fields(item)))] * (2 + scale // 2)
+    for line in tables():
+        lines += [line] * (2 + scale)
     rng.shuffle(lines)  # each text is about many things: what it says can only be known, not copied from a line before
-    texts = [" ".join(lines[at : at + 8]) for at in range(0, len(lines), 8)]
-    for a, b in product(range(10), range(10)):  # the single-digit tables, with carry and borrow
-        texts.append(f"{a}+{b}={a + b}. {a + b}-{b}={a}. {a}+{b}+1={a + b + 1}, {a}+{b}+0={a + b}.")
-        texts.append(f"{a}×{b}={a * b}. " + " ".join(f"{a}×{b}+{c}={a * b + c}." for c in range(1, 9)))
+    texts = [" ".join(lines[at : at + 10]) for at in range(0, len(lines), 10)]
     for kind, count in DRILLS.items():
         texts += [drill(rng, kind, LANGS[i % 2]) for i in range(count * scale)]
     rng.shuffle(texts)
     return texts
+
+
+def tables() -> list[str]:
+    """All that the working of a calculation has to know by heart, with carry and loan."""
+    lines = []
+    for a, b in product(range(10), range(10)):
+        lines += [f"{a}+{b}={a + b}.", f"{a}×{b}={a * b}.", f"{a + b}-{b}={a}."]
+        lines += [f"{a}+{b}+{carry}={a + b + carry}." for carry in (0, 1)]
+        lines += [f"{a + b + loan}-{loan}-{b}={a}." for loan in (0, 1)]
+        lines += [f"{a}×{b}+{carry}={a * b + carry}." for carry in range(b or 1)]
+    return lines
 
 
 def drill(rng: random.Random, kind: str, lang: str) -> str:
@@ -269,6 +281,8 @@ def drill(rng: random.Random, kind: str, lang: str) -> str:
         words = [make(rng, lang) for _ in range(rng.randint(3, 9))]
         line = ("" if lang == "zh" and rng.random() < 0.5 else " ").join(words)
         return rng.choice((". ", "\n", "，", " ")).join([line, line])
+    if kind == "look_up":
+        return "\n".join(look_up(rng, lang) for _ in range(6))
     if kind in ("arithmetic", "multiplication"):  # the working says what is asked
         return "\n".join(sample_exchange(rng, kind, lang, False)[1] for _ in range(4))
     return "\n".join(f"{items} {reply}" for items, reply in (sample_list(rng, kind, lang) for _ in range(5)))

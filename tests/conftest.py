@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -20,6 +21,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dataset import lm_dataset
 from model.lm import LMConfig, MiniMindLM
+
+# Under nohup the scripts that a test starts would inherit that SIGHUP is ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
