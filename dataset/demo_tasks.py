@@ -459,19 +459,6 @@ def sample_unknown(rng: random.Random, lang: str, held_out: bool) -> list[str]:
             return [typed(rng, prompt, lang, {})[0], WORDS["honest"][lang]]
 
 
-def look_up(rng: random.Random, lang: str) -> str:
-    """A thing and what a list says about it in one line, or the honest sentence where no list has it; for training."""
-    index = rng.choice([index for index, family in enumerate(WORDS["families"]) if "unlisted" in family])
-    family = WORDS["families"][index]
-    what, side = family["unlisted"]
-    if rng.random() < 0.35:
-        return family["key"][lang].format(**dict.fromkeys("abcd", unlisted_word(rng, what, side or lang))) + (
-            " " + WORDS["honest"][lang]
-        )
-    item = reply_fields(rng.choice(family_items(index)))
-    return family["key"][lang].format(**item) + " " + upper_first(family[lang]["say"].format(**item))
-
-
 def fill(rng: random.Random, lang: str, template: str, words: dict[str, str]) -> str:
     """Fill every slot of a question with something of its kind, or with what `words` say; no brace is left."""
     while match := re.search(r"\{(\w+)\}", template):

@@ -24,7 +24,6 @@ from dataset.demo_tasks import (
     ask_family,
     families,
     family_items,
-    look_up,
     reply_fields,
     sample_exchange,
     sample_family,
@@ -45,16 +44,16 @@ from dataset.demo_text import (
 
 HELD_OUT_PER_TASK = 80
 SFT_ROWS = {
-    "identity": 480,
+    "identity": 440,
     "greetings": 340,
-    "small_facts": 560,
-    "arithmetic": 560,
+    "small_facts": 580,
+    "arithmetic": 580,
     "multiplication": 320,
-    "dictionary": 700,
-    "reverse": 360,
-    "sort": 700,
+    "dictionary": 800,
+    "reverse": 380,
+    "sort": 680,
     "repeat": 420,
-    "refusal": 260,
+    "refusal": 240,
     "multi_turn": 1240,
     "unknown": 960,
     "direct": 20,
@@ -74,13 +73,12 @@ OTHER_ROWS = {
     "unknown": 60,
 }
 DRILLS = {  # documents of pretraining, each with several examples
-    "copy": 1300,
-    "look_up": 320,
-    "sort": 90,
-    "reverse": 90,
-    "arithmetic": 30,
-    "multiplication": 30,
-    "story": 20,
+    "copy": 1400,
+    "sort": 80,
+    "reverse": 60,
+    "arithmetic": 20,
+    "multiplication": 20,
+    "story": 40,
 }
 LONGEST = 220  # tokens of a row, about: what the quickstart's model can see
 ONE_TOPIC = ("multi_turn", "direct", "ties")  # tasks whose rows are not joined with others
@@ -247,14 +245,16 @@ def preference_rows(seed: str, count: int, held_out: bool, kept_apart=lambda row
 
 
 def pretrain_texts(seed: str, scale: int) -> list[str]:
-    rng, lines = random.Random(seed), []
+    rng, texts = random.Random(seed), []
     for index, family in enumerate(WORDS["families"]):  # facts, dictionary entries, what MiniMind is
-        for item, text in product(family_items(index), family["text"]):
-            lines += [upper_first(text.format(**reply_fields(item)))] * (2 + scale // 2)
-    for line in tables():
-        lines += [line] * (2 + scale)
-    rng.shuffle(lines)  # each text is about many things: what it says can only be known, not copied from a line before
-    texts = [" ".join(lines[at : at + 10]) for at in range(0, len(lines), 10)]
+        for item in family_items(index):
+            lines = [upper_first(text.format(**reply_fields(item))) for text in family["text"]]
+            for _ in range(2 + scale // 2):
+                rng.shuffle(lines)
+                texts.append(" ".join(lines))
+    entries = tables() * (2 + scale)
+    rng.shuffle(entries)
+    texts += [" ".join(entries[at : at + 12]) for at in range(0, len(entries), 12)]
     for kind, count in DRILLS.items():
         texts += [drill(rng, kind, LANGS[i % 2]) for i in range(count * scale)]
     rng.shuffle(texts)
@@ -281,8 +281,6 @@ def drill(rng: random.Random, kind: str, lang: str) -> str:
         words = [make(rng, lang) for _ in range(rng.randint(3, 9))]
         line = ("" if lang == "zh" and rng.random() < 0.5 else " ").join(words)
         return rng.choice((". ", "\n", "，", " ")).join([line, line])
-    if kind == "look_up":
-        return "\n".join(look_up(rng, lang) for _ in range(6))
     if kind in ("arithmetic", "multiplication"):  # the working says what is asked
         return "\n".join(sample_exchange(rng, kind, lang, False)[1] for _ in range(4))
     return "\n".join(f"{items} {reply}" for items, reply in (sample_list(rng, kind, lang) for _ in range(5)))
