@@ -380,7 +380,7 @@ def parse_args() -> argparse.Namespace:
     what = parser.add_argument_group("what to do (without these: chat)")
     what.add_argument("--prompt", help="print the reply to this text and exit")
     what.add_argument("--raw", type=int, choices=(0, 1), default=0, help="1: --prompt is plain text to be continued")
-    what.add_argument("--eval_file", help="score on this file: rows with task, conversations and answer")
+    what.add_argument("--eval_file", help="score on this file: rows with task, conversations and answer or accept")
     model = parser.add_argument_group("model")
     model.add_argument("--weight", default="full_sft", help="stage name (its newest weights), run name or path")
     model.add_argument("--lora", help="adapter on top of these weights: stage name, run name or path")
