@@ -88,6 +88,9 @@ def check_flags(args: dict) -> None:
 class StopSignal:
     """Remembers a signal to stop, so that the loop can finish its step, save and leave. The second one ends at once.
 
+    A first one does not, also where other ranks have said before that they stop: the launcher sends it to a rank that
+    is still saving when another one has ended.
+
     It hears SIGTERM and SIGINT, and SIGHUP unless that is ignored, as under nohup. A terminal that is closed sends
     SIGHUP twice, by its shell and by the kernel.
 
@@ -97,13 +100,15 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number = 0
+        self.received = False
         for number in (signal.SIGTERM, signal.SIGINT, *([] if ignores_hangup() else [signal.SIGHUP])):
             signal.signal(number, self.receive)
         sys.stdout, sys.stderr = (OutlivingStream(stream) for stream in (sys.stdout, sys.stderr))
 
     def receive(self, number: int, frame: object) -> None:
-        if self.number and number != signal.SIGHUP:
+        if self.received and number != signal.SIGHUP:
             os._exit(128 + number)
+        self.received = True
         self.number = self.number or number
 
     def hear(self, elsewhere: float) -> None:

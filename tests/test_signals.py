@@ -99,19 +99,34 @@ def test_a_closed_terminal_takes_no_more_text(job, tmp_path):
         kill_all(process)
 
 
-def test_a_second_hangup_is_none(monkeypatch):
-    """A closed terminal sends two, by its shell and by the kernel: that is nobody's impatience."""
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
+@pytest.fixture
+def stop(monkeypatch):
+    """A StopSignal that notes in `ended` how it would end the process, and leaves this process as it is."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     stop = launch.StopSignal()
+    stop.ended = []
+    monkeypatch.setattr(os, "_exit", stop.ended.append)
+    return stop
+
+
+def test_a_second_hangup_is_none(stop):
+    """A closed terminal sends two, by its shell and by the kernel: that is nobody's impatience."""
     for number in (signal.SIGHUP, signal.SIGHUP):
         stop.receive(number, None)
-    assert stop.number == signal.SIGHUP and not ended
+    assert stop.number == signal.SIGHUP and not stop.ended
     stop.receive(signal.SIGTERM, None)
-    assert ended == [143]
+    assert stop.ended == [143]
+
+
+def test_a_first_signal_does_not_interrupt_what_other_ranks_began(stop):
+    """A rank saves because another one stops; the launcher's SIGTERM that follows is its first, not its second."""
+    stop.hear(float(signal.SIGTERM))
+    stop.receive(signal.SIGTERM, None)
+    assert stop.number == signal.SIGTERM and not stop.ended
+    stop.receive(signal.SIGTERM, None)
+    assert stop.ended == [143]
 
 
 def test_a_reader_that_leaves_does_not_end_a_run(job, tmp_path):
