@@ -35,12 +35,12 @@ name=${syllables[RANDOM % 12]}${syllables[RANDOM % 12]}${syllables[RANDOM % 12]}
 "$python" eval_model.py <<END
 hello
 My name is ${name^}.
-what's $((RANDOM % 900 + 100)) plus $((RANDOM % 90 + 10))?
-请计算：$((RANDOM % 90 + 10)) × $((RANDOM % 90 + 10)) = ?
-how do you say "water" in Chinese?
 capital of France
+what's $((RANDOM % 900 + 100)) plus $((RANDOM % 90 + 10))?
 What is my name?
+how do you say "water" in Chinese?
 Tell me a story about a cat
+请计算：$((RANDOM % 90 + 10)) × $((RANDOM % 90 + 10)) = ?
 END
 minutes=$(((SECONDS - begin) / 60)) seconds=$(((SECONDS - begin) % 60))
 say "done in $minutes min $seconds s. Chat with it: .venv/bin/python eval_model.py"
