@@ -1,8 +1,9 @@
 """LoRA teaches the demo model a new persona: exact matches before and after, on prompts that training has never seen.
 
-It learns from 400 rows about the persona and 510 of other tasks that dataset/make_demo.py writes; in dataset/demo there
-are half and a tenth of them. Ends with exit code 0 if at least 95 % of the persona's prompts are answered exactly and
-every task of dataset/demo/held_out.jsonl stays within two points, but for `identity`: the persona replaces it.
+It learns from 1,600 rows about the persona and 1,950 of other tasks that dataset/make_demo.py writes; in dataset/demo
+there are an eighth and a thirtieth of them. Ends with exit code 0 if at least 95 % of the persona's prompts are
+answered exactly and every task of dataset/demo/held_out.jsonl stays within two points, but for `identity`: the persona
+replaces it.
 
     python benchmarks/lora_persona.py
     python benchmarks/lora_persona.py --epochs 5     # more flags go to trainer/train_lora.py
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from demo_model import SHAPE, arguments, exact_match, run
 
-RECIPE = """--batch_size 4 --epochs 10 --lora_rank 16 --lora_alpha 32 --lora_targets gate_proj up_proj down_proj
+RECIPE = """--batch_size 8 --epochs 6 --lora_rank 16 --lora_alpha 32 --lora_targets gate_proj up_proj down_proj
     --dtype float32"""  # not attention
 
 
@@ -29,7 +30,7 @@ def main() -> int:
             )
             return {task: percent for file in files for task, percent in file.items()}
 
-        run("dataset/make_demo.py", "--out_dir", scratch / "data", "--persona", 400, "--others", 1)
+        run("dataset/make_demo.py", "--out_dir", scratch / "data", "--persona", 1600, "--others", 3)
         before = score()
         flags = [*SHAPE, *RECIPE.split(), "--from_weight", args.weight.resolve(), "--out_dir", scratch]
         flags += ["--data_path", scratch / "data/persona.jsonl", "--cache_dir", scratch / "cache", *more]

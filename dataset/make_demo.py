@@ -216,23 +216,30 @@ def with_others(rows: list[dict], others: list[dict], share: float) -> list[dict
 # Preference pairs: a good reply against a wrong, rude, idle, harmful or wrong-language one.
 
 
+PREFERENCE_TASKS = ("identity", "greetings", "small_facts", "dictionary", "refusal", "unknown")
+
+
 def wrong_reply(rng: random.Random, task: str, lang: str, good: str, item: dict) -> str:
     kind = rng.choice(("rude", "idle", "wrong", "wrong", "harm" if task == "refusal" else "language"))
     if kind in ("rude", "idle"):
         return rng.choice(WORDS["bad"][lang][kind])
     if kind == "harm" or task == "refusal":
         return WORDS["bad"][lang]["harm"].format(**reply_fields(item))
-    while True:  # the reply to another prompt of the task, for "language" in the other language
+    while True:  # the reply to another prompt (a guess, where the honest one is right), or one in the other language
         other = {"en": "zh", "zh": "en"}[lang] if kind == "language" else lang
-        if (reply := sample_family(rng, task, other, False)[1]) != good:
+        other_task = "small_facts" if task == "unknown" else task
+        if (reply := sample_family(rng, other_task, other, False)[1]) != good:
             return reply
 
 
 def preference_rows(seed: str, count: int, held_out: bool, kept_apart=lambda row: True) -> list[dict]:
     rng, rows, seen = random.Random(seed), [], set()
     while len(rows) < count:
-        task, lang = rng.choice(("identity", "greetings", "small_facts", "dictionary", "refusal")), rng.choice(LANGS)
-        prompt, good, item = sample_family(rng, task, lang, held_out)
+        task, lang, item = rng.choice(PREFERENCE_TASKS), rng.choice(LANGS), {}
+        if task == "unknown":
+            prompt, good = sample_exchange(rng, task, lang, held_out)
+        else:
+            prompt, good, item = sample_family(rng, task, lang, held_out)
         bad = wrong_reply(rng, task, lang, good, item)
         row = {"chosen": turns([prompt, good]), "rejected": turns([prompt, bad])}
         if (key := json.dumps(row)) not in seen and kept_apart(row):
