@@ -30,11 +30,11 @@ WORD_PAIRS = [pair for pairs in PAIRS.values() for pair in pairs]
 LISTED = {side for pair in WORD_PAIRS for side in pair}
 
 
-def pick(rng: random.Random, lang: str, make, held_out: bool, what: str) -> str:
-    """A made-up name, city or word from its own side of the split: none that is held out occurs in training."""
+def pick(rng: random.Random, lang: str, make, held_out: bool) -> str:
+    """A made-up name or city from its own side of the split: none that is held out occurs in training."""
     while True:
         value = make(rng, lang)
-        if value in NAMES[lang] or held(what, value.lower()) == held_out:
+        if value in NAMES[lang] or held("name", value.lower()) == held_out:
             return value
 
 
@@ -225,12 +225,18 @@ def some_words(rng: random.Random, count: int) -> list[str]:
             return words
 
 
-def sample_list(rng: random.Random, task: str, lang: str) -> tuple[str, str]:
-    """(items, reply) of a list to sort or to reverse, the items as people write them; for training."""
+def some_list(rng: random.Random, task: str, held_out: bool) -> tuple[str, list]:
+    """(kind, items) of a list to sort or to reverse."""
     while True:
         kind, items = (some_sortable if task == "sort" else some_reversible)(rng)
-        if not held(task, list_key(task, items)):
-            return joined(rng, items, lang), list_reply(task, kind, items, lang)
+        if held(task, list_key(task, items)) == held_out:
+            return kind, items
+
+
+def sample_list(rng: random.Random, task: str, lang: str) -> tuple[str, str]:
+    """(items, reply) of a list to sort or to reverse, the items as people write them; for training."""
+    kind, items = some_list(rng, task, False)
+    return joined(rng, items, lang), list_reply(task, kind, items, lang)
 
 
 def list_key(task: str, items: list) -> list:
@@ -261,24 +267,12 @@ def some_reversible(rng: random.Random) -> tuple[str, list[str]]:
 
 
 def sample_reverse(rng: random.Random, lang: str, held_out: bool) -> list[str]:
+    return ask_list(rng, "reverse", lang, *some_list(rng, "reverse", held_out))
+
+
+def some_numbers(rng: random.Random, count: int) -> list[int]:
+    """Numbers of one to three digits; those of one length differ in their first digit."""
     while True:
-        kind, items = some_reversible(rng)
-        if held("reverse", list_key("reverse", items)) == held_out:
-            return ask_list(rng, "reverse", lang, kind, items)
-
-
-def some_numbers(rng: random.Random, count: int, distinct: int | None = None) -> list[int]:
-    """Numbers of one to three digits; those of one length differ in their first digit.
-
-    Args:
-        distinct: instead, numbers of two digits with so many first digits among them.
-    """
-    while True:
-        if distinct is not None:
-            numbers = rng.sample(range(10, 100), count)
-            if len({n // 10 for n in numbers}) == distinct:
-                return numbers
-            continue
         ranges = rng.choice(([(0, 9)], [(0, 9)], [(0, 9)], [(10, 99)], [(10, 99)], [(10, 99)], [(100, 999)],
                              [(0, 9), (10, 99)], [(0, 9), (10, 99)], [(0, 9), (10, 99), (100, 999)]))  # fmt: skip
         numbers = [rng.randint(*rng.choice(ranges)) for _ in range(count)]
@@ -292,10 +286,7 @@ def some_sortable(rng: random.Random) -> tuple[str, list]:
 
 
 def sample_sort(rng: random.Random, lang: str, held_out: bool) -> list[str]:
-    while True:
-        kind, items = some_sortable(rng)
-        if held("sort", list_key("sort", items)) == held_out:
-            return ask_list(rng, "sort", lang, kind, items)
+    return ask_list(rng, "sort", lang, *some_list(rng, "sort", held_out))
 
 
 def sample_ties(rng: random.Random, lang: str, held_out: bool) -> list[str]:
@@ -305,8 +296,8 @@ def sample_ties(rng: random.Random, lang: str, held_out: bool) -> list[str]:
     """
     kind, distinct = rng.choice(("up", "down")), rng.choice((2, 3))
     while True:
-        items = some_numbers(rng, 3, distinct)
-        if held("sort", list_key("sort", items)) == held_out:
+        items = rng.sample(range(10, 100), 3)
+        if len({n // 10 for n in items}) == distinct and held("sort", list_key("sort", items)) == held_out:
             return ask_list(rng, "sort", lang, kind, items)
 
 
@@ -320,9 +311,9 @@ def slot_value(rng: random.Random, lang: str, kind: str, held_out: bool) -> str:
     if kind == "number":
         return str(rng.randint(1, rng.choice((99, 99, 999))))
     if kind == "name":
-        return pick(rng, lang, any_name, held_out, "name")
+        return pick(rng, lang, any_name, held_out)
     if kind == "city":
-        return pick(rng, lang, any_city, held_out, "name")
+        return pick(rng, lang, any_city, held_out)
     if kind == "job":
         return rng.choice(PAIRS["person"])[lang == "zh"] if rng.random() < 0.3 else any_word(rng, lang)
     if kind == "thing":
@@ -355,7 +346,7 @@ def say_and_ask(rng: random.Random, lang: str, slot: str, held_out: bool) -> dic
 def sample_repeat_before(rng: random.Random, lang: str, held_out: bool) -> list[str]:
     """A sentence, and later the wish to hear it again."""
     t = WORDS["repeat"][lang]
-    fields = {"n": pick(rng, lang, any_name, held_out, "name"), "c": rng.choice(PAIRS["colour"])[lang == "zh"]}
+    fields = {"n": pick(rng, lang, any_name, held_out), "c": rng.choice(PAIRS["colour"])[lang == "zh"]}
     fields["a"] = rng.choice(PAIRS["animal"])[lang == "zh"] if rng.random() < 0.7 else any_word(rng, lang)
     said, _ = typed(rng, expand(rng, t["say"]), lang, fields, wrap=False)
     asked, _ = typed(rng, expand(rng, rng.choice(t["ask"])), lang, {})

@@ -76,18 +76,21 @@ def upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def expand(rng: random.Random, template: str) -> str:
-    """Choose one of the alternatives in every pair of parentheses, the innermost first."""
+def resolve(template: str, choose) -> str:
+    """Replace every pair of parentheses by what `choose` takes of its alternatives, the innermost first."""
     while match := ALTERNATIVES.search(template):
-        template = template[: match.start()] + rng.choice(match[1].split("|")) + template[match.end() :]
+        template = template[: match.start()] + choose(match[1].split("|")) + template[match.end() :]
     return template
+
+
+def expand(rng: random.Random, template: str) -> str:
+    """The template with alternatives chosen at random: one of its forms."""
+    return resolve(template, rng.choice)
 
 
 def first_choice(template: str) -> str:
     """The template with the first of all alternatives: the form that a reply uses."""
-    while match := ALTERNATIVES.search(template):
-        template = template[: match.start()] + match[1].split("|")[0] + template[match.end() :]
-    return template
+    return resolve(template, lambda alternatives: alternatives[0])
 
 
 # Names and words that no list holds. What is to be copied must be new most of the time.
