@@ -113,13 +113,10 @@ def read_config(path: str) -> list[Entry]:
     Raises:
         ValueError: no such file, or broken YAML.
     """
-    here = Path(path)
+    here, shipped = Path(path), ROOT / "configs" / path
     try:
-        here = (
-            here
-            if here.exists() or not (ROOT / "configs" / path).is_file()
-            else ROOT / "configs" / path
-        )
+        if not here.exists() and shipped.is_file():
+            here = shipped
         loader = yaml.SafeLoader(here.read_text(encoding="utf-8"))
         content = loader.get_single_node()
         if content is None or content.tag == "tag:yaml.org,2002:null":  # nothing, or comments alone
