@@ -4,6 +4,7 @@ Here stands, too, what a learning rate is multiplied by where the batch grows wi
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -87,30 +88,48 @@ class OrthogonalMomentum(Uncompiled):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(average, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.to(p.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
+            for same in of_one_shape([p for p in group["params"] if p.grad is not None]):
+                momenta = []
+                for p in same:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                    average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                    momenta.append(p.grad.lerp(average, group["momentum"]))
+                updates = map(orthogonalise, momenta) if len(same) == 1 else orthogonalise(torch.stack(momenta))
+                for p, update in zip(same, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.to(p.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
+
+
+def of_one_shape(parameters: list[Tensor], most: int = 2**22) -> Iterator[list[Tensor]]:
+    """Parameters of one shape together, up to `most` numbers at a time; sharded ones each alone.
+
+    Products of small matrices one by one leave most of a machine idle.
+    """
+    groups = {}
+    for p in parameters:
+        groups.setdefault(id(p) if is_sharded(p) else (p.shape, p.dtype, p.device), []).append(p)
+    for same in groups.values():
+        count = max(1, most // same[0].numel())
+        yield from (same[at : at + count] for at in range(0, len(same), count))
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """A matrix (m, n) with its singular values brought to about 1 (0.7 to 1.2, those near 0 part of the way).
 
-    Of stacked ones (experts, m, n) each by itself.
+    Of stacked ones (..., m, n) each by itself.
 
     In bfloat16 where the machine multiplies it fast, in float32 elsewhere: the result is as good.
     Source: Jordan et al., Muon (2024): a quintic Newton-Schulz iteration with coefficients for the steepest rise at 0.
     """
-    x = matrix.to(fast_dtype(matrix.device))
+    x = matrix.to(fast_dtype(matrix.device)).reshape(-1, *matrix.shape[-2:])
     x = x.mT if x.size(-2) > x.size(-1) else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)  # the largest singular value is at most 1
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if matrix.size(-2) > matrix.size(-1) else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return (x.mT if matrix.size(-2) > matrix.size(-1) else x).reshape(matrix.shape)
 
 
 class Muon:

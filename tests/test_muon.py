@@ -24,9 +24,7 @@ def test_stacked_experts_are_updated_as_matrices_of_their_own(shape, monkeypatch
     stacked = torch.nn.Parameter(torch.randn(shape))
     alone = [torch.nn.Parameter(matrix.clone()) for matrix in stacked.detach()]
     options = {"lr": 0.1, "weight_decay": 0.1}
-    optimizers = [
-        optim.OrthogonalMomentum(parameters, **options) for parameters in ([stacked], alone)
-    ]
+    optimizers = [optim.OrthogonalMomentum([p], **options) for p in (stacked, *alone)]
     for _ in range(3):
         stacked.grad = scale * torch.randn(shape)
         for matrix, gradient in zip(alone, stacked.grad, strict=True):
@@ -39,6 +37,31 @@ def test_stacked_experts_are_updated_as_matrices_of_their_own(shape, monkeypatch
     assert singular.min() > 0.5 and singular.max() < 1.3, (
         "each of them, whatever the size of its gradient"
     )
+
+
+def test_matrices_of_one_shape_are_updated_together_as_if_alone(monkeypatch):
+    monkeypatch.setattr(optim, "fast_dtype", lambda device: torch.float32)
+    shapes = [(8, 24), (24, 8), (8, 24), (3, 8, 24), (16, 16), (8, 24), (3, 8, 24), (8, 24)]
+    together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    optimizers = [optim.OrthogonalMomentum(together, **options)]
+    optimizers += [optim.OrthogonalMomentum([p], **options) for p in alone]
+    for missing in (None, 2, 5):  # a matrix without a gradient is left as it is
+        for i, (p, same) in enumerate(zip(together, alone, strict=True)):
+            p.grad = None if i == missing else torch.randn(p.shape)
+            same.grad = p.grad
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, same in zip(together, alone, strict=True):
+        torch.testing.assert_close(p.detach(), same.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_at_most_so_many_numbers_are_updated_together():
+    parameters = [torch.nn.Parameter(torch.zeros(4, 8)) for _ in range(5)]
+    sizes = [len(same) for same in optim.of_one_shape(parameters, most=64)]
+    assert sizes == [2, 2, 1]
+    assert [len(same) for same in optim.of_one_shape(parameters, most=1)] == [1] * 5
 
 
 def test_what_muon_takes():
