@@ -281,8 +281,10 @@ def some_numbers(rng: random.Random, count: int) -> list[int]:
 
 
 def some_sortable(rng: random.Random) -> tuple[str, list]:
-    kind, count = rng.choice(("up", "up", "down", "words")), rng.choice((3, 3, 3, 3, 4, 4, 5))
-    return kind, some_words(rng, min(count, 4)) if kind == "words" else some_numbers(rng, count)
+    kind, count = rng.choice(("up", "up", "up", "down", "words")), rng.choice((3, 3, 3, 3, 4, 4, 5))
+    if kind == "words":
+        return kind, some_words(rng, rng.choice((3, 3, 3, 4)))
+    return kind, some_numbers(rng, count)
 
 
 def sample_sort(rng: random.Random, lang: str, held_out: bool) -> list[str]:

@@ -44,17 +44,17 @@ from dataset.demo_text import (
 
 HELD_OUT_PER_TASK = 80
 SFT_ROWS = {
-    "identity": 440,
+    "identity": 420,
     "greetings": 340,
-    "small_facts": 580,
+    "small_facts": 560,
     "arithmetic": 580,
     "multiplication": 320,
-    "dictionary": 800,
-    "reverse": 380,
-    "sort": 680,
-    "repeat": 420,
+    "dictionary": 780,
+    "reverse": 430,
+    "sort": 740,
+    "repeat": 460,
     "refusal": 240,
-    "multi_turn": 1240,
+    "multi_turn": 1200,
     "unknown": 960,
     "direct": 20,
 }
@@ -73,9 +73,9 @@ OTHER_ROWS = {
     "unknown": 60,
 }
 DRILLS = {  # documents of pretraining, each with several examples
-    "copy": 1400,
-    "sort": 80,
-    "reverse": 60,
+    "copy": 1300,
+    "sort": 160,
+    "reverse": 120,
     "arithmetic": 20,
     "multiplication": 20,
     "story": 40,

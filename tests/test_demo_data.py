@@ -218,7 +218,7 @@ def numbers_in(text: str) -> list[int]:
     digits = [int(number) for number in re.findall(r"\d+", text)]
     if digits:
         return digits
-    text = re.sub("one (?=[a-z]+ costs)|一下|一共|算一算|一盒|一袋|一个问题", " ", text)
+    text = re.sub("one (?=[a-z]+ costs)|一下|一共|算一算|一[盒袋双本件]|一个问题", " ", text)
     numbers = {}
     for lang in ("en", "zh"):
         numbers |= {word: n for n, word in enumerate(load_maker().WORDS["number_words"][lang].split())}
