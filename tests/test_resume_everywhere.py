@@ -1,15 +1,17 @@
 """Resume in every stage and under every engine: the weights that a finished run names, and flags that have changed."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import chat, write_jsonl
+from conftest import chat, curve, write_jsonl
 from running import ROOT, run_ranks
 
 TINY = "--dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --max_seq_len=64 --device=cpu --batch_size=2"
-TINY += " --from_weight=none --log_interval=1 --save_interval=1 --max_steps=2"
+TINY += " --from_weight=none --log_interval=1 --save_interval=1 --max_steps=2 --epochs=9"
 ROLLOUTS = ["--reward=format", "--max_new_tokens=4"]
 # Job -> (script, processes, flags of its own)
 JOBS = {
@@ -99,6 +101,44 @@ def test_what_a_finished_run_names_is_there(begin, tmp_path, job):
     assert config.read_text() == text
 
 
+# Job -> changed flags of its own, and what is said of them.
+CHANGES = {
+    "pretrain": {"--warmup_ratio=0.5": "was 0.03 and is 0.5", "--grad_clip=2": "was 1.0 and is 2.0"},
+    "full_sft": {"--lr_schedule=linear": "was cosine and is linear", "--dtype=bfloat16": "was float32 and is bfloat16"},
+    "lora": {"--lora_alpha=32": "was 16.0 and is 32.0", "--lora_dropout=0.1": "was 0.0 and is 0.1"},
+    "distillation": {"--kl_weight=0.2": "was 0.5 and is 0.2"},
+    "dpo": {"--beta=0.3": "was 0.1 and is 0.3", "--label_smoothing=0.1": "was 0.0 and is 0.1"},
+    "reward": {"--weight_decay=0.3": "was 0.1 and is 0.3"},
+    "grpo": {"--clip_high=0.3": "was 0.2 and is 0.3", "--reward=exact": "was ['format'] and is ['exact']"},
+    "ppo": {"--gamma=0.9": "was 1.0 and is 0.9", "--gae_lambda=0.9": "was 0.95 and is 0.9"},
+    "deepspeed": {"--grad_clip=2": "was 1.0 and is 2.0"},
+    "accelerate": {"--grad_clip=2": "was 1.0 and is 2.0"},
+    "lightning": {"--grad_clip=2": "was 1.0 and is 2.0"},
+    "pipeline": {"--grad_clip=2": "was 1.0 and is 2.0"},
+}
+
+
+@pytest.mark.parametrize("job", CHANGES)
+def test_changed_flags_are_refused_by_name_or_accepted_and_remembered(begin, tmp_path, job):
+    run, resume = begin(job, tmp_path)
+    own = CHANGES[job] | {"--learning_rate=0.25": " and is 0.25", "--max_steps=3": "was 2 and is 3"}
+    flags, before = [*own, "--save_interval=5", "--log_interval=2"], (run / "args.json").read_bytes()
+    error = re.search("^error: .*", resume(*flags, code=2), re.MULTILINE)[0]
+    for flag, values in own.items():
+        name = flag.partition("=")[0]
+        assert re.search(rf"[:;] {name} [^;]*{re.escape(values)}[;.]", error), error
+    assert error.count(" was ") == len(own) + 1 and "interval" not in error, error
+    assert (run / "args.json").read_bytes() == before
+    changed = re.search("this is another run: (.*?)[.] Use the flags", error)[1]
+    printed = resume(*flags, "--resume_with_changes")
+    assert f"--resume_with_changes: from step_00000002 on {changed}\n" in printed
+    assert changed in (run / "training.log").read_text()
+    (entry,) = json.loads((run / "args.json").read_text())["history"]
+    assert entry["changed"].items() >= {"max_steps": [2, 3], "save_interval": [1, 5], "log_interval": [1, 2]}.items()
+    assert {flag.partition("=")[0][2:] for flag in own} <= entry["changed"].keys()
+    assert curve(run)[-1]["step"] == 3 and curve(run)[-1]["lr"] > 0.02  # a tenth of 0.25 and more
+
+
 MEDDLING = f"""import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from runtime import checkpoint, replicas
@@ -113,14 +153,14 @@ def meddle(place, name, at, number):
 
 
 @pytest.fixture
-def meddled(data, tmp_path, run_script):
-    """meddled(line, *flags) -> train_full_sft.py, run with a call of meddle(...) before it."""
+def meddled(data, tmp_path):
+    """meddled(line, *flags, code=0) -> what train_full_sft.py prints, run with a call of meddle(...) before it."""
 
-    def run(line: str, *flags: str):
+    def run(line: str, *flags: str, code: int = 0) -> str:
         script = tmp_path / "meddling.py"
         script.write_text(f'{MEDDLING}{line}\nrunpy.run_path("trainer/train_full_sft.py", run_name="__main__")\n')
         places = [f"--data_path={data['sft']}", f"--cache_dir={tmp_path / 'cache'}", f"--out_dir={tmp_path / 'out'}"]
-        return run_script(script, *TINY.split(), *places, "--packing=0", "--resume=auto", *flags)
+        return run_ranks(script, *TINY.split(), *places, "--packing=0", "--resume=auto", *flags, code=code)
 
     return run
 
@@ -130,17 +170,16 @@ def test_the_last_weights_could_not_be_written(meddled, tmp_path, how):
     """The last checkpoint was: the run that goes on from there makes no step, and writes them."""
     weights, flags = tmp_path / "out/full_sft_32.pth", ["--save_interval=3", "--max_steps=6"]
     if how == "killed":  # at the second save, with the weights of step 3 in place
-        assert meddled('meddle(checkpoint, "write_weights", 2, 9)', *flags).returncode == -9
+        meddled('meddle(checkpoint, "write_weights", 2, 9)', *flags, code=-9)
     else:
         in_the_way = tmp_path / "out/.tmp-full_sft_32.pth"
         in_the_way.mkdir(parents=True)
-        assert meddled("", *flags, "--save_interval=0").returncode == 1
+        meddled("", *flags, "--save_interval=0", code=1)
         in_the_way.rmdir()
     assert (tmp_path / "out/full_sft_32/checkpoints/step_00000006/manifest.json").exists()
-    done = meddled("", *flags)
-    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+    assert "finished" in meddled("", *flags)
     found = torch.load(weights, weights_only=True)
-    assert meddled("", *flags, f"--out_dir={tmp_path / 'whole'}").returncode == 0
+    meddled("", *flags, f"--out_dir={tmp_path / 'whole'}")
     whole = torch.load(tmp_path / "whole/full_sft_32.pth", weights_only=True)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
@@ -148,6 +187,6 @@ def test_the_last_weights_could_not_be_written(meddled, tmp_path, how):
 def test_a_signal_behind_the_last_step_of_an_epoch_is_heard_in_the_next(meddled, tmp_path):
     """Its step had been agreed on already, without the signal: no save would follow, and other ranks would go on."""
     flags = ["--max_steps=0", "--epochs=3", "--batch_size=4", "--save_interval=0"]
-    done = meddled('meddle(replicas, "check_replicas", 5, 15)', *flags)
-    assert done.returncode == 143 and "stopped by signal 15 at step 6" in done.stdout, done.stderr
+    printed = meddled('meddle(replicas, "check_replicas", 5, 15)', *flags, code=143)
+    assert "stopped by signal 15 at step 6" in printed
     assert (tmp_path / "out/full_sft_32/checkpoints/step_00000006/manifest.json").exists()

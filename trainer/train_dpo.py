@@ -26,7 +26,7 @@ from dataset.lm_dataset import load_tokenizer
 from dataset.packing import batches, plan_epoch
 from dataset.preference_dataset import open_pairs, preview_pairs
 from model.lm import LMConfig, MiniMindLM
-from model.preference_loss import METRICS, choose_loss
+from model.preference_loss import METRICS, choose_beta, choose_loss
 from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate_pairs
@@ -289,6 +289,7 @@ def main() -> int:
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
     Logger(start_weights(model, args.from_weight, "full_sft", args.out_dir, suffix))
     reference = Reference(model, vars(args), autocast, dtype)
+    args.beta = choose_beta(vars(args))
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | reference.identity
     identity |= {"the data of --eval_data": held_out[0].key} if args.eval_data else {}
     found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
