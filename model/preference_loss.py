@@ -104,6 +104,11 @@ def simpo_loss(
     return bradley_terry(chosen - rejected - gamma, label_smoothing), chosen.detach(), rejected.detach()
 
 
+def choose_beta(flags: dict) -> float:
+    """The flag beta, or what its loss_type has by default."""
+    return (2.0 if flags["loss_type"] == "simpo" else 0.1) if flags["beta"] is None else flags["beta"]
+
+
 def choose_loss(flags: dict) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """The loss that a stage's flags describe: (policy, lens, reference) -> METRICS summed over the pairs, (5,).
 
@@ -119,7 +124,7 @@ def choose_loss(flags: dict) -> Callable[[Tensor, Tensor, Tensor | None], Tensor
         ValueError: a value that makes no sense; names the flag.
     """
     kind, smoothing, gamma = (flags[name] for name in ("loss_type", "label_smoothing", "simpo_gamma"))
-    beta = (2.0 if kind == "simpo" else 0.1) if flags["beta"] is None else flags["beta"]
+    beta = choose_beta(flags)
     if not beta > 0:
         raise ValueError(f"--beta {beta}: must be positive")
     if not 0 <= smoothing < 0.5:

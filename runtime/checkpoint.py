@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from runtime import background, store
 from runtime.background import later, pause, wait
 from runtime.device import is_sharded
+from runtime.identity import LAST_STEP, check_identity, identity_of
 from runtime.optim import Muon
 from runtime.parallel import gather_objects, unwrap, world
-from runtime.store import identity_of, save_file
+from runtime.store import save_file
 
 # Without a process group is what we mean.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -53,7 +54,7 @@ def save_run(
         folder: the run's, `out/full_sft_512`.
         keep: checkpoints that stay.
         progress: counters, with `step`.
-        identity: what `store.check_identity` compares at a resume.
+        identity: what `identity.check_identity` compares at a resume.
         own_tensors: ranks hold other tensors than rank 0, as in a pipeline; what several hold is written once.
 
     Raises:
@@ -204,18 +205,19 @@ def run_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_run(folder: Path, source: str, identity: dict) -> Path | None:
-    """The checkpoint that `--resume` means, on every rank; None for a new run.
+def find_run(folder: Path, source: str, identity: dict, accept: bool) -> tuple[Path | None, dict[str, list]]:
+    """The checkpoint that `--resume` means, on every rank, None for a new run; and what differs from it.
 
     Args:
         folder: the run's, `out/full_sft_512`.
         source: the value of --resume, see `store.find`.
         identity: of the run that wants to go on.
+        accept: --resume_with_changes: it may differ.
 
     Raises:
         ValueError: on every rank: no valid checkpoint, one of another run, or one that another node does not see.
     """
-    found, problem = None, ""
+    found, changes, problem = None, {}, ""
     if world()[0] == 0:
         try:
             found = store.find(folder / "checkpoints", source)
@@ -223,17 +225,18 @@ def find_run(folder: Path, source: str, identity: dict) -> Path | None:
                 store.refuse_other_shapes(folder)
             if found is not None:
                 run = torch.load(found / "run.pt", weights_only=True)
-                store.check_identity(run["identity"], identity, found)
+                last = run["progress"].get("total_steps", identity[LAST_STEP])
+                changes = check_identity({LAST_STEP: last} | run["identity"], identity, found, accept)
         except ValueError as error:
             problem = str(error)
-    found, problem = gather_objects((found, problem))[0]
+    found, changes, problem = gather_objects((found, changes, problem))[0]
     if problem:
         raise ValueError(problem)
     if found is not None:
         blind = [rank for rank, sees in enumerate(gather_objects((found / store.MANIFEST).exists())) if not sees]
         if blind:
             raise ValueError(f"--resume: rank {blind[0]} does not see {found}: --out_dir must lie on shared storage")
-    return found
+    return found, changes
 
 
 def load_run(found: Path | None, model, optimizer, scaler) -> dict:
@@ -246,6 +249,7 @@ def load_run(found: Path | None, model, optimizer, scaler) -> dict:
         return restore(None)
     import torch.distributed.checkpoint as dcp
 
+    _shared["newest"] = found  # where weights are read back from until this run saves
     reader = dcp.FileSystemReader(found)
     saved = reader.read_metadata().state_dict_metadata
     for name, (p, state, options) in states_of(model, optimizer).items():

@@ -39,6 +39,10 @@ OBEYED = {
 ADAM = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode", "torch_adam")
 SCHEDULE = ("--learning_rate", "--warmup_ratio", "--lr_schedule", "--lr_scaling")
 SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+# What leaves the curve as it is, or is said by flags and compared with them.
+HARMLESS = {*BATCH, "gradient_clipping", "zero_optimization", "aio", "flops_profiler", "steps_per_print"}
+HARMLESS |= {"wall_clock_breakdown", "memory_breakdown", "dump_state", "zero_allow_untested_optimizer"}
+HARMLESS |= {"zero_force_ds_cpu_optimizer"}
 KINDS = {"number": (int, float), "name": str, "switch": bool}
 # What would train in another way than every other engine, or not at all.
 REFUSED = {
@@ -323,6 +327,21 @@ def fill(config: dict, args, model: LMConfig, world_size: int, run_dir: Path) ->
 
 def dtype_of(args) -> str:
     return args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
+
+
+def curve_settings(config: dict) -> dict:
+    """What the file alone says about the curve: all but the HARMLESS, and what flags say."""
+    settings = {}
+    for key, value in config.items():
+        if key in PRECISIONS:
+            value = {name: setting for name, setting in value.items() if name != "enabled"}
+        if key == "optimizer":
+            params = section(value, "params")
+            kept = {name: setting for name, setting in params.items() if name not in ("lr", "weight_decay")}
+            value = {**value, "params": kept}
+        if key not in HARMLESS and value:
+            settings[key] = value
+    return settings
 
 
 def section(config: dict, name: str) -> dict:

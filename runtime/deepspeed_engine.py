@@ -6,6 +6,7 @@ when it is whole (`runtime/store.py`), and a run that goes on has as many proces
 
 import fcntl
 import importlib.util
+import json
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import cpp_extension
 
 from runtime import checkpoint, parallel, store
-from runtime.deepspeed_config import OFFLOADS, section
+from runtime.deepspeed_config import OFFLOADS, curve_settings, section
 from runtime.device import one_order
 from runtime.launcher import forget_leftovers
 from runtime.optim import make_optimizer
@@ -207,7 +208,8 @@ def identity_of(config: dict) -> dict:
     """What else must be the same when a run goes on: DeepSpeed's files are those of its processes."""
     zero = section(config, "zero_optimization")
     offload = {key: section(zero, key).get("device", "none") for key in OFFLOADS}
-    return {"the engine": "DeepSpeed", "ZeRO stage": zero.get("stage", 0), "processes": world()[1], **offload}
+    identity = {"the engine": "DeepSpeed", "ZeRO stage": zero.get("stage", 0), "processes": world()[1], **offload}
+    return identity | {"the settings of --deepspeed_config": json.dumps(curve_settings(config), sort_keys=True)}
 
 
 def save_run(folder: Path, keep: int, engine, progress: dict, identity: dict) -> None:

@@ -34,7 +34,7 @@ def save(
         folder: the run's, `out/full_sft_512`.
         keep: checkpoints that stay.
         progress: counters, with `step`.
-        identity: what `store.check_identity` compares at a resume; names the engine.
+        identity: what `identity.check_identity` compares at a resume; names the engine.
         write: has the engine write at a place, where it makes a file or a folder; is called on every rank.
         scaler: None where the engine saves its own.
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from runtime import checkpoint
 from runtime.config import ROOT, config_to_argv
 from runtime.device import keep_memory
+from runtime.identity import sample_hash
 from runtime.launcher import is_quiet, read_launch
 from runtime.terminal import escape_unencodable
 
@@ -96,10 +97,12 @@ class StopSignal:
 
     Attributes:
         number: the signal that came, 0 while none has.
+        agreed: the same, from the step on at which all ranks know it: they end together, and that step is saved.
     """
 
     def __init__(self) -> None:
         self.number = 0
+        self.agreed = 0
         self.received = False
         for number in (signal.SIGTERM, signal.SIGINT, *([] if ignores_hangup() else [signal.SIGHUP])):
             signal.signal(number, self.receive)
@@ -113,7 +116,8 @@ class StopSignal:
 
     def hear(self, elsewhere: float) -> None:
         """A signal to one rank is a signal to all. Args: elsewhere: sum of the numbers of all ranks."""
-        self.number = self.number or (signal.SIGTERM if elsewhere else 0)
+        if elsewhere:
+            self.agreed = self.number = self.number or signal.SIGTERM
 
 
 def ignores_hangup() -> bool:
@@ -242,17 +246,3 @@ def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
     if args.get("tokenizer_dir"):
         same["tokenizer"] = sample_hash(Path(args["tokenizer_dir"]) / "tokenizer.json")
     return same | {f"--{name}": str(value) for name, value in args.items() if name not in LOCAL}
-
-
-def sample_hash(path: Path, blocks: int = 64, size: int = 1 << 16) -> str:
-    """Hash of a file's length and of blocks spread evenly over it, the first and the last among them."""
-    try:
-        length = path.stat().st_size
-        digest = hashlib.sha256(str(length).encode())
-        with open(path, "rb") as file:
-            for n in range(blocks):
-                file.seek(max(0, length - size) * n // (blocks - 1))
-                digest.update(file.read(size))
-    except OSError as error:
-        return f"{path}: {error.strerror}"
-    return digest.hexdigest()[:16]

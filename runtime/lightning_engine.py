@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import logging
 import os
 import sys
@@ -80,7 +81,7 @@ def make_trainer(args, folder: Path, progress: dict, tracker: Tracker):
         plugins=None if alone else [TorchElasticEnvironment()],  # processes are there: it must not start any
         precision="32-true",
         max_epochs=1,
-        limit_train_batches=args.total_steps - progress["step"],
+        limit_train_batches=max(0, args.total_steps - progress["step"]),
         use_distributed_sampler=False,
         logger=make_loggers(args, folder, progress, tracker),
         enable_checkpointing=False,
@@ -130,14 +131,16 @@ def remaining(dataset, plans: Callable[[int], Plan], progress: dict, args) -> It
     Args:
         plans: epoch -> its plan.
         progress: counters at the start.
-        args: the flags total_steps, epochs, batch_size and num_workers.
+        args: the flags total_steps, batch_size and num_workers.
     """
     share, first, left = (
         (*data_world(), args.batch_size),
         progress["step_in_epoch"],
         args.total_steps - progress["step"],
     )
-    for epoch in range(progress["epoch"], args.epochs):
+    for epoch in itertools.count(progress["epoch"]):
+        if left <= 0:
+            return
         plan = plans(epoch)
         windows = range(first, min(plan.steps, first + left))
         loader = batches(dataset, plan, windows, *share, args.num_workers)
@@ -157,7 +160,7 @@ def module_class() -> type:
         def __init__(self, model: nn.Module, args) -> None:
             super().__init__()
             self.model, self.args, self.automatic_optimization = model, args, False
-            self.stop = SimpleNamespace(number=0)
+            self.stop = SimpleNamespace(number=0, agreed=0)
 
         def configure_model(self) -> None:
             if self.args.strategy == "model_parallel":

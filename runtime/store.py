@@ -156,49 +156,6 @@ def find(folder: Path, resume: str) -> Path | None:
     return None
 
 
-# Flags on which the order of the data or the model depends: a run that goes on must have the same. One that a saved
-# run does not have yet was none.
-SAME_RUN = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "dropout", "use_moe", "n_experts",
-            "n_experts_per_tok", "n_shared_experts", "packing", "drop_last", "seed", "eval_ratio", "curriculum",
-            "optimizer", "kl", "kl_weight", "kl_temperature", "group_size", "temperature", "updates_per_rollout",
-            "ppo_epochs", "mini_batches")  # fmt: skip
-SCALED = "the factor of --lr_scaling (with none --learning_rate is taken as it is)"
-
-
-def identity_of(flags: dict, global_batch: int, data_key: str) -> dict:
-    """What makes a run this run, for `check_identity`."""
-    identity = {f"--{name}": flags[name] for name in SAME_RUN if name in flags}
-    if flags.get("lr_scaling", "none") != "none":
-        identity[SCALED] = round(flags["peak_lr"] / flags["learning_rate"], 6)
-    return identity | {"--global_batch_size": global_batch, "the data of --data_path": data_key}
-
-
-def check_identity(saved: dict, current: dict, source: Path) -> None:
-    """Refuse to go on with a run that is not the same run.
-
-    Another number of processes changes what --lr_scaling makes of the learning rate: that is refused, too. Without it
-    the learning rate may be another one, as whoever gives it knows it.
-
-    Args:
-        saved, current: flag name -> value of everything the training curve's data order and model depend on.
-
-    Raises:
-        ValueError: names every flag that differs with both values.
-    """
-    if SCALED not in current:
-        saved = {name: value for name, value in saved.items() if name != SCALED}
-    differing = [
-        f"{name} was {saved.get(name)} and is {current.get(name)}"
-        for name in sorted(saved.keys() | current.keys())
-        if saved.get(name, "none") != current.get(name, "none")
-    ]
-    if differing:
-        raise ValueError(
-            f"--resume {source}: this is another run: {'; '.join(differing)}. "
-            "Use the flags it was started with, or --resume none for a new run"
-        )
-
-
 def refuse_other_shapes(folder: Path) -> None:
     """A run that was started with another --dim or --use_moe has another folder: do not begin anew in silence.
 

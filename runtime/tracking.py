@@ -20,6 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from runtime.identity import told
+from runtime.store import save_file
 from runtime.terminal import replace_surrogates
 
 MAX_SKIPPED = 20  # enough for the scale of float16 to come down from its start, 2 ** 14
@@ -30,15 +32,17 @@ class Tracker:
 
     Attributes:
         failed: the names of the trackers that raised something; training goes on without them.
+        first_step: the step behind which this process began, on every rank.
     """
 
-    def __init__(self, folder: Path, args: dict, enabled: bool, found: Path | None):
+    def __init__(self, folder: Path, args: dict, enabled: bool, found: Path | None, changes: dict | None = None):
         """
         Args:
             folder: the run's folder, `out/full_sft_512`.
             args: flags, for args.json and wandb; `report_to` and `use_wandb` say where metrics go.
             enabled: True on rank 0.
             found: the checkpoint that the run goes on from, None for a new run; see `keep_earlier_run`.
+            changes: what of the run's identity is another one from there on, see `identity.changes_between`.
 
         Raises:
             ValueError: the folder cannot be written, or a tracker is not installed.
@@ -56,15 +60,18 @@ class Tracker:
             folder.parent.mkdir(parents=True, exist_ok=True)
             self.lock = lock_run(folder)
             goes_on = found is not None and folder.resolve() in found.resolve().parents
+            history = history_of(found, args, changes or {})
             kept = None if goes_on else keep_earlier_run(folder)
             folder.mkdir(parents=True, exist_ok=True)
             self.log_file = open(folder / "training.log", "a", encoding="utf-8", errors="backslashreplace")
-            (folder / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
+            save_file(folder / "args.json", json.dumps(args | {"history": history}, indent=2, default=str) + "\n")
         except OSError as error:
             raise ValueError(f"--out_dir: cannot write to {folder}: {error.strerror}") from None
         if kept is not None:
             remedy = f"to remove all that is kept so: rm -r {folder}.previous*"
             self.print(f"what an earlier {folder.name} left is kept in {kept}; {remedy}")
+        if changes:
+            self.print(f"--resume_with_changes: from {found.name} on {told(changes)}")
 
     def start(self, progress: dict, total_steps: int) -> None:
         """Begin, or go on behind a checkpoint: what the files say about later steps is taken back, the run repeats it.
@@ -73,14 +80,12 @@ class Tracker:
             progress: the run's counters; `run_id`, its identity at wandb, is set here for a new run.
         """
         progress.setdefault("run_id", secrets.token_hex(4))
-        if progress.setdefault("total_steps", total_steps) != total_steps:
-            was, progress["total_steps"] = progress["total_steps"], total_steps
-            self.print(f"the run was to end at step {was} and now ends at {total_steps}: its learning rates change")
+        progress["total_steps"] = total_steps
+        self.first_step = step = progress["step"]
         if not self.enabled:
             return
-        step = progress["step"]
         self.metrics_file = truncated_metrics(self.folder / "metrics.jsonl", step)
-        self.total_steps, self.first_step, self.began = total_steps, step, time.monotonic()
+        self.total_steps, self.began = total_steps, time.monotonic()
         self.last_time, self.last_tokens = self.began, progress["tokens"]
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
@@ -182,6 +187,28 @@ class Tracker:
         for part in (self.bar, self.metrics_file, self.log_file):
             if part is not None:
                 part.close()
+
+
+def history_of(found: Path | None, args: dict, changes: dict) -> list[dict]:
+    """What args.json says about resumes with other flags: one entry each, the last one of this start.
+
+    Args:
+        found: the checkpoint that the run goes on from; what its run says of itself lies two folders above.
+        changes: name -> [before, now], of more than flags.
+    """
+    if found is None:
+        return []
+    try:
+        before = json.loads((found.parents[1] / "args.json").read_text())
+        history = before.pop("history", [])
+    except (OSError, ValueError, IndexError, AttributeError):  # copied elsewhere, or torn by a full disk
+        before, history = {}, []
+    now = json.loads(json.dumps(args, default=str))
+    changed = {name: [before[name], now[name]] for name in now if name in before and before[name] != now[name]}
+    changed |= {name.removeprefix("--"): values for name, values in changes.items()}
+    changed = {name: values for name, values in changed.items() if not name.startswith("resume")}
+    entry = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "resumed": found.name, "changed": changed}
+    return [*history, entry] if changed else history
 
 
 def keep_earlier_run(folder: Path) -> Path | None:

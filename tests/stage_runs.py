@@ -12,10 +12,10 @@ from running import run_ranks
 REWARD = """
 import os
 calls = []
-def killing(*args):
-    calls.append(1)
-    return os.kill(os.getpid(), 9) if len(calls) == 3 else letters(*args)
 def letters(prompts, completions, rows):
+    calls.append(1)
+    if str(len(calls)) == os.environ.get("KILLED_AT_CALL"):
+        os.kill(os.getpid(), 9)
     return [min(1.0, sum(c in row["answer"] for c in text) / 20) for text, row in zip(completions, rows)]
 def broken(prompts, completions, rows):
     return [float("nan")] * len(rows)

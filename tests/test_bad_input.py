@@ -140,7 +140,10 @@ FLAGS = {
 
 # name -> (flags on top of those of the run to be resumed, what the message says)
 RESUME = {
-    "resume other data": ("--data_path {work}/other.jsonl", "another run: the data of --data_path was"),
+    "resume other data": (
+        "--data_path {work}/other.jsonl",
+        "another run: the content of --data_path was {work}/good.jsonl and is {work}/other.jsonl. Use",
+    ),
     "resume other max_seq_len": ("--max_seq_len 32", "--max_seq_len was 64 and is 32"),
     "resume other global batch": ("--batch_size 4", "--global_batch_size was 2 and is 4"),
     "resume other seed": ("--seed 7", "--seed was 42 and is 7"),
@@ -297,8 +300,8 @@ def resumed(work, results):
 
 
 @pytest.mark.parametrize("name", RESUME)
-def test_resume_of_another_run(resumed, name):
-    check_error(resumed[0][name], "--resume ", RESUME[name][1].format(last="step_00000002"))
+def test_resume_of_another_run(resumed, work, name):
+    check_error(resumed[0][name], "--resume ", RESUME[name][1].format(work=work, last="step_00000002"))
 
 
 def test_refused_resume_leaves_the_run_as_it_was(resumed):

@@ -67,6 +67,7 @@ COMMON = {
     "log_interval": ("int", None),
     "eval_interval": ("int", None),
     "resume": ("str", None),
+    "resume_with_changes": SWITCH,
     "use_wandb": SWITCH,
     "report_to": ("str, one or more", ("none", "wandb", "tensorboard")),
 }

@@ -10,8 +10,8 @@ from running import run_script
 from dataset import lm_dataset
 from dataset.packing import plan_epoch
 from dataset.preference_dataset import PreferenceDataset
+from runtime.identity import check_identity, identity_of
 from runtime.launch import check_flags
-from runtime.store import check_identity, identity_of
 
 
 def plan_of(difficulty, lengths=None, packing=0, seed=3, epoch=0, documents=None):
@@ -178,7 +178,7 @@ def test_runs_of_before_go_on(tmp_path):
     current = identity_of({"dim": 32, "curriculum": "none"}, 4, "key")
     before = {name: value for name, value in current.items() if name != "--curriculum"}
     check_identity(before, current, tmp_path)
-    with pytest.raises(ValueError, match="--curriculum was None and is length"):
+    with pytest.raises(ValueError, match="--curriculum was none and is length"):
         check_identity(before, current | {"--curriculum": "length"}, tmp_path)
 
 

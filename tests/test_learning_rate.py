@@ -94,6 +94,6 @@ def test_another_number_of_processes_would_be_another_run(job, two):
     places = [f"--data_path={job.data[90]}", f"--cache_dir={job.folder / 'cache'}", f"--out_dir={out}"]
     done = run_script("trainer/train_full_sft.py", *RUN_FLAGS, *fixed, *places, source, "--lr_scaling=linear")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "the factor of --lr_scaling (with none --learning_rate is taken as it is) was 2.0 and is 1.0" in done.stderr
+    assert "another run: --learning_rate was 0.001 and is 0.0005. " in done.stderr, "both as --lr_scaling makes them"
     resumed = job("resumed", 90, *fixed, source, "--learning_rate=1e-3")  # the remedy
     check_same_run(resumed, two, first=4)

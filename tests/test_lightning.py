@@ -71,7 +71,9 @@ def test_a_run_on_a_terminal_and_a_finished_one_that_is_given_more_steps(engine_
     done = run_script(SCRIPT, *job, "--max_steps=3")
     assert done.returncode == 0 and "finished" in done.stdout, done.stderr
     done = run_script(SCRIPT, *job, "--max_steps=5")
-    assert done.returncode == 0 and "was to end at step 3 and now ends at 5" in done.stdout, done.stderr
+    assert done.returncode == 2 and "--max_steps was 3 and is 5" in done.stderr, done.stderr
+    done = run_script(SCRIPT, *job, "--max_steps=5", "--resume_with_changes")
+    assert done.returncode == 0 and "from step_00000003 on --max_steps was 3 and is 5" in done.stdout, done.stderr
     assert list(losses(tmp_path / NAME)) == [1, 2, 3, 4, 5]
 
 

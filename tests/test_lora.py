@@ -248,7 +248,7 @@ def test_another_base_is_another_run(job, one, bases, tmp_path):
         "trainer/train_lora.py", *flags, f"--out_dir={one.parent}", f"--from_weight={other}", "--resume=auto"
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert re.match("error: --resume .*: this is another run: LoRA's base_sha256 was", done.stderr)
+    assert re.match("error: --resume .*: this is another run: the weights of --from_weight was", done.stderr)
     done = run_script("trainer/train_lora.py", *flags, f"--out_dir={tmp_path / 'new'}")
     assert done.returncode == 2 and "full_sft_32.pth: no such weights file; train that stage first" in done.stderr
     assert not (tmp_path / "new").exists() or not [*(tmp_path / "new").glob("*")]

@@ -134,7 +134,7 @@ def test_three_resumes_are_bit_identical(train):
 
 def test_killed_during_a_rollout(train):
     flags = [*train.flags, f"--out_dir={train.folder / 'killed'}"]
-    killed = run_script("trainer/train_ppo.py", *flags, f"--reward={train.folder / 'reward.py'}:killing")
+    killed = run_script("trainer/train_ppo.py", *flags, env={"KILLED_AT_CALL": "3"})
     assert killed.returncode == -9
     saved = store.list_checkpoints(train.folder / "killed/ppo_32/checkpoints")
     assert saved and store.fault(saved[-1]) == ""

@@ -202,7 +202,7 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
 
 def test_full_disk_loses_nothing_that_was_saved(flags, start_script, run_script, tmp_path, trained):
     """Files of more than 100 kB cannot be written any more: the next save fails, the older ones stay."""
-    job = [*flags, "--save_interval=4", "--resume=auto", "--epochs=2"]
+    job = [*flags, "--save_interval=4", "--resume=auto", "--epochs=2", "--resume_with_changes"]
     limits = (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)  # inherited by the script

@@ -354,6 +354,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--log_interval", type=int, default=10, help="steps between log lines")
     output.add_argument("--eval_interval", type=int, default=0, help="steps between evaluations (0: at the end)")
     output.add_argument("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
+    output.add_argument("--resume_with_changes", action="store_true", help="go on also where flags are others")
     output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
     output.add_argument("--report_to", nargs="+", choices=("none", "wandb", "tensorboard"), default=[], help="trackers")
     return parser.parse_args(launch.command_line(parser))
@@ -405,7 +406,7 @@ def main() -> int:
     reference = copy.deepcopy(actor).eval().requires_grad_(False) if args.kl_beta else None
     identity = checkpoint.identity_of(vars(args), args.global_batch_size, dataset.key)
     identity |= {"the weights of --from_weight": hash_weights(reference.state_dict())} if args.kl_beta else {}
-    found = checkpoint.find_run(run_dir, args.resume, identity)
+    found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
 
     # 5. Strategy, compile, wrap, optimizer. Sharded and compiled models leave the writing to a plain copy.
     args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
@@ -416,7 +417,7 @@ def main() -> int:
     progress = checkpoint.load_run(found, model, optimizer, scaler)
 
     # 6. Tracking
-    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found))
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found, changes))
     steps = f"{args.total_steps} steps, rollouts of {args.global_batch_size} prompts, learning rate {args.peak_lr:g}"
     tracker.print(f"{run_dir.name}: {parallel.describe(model, args, dtype)}, {steps}")
 
@@ -430,17 +431,19 @@ def main() -> int:
     tools = (spare, reference, tries, tokenizer)
     tracker.start(progress, args.total_steps)
     stop = launch.StopSignal()
-    while progress["step"] < args.total_steps and not stop.number:
+    while progress["step"] < args.total_steps and not stop.agreed:
         plan = plans(progress["epoch"])
         how = (optimizer, scaler, autocast, tracker, progress, stop, save)
         train_epoch(args, plan, held_out, model, tools, *how)
 
     # 8. Clean up
+    if progress["step"] == tracker.first_step:  # resumed behind the last step: the weights may be missing, or older
+        save_weights(model, config, Path(f"{run_dir}.pth"))
     checkpoint.wait()
-    ending = f"stopped by signal {stop.number} at step {progress['step']}" if stop.number else "finished"
+    ending = f"stopped by signal {stop.agreed} at step {progress['step']}" if stop.agreed else "finished"
     tracker.print(f"{ending}; weights in {run_dir}.pth")
     tracker.close()
-    return 128 + stop.number if stop.number else 0
+    return 128 + stop.agreed if stop.agreed else 0
 
 
 if __name__ == "__main__":

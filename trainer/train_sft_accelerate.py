@@ -243,6 +243,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--log_interval", type=int, default=10, help="steps between log lines")
     output.add_argument("--eval_interval", type=int, default=0, help="steps between evaluations (0: at the end)")
     output.add_argument("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
+    output.add_argument("--resume_with_changes", action="store_true", help="go on also where flags are others")
     output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
     output.add_argument("--report_to", nargs="+", choices=("none", "wandb", "tensorboard"), default=[], help="trackers")
     return parser.parse_args(launch.command_line(parser))
@@ -280,7 +281,7 @@ def main() -> int:
     config = LMConfig.from_flags(vars(args), vocab_size=len(tokenizer))
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key)
     identity["the engine"] = f"Accelerate, {accelerated.format_of(args.ddp)}"
-    found = checkpoint.find_run(run_dir, args.resume, identity)
+    found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
@@ -295,7 +296,7 @@ def main() -> int:
     progress = accelerated.load(accelerator, found)
 
     # 5. Tracking: ours, and accelerate's trackers for what --report_to names
-    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found))
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found, changes))
     tracker.report_to.clear()
     tracker.print(f"{run_dir.name}: Accelerate, {layout}")
 
@@ -309,17 +310,19 @@ def main() -> int:
     tracker.start(progress, args.total_steps)
     accelerated.start_trackers(accelerator, tracker, progress)
     stop = launch.StopSignal()
-    while progress["step"] < args.total_steps and not stop.number:
+    while progress["step"] < args.total_steps and not stop.agreed:
         plan = plans(progress["epoch"])
         train_epoch(accelerator, args, plan, dataset, loader, model, optimizer, tracker, progress, stop, save)
 
     # 7. Clean up. Accelerate's end destroys the process group, so that nothing is left to abort at exit.
+    if progress["step"] == tracker.first_step:  # resumed behind the last step: the weights may be missing, or older
+        save_weights(accelerator, model, config, Path(f"{run_dir}.pth"))
     checkpoint.wait()
-    ending = f"stopped by signal {stop.number} at step {progress['step']}" if stop.number else "finished"
+    ending = f"stopped by signal {stop.agreed} at step {progress['step']}" if stop.agreed else "finished"
     tracker.print(f"{ending}; weights in {run_dir}.pth")
     accelerated.end_training(accelerator, tracker)
     tracker.close()
-    return 128 + stop.number if stop.number else 0
+    return 128 + stop.agreed if stop.agreed else 0
 
 
 if __name__ == "__main__":

@@ -246,6 +246,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--log_interval", type=int, default=10, help="steps between log lines")
     output.add_argument("--eval_interval", type=int, default=0, help="steps between evaluations (0: at the end)")
     output.add_argument("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
+    output.add_argument("--resume_with_changes", action="store_true", help="go on also where flags are others")
     output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
     output.add_argument("--report_to", nargs="+", choices=("none", "wandb", "tensorboard"), default=[], help="trackers")
     argv = launch.command_line(parser)
@@ -286,7 +287,7 @@ def main() -> int:
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key)
     identity |= deepspeed_engine.identity_of(args.deepspeed)
-    found = checkpoint.find_run(run_dir, args.resume, identity)
+    found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
@@ -298,7 +299,7 @@ def main() -> int:
     progress = deepspeed_engine.load_run(found, model)
 
     # 5. Tracking
-    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found))
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found, changes))
     layout = deepspeed_engine.describe(model, args)
     lr = f"{args.peak_lr:g}" if model.lr_scheduler is None else "as its scheduler says"
     tracker.print(f"{run_dir.name}: {layout}, {args.total_steps} steps of {global_batch} rows, learning rate {lr}")
@@ -311,16 +312,18 @@ def main() -> int:
     # 6. Epochs
     tracker.start(progress, args.total_steps)
     stop = launch.StopSignal()
-    while progress["step"] < args.total_steps and not stop.number:
+    while progress["step"] < args.total_steps and not stop.agreed:
         train_epoch(args, plans(progress["epoch"]), dataset, held_out, model, tracker, progress, stop, save)
 
     # 7. Clean up
+    if progress["step"] == tracker.first_step:  # resumed behind the last step: the weights may be missing, or older
+        save_weights(model, config, Path(f"{run_dir}.pth"))
     checkpoint.wait()
-    ending = f"stopped by signal {stop.number} at step {progress['step']}" if stop.number else "finished"
+    deepspeed_engine.finish(model, run_dir)
+    ending = f"stopped by signal {stop.agreed} at step {progress['step']}" if stop.agreed else "finished"
     tracker.print(f"{ending}; weights in {run_dir}.pth")
     tracker.close()
-    deepspeed_engine.finish(model, run_dir)
-    return 128 + stop.number if stop.number else 0
+    return 128 + stop.agreed if stop.agreed else 0
 
 
 if __name__ == "__main__":

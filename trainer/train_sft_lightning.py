@@ -175,10 +175,14 @@ def train_epoch(trainer, args, plans, dataset, held_out, model, scaler, autocast
                 save()
             trainer.should_stop = bool(stopping)
 
+        def on_fit_end(self) -> None:
+            if progress["step"] == tracker.first_step:  # resumed behind the last step: the weights may be older
+                save()
+
     module = SFTModule(model, args)
     left = lightning_engine.remaining(dataset, plans, progress, args)
     trainer.fit(module, left, ckpt_path=found and found / "engine")
-    return module.stop.number
+    return module.stop.agreed
 
 
 def parse_args() -> argparse.Namespace:
@@ -250,6 +254,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--log_interval", type=int, default=10, help="steps between log lines")
     output.add_argument("--eval_interval", type=int, default=0, help="steps between evaluations (0: at the end)")
     output.add_argument("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
+    output.add_argument("--resume_with_changes", action="store_true", help="go on also where flags are others")
     output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
     output.add_argument("--report_to", nargs="+", choices=("none", "wandb", "tensorboard"), default=[], help="trackers")
     return parser.parse_args(launch.command_line(parser))
@@ -291,7 +296,7 @@ def main() -> int:
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key)
     identity["the engine"] = f"Lightning, {args.strategy.replace('none', 'ddp')}"
-    found = checkpoint.find_run(run_dir, args.resume, identity)
+    found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
@@ -299,7 +304,7 @@ def main() -> int:
     progress = checkpoint.restore(found, scaler)  # Lightning reads its file in step 6
 
     # 5. Tracking: our files, Lightning's progress bar, and its loggers for what --report_to names
-    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found))
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found, changes))
     steps = f"{args.total_steps} steps of {global_batch} rows, learning rate {args.peak_lr:g}"
     layout = f"{parallel.describe(model, args, dtype)}, {steps}"
     tracker.print(f"{run_dir.name}: Lightning, {layout}")
@@ -308,7 +313,8 @@ def main() -> int:
 
     def save() -> None:
         tracker.sync()
-        engine_store.save(run_dir, args.save_total_limit, progress, identity, trainer.save_checkpoint, scaler)
+        if progress["step"] > tracker.first_step:
+            engine_store.save(run_dir, args.save_total_limit, progress, identity, trainer.save_checkpoint, scaler)
         save_weights(model, config, Path(f"{run_dir}.pth"))
 
     # 6. Train

@@ -244,6 +244,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--log_interval", type=int, default=10, help="steps between log lines")
     output.add_argument("--eval_interval", type=int, default=0, help="steps between evaluations (0: at the end)")
     output.add_argument("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
+    output.add_argument("--resume_with_changes", action="store_true", help="go on also where flags are others")
     output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
     output.add_argument("--report_to", nargs="+", choices=("none", "wandb", "tensorboard"), default=[], help="trackers")
     return parser.parse_args(launch.command_line(parser))
@@ -286,7 +287,7 @@ def main() -> int:
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key)
-    found = checkpoint.find_run(run_dir, args.resume, identity)
+    found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     model = MiniMindLM(config, args.gradient_checkpointing)
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
@@ -299,7 +300,7 @@ def main() -> int:
     progress = checkpoint.load_run(found, model.module, optimizer, scaler)
 
     # 6. Tracking
-    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found))
+    tracker = parallel.rank_zero_first(lambda: Tracker(run_dir, vars(args), is_main_process(), found, changes))
     steps = f"{args.total_steps} steps of {global_batch} rows, learning rate {args.peak_lr:g}"
     processes = f"{parallel.world()[1]} x {args.device.type}"
     tracker.print(f"{run_dir.name}: {size:,} parameters on {processes}, {model.describe()}, {dtype}, {steps}")
@@ -313,16 +314,18 @@ def main() -> int:
     # 7. Epochs
     tracker.start(progress, args.total_steps)
     stop = launch.StopSignal()
-    while progress["step"] < args.total_steps and not stop.number:
+    while progress["step"] < args.total_steps and not stop.agreed:
         plan = plans(progress["epoch"])
         train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, tracker, progress, stop, save)
 
     # 8. Clean up
+    if progress["step"] == tracker.first_step:  # resumed behind the last step: the weights may be missing, or older
+        save_weights(model, config, Path(f"{run_dir}.pth"))
     checkpoint.wait()
-    ending = f"stopped by signal {stop.number} at step {progress['step']}" if stop.number else "finished"
+    ending = f"stopped by signal {stop.agreed} at step {progress['step']}" if stop.agreed else "finished"
     tracker.print(f"{ending}; weights in {run_dir}.pth")
     tracker.close()
-    return 128 + stop.number if stop.number else 0
+    return 128 + stop.agreed if stop.agreed else 0
 
 
 if __name__ == "__main__":
