@@ -1,6 +1,7 @@
 """Weights files: a plain state dict (NAME.pth) with the LMConfig beside it (NAME.json)."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import torch
@@ -69,11 +70,19 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such weights file; train that stage first, or see --from_weight") from None
     except Exception as error:  # torch raises half a dozen types for a torn or foreign file, some without a text
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise ValueError(f"{path}: not a weights file ({reason})") from None
+        raise ValueError(f"{path}: not a weights file ({what_is_wrong(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: not a plain state dict of tensors")
     return state
+
+
+def what_is_wrong(error: Exception) -> str:
+    """Why a file of tensors could not be loaded, in a few words; torch's own advise to run what stands in it."""
+    text = str(error)
+    if named := re.search(r"GLOBAL (\S+)", text):
+        return f"it names {named[1]}, which is code and no data: a file of tensors is wanted"
+    reason = text.split("WeightsUnpickler error: ")[-1].strip() or type(error).__name__
+    return reason.splitlines()[0][:120]
 
 
 def hash_weights(state_dict: dict[str, Tensor]) -> str:

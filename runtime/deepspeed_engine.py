@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
-from runtime import checkpoint, parallel, store
+from runtime import checkpoint, parallel, safe_load, store
 from runtime.deepspeed_config import OFFLOADS, section
 from runtime.device import one_order
 from runtime.launcher import forget_leftovers
@@ -261,10 +261,11 @@ def load_run(found: Path | None, engine) -> dict:
     """Put a checkpoint back into the engine and the generators; returns the counters, zeros for a new run."""
     if found is None:
         return checkpoint.restore(None)
-    if engine.zero_nvme_offload_optimizer():
-        load_from_disks(engine, found)
-    else:
-        engine.load_checkpoint(str(found), tag=TAG)
+    with safe_load.restricted(found):
+        if engine.zero_nvme_offload_optimizer():
+            load_from_disks(engine, found)
+        elif engine.load_checkpoint(str(found), tag=TAG)[0] is None:
+            raise ValueError(f"there is no {TAG} folder with files for this rank")
     return checkpoint.restore(found)
 
 
@@ -283,7 +284,7 @@ def load_from_disks(engine, found: Path) -> None:
     step(engine, 0.0)
     engine.load_checkpoint(str(found), tag=TAG)
     path = next((found / TAG).glob(f"*zero_pp_rank_{world()[0]}_*_optim_states.pt"))
-    saved = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]  # its hash was checked
+    saved = safe_load.load(path, "optimizer_state_dict")["optimizer_state_dict"]
     flats, states = engine.optimizer.fp32_partitioned_groups_flat, saved["optimizer_state_dict"]["state"]
     for number, (flat, its_weights) in enumerate(zip(flats, saved["fp32_flat_groups"], strict=True)):
         state = engine.optimizer.optimizer.state[flat]
