@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
+from model.native import open_to_others
 from runtime import checkpoint, parallel, safe_load, store
 from runtime.deepspeed_config import OFFLOADS, section
 from runtime.device import one_order
@@ -38,6 +39,10 @@ def prepare(device: torch.device, config: dict) -> None:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("DeepSpeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
+    root = extensions()
+    for path in [root, *root.rglob("*.so")] if root.exists() else []:
+        if open_to_others(path) or open_to_others(path.parent):
+            raise ValueError(f"{path} can be written by others, and DeepSpeed would run it: chmod go-w, or delete it")
     if not dist.is_initialized():
         if device.index:
             raise ValueError(
@@ -63,6 +68,11 @@ def prepare(device: torch.device, config: dict) -> None:
                 "offload to nvme needs libaio, which DeepSpeed's async_io is built with: apt install libaio-dev, "
                 "or say where it lies in CFLAGS and LDFLAGS"
             )
+
+
+def extensions() -> Path:
+    """Where torch keeps what DeepSpeed has compiled."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
 
 
 def start(model: nn.Module, config: dict, args):
@@ -114,7 +124,7 @@ def load_ops(config: dict) -> None:
         builders.append(FusedAdamBuilder() if devices[0] == "none" else CPUAdamBuilder())
     elif "optimizer" not in config and devices[0] != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         builders.append(CPUAdamBuilder())
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    root = extensions()
     for builder in builders:
         root.mkdir(parents=True, exist_ok=True)
         with open(root / ".build_lock", "w") as lock:

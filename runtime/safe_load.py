@@ -71,7 +71,11 @@ def load(path: str | Path, *keys: str) -> dict:
 
 
 def load_tensors(file, map_location=None, pickle_module=None, *, weights_only=None, mmap=None, **options):
-    """torch.load for tensors, plain data and the names in DATA, whatever the caller asks for. NotData: it is not that."""
+    """torch.load for tensors, plain data and the names in DATA, whatever the caller asks for.
+
+    Raises:
+        NotData: the file holds something else.
+    """
     names = [(module, name) for module, names in DATA.items() if module in sys.modules for name in names]
     known = [getattr(sys.modules[module], name) for module, name in names if hasattr(sys.modules[module], name)]
     try:

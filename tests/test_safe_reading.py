@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import RUN_FLAGS, conversations, write_jsonl
 from running import ROOT, run_ranks
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from model import native
 from model.lm import LMConfig, MiniMindLM
 from model.lora import read_adapter
 from model.reward import load_reward_model
@@ -79,6 +81,7 @@ def refusal(call, *args) -> str:
     return str(raised.value)
 
 
+FOREIGN = [[1, 2], Foreign(), {"step": 5}, torch.nn.Linear(2, 2)]
 FILES = (".metadata", "__0_0.distcp", "run.pt")
 
 
@@ -93,7 +96,7 @@ def test_a_checkpoint_of_the_plain_stages_runs_nothing(saved, tmp_path, name, fo
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("content", [[1, 2], Foreign(), {"step": 5}, torch.nn.Linear(2, 2)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("content", FOREIGN, ids=lambda content: type(content).__name__)
 def test_foreign_content_of_a_checkpoint_is_named_in_one_line(saved, name, content):
     path = saved / "checkpoints/step_00000001" / name
     swap(path, content, "pickle" if name == ".metadata" else "torch")
@@ -180,8 +183,32 @@ def test_a_tokenizer_folder_runs_nothing(tmp_path, tokenizer):
     assert not (tmp_path / "marker").exists()
 
 
-UNSAFE = r"weights_only=False|\bpickle\.loads?\(|allow_pickle|trust_remote_code|yaml\.(unsafe_)?load\(|FileSystemReader|"
-UNSAFE += r"(?<!\.)\b(eval|exec)\(|joblib"
+def test_compiled_code_that_others_can_have_written_is_not_run(tmp_path, monkeypatch, capfd):
+    """Neither from a folder that everybody may write to, nor such a file."""
+    folder, loaded = tmp_path / "cache", []
+    monkeypatch.setattr(native, "FOLDER", folder)
+    monkeypatch.setattr(native.subprocess, "run", lambda words, **options: Path(words[-1]).touch())
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: loaded.append(path) or path)
+    native.library.cache_clear(), native.cache_folder.cache_clear()
+    try:
+        native.library("ops.cpp", torch.float32)
+        (library,) = folder.glob("*.so")
+        for mode in (0o777, 0o755):
+            folder.chmod(mode)
+            native.library.cache_clear(), native.cache_folder.cache_clear()
+            native.library("ops.cpp", torch.float32)
+            assert (loaded[-1] == str(library)) == (mode == 0o755)
+        library.chmod(0o666)
+        native.library.cache_clear()
+        native.library("ops.cpp", torch.float32)
+        assert loaded[-1] == str(library) and library.stat().st_mode & 0o777 != 0o666, "compiled anew in its place"
+    finally:
+        native.library.cache_clear(), native.cache_folder.cache_clear()
+    assert capfd.readouterr().err.count("can be written by others") == 1
+
+
+UNSAFE = r"weights_only=False|\bpickle\.loads?\(|allow_pickle|trust_remote_code|joblib|FileSystemReader|"
+UNSAFE += r"yaml\.(unsafe_)?load\(|(?<!\.)\b(eval|exec)\("
 
 
 def test_no_other_reader_of_files_than_the_safe_ones():
