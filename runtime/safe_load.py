@@ -6,6 +6,7 @@ and plain data. A hash in a manifest protects from accidents alone: whoever alte
 
 import contextlib
 import io
+import logging
 import pickle
 import sys
 from collections.abc import Iterator
@@ -182,7 +183,9 @@ def restricted(checkpoint: Path) -> Iterator[None]:
     places = [(torch, "load", noting(load_tensors)), (pickle, "Unpickler", Unpickler)]
     places += [(pickle, "load", noting(load_pickle))]
     places += [(pickle, "loads", noting(lambda data, **options: load_pickle(io.BytesIO(data), **options)))]
-    before = [getattr(place, name) for place, name, _ in places]
+    before, root = [getattr(place, name) for place, name, _ in places], logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # torch warns, with a traceback, before it raises what becomes our line
     for place, name, function in places:
         setattr(place, name, function)
     try:
@@ -191,5 +194,6 @@ def restricted(checkpoint: Path) -> Iterator[None]:
     finally:
         for (place, name, _), function in zip(places, before, strict=True):
             setattr(place, name, function)
+        root.setLevel(level)
         if refused:
             raise refused[0]

@@ -144,29 +144,32 @@ ENGINES = {
     "accelerate": ["engine/pytorch_model.bin", "engine/optimizer.bin", "engine/random_states_0.pkl"],
     "deepspeed": ["deepspeed/mp_rank_00_model_states.pt", "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"],
     "lightning": ["engine"],
+    "lightning, model_parallel": ["engine/.metadata", "engine/meta.pt"],
 }
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_checkpoint_of_an_engine_runs_nothing(tmp_path, engine):
     """Nor is anything passed over in silence; what the engine wrote itself is read as before."""
+    files, (engine, _, strategy) = ENGINES[engine], engine.partition(", ")
     pytest.importorskip(engine)
     data = write_jsonl(tmp_path / "data.jsonl", conversations(8))
     job = [f"trainer/train_sft_{engine}.py", *RUN_FLAGS, f"--data_path={data}", f"--cache_dir={tmp_path / 'cache'}"]
     job += ["--from_weight=none", f"--out_dir={tmp_path}", "--batch_size=2", "--save_total_limit=9", "--resume=auto"]
-    run_ranks(*job, "--max_steps=1")
+    job, nproc = ([*job, "--ddp", f"--strategy={strategy}"], 2) if strategy else (job, None)
+    run_ranks(*job, "--max_steps=1", nproc=nproc)
     folder = tmp_path / "full_sft_32/checkpoints/step_00000001"
-    for name in ENGINES[engine]:
+    for name in files:
         whole = (folder / name).read_bytes()
-        swap(folder / name, Payload(tmp_path / "marker"), "torch")
-        printed = run_ranks(*job, "--max_steps=2", code=2)
+        swap(folder / name, Payload(tmp_path / "marker"), "pickle" if name.endswith("metadata") else "torch")
+        printed = run_ranks(*job, "--max_steps=2", code=2, nproc=nproc)
         assert re.search(rf"^error: .*{re.escape(str(folder / name))}", printed, re.MULTILINE), printed
         assert "Traceback" not in printed and not (tmp_path / "marker").exists()
         (folder / name).write_bytes(whole)
         manifest = json.loads((folder / store.MANIFEST).read_text())
         manifest["files"][name] = store.describe(folder / name)
         (folder / store.MANIFEST).write_text(json.dumps(manifest))
-    assert "behind step 1" in run_ranks(*job, "--max_steps=2")
+    assert "behind step 1" in run_ranks(*job, "--max_steps=2", nproc=nproc)
 
 
 def test_a_tokenizer_folder_runs_nothing(tmp_path, tokenizer):
