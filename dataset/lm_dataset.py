@@ -7,7 +7,6 @@ the token that follows X[t], and loss_mask[t] says whether predicting it counts.
 
 import functools
 import hashlib
-import json
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset
 
 from dataset.chat_format import chat_coder, detect_format, encode_chats, normalise_row, plain_encoder
 from dataset.chat_rows import REFUSED, learns, present, refuse
-from dataset.token_cache import open_cache, replace_file
+from dataset.token_cache import open_cache, recall, remember
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE_DIR = ROOT / "out" / "cache"
@@ -56,16 +55,16 @@ class LazyTokenizer:
         files = sorted(path for path in self.folder.iterdir() if path.suffix in (".json", ".txt"))
         parts = [*(version(name).encode() for name in ("transformers", "tokenizers")), *(p.read_bytes() for p in files)]
         path = cache_dir / f"tokenizer_{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.json"
-        try:
-            self.size, text = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
-            self.size, text = len(self.loaded), self.loaded.backend_tokenizer.to_str()
+        known = recall(path)
+        if known is None:
+            known = {"size": len(self.loaded), "text": self.loaded.backend_tokenizer.to_str()}
             try:
                 cache_dir.mkdir(parents=True, exist_ok=True)
-                replace_file(path, json.dumps([self.size, text]))
+                remember(path, known)
             except OSError:  # what cannot be written is loaded next time, too
                 pass
-        return text
+        self.size = known["size"]
+        return known["text"]
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> LazyTokenizer:

@@ -3,6 +3,9 @@
 A cache is a folder named by a hash of everything its content depends on: the bytes of the data file, the tokenizer and
 the options. It is built beside its place and renamed into it when complete, under a lock: a killed build leaves nothing
 that could be taken for a cache, and of several processes one builds while the others wait.
+
+Every row has a checksum, which is compared whenever the row is read, and so has every small file, when the cache is
+opened. A cache that is not what was written is built again: at once, or by the next start where it is found in a run.
 """
 
 import fcntl
@@ -12,6 +15,7 @@ import mmap
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from dataset.read_rows import Row, read_rows
 
 VERSION = 2  # raise it when the meaning of the cached arrays changes
 CHUNK_BYTES = 1 << 20  # text encoded in one call: enough to keep all cores busy, small enough to keep memory flat
+ALTERED = "altered"  # a file in a cache that says: build it again
 DROP_PAGES_EVERY = 1 << 9  # rows read between two releases of the mapped pages; a read can map 64 KB
 
 # The rows of a chunk -> for each its token pieces [(ids, mask), ...] and whether it was truncated, or what is wrong
@@ -37,23 +42,29 @@ class TokenCache:
         lengths: (rows,) int32, tokens of each row including the one that is only predicted.
         supervised: (rows,) int32, tokens of each row that carry loss.
         difficulty: (rows,) float64, what the field that was asked for says of each row; None where none was.
+        checksums: (rows, 2) uint32, of the tokens and of the mask of each row; None in a cache older than these.
         stats: what building it counted: rows, tokens, supervised, dropped, truncated, bad, first_bad.
     """
 
     def __init__(self, folder: Path):
         try:
             meta = json.loads((folder / "meta.json").read_text())
+            if (folder / ALTERED).exists():
+                raise ValueError("a row differed from its checksum")
+            if {"checksum", "checksums"} & meta.keys() and meta_checksum(meta) != meta.get("checksum"):
+                raise ValueError("meta.json differs from its checksum")
             self.folder, self.key, self.stats = folder, meta["key"], meta["stats"]
             self.dtype, self.masked = np.dtype(meta["dtype"]), meta["masked"]
-            self.lengths = np.load(folder / "lengths.npy")
-            self.supervised = np.load(folder / "supervised.npy")
-            self.difficulty = np.load(folder / "difficulty.npy") if meta.get("field") else None
+            known = meta.get("checksums", {})
+            self.lengths, self.supervised = (load_array(folder / f"{n}.npy", known) for n in ("lengths", "supervised"))
+            self.difficulty = load_array(folder / "difficulty.npy", known) if meta.get("field") else None
+            self.checksums = load_array(folder / "checksums.npy", known) if known else None
             self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
             for name, width in (("tokens.bin", self.dtype.itemsize), ("mask.bin", int(self.masked))):
                 if (folder / name).stat().st_size != self.starts[-1] * width:
                     raise ValueError(f"{name} has a wrong size")
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ValueError(f"{folder}: this token cache is damaged ({error}); delete the folder") from None
+        except Exception as error:  # of json and numpy, a dozen types for a damaged header
+            raise ValueError(f"the token cache {folder} is damaged: {error}") from None
         self.maps: dict[str, mmap.mmap] = {}  # opened on first use, so that every worker process maps for itself
         self.reads = 0
 
@@ -73,9 +84,45 @@ class TokenCache:
         if self.reads % DROP_PAGES_EVERY == 0:  # mapped pages count as this process's memory until they are released
             for mapped in self.maps.values():
                 mapped.madvise(mmap.MADV_DONTNEED)
-        ids = self.read("tokens.bin", self.dtype, row).astype(np.int64)
-        mask = self.read("mask.bin", np.dtype(np.uint8), row).copy() if self.masked else np.ones(len(ids), np.uint8)
+        stored = self.read("tokens.bin", self.dtype, row)
+        mask = self.read("mask.bin", np.dtype(np.uint8), row) if self.masked else None
+        if self.checksums is not None:
+            tokens_sum, mask_sum = self.checksums[row].tolist()
+            if zlib.crc32(stored) != tokens_sum:
+                self.refuse("tokens.bin", row)
+            if self.masked and zlib.crc32(mask) != mask_sum:
+                self.refuse("mask.bin", row)
+        ids = stored.astype(np.int64)
+        mask = np.ones(len(ids), np.uint8) if mask is None else mask.copy()
+        if self.checksums is None and np.count_nonzero(mask[1:]) != self.supervised[row]:
+            self.refuse("mask.bin", row)
         return ids, mask
+
+    def refuse(self, name: str, row: int) -> None:
+        """Stop at a row that is not what was written. The cache stays for those who read it, until the next start."""
+        advice = "the next start builds this cache again: go on with --resume auto"
+        try:
+            (self.folder / ALTERED).touch()
+        except OSError:
+            advice = f"delete {self.folder} to have it built again"
+        raise ValueError(f"{self.folder / name} was altered: row {row} differs from its checksum; {advice}")
+
+
+def load_array(path: Path, checksums: dict) -> np.ndarray:
+    """A small array of a cache; ValueError: it differs from its checksum, where it has one."""
+    array = np.load(path)
+    if path.name in checksums and array_checksum(array) != checksums[path.name]:
+        raise ValueError(f"{path.name} differs from its checksum")
+    return array
+
+
+def array_checksum(array: np.ndarray) -> int:
+    return zlib.crc32(array, zlib.crc32(f"{array.dtype.str} {array.shape}".encode()))
+
+
+def meta_checksum(meta: dict) -> int:
+    """Of what meta.json says, this number apart."""
+    return zlib.crc32(json.dumps({**meta, "checksum": 0}, sort_keys=True).encode())
 
 
 def file_hash(path: Path, cache_dir: Path) -> str:
@@ -86,18 +133,29 @@ def file_hash(path: Path, cache_dir: Path) -> str:
     stat = path.stat()
     identity = [str(path.resolve()), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
     memo = cache_dir / f"hash_{hashlib.sha256(os.fsencode(identity[0])).hexdigest()[:16]}.json"
-    try:
-        known = json.loads(memo.read_text())
-        if known["identity"] == identity:
-            return known["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no memory of this file, or a torn one: hash again
+    known = recall(memo)
+    if known and known["identity"] == identity:
+        return known["sha256"]
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-    replace_file(memo, json.dumps({"identity": identity, "sha256": digest.hexdigest()}))
+    remember(memo, {"identity": identity, "sha256": digest.hexdigest()})
     return digest.hexdigest()
+
+
+def remember(path: Path, value: dict) -> None:
+    """Write what `recall` gives back."""
+    replace_file(path, json.dumps({**value, "checksum": meta_checksum(value)}))
+
+
+def recall(path: Path) -> dict | None:
+    """What was remembered; None: nothing, or it is torn or altered."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        return value if value["checksum"] == meta_checksum(value) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -139,15 +197,22 @@ def open_cache(
     described = json.dumps([VERSION, content, skip_bad, masked, options], sort_keys=True)
     key = hashlib.sha256(described.encode()).hexdigest()[:32]
     folder = cache_dir / key
-    if not folder.is_dir():
+    try:
+        return TokenCache(folder)
+    except ValueError as error:  # there is none, most often
+        problem = f"{error}; " if folder.exists() else ""
+    try:
+        lock = open(cache_dir / f"{key}.lock", "w")
+    except OSError as error:
+        raise ValueError(f"{problem}cannot write {error.filename}: {error.strerror}; see --cache_dir") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when the holder dies, however it dies
         try:
-            lock = open(cache_dir / f"{key}.lock", "w")
-        except OSError as error:
-            raise ValueError(f"cannot write {error.filename}: {error.strerror}; see --cache_dir") from None
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when the holder dies, however it dies
-            if not folder.is_dir():
-                build(data_path, folder, key, vocab_size, masked, encode, skip_bad, field)
+            return TokenCache(folder)  # of another process that held the lock
+        except ValueError as error:
+            if folder.exists():
+                print(f"{error}: it is built again", file=sys.stderr, flush=True)
+        build(data_path, folder, key, vocab_size, masked, encode, skip_bad, field)
     return TokenCache(folder)
 
 
@@ -171,11 +236,12 @@ def build(
     field: str | None,
 ) -> None:
     """Encode all rows into a folder beside `folder`, then rename it. The caller holds the lock."""
-    building = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)  # of a build that was killed
+    building, damaged = (folder.with_name(f"{folder.name}.{what}") for what in ("building", "damaged"))
+    for path in (building, damaged):  # of a build that was killed
+        shutil.rmtree(path, ignore_errors=True)
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     stats = {"rows": 0, "tokens": 0, "supervised": 0, "dropped": 0, "truncated": 0, "bad": 0, "first_bad": ""}
-    lengths, supervised, difficulty = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], []
+    lengths, supervised, difficulty, checksums = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [], []
 
     def bad_row(line: int, reason: str) -> None:
         if not skip_bad:
@@ -204,9 +270,13 @@ def build(
                 mask.extend(row_mask)
                 sizes.append(len(row_ids))
                 counts.append(row_mask.count(1) - row_mask[0])  # the first token is never predicted
-        tokens_file.write(np.array(ids, dtype))  # tofile would not say why it failed
+        ids, mask = np.array(ids, dtype), np.array(mask, np.uint8)
+        tokens_file.write(ids)  # tofile would not say why it failed
         if masked:
-            mask_file.write(np.array(mask, np.uint8))
+            mask_file.write(mask)
+        ends = np.cumsum(sizes, dtype=np.int64).tolist()
+        sums = [(zlib.crc32(ids[a:b]), zlib.crc32(mask[a:b])) for a, b in zip([0, *ends], ends, strict=False)]
+        checksums.append(np.array(sums, np.uint32).reshape(-1, 2))
         lengths.append(np.array(sizes, np.int32))
         supervised.append(np.array(counts, np.int32))
         if field:
@@ -240,19 +310,26 @@ def build(
         stats["rows"] = len(all_lengths)
         stats["tokens"] = int(all_lengths.sum(dtype=np.int64)) - len(all_lengths)
         stats["supervised"] = int(all_supervised.sum(dtype=np.int64))
-        np.save(building / "lengths.npy", all_lengths)
-        np.save(building / "supervised.npy", all_supervised)
+        arrays = {"lengths.npy": all_lengths, "supervised.npy": all_supervised}
+        arrays["checksums.npy"] = np.concatenate(checksums)
         meta = {"key": key, "dtype": dtype.name, "masked": masked, "source": data_path.name, "stats": stats}
         if field:
-            np.save(building / "difficulty.npy", np.concatenate(difficulty))
+            arrays["difficulty.npy"] = np.concatenate(difficulty)
             meta["field"] = field
+        for name, array in arrays.items():
+            np.save(building / name, array)
+        meta["checksums"] = {name: array_checksum(array) for name, array in arrays.items()}
+        meta["checksum"] = meta_checksum(meta)
         (building / "meta.json").write_text(json.dumps(meta))
         for path in building.iterdir():  # to the disk before the name that vouches for them
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+        if folder.exists():  # a damaged one: out of sight first, as a folder replaces none that has files
+            os.rename(folder, damaged)
         os.replace(building, folder)
     except OSError as error:
         where, why = error.filename or building, error.strerror or error
         raise ValueError(f"{where}: {why}; the token cache needs about the size of the data") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)

@@ -5,7 +5,9 @@ import ctypes
 import functools
 import hashlib
 import os
+import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -28,6 +30,25 @@ def cpu() -> str:
         return ""
 
 
+def open_to_others(path: Path) -> bool:
+    """Whether somebody else can have put code there: neither we, root nor the owner of this file own it, or more may
+    write to it than its owner and our own group."""
+    found = path.stat()
+    loose = stat.S_IWOTH if found.st_gid == os.getgid() else stat.S_IWOTH | stat.S_IWGRP
+    return found.st_uid not in (0, os.getuid(), os.stat(__file__).st_uid) or bool(found.st_mode & loose)
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """Where compiled functions are kept; None, with a line that says so: others can write there, and it is code."""
+    with contextlib.suppress(OSError):
+        FOLDER.mkdir(exist_ok=True)
+    if FOLDER.is_dir() and open_to_others(FOLDER):
+        print(f"{FOLDER} can be written by others: compiled anew, nothing there is run; chmod go-w", file=sys.stderr)
+        return None
+    return FOLDER
+
+
 @functools.cache
 def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL | None:
     """The functions of a source file beside this one for a dtype; None: there is no compiler, or none that can.
@@ -41,13 +62,12 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL | Non
     command = [os.environ.get("CXX", "g++"), *FLAGS, f"-DT={TYPES[dtype]}"]
     command += [f"-D{name}={value}" for name, value in macros.items()]
     key = repr((command, cpu(), *(file.read_bytes() for file in (path, *sorted(path.parent.glob("*.h"))))))
+    folder = cache_folder()
     target = FOLDER / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
-        if target.exists():
+        if folder and target.exists() and not open_to_others(target):
             return ctypes.CDLL(str(target))
-        with contextlib.suppress(OSError):
-            FOLDER.mkdir(exist_ok=True)
-        folder = FOLDER if os.access(FOLDER, os.W_OK) else None
+        folder = folder if os.access(FOLDER, os.W_OK) else None
         with tempfile.TemporaryDirectory(dir=folder) as name:
             built = Path(name) / path.stem
             subprocess.run([*command, path, "-o", built], check=True, capture_output=True)

@@ -1,6 +1,10 @@
 """Weights files: a plain state dict (NAME.pth) with the LMConfig beside it (NAME.json)."""
 
 import hashlib
+import re
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -69,11 +73,45 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such weights file; train that stage first, or see --from_weight") from None
     except Exception as error:  # torch raises half a dozen types for a torn or foreign file, some without a text
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise ValueError(f"{path}: not a weights file ({reason})") from None
+        raise ValueError(f"{path}: not a weights file ({what_is_wrong(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: not a plain state dict of tensors")
+    check_content(path)
+    for name, value in state.items():
+        if not value.sum().isfinite() and not value.isfinite().all():  # a sum alone is faster, and may overflow
+            raise ValueError(f"{path}: {name} has values that are not finite, so the model in it is broken")
     return state
+
+
+def check_content(path: str | Path) -> None:
+    """Compare a weights file with the checksums in it: torch.save writes a ZIP file, which has a CRC-32 of each tensor.
+
+    They are in the file, not beside it: a run that is killed between two files cannot part weights and checksum.
+
+    Raises:
+        ValueError: what is in the file is not what was saved.
+    """
+
+    def check(record: zipfile.ZipInfo) -> None:
+        if record.CRC:  # 0: torch was told to write none
+            with archive.open(record) as content:
+                while content.read(1 << 20):
+                    pass
+
+    try:
+        with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(4) as pool:  # zlib lets other threads run
+            list(pool.map(check, archive.infolist()))
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
+        raise ValueError(f"{path}: damaged, its content is not what was saved ({error}); take another copy") from None
+
+
+def what_is_wrong(error: Exception) -> str:
+    """Why a file of tensors could not be loaded, in a few words; torch's own advise to run what stands in it."""
+    text = str(error)
+    if named := re.search(r"GLOBAL (\S+)", text):
+        return f"it names {named[1]}, which is code and no data: a file of tensors is wanted"
+    reason = text.split("WeightsUnpickler error: ")[-1].strip() or type(error).__name__
+    return reason.splitlines()[0][:120]
 
 
 def hash_weights(state_dict: dict[str, Tensor]) -> str:

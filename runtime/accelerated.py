@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import checkpoint, deepspeed_engine, parallel
+from runtime import checkpoint, deepspeed_engine, parallel, safe_load
 from runtime.launcher import forget_leftovers, read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import is_fsdp, world
@@ -175,7 +175,7 @@ def register_plain_names(accelerator) -> None:
 
     def load(models: list, folder: str) -> None:
         while models:
-            state = torch.load(Path(folder) / "pytorch_model.bin", map_location="cpu", weights_only=True)
+            state = safe_load.load(Path(folder) / "pytorch_model.bin")
             accelerator.unwrap_model(models.pop()).load_state_dict(state)
 
     accelerator.register_save_state_pre_hook(save)
@@ -264,7 +264,8 @@ def end_training(accelerator, tracker: Tracker) -> None:
 def load(accelerator, found: Path | None) -> dict:
     """Put a checkpoint back into what was prepared; returns the counters, zeros for a new run."""
     if found is not None:
-        accelerator.load_state(str(found / "engine"))
+        with safe_load.restricted(found / "engine"):
+            accelerator.load_state(str(found / "engine"))
     return checkpoint.restore(found)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from runtime import background, store
+from runtime import background, safe_load, store
 from runtime.background import later, pause, wait
 from runtime.device import is_sharded
 from runtime.identity import LAST_STEP, check_identity, identity_of
@@ -29,6 +29,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 __all__ = ["save_run", "find_run", "load_run", "later", "wait", "save_file", "identity_of"]
 
 
+RUN = ("progress", "identity", "rng")  # what run.pt has, at least
 _shared: dict = {}  # the stager or the places of the copies, the process group of the writing thread
 
 
@@ -147,7 +148,7 @@ def write_saved_weights(path: Path, shapes: dict[str, torch.Size], part: str) ->
     """Write the weights of the newest checkpoint; `part` as in `save_weights`."""
     import torch.distributed.checkpoint as dcp
 
-    reader = dcp.FileSystemReader(_shared["newest"])
+    reader = safe_load.reader(_shared["newest"])
     saved = reader.read_metadata().state_dict_metadata
     whole = {f"model.{part}{name}": torch.empty(shape) for name, shape in shapes.items()}
     whole = {name: value for name, value in whole.items() if name in saved}
@@ -224,7 +225,7 @@ def find_run(folder: Path, source: str, identity: dict, accept: bool) -> tuple[P
             if found is None and source == "auto":
                 store.refuse_other_shapes(folder)
             if found is not None:
-                run = torch.load(found / "run.pt", weights_only=True)
+                run = safe_load.load(found / "run.pt", *RUN)
                 last = run["progress"].get("total_steps", identity[LAST_STEP])
                 changes = check_identity({LAST_STEP: last} | run["identity"], identity, found, accept)
         except ValueError as error:
@@ -247,10 +248,16 @@ def load_run(found: Path | None, model, optimizer, scaler) -> dict:
     """
     if found is None:
         return restore(None)
+    _shared["newest"] = found  # where weights are read back from until this run saves
+    with safe_load.reading(found):
+        load_tensors(safe_load.reader(found), model, optimizer)
+    return restore(found, scaler)
+
+
+def load_tensors(reader, model, optimizer) -> None:
+    """Put the tensors of a checkpoint into the model and the optimizer, whose state they make."""
     import torch.distributed.checkpoint as dcp
 
-    _shared["newest"] = found  # where weights are read back from until this run saves
-    reader = dcp.FileSystemReader(found)
     saved = reader.read_metadata().state_dict_metadata
     for name, (p, state, options) in states_of(model, optimizer).items():
         for key in [key.rpartition(".")[2] for key in saved if key.rpartition(".")[0] == f"optimizer.{name}"]:
@@ -261,7 +268,6 @@ def load_run(found: Path | None, model, optimizer, scaler) -> dict:
                 device = p.device if options.get("fused") else "cpu"
                 state[key] = torch.zeros(like.size, dtype=like.properties.dtype, device=device)
     dcp.load(run_tensors(model, optimizer), storage_reader=reader, no_dist=True)
-    return restore(found, scaler)
 
 
 def restore(found: Path | None, scaler: torch.amp.GradScaler | None = None) -> dict:
@@ -274,12 +280,13 @@ def restore(found: Path | None, scaler: torch.amp.GradScaler | None = None) -> d
     """
     if found is None:
         return {"step": 0, "epoch": 0, "step_in_epoch": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
-    run = torch.load(found / "run.pt", map_location="cpu", weights_only=True)
-    if run.get("scaler") and scaler is not None and scaler.is_enabled():
-        scaler.load_state_dict(run["scaler"])
+    run = safe_load.load(found / "run.pt", *RUN)
     rank, world_size = world()
-    if len(run["rng"]) == world_size:
-        set_rng_state(run["rng"][rank])
+    with safe_load.reading(found / "run.pt"):
+        if run.get("scaler") and scaler is not None and scaler.is_enabled():
+            scaler.load_state_dict(run["scaler"])
+        if len(run["rng"]) == world_size:
+            set_rng_state(run["rng"][rank])
     if rank == 0:
         print(f"resumed from {found} behind step {run['progress']['step']}", flush=True)
     return run["progress"]

@@ -3,11 +3,13 @@
 import os
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from model.lm import MiniMindLM, blocks
+from model.native import open_to_others
 from model.ops import recomputed
 from runtime.device import one_order
 
@@ -22,7 +24,17 @@ def compiler_works(device: torch.device, dtype: str) -> bool:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Have blocks compiled when they are first called, for any length: eight blocks of one shape are compiled once."""
+    """Have blocks compiled when they are first called, for any length: eight blocks of one shape are compiled once.
+
+    Raises:
+        ValueError: others can write where torch keeps what it has compiled, and would have it run here.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # no public name
+
+    folder = Path(cache_dir())
+    if open_to_others(folder):
+        remedy = "chmod go-w, or TORCHINDUCTOR_CACHE_DIR=FOLDER"
+        raise ValueError(f"{folder} can be written by others, and --compile runs what lies there: {remedy}")
     for block in blocks(model):
         block.compile(dynamic=True)
 

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
-from runtime import checkpoint, parallel, store
+from model.native import open_to_others
+from runtime import checkpoint, parallel, safe_load, store
 from runtime.deepspeed_config import OFFLOADS, curve_settings, section
 from runtime.device import one_order
 from runtime.launcher import forget_leftovers
@@ -39,6 +40,10 @@ def prepare(device: torch.device, config: dict) -> None:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("DeepSpeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
+    root = extensions()
+    for path in [root, *root.rglob("*.so")] if root.exists() else []:
+        if open_to_others(path) or open_to_others(path.parent):
+            raise ValueError(f"{path} can be written by others, and DeepSpeed would run it: chmod go-w, or delete it")
     if not dist.is_initialized():
         if device.index:
             raise ValueError(
@@ -64,6 +69,11 @@ def prepare(device: torch.device, config: dict) -> None:
                 "offload to nvme needs libaio, which DeepSpeed's async_io is built with: apt install libaio-dev, "
                 "or say where it lies in CFLAGS and LDFLAGS"
             )
+
+
+def extensions() -> Path:
+    """Where torch keeps what DeepSpeed has compiled."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
 
 
 def start(model: nn.Module, config: dict, args):
@@ -115,7 +125,7 @@ def load_ops(config: dict) -> None:
         builders.append(FusedAdamBuilder() if devices[0] == "none" else CPUAdamBuilder())
     elif "optimizer" not in config and devices[0] != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         builders.append(CPUAdamBuilder())
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    root = extensions()
     for builder in builders:
         root.mkdir(parents=True, exist_ok=True)
         with open(root / ".build_lock", "w") as lock:
@@ -263,10 +273,11 @@ def load_run(found: Path | None, engine) -> dict:
     """Put a checkpoint back into the engine and the generators; returns the counters, zeros for a new run."""
     if found is None:
         return checkpoint.restore(None)
-    if engine.zero_nvme_offload_optimizer():
-        load_from_disks(engine, found)
-    else:
-        engine.load_checkpoint(str(found), tag=TAG)
+    with safe_load.restricted(found):
+        if engine.zero_nvme_offload_optimizer():
+            load_from_disks(engine, found)
+        elif engine.load_checkpoint(str(found), tag=TAG)[0] is None:
+            raise ValueError(f"there is no {TAG} folder with files for this rank")
     return checkpoint.restore(found)
 
 
@@ -285,7 +296,7 @@ def load_from_disks(engine, found: Path) -> None:
     step(engine, 0.0)
     engine.load_checkpoint(str(found), tag=TAG)
     path = next((found / TAG).glob(f"*zero_pp_rank_{world()[0]}_*_optim_states.pt"))
-    saved = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]  # its hash was checked
+    saved = safe_load.load(path, "optimizer_state_dict")["optimizer_state_dict"]
     flats, states = engine.optimizer.fp32_partitioned_groups_flat, saved["optimizer_state_dict"]["state"]
     for number, (flat, its_weights) in enumerate(zip(flats, saved["fp32_flat_groups"], strict=True)):
         state = engine.optimizer.optimizer.state[flat]

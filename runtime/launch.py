@@ -221,6 +221,8 @@ def die_with_launcher(number: int = signal.SIGKILL) -> None:
 def explain(error: Exception) -> str:
     """The error in one line; for a process group that cannot be joined, with what to do."""
     text = " ".join(str(error).split())
+    if text.startswith("Caught ") and " in DataLoader worker " in text:  # with its traceback; the message comes last
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
     if not isinstance(error, dist.DistNetworkError):
         return text
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

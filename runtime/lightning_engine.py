@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset.packing import Plan, batches
-from runtime import launch
+from runtime import launch, safe_load
 from runtime.launcher import forget_leftovers, read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import compile_blocks, data_world, is_fsdp, sync_gradients, world, wrap
@@ -73,7 +73,7 @@ def make_trainer(args, folder: Path, progress: dict, tracker: Tracker):
         "model_parallel": lambda: ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1),
     }
     alone, cuda, bar = args.strategy == "none", args.device.type == "cuda", sys.stdout.isatty()
-    return Trainer(
+    trainer = Trainer(
         accelerator="gpu" if cuda else "cpu",
         devices=[args.device.index] if alone and cuda else here,
         num_nodes=processes // here,
@@ -90,6 +90,18 @@ def make_trainer(args, folder: Path, progress: dict, tracker: Tracker):
         callbacks=[TQDMProgressBar()] if bar else None,
         default_root_dir=folder,
     )
+    trainer.strategy.load_checkpoint = restricted(trainer.strategy.load_checkpoint)
+    return trainer
+
+
+def restricted(load_checkpoint: Callable) -> Callable:
+    """A strategy's way to read a checkpoint, which then builds nothing but data."""
+
+    def load(checkpoint_path, *args, **options):
+        with safe_load.restricted(checkpoint_path):
+            return load_checkpoint(checkpoint_path, *args, **options)
+
+    return load
 
 
 def make_loggers(args, folder: Path, progress: dict, tracker: Tracker) -> list:

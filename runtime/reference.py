@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,14 +74,14 @@ class Reference:
         if not self.needed or not self.cached:
             return pairs
         told = f"{self.identity} {pairs.key} {self.dtype} {self.device.type} {torch.__version__}"
-        path = pairs.cache.folder.with_name(f"reference_{hashlib.sha256(told.encode()).hexdigest()[:32]}.npy")
+        path = pairs.cache.folder.with_name(f"reference_{hashlib.sha256(told.encode()).hexdigest()[:32]}.npz")
         logps = gather_objects(load(path, len(pairs)) if world()[0] == 0 else None)[0]
         if logps is None:
             logps = self.compute(pairs)
             if world()[0] == 0:
                 temporary = path.with_name(f".{path.name}.{os.getpid()}")
                 with open(temporary, "wb") as file:
-                    np.save(file, logps)
+                    np.savez(file, logps=logps)  # a ZIP file, which has a checksum
                 os.replace(temporary, path)
         return ReferencedPairs(pairs, logps)
 
@@ -102,9 +103,15 @@ class Reference:
 
 
 def load(path: Path, pairs: int) -> np.ndarray | None:
-    """Remembered log-probabilities; None where there are none, or not of so many pairs."""
+    """Remembered log-probabilities; None where there are none. Altered ones are told of: they are computed again."""
     try:
-        logps = np.load(path)
-    except (OSError, ValueError, EOFError):
+        with np.load(path) as file:
+            logps = file["logps"]
+        if logps.shape != (pairs, 2) or logps.dtype != np.float32:
+            raise ValueError(f"{logps.shape} {logps.dtype} for {pairs} pairs")
+        return logps
+    except FileNotFoundError:
         return None
-    return logps if logps.shape == (pairs, 2) else None
+    except Exception as error:  # of numpy, zipfile and struct
+        print(f"{path} is damaged ({error}): it is computed again", file=sys.stderr, flush=True)
+        return None

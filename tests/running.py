@@ -142,9 +142,10 @@ def free_port() -> int:
 
 
 def run_ranks(*args, nproc=None, cwd=ROOT, code=0) -> str:
-    """Run a project script to its good end, as nproc ranks that no launcher watches; returns what they printed.
+    """Run a project script to its good end, or to another exit code, as nproc ranks that no launcher watches.
 
-    With `code` it has to end so, on all ranks.
+    Returns:
+        What they printed.
     """
     words = [str(ROOT / args[0]), *map(str, args[1:])]
     variables, port = {"CUDA_VISIBLE_DEVICES": ""}, free_port()

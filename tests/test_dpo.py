@@ -164,10 +164,16 @@ def test_two_ranks_train_as_one(train, alone, strategy):
 def test_a_cached_reference_gives_the_same_losses(train, alone):
     run = train("cached", "--use_moe=1", "--cache_reference=1")
     same_metrics(run, alone, rel=1e-6, abs=2e-6)
-    kept = list((train.folder / "cache").glob("reference_*.npy"))
+    kept = list((train.folder / "cache").glob("reference_*.npz"))
     before = kept[0].stat().st_mtime_ns
     train("again", "--use_moe=1", "--cache_reference=1", "--max_steps=1")
     assert len(kept) == 1 and kept[0].stat().st_mtime_ns == before, "asked again although the answers were kept"
+    content = bytearray(kept[0].read_bytes())
+    content[len(content) // 2] ^= 4
+    kept[0].write_bytes(content)
+    altered = train("altered", "--use_moe=1", "--cache_reference=1")
+    assert train.printed.count(f"{kept[0]} is damaged (Bad CRC-32 for file 'logps.npy'): it is computed again") == 1
+    same_metrics(altered, run, rel=0, abs=0)
 
 
 def test_three_resumes_change_nothing(train, alone):

@@ -1,6 +1,7 @@
 """The token cache: found again by content, and whole or not there, whatever kills, races and full disks do."""
 
 import hashlib
+import json
 import mmap
 import multiprocessing
 import os
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import chat, write_jsonl
+from conftest import RUN_FLAGS, chat, curve, write_jsonl
+from running import ROOT, run_ranks
 
 from dataset import lm_dataset, token_cache
 from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.packing import batches, plan_epoch
+from runtime import launch
 
 FORK = multiprocessing.get_context("fork")  # the imports are made: a child starts in no time
 
@@ -214,14 +218,102 @@ def test_build_that_is_interrupted_cleans_up(sft, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tokens.bin", "mask.bin", "lengths.npy", "meta.json"])
 @pytest.mark.parametrize("damage", ["shorter", "gone"])
-def test_damaged_cache_is_named(sft, name, damage):
-    folder = sft([chat("a", "b")]).cache.folder
+def test_a_damaged_cache_is_built_again(sft, capfd, name, damage):
+    before = sft([chat("a", "b")])
+    folder, expected = before.cache.folder, samples(before)
     if damage == "gone":
         (folder / name).unlink()
     else:
         (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-    with pytest.raises(ValueError, match=rf"^{folder}: this token cache is damaged \(.*\); delete the folder$"):
-        sft([chat("a", "b")])
+    assert samples(sft([chat("a", "b")])) == expected
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"the token cache {folder} is damaged: ") and line.endswith(": it is built again")
+    assert samples(sft([chat("a", "b")])) == expected and not capfd.readouterr().err
+
+
+def flip(path, at: int) -> None:
+    """One bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << at % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["lengths.npy", "supervised.npy", "checksums.npy", "meta.json"])
+def test_no_bit_of_a_small_file_changes_what_is_read(sft, capfd, name):
+    rows = [chat("a", "b"), chat("c", "d e")]
+    first = sft(rows)
+    for at in range(0, (first.cache.folder / name).stat().st_size, 9):
+        flip(first.cache.folder / name, at)
+        again = sft(rows)
+        assert samples(again) == samples(first) and again.stats == first.stats and again.key == first.key, at
+        assert np.array_equal(again.supervised, first.supervised) and np.array_equal(again.lengths, first.lengths)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "mask.bin"])
+def test_no_bit_of_a_row_changes_in_silence(sft, capfd, name):
+    rows = [chat("a", "b"), chat("c", "d e")]
+    first = sft(rows)
+    expected, path = samples(first), first.cache.folder / name
+    for at in range(0, path.stat().st_size, 5):
+        flip(path, at)
+        opened = sft(rows)
+        with pytest.raises(ValueError, match=rf"^{path} was altered: row \d differs from its checksum; the next start"):
+            samples(opened)
+        assert samples(sft(rows)) == expected, "the next start builds it again"
+    assert capfd.readouterr().err.count("is built again") == len(range(0, path.stat().st_size, 5))
+
+
+def test_a_cache_without_checksums_is_read_and_its_mask_counted(sft, tmp_path):
+    """As versions before the checksums built them."""
+    first = sft([chat("a", "b")])
+    folder, expected = first.cache.folder, samples(first)
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["checksum"], meta["checksums"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "checksums.npy").unlink()
+    assert samples(sft([chat("a", "b")])) == expected and sft([chat("a", "b")]).cache.checksums is None
+    (folder / "mask.bin").write_bytes(bytes((folder / "mask.bin").stat().st_size))
+    with pytest.raises(ValueError, match="mask.bin was altered"):
+        samples(sft([chat("a", "b")]))
+
+
+@pytest.mark.parametrize("kind", ["hash", "tokenizer"])
+def test_what_is_remembered_of_files_is_checked(tmp_path, kind):
+    path, folder = write_jsonl(tmp_path / "data.jsonl", [chat("a", "b")]), tmp_path / "cache"
+
+    def opened():
+        dataset = SFTDataset(path, lm_dataset.load_tokenizer(ROOT / "model/minimind_tokenizer"), 512, cache_dir=folder)
+        return dataset.key, samples(dataset)
+
+    expected = opened()
+    (memo,) = folder.glob(f"{kind}_*.json")
+    for at in range(0, memo.stat().st_size, 1 + memo.stat().st_size // 9):
+        flip(memo, at)
+        assert opened() == expected
+
+
+def test_a_run_stops_at_an_altered_row_and_the_next_one_builds_the_cache_again(job):
+    """Also with processes that read ahead: one line, without their tracebacks."""
+    flags = ["--from_weight=none", "--max_steps=3", "--batch_size=30"]
+    whole = job("whole", 90, *flags)
+    (tokens,) = job.folder.glob("cache/*/tokens.bin")
+    flip(tokens, 5)
+    words = ["trainer/train_full_sft.py", *RUN_FLAGS, f"--data_path={job.data[90]}", *flags]
+    words += [f"--cache_dir={job.folder / 'cache'}", f"--out_dir={job.folder / 'altered'}"]
+    printed = run_ranks(*words, code=2)
+    (line,) = [line for line in printed.splitlines() if "altered: row" in line]
+    assert line.startswith(f"error: {tokens} was altered: row 0 differs") and "Traceback" not in printed
+    run = job("again", 90, *flags)
+    assert [line["loss"] for line in curve(run)] == [line["loss"] for line in curve(whole)]
+
+
+def test_what_a_reading_process_finds_is_one_line(sft):
+    dataset = sft([chat("a", "b")])
+    flip(dataset.cache.folder / "mask.bin", 1)
+    plan = plan_epoch(dataset, np.arange(1), 0, 512, 0, 1, 0, 0)
+    with pytest.raises(ValueError, match="mask.bin was altered") as raised:
+        list(batches(dataset, plan, range(1), 0, 1, 1, num_workers=1))
+    assert launch.explain(raised.value).startswith(f"{dataset.cache.folder / 'mask.bin'} was altered: row 0 ")
 
 
 def test_chunks_do_not_matter(sft, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What the model and its files refuse, and in which words."""
 
+import math
 import os
 import re
 
@@ -8,7 +9,7 @@ import torch
 from test_model import MOE, TINY, build, ids
 
 from model.lm import LMConfig, MiniMindLM
-from model.weights import load_weights, newest_weights
+from model.weights import load_weights, newest_weights, read_tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What does not fit
@@ -118,6 +119,47 @@ def test_weight_files_that_do_not_fit_are_named_with_the_tensor(tmp_path):
     assert "the model has no model.layers.2." in weights_error(model, path)
     torch.save(build(**MOE).state_dict(), path)
     assert "--use_moe" in weights_error(model, path)
+
+
+def test_no_bit_of_a_weights_file_changes_in_silence(tmp_path):
+    """It is refused, or it is one between the tensors, of which nothing is read."""
+    model, path = build(), tmp_path / "m.pth"
+    torch.save(model.state_dict(), path)
+    whole, refused = path.read_bytes(), 0
+    places = range(7, len(whole), len(whole) // 150)
+    for at in places:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            state = read_tensors(path)
+            assert all(torch.equal(state[name], value) for name, value in model.state_dict().items()), at
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 0.8 * len(places)
+    path.write_bytes(whole[:9000] + bytes(4096) + whole[9000 + 4096 :])
+    assert "its content is not what was saved" in weights_error(model, path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    model, path = build(), tmp_path / "m.pth"
+    state = model.state_dict()
+    state["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    torch.save(state, path)
+    assert "model.layers.1.mlp.up_proj.weight has values that are not finite" in weights_error(model, path)
+
+
+def test_large_weights_and_files_without_checksums_load(tmp_path):
+    """A sum that overflows is no infinite weight; a saver that was told so writes no CRC."""
+    model, path = build(), tmp_path / "m.pth"
+    model.model.norm.weight.data.fill_(3e38)
+    torch.save(model.state_dict(), path)
+    load_weights(build(), path)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    torch.save(model.state_dict(), path)
+    torch.serialization.set_crc32_options(before)
+    load_weights(build(), path)
 
 
 def test_a_tied_model_loads_a_file_that_stores_the_matrix_once_and_refuses_an_untied_one(tmp_path):
