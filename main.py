@@ -16,8 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
+from runtime.launcher import die_with_launcher, read_launch
+
+die_with_launcher()  # before the imports, which take seconds
+
 from runtime import config, launch
-from runtime.launcher import read_launch
 
 ALGORITHMS = {
     "pretrain": "train_pretrain.py",

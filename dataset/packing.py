@@ -7,13 +7,13 @@ else. A row is a document, or with packing a pack of documents that together hav
 
 import functools
 import heapq
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+
+from dataset import readers
 
 
 @dataclass
@@ -161,18 +161,5 @@ def batches(
         split: for `dataset.collate`, where processes share a row: part, parts and multiple.
     """
     sampler = (docs for step in steps for docs in plan.micro_batches(step, rank, world_size, batch_size))
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=functools.partial(dataset.collate, **(split or {})),
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # DataLoader would draw a seed from the generator that dropout uses
-    )
-    # Ctrl-C and a launcher's signals go to the processes that read data, too, but the step still needs their rows. So
-    # they start, and stay, with these blocked, and end when the process that they read for does.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    collate = functools.partial(dataset.collate, **(split or {}))
+    return readers.read(dataset, sampler, collate, num_workers)

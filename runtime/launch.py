@@ -1,7 +1,6 @@
 """How a stage script starts and ends: its command line, signals, exit codes."""
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import math
@@ -123,7 +122,7 @@ class StopSignal:
 def ignores_hangup() -> bool:
     """Whether SIGHUP is not to end this process: nohup has it ignored.
 
-    But torchrun listens to it also under nohup, passes it on, and kills what has not ended half a minute later.
+    But torchrun listens to it also under nohup, passes it on, and kills what has not ended in its shut-down time.
     """
     from_torchrun = "SIGHUP" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "") and read_launch().launched
     return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and not from_torchrun
@@ -158,33 +157,38 @@ class OutlivingStream:
         os.close(nowhere)
 
 
+ONE_LINE = (ValueError, OSError, FloatingPointError, dist.DistNetworkError)  # what needs no traceback
+
+
 def run(main: Callable[[], int]) -> None:
     """Run a script's main and turn its end into an exit code.
 
-    A ValueError is the user's to mend: one line (per machine), exit code 2. A full disk, or gradients that are not
-    finite any more: one line, exit code 1. MINIMIND_DEBUG=1 shows their tracebacks. Anything else keeps its own.
-    torchrun's summary names the rank whose error came first.
+    A ValueError is the user's to mend: one line (per machine), exit code 2. A full disk, gradients that are not finite
+    any more, or a reader that was killed: one line, exit code 1. MINIMIND_DEBUG=1 shows their tracebacks. Anything else
+    keeps its own. torchrun's summary names the rank whose error came first.
     """
     code = 1
     escape_unencodable()
     try:
-        watched = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ  # torchrun, DeepSpeed's launcher
-        if read_launch().launched and watched:
-            die_with_launcher()
+        read_launch()
         keep_memory()
         code = main() or 0
+        if dist.is_initialized():
+            leave_together()
     except KeyboardInterrupt:
         code = 130
-    except (ValueError, OSError, FloatingPointError, dist.DistNetworkError) as error:
+    except Exception as error:
+        of_reader = "DataLoader worker" in str(error)  # which is of this rank alone
+        killed = of_reader and not str(error).startswith("Caught")
+        if not killed and not isinstance(error, ONE_LINE):
+            report(error, "".join(traceback.format_exception(error)))
+            raise
         if os.environ.get("MINIMIND_DEBUG"):
             traceback.print_exc()
-        if not is_quiet():
+        if of_reader or not is_quiet():
             print(f"error: {explain(error)}", file=sys.stderr, flush=True)
-        code = 1 if isinstance(error, OSError | FloatingPointError) else 2
+        code = 1 if killed or isinstance(error, OSError | FloatingPointError) else 2
         report(error, explain(error))
-    except Exception as error:
-        report(error, "".join(traceback.format_exception(error)))
-        raise
     finally:
         if code == 1:
             checkpoint.rescue()
@@ -192,6 +196,13 @@ def run(main: Callable[[], int]) -> None:
             dist.destroy_process_group()
     sys.stdout.flush()
     sys.exit(code)
+
+
+def leave_together() -> None:
+    """Wait until all ranks are here: torchrun takes the first that a signal has stopped for one that failed, and gives
+    those that still save half a minute."""
+    with contextlib.suppress(RuntimeError):  # another one failed, and says so
+        dist.barrier()
 
 
 def report(error: Exception, text: str) -> None:
@@ -207,19 +218,10 @@ def report(error: Exception, text: str) -> None:
             json.dump({"message": {"message": text, "extraInfo": extra}}, file)
 
 
-def die_with_launcher(number: int = signal.SIGKILL) -> None:
-    """Let the kernel end this process when torchrun is killed: an orphan would train on beside the run's successor."""
-    launcher = os.getppid()
-    try:
-        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG, Linux
-    except (OSError, AttributeError):
-        return
-    if os.getppid() != launcher:  # it died while we asked
-        os._exit(1)
-
-
 def explain(error: Exception) -> str:
-    """The error in one line; for a process group that cannot be joined, with what to do."""
+    """The error in one line; for a process group that cannot be joined or a reader that is lost, with what to do."""
+    if "DataLoader worker" in str(error):
+        return explain_reader(str(error))
     text = " ".join(str(error).split())
     if text.startswith("Caught ") and " in DataLoader worker " in text:  # with its traceback; the message comes last
         text = text.rpartition(f"{type(error).__name__}: ")[2]
@@ -228,6 +230,16 @@ def explain(error: Exception) -> str:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     remedy = "the port is busy, choose another --master_port" if "EADDRINUSE" in text else "is that host reachable?"
     return f"cannot join the process group at {where}: {remedy} ({text[:150]})"
+
+
+def explain_reader(text: str) -> str:
+    """What DataLoader says about a process of --num_workers, in one line."""
+    if raised := re.match(r"Caught .*\n\w+: (.*)", text, re.DOTALL):  # the last line of its traceback
+        return " ".join(raised[1].split())
+    return (
+        f"a process that reads data ended: {' '.join(text.split())} If memory ran out, take fewer --num_workers; "
+        "--resume auto goes on from the last checkpoint"
+    )
 
 
 def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:

@@ -3,10 +3,17 @@
 torchrun, `accelerate launch` and `deepspeed` all set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT:
 what torch needs to join a process group. Some of them alone are no launch: schedulers and job scripts
 leave such variables behind.
+
+A process that a launcher started must not outlive it, whenever that is killed. It asks before the imports that take
+seconds, so this file imports no more than a few modules of Python itself.
 """
 
+import ctypes
 import os
+import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by torch.distributed's env://
@@ -97,3 +104,60 @@ def is_quiet() -> bool:
         return read_launch().local_rank > 0
     except ValueError:  # which is the error to tell of
         return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The life of a launcher, which is the life of what it started
+# ---------------------------------------------------------------------------------------------------------------------
+
+STARTED_BY = "MINIMIND_STARTED_BY"  # to a process that we start: the id of the one that must be its parent
+
+
+def die_with_launcher() -> None:
+    """Have this process killed when its launcher is: an orphan would train on beside the run's successor.
+
+    Nothing happens where no launcher started it: a run outlives its shell. What this process starts is not meant.
+    """
+    watched = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ  # torchrun, DeepSpeed's launcher
+    watched = watched and all(os.environ.get(name) for name in NEEDED)
+    launcher = os.environ.pop(STARTED_BY, None)
+    if launcher is None and not watched:
+        return
+    parent = os.getppid()
+    if launcher not in (None, str(parent)) or parent == 1 and not is_python(1):
+        os._exit(1)  # it was killed before this process could ask
+    if not signal_when_parent_dies(signal.SIGKILL):
+        threading.Thread(target=watch_parent, args=[parent], daemon=True).start()
+    if os.getppid() != parent:  # it was killed while we asked
+        os._exit(1)
+
+
+def is_python(process: int) -> bool:
+    """Whether a process may be a launcher; process 1 is one in a container, elsewhere it takes in orphans."""
+    try:
+        with open(f"/proc/{process}/cmdline", "rb") as file:
+            return b"python" in file.read().split(b"\0")[0]
+    except OSError:
+        return sys.platform == "linux"  # no way to know
+
+
+def signal_when_parent_dies(number: int) -> bool:
+    """Ask the kernel for it; False where that cannot be had, which is everywhere but on Linux."""
+    try:
+        return ctypes.CDLL(None).prctl(1, number) == 0  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        return False
+
+
+def watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def become_launcher(parent: int) -> None:
+    """In a process that is about to turn into a launcher: tell its ranks its id, and end with `parent`, by SIGTERM."""
+    os.environ[STARTED_BY] = str(os.getpid())
+    signal_when_parent_dies(signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)

@@ -11,6 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from runtime.launcher import STARTED_BY
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -67,7 +69,7 @@ def run_processes(command: list[str], processes: int, seconds: float) -> str:
     # Of a launch around this one nothing may reach them.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-    variables |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    variables |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1", STARTED_BY: str(os.getpid())}
     end, started = time.monotonic() + seconds, []
     try:
         for rank in map(str, range(processes)):

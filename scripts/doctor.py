@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime.launcher import read_launch
+from runtime.launcher import die_with_launcher, read_launch
 from runtime.terminal import escape_unencodable
 
 REQUIRED = ("torch", "transformers", "numpy", "wandb")
@@ -313,6 +313,7 @@ def examine_launch(args) -> int:
 
 
 def main() -> int:
+    die_with_launcher()
     try:
         launch = read_launch()
     except ValueError as error:

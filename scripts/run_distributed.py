@@ -28,10 +28,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from main import ALGORITHMS, choose_engine, stage_script
-from runtime import launch
+from runtime import launch, launcher
 from scripts import preflight
 
 PORT = 29500  # where the nodes of a job meet
+SAVE_SECONDS = 1800  # what processes have to save behind a signal, before torchrun kills them
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -90,7 +91,7 @@ def run(command: list[str], variables: dict[str, str]) -> int:
     In its own session, so that Ctrl-C does not reach it twice: the second signal would end it before it has saved.
     A SIGHUP that is ignored, as under nohup, stays so. When this process is killed, the command is asked to end.
     """
-    received, process = [], None
+    received, process, pid = [], None, os.getpid()
 
     def forward(number: int, frame: object) -> None:
         received.append(number)
@@ -99,11 +100,9 @@ def run(command: list[str], variables: dict[str, str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, *([] if launch.ignores_hangup() else [signal.SIGHUP])):
         signal.signal(number, forward)
+    os.environ.update(variables)
     process = subprocess.Popen(
-        command,
-        env={**os.environ, **variables},
-        start_new_session=True,
-        preexec_fn=lambda: launch.die_with_launcher(signal.SIGTERM),
+        command, start_new_session=True, preexec_fn=lambda: launcher.become_launcher(pid)
     )
     if received:
         process.send_signal(received[0])
@@ -139,6 +138,8 @@ def main() -> int:
     cuda = gpus and flags.device != "cpu"
     threads = os.environ.get("OMP_NUM_THREADS", max(1, torch.get_num_threads() // args.nproc_per_node))
     variables = {"OMP_NUM_THREADS": str(threads)}
+    if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+        variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVE_SECONDS)
     if args.max_restarts:  # torchrun's own store would hand the addresses of dead processes to their successors
         variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if launch.ignores_hangup():  # torchrun would listen to it all the same

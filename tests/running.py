@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pty
 import runpy
+import select
 import signal
 import socket
 import struct
@@ -65,6 +66,16 @@ def processes_of(process: subprocess.Popen, *variables: str) -> list[int]:
             if marks <= set((folder / "environ").read_bytes().split(b"\0")):
                 found.append(int(folder.name))
     return sorted(found)
+
+
+def wait_for_end(process: subprocess.Popen, seconds: float = 60) -> None:
+    """Until nothing is left of what a script has started, itself included."""
+    while left := processes_of(process):
+        with contextlib.suppress(ProcessLookupError):
+            handle = os.pidfd_open(left[0])
+            ended = select.select([handle], [], [], seconds)[0]
+            os.close(handle)
+            assert ended, f"still there: {Path(f'/proc/{left[0]}/cmdline').read_bytes().split(bytes(1))}"
 
 
 def kill_all(process: subprocess.Popen) -> None:

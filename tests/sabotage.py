@@ -1,11 +1,15 @@
 """Run a script with something going wrong on one rank: sabotage.py PHASE RANK SCRIPT ARGS
 
-PHASE: data, model, forward, clip, save: the rank raises there (in the loop: at its third step);
+PHASE: data, model, forward, clip, evaluation, save: the rank raises there (in the loop: at its third step);
+       reader: one of its processes of --num_workers raises; mistake: a ValueError; killed: it is ended by kill -9;
        weight: the rank changes one of its weights behind the second step.
+A process that no launcher started is rank 0. With --max_restarts only the first attempt goes wrong.
 """
 
+import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -14,15 +18,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 import dataset.packing  # noqa: E402
+from dataset.lm_dataset import CachedDataset  # noqa: E402
 from model.lm import MiniMindLM  # noqa: E402
-from runtime import checkpoint, parallel  # noqa: E402
+from runtime import checkpoint, evaluation, parallel  # noqa: E402
 
 PLACES = {
     "data": (dataset.packing, "split_rows", 1),
     "model": (parallel, "wrap", 1),
     "forward": (MiniMindLM, "layout", 3),
     "clip": (parallel, "clip_gradients", 3),
+    "evaluation": (evaluation, "sum_over_rows", 1),
     "save": (checkpoint, "save_run", 1),
+    "reader": (CachedDataset, "__getitem__", 3),
+    "mistake": (CachedDataset, "__getitem__", 3),
+    "killed": (CachedDataset, "__getitem__", 3),
     "weight": (parallel, "clip_gradients", 3),
 }
 
@@ -32,12 +41,15 @@ def sabotage(phase: str) -> None:
     original, calls = getattr(place, name), []
 
     def wrong(*args, **kwargs):
-        calls.append(name)
+        if name != "__getitem__" or multiprocessing.parent_process():  # in a reader
+            calls.append(name)
         if len(calls) == at and phase == "weight":
             with torch.no_grad():
                 parallel.unwrap(args[0]).model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+        elif len(calls) == at and phase == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         elif len(calls) == at:
-            raise RuntimeError(f"sabotage in {phase}")
+            raise (ValueError if phase == "mistake" else RuntimeError)(f"sabotage in {phase}")
         return original(*args, **kwargs)
 
     setattr(place, name, wrong)
@@ -45,6 +57,6 @@ def sabotage(phase: str) -> None:
 
 if __name__ == "__main__":
     phase, rank, *sys.argv = sys.argv[1:]
-    if os.environ["RANK"] == rank:
+    if os.environ.get("RANK", "0") == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         sabotage(phase)
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -107,10 +107,17 @@ def test_the_command(launcher, capsys, monkeypatch):
     assert command[1:8] == words and command[8] == str(ROOT / "trainer/train_full_sft.py")
     assert command[-3:] == ["--seed", "7", "--ddp"] and "--config" in command
     line = capsys.readouterr().out.strip()
-    assert subprocess.run(["bash", "-c", f"printf '%s\\n' {line.split(' ', 2)[2]}"], capture_output=True, text=True)\
+    assert subprocess.run(["bash", "-c", f"printf '%s\\n' {line.split(' ', 3)[3]}"], capture_output=True, text=True)\
         .stdout.splitlines() == command  # fmt: skip
-    assert line.startswith("OMP_NUM_THREADS=1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 ")
-    assert variables == {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    time_to_save = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1800"}
+    expected = {"OMP_NUM_THREADS": "1", **time_to_save, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    assert variables == expected
+    assert line.startswith(" ".join(f"{name}={value}" for name, value in expected.items()))
+
+
+def test_a_time_to_save_that_the_user_has_set_stays(launcher, monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in launcher("--nproc_per_node 2")[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -142,3 +142,14 @@ def test_a_reader_that_leaves_does_not_end_a_run(job, tmp_path):
     finally:
         kill_all(process)
         process.stderr.close()
+
+
+def test_ranks_leave_together(monkeypatch):
+    """torchrun takes the first rank that a signal has stopped for one that failed, and kills one that saves longer."""
+    calls = []
+    monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(launch.dist, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(launch.dist, "destroy_process_group", lambda: calls.append("destroy"))
+    with pytest.raises(SystemExit) as end:
+        launch.run(lambda: calls.append("saved") or 143)
+    assert end.value.code == 143 and calls == ["saved", "barrier", "destroy"]

@@ -16,12 +16,16 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from runtime.launcher import die_with_launcher, read_launch
+
+die_with_launcher()  # before the imports, which take seconds
+
 import numpy as np
 import torch
 import torch.distributed as dist
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import SFTDataset, describe, load_tokenizer
 from dataset.packing import batches, plan_epoch, split_rows
@@ -30,7 +34,6 @@ from model.lora import adapter_json, adapter_tensors, add_lora
 from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate
-from runtime.launcher import read_launch
 from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker

@@ -21,12 +21,16 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from runtime.launcher import die_with_launcher, read_launch
+
+die_with_launcher()  # before the imports, which take seconds
+
 import numpy as np
 import torch
 import torch.distributed as dist
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import load_tokenizer
 from dataset.packing import plan_epoch, split_rows
@@ -35,7 +39,6 @@ from model.lm import LMConfig, MiniMindLM
 from model.reward import ActorCritic, RewardConfig, RewardModel
 from model.weights import hash_weights, start_weights
 from runtime import checkpoint, launch, parallel, rewards, rollout
-from runtime.launcher import read_launch
 from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker

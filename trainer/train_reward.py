@@ -15,12 +15,16 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from runtime.launcher import die_with_launcher, read_launch
+
+die_with_launcher()  # before the imports, which take seconds
+
 import numpy as np
 import torch
 import torch.distributed as dist
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import load_tokenizer
 from dataset.packing import batches, plan_epoch
@@ -31,7 +35,6 @@ from model.reward import RewardConfig, RewardModel
 from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate_pairs
-from runtime.launcher import read_launch
 from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
