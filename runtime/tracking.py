@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from runtime import heartbeat
 from runtime.terminal import replace_surrogates
 
 MAX_SKIPPED = 20  # enough for the scale of float16 to come down from its start, 2 ** 14
@@ -73,6 +74,7 @@ class Tracker:
             progress: the run's counters; `run_id`, its identity at wandb, is set here for a new run.
         """
         progress.setdefault("run_id", secrets.token_hex(4))
+        heartbeat.follow(progress)
         if progress.setdefault("total_steps", total_steps) != total_steps:
             was, progress["total_steps"] = progress["total_steps"], total_steps
             self.print(f"the run was to end at step {was} and now ends at {total_steps}: its learning rates change")

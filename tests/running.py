@@ -141,8 +141,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(*args, nproc=None, cwd=ROOT) -> str:
-    """Run a project script to its good end, as nproc ranks that no launcher watches; returns what they printed."""
+def run_ranks(*args, nproc=None, cwd=ROOT, code=0) -> str:
+    """Run a project script to its end, as nproc ranks that no launcher watches; returns what they printed.
+
+    All of them must end with that exit code.
+    """
     words = [str(ROOT / args[0]), *map(str, args[1:])]
     variables, port = {"CUDA_VISIBLE_DEVICES": ""}, free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +160,7 @@ def run_ranks(*args, nproc=None, cwd=ROOT) -> str:
         for process in processes:
             process.kill()
         printed = "".join(output.read_text(errors="replace") for output in outputs if output.exists())
-    assert codes == [0] * len(codes), f"exit codes {codes}: {' '.join(words)}\n{printed}"
+    assert codes == [code] * len(codes), f"exit codes {codes}: {' '.join(words)}\n{printed}"
     return printed
 
 

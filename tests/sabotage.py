@@ -1,9 +1,11 @@
 """Run a script with something going wrong on one rank: sabotage.py PHASE RANK SCRIPT ARGS
 
 PHASE: data, model, forward, clip, save: the rank raises there (in the loop: at its third step);
-       weight: the rank changes one of its weights behind the second step.
+       weight: the rank changes one of its weights behind the second step;
+       nan, flip: what the rank holds of a gradient changes behind the third exchange, to NaN or to a finite number.
 """
 
+import math
 import os
 import runpy
 import sys
@@ -16,6 +18,7 @@ import torch  # noqa: E402
 import dataset.packing  # noqa: E402
 from model.lm import MiniMindLM  # noqa: E402
 from runtime import checkpoint, parallel  # noqa: E402
+from runtime.device import local  # noqa: E402
 
 PLACES = {
     "data": (dataset.packing, "split_rows", 1),
@@ -24,7 +27,10 @@ PLACES = {
     "clip": (parallel, "clip_gradients", 3),
     "save": (checkpoint, "save_run", 1),
     "weight": (parallel, "clip_gradients", 3),
+    "nan": (parallel, "clip_gradients", 3),
+    "flip": (parallel, "clip_gradients", 3),
 }
+GRADIENTS = {"nan": math.nan, "flip": 0.1}
 
 
 def sabotage(phase: str) -> None:
@@ -36,6 +42,9 @@ def sabotage(phase: str) -> None:
         if len(calls) == at and phase == "weight":
             with torch.no_grad():
                 parallel.unwrap(args[0]).model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+        elif len(calls) == at and phase in GRADIENTS:
+            p = next(p for p in args[0].parameters() if p.grad is not None and local(p.grad).numel())
+            local(p.grad).view(-1)[0] = GRADIENTS[phase]
         elif len(calls) == at:
             raise RuntimeError(f"sabotage in {phase}")
         return original(*args, **kwargs)

@@ -115,7 +115,7 @@ def test_a_second_hangup_is_none(stop):
     """A closed terminal sends two, by its shell and by the kernel: that is nobody's impatience."""
     for number in (signal.SIGHUP, signal.SIGHUP):
         stop.receive(number, None)
-    assert stop.number == signal.SIGHUP and not stop.ended
+    assert stop.received == signal.SIGHUP and not stop.ended
     stop.receive(signal.SIGTERM, None)
     assert stop.ended == [143]
 
