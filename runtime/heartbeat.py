@@ -1,4 +1,4 @@
-"""Every rank says each few seconds that it lives and what it does: one that is stopped, or stuck, is named.
+"""Every few seconds each rank says that it lives and what it does: one that is stuck is named.
 
 Ranks beat in the job's store, over connections of their own. Rank 0 listens to all others and they
 to rank 0; while that is silent, they listen to each other, and the lowest that lives speaks. What a
@@ -69,7 +69,7 @@ def stop() -> None:
 
 
 def explain_timeout() -> str:
-    """Where the ranks are that this one has waited for, when a collective has timed out; '' without a heartbeat."""
+    """Where the ranks are, for a collective that has timed out; '' without a heartbeat."""
     return _current["heartbeat"].explain_timeout() if "heartbeat" in _current else ""
 
 
@@ -116,22 +116,33 @@ class Trouble:
 class Heartbeat:
     """The beat of this process, and what it hears."""
 
-    def __init__(self, launched: Launch, minutes: float, report: Callable[[Exception, str], None]) -> None:
-        self.launched, self.rank, self.minutes, self.report = launched, launched.rank, minutes, report
-        self.host, self.began = socket.gethostname(), time.monotonic()
+    def __init__(
+        self, launched: Launch, minutes: float, report: Callable[[Exception, str], None]
+    ) -> None:
+        self.rank = launched.rank
+        self.minutes = minutes
+        self.report = report
+        self.host = socket.gethostname()
+        self.began = time.monotonic()
+        # The store is in torchrun, or where that says so, and under other launchers, in rank 0.
         self.address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        # As in torch: the store is in torchrun, or where that says so, and under other launchers, in rank 0.
         self.of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.has_store = self.rank == 0 and not self.of_launcher
+        # Of what all ranks see, one on each host speaks; on rank 0's, that may be stopped, another.
+        self.speaks_for_host = launched.local_rank == 0 or self.rank == 1
         self.peers = {rank: Peer() for rank in range(launched.world_size) if rank != self.rank}
-        self.answered: float | None = None  # when the store did for the last time; None before it is reached
-        self.problem = "no answer"  # why it is not
-        self.number, self.place, self.since = 0, "", self.began  # beats, what the main thread does, since when
-        self.reached, self.stopping, self.stopped = (threading.Event() for _ in range(3))
+        self.answered: float | None = None  # when the store did last; None until it is reached
+        self.problem = "no answer"  # why it is not reached
+        self.number = 0  # of beats
+        self.place = ""  # what the main thread does,
+        self.since = self.began  # and since when
+        self.reached = threading.Event()
+        self.stopping = threading.Event()
+        self.stopped = threading.Event()
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
     # The thread that talks to the store
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
 
     def talk(self) -> None:
         try:
@@ -148,12 +159,12 @@ class Heartbeat:
         self.stopped.set()
 
     def connect(self) -> dist.Store | None:
-        """A connection to the store as soon as there is one. On rank 0 it keeps the store alive, too."""
+        """A connection to the store as soon as it is there. On rank 0 that keeps it alive, too."""
         while not self.stopping.is_set():
             try:
                 socket.create_connection(self.address, timeout=SILENT).close()
-            except OSError as error:
-                self.problem = error.strerror or str(error)
+            except (OSError, UnicodeError) as error:
+                self.problem = getattr(error, "strerror", None) or str(error)
                 self.stopping.wait(INTERVAL / 10)
                 continue
             self.problem = "what answers there is none"
@@ -168,7 +179,13 @@ class Heartbeat:
         if place != self.place:
             self.place, self.since = place, now
         self.number += 1
-        beat = {"number": self.number, "host": self.host, "place": place, "still": now - self.since, "ended": ended}
+        beat = {
+            "number": self.number,
+            "host": self.host,
+            "place": place,
+            "still": now - self.since,
+            "ended": ended,
+        }
         store.set(key(self.rank), json.dumps(beat))
 
     def listen(self, store: dist.Store) -> None:
@@ -195,19 +212,20 @@ class Heartbeat:
         self.beat(store, ended=True)
         if self.has_store:
             end = time.monotonic() + 2
-            while not all(peer.has_ended() for peer in self.peers.values()) and time.monotonic() < end:
+            while time.monotonic() < end and not all(p.has_ended() for p in self.peers.values()):
                 self.listen(store)
                 time.sleep(0.01)
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
     # The thread that looks at what was heard
-    # -----------------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
 
     def watch(self) -> None:
-        said, looked = {}, time.monotonic()  # of each subject: the seconds after which to speak of it again
+        said = {}  # of each subject: the seconds after which to speak of it again
+        looked = time.monotonic()
         while not self.stopping.wait(INTERVAL):
             now = time.monotonic()
-            if now - looked > 3 * INTERVAL:  # this process was stopped itself, and could hear nothing
+            if now - looked > 3 * INTERVAL:  # this process was stopped itself, and heard nothing
                 self.forget_silence(now)
             looked = now
             troubles = self.troubles(now)
@@ -228,27 +246,18 @@ class Heartbeat:
         self.answered = None if self.answered is None else now
 
     def end(self, text: str) -> None:
-        """End this process; its launcher then ends the others. What has been saved is whole at any moment."""
+        """End this process; its launcher ends the others. What was saved is whole at any moment."""
         write(f"error: {text}")
         self.report(RuntimeError(text), text)
         os._exit(1)
 
     def troubles(self, now: float) -> dict[tuple, Trouble]:
         """What there is to say now, by subject."""
-        where, is_told = "{}:{}".format(*self.address), self.launched.local_rank == 0 or self.rank == 1
+        seconds = now - (self.began if self.answered is None else self.answered)
+        if seconds >= SILENT:
+            return self.no_answer(seconds)
         if self.answered is None:
-            seconds = now - self.began
-            text = (
-                f"rank {self.rank} on {self.host} cannot reach the job's store at {where} for {span(seconds)} "
-                f"({self.problem}): is rank 0 running there, are MASTER_ADDR and MASTER_PORT right, is the port open?"
-            )
-            return {("store",): Trouble(seconds, text, is_told=is_told)} if seconds >= SILENT else {}
-        if now - self.answered >= SILENT:
-            seconds, first = now - self.answered, self.peers.get(0, Peer())
-            if not self.of_launcher and first.beat:
-                return {("silent", 0): Trouble(seconds, silence(0, first, seconds), is_told=is_told)}
-            text = f"the job's store at {where} has given no answer for {span(seconds)}: is torchrun there stopped?"
-            return {("store",): Trouble(seconds, text, is_told=is_told)}
+            return {}
         if any(rank < self.rank and not peer.is_gone(now) for rank, peer in self.peers.items()):
             return {}  # a lower rank speaks
         silent = {rank: peer.silent_for(now) for rank, peer in self.peers.items()}
@@ -259,8 +268,23 @@ class Heartbeat:
         }
         return troubles or self.stuck(now)
 
+    def no_answer(self, seconds: float) -> dict[tuple, Trouble]:
+        where, told = "{}:{}".format(*self.address), self.speaks_for_host
+        if self.answered is None:
+            text = (
+                f"rank {self.rank} on {self.host} cannot reach the job's store at {where} for "
+                f"{span(seconds)} ({self.problem}): is rank 0 running there, are MASTER_ADDR and "
+                "MASTER_PORT right, is the port open?"
+            )
+            return {("store",): Trouble(seconds, text, is_told=told)}
+        first = self.peers.get(0, Peer())
+        if first.beat and not self.of_launcher:
+            return {("silent", 0): Trouble(seconds, silence(0, first, seconds), is_told=told)}
+        text = f"the job's store at {where} has given no answer for {span(seconds)}"
+        return {("store",): Trouble(seconds, f"{text}: is torchrun there stopped?", is_told=told)}
+
     def stuck(self, now: float) -> dict[tuple, Trouble]:
-        """Ranks that wait for each other at different places. Collectives time out by themselves."""
+        """Ranks that wait for each other at different places; collectives time out themselves."""
         beats = [peer.beat for peer in self.peers.values() if not peer.has_ended()]
         if None in beats or not beats:
             return {}
@@ -271,7 +295,8 @@ class Heartbeat:
         return {("stuck",): Trouble(seconds, text, ends=False)}
 
     def explain_timeout(self) -> str:
-        return f"waited for other ranks for {span(60 * self.minutes)} (--timeout): {self.describe_ranks()}"
+        waited = span(60 * self.minutes)
+        return f"waited for other ranks for {waited} (--timeout): {self.describe_ranks()}"
 
     def describe_ranks(self) -> str:
         """Where they are that this process listens to, and itself; where fewer are comes first."""
@@ -282,18 +307,19 @@ class Heartbeat:
                 ranks_of.setdefault((beat["host"], beat["place"]), []).append(rank)
         groups = sorted(ranks_of.items(), key=lambda group: (len(group[1]), self.rank in group[1]))
         texts = [
-            f"rank {', '.join(map(str, sorted(ranks)))} on {host} is in {place}" for (host, place), ranks in groups
+            f"rank {', '.join(map(str, sorted(ranks)))} on {host} is in {place}"
+            for (host, place), ranks in groups
         ]
         return "; ".join(texts[:4] + ["..."] * (len(texts) > 4))
 
 
 def silence(rank: int, peer: Peer, seconds: float) -> str:
     if peer.beat is None:
-        return f"rank {rank} has not joined the job for {span(seconds)}: was it started, and can it reach MASTER_ADDR?"
-    beat = peer.beat
+        missing = f"rank {rank} has not joined the job for {span(seconds)}"
+        return f"{missing}: was it started, and can it reach MASTER_ADDR?"
     return (
-        f"rank {rank} on {beat['host']} has been silent for {span(seconds)}: its process is stopped or gone, or its host is "
-        f"down; last it was in {beat['place']}"
+        f"rank {rank} on {peer.beat['host']} has been silent for {span(seconds)}: its process is "
+        f"stopped or gone, or its host is down; last it was in {peer.beat['place']}"
     )
 
 
@@ -306,7 +332,7 @@ def span(seconds: float) -> str:
 
 
 def write(text: str) -> None:
-    """A line on stderr, past Python's buffers: a fork that finds their locks held would wait for ever."""
+    """A line on stderr, past Python's buffers: a fork that found their locks held would hang."""
     try:
         os.write(2, f"{text}\n".encode(errors="replace"))
     except OSError:  # nobody reads it any more
@@ -314,7 +340,7 @@ def write(text: str) -> None:
 
 
 def main_thread_place() -> str:
-    """What the main thread does: our functions that it is in, the one that the last of them called, and the line."""
+    """Our functions that the main thread is in, what the last of them called, and the line."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     names, line, called = [], "", ""
     while frame is not None:

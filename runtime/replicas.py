@@ -33,7 +33,8 @@ def check_replicas(model: nn.Module, step: int, every: int) -> None:
     Every rank calls it at every step; it acts at every `every`-th (0: never).
     The bits of every tensor are summed as integers (one pass over the weights) and compared over all ranks; where all
     ranks hold the same tensors by one message of two numbers, tensor by tensor elsewhere, or to name what differs.
-    On a CPU core it takes COST_CPU, on an H200 COST_GPU: less than 1 % of ten steps, however short they are.
+    Two processes with a CPU core each take 1, 15 and 51 ms for models of 0.5, 26 and 104 million parameters: 0.2 % of
+    ten steps with 512 tokens each, hence --replica_check 10.
 
     Raises:
         FloatingPointError: on every rank; names the first tensor and the rank that differs from most of the others.

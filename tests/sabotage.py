@@ -2,6 +2,7 @@
 
 PHASE: data, model, forward, clip, save: the rank raises there (in the loop: at its third step);
        weight: the rank changes one of its weights behind the second step;
+       hang: the rank waits in its third step for a file that nobody writes, as on a file system that hangs;
        nan, flip: what the rank holds of a gradient changes behind the third exchange, to NaN or to a finite number.
 """
 
@@ -9,6 +10,7 @@ import math
 import os
 import runpy
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,6 +26,7 @@ PLACES = {
     "data": (dataset.packing, "split_rows", 1),
     "model": (parallel, "wrap", 1),
     "forward": (MiniMindLM, "layout", 3),
+    "hang": (MiniMindLM, "layout", 3),
     "clip": (parallel, "clip_gradients", 3),
     "save": (checkpoint, "save_run", 1),
     "weight": (parallel, "clip_gradients", 3),
@@ -45,6 +48,10 @@ def sabotage(phase: str) -> None:
         elif len(calls) == at and phase in GRADIENTS:
             p = next(p for p in args[0].parameters() if p.grad is not None and local(p.grad).numel())
             local(p.grad).view(-1)[0] = GRADIENTS[phase]
+        elif len(calls) == at and phase == "hang":
+            with tempfile.TemporaryDirectory() as folder:
+                os.mkfifo(Path(folder) / "file")
+                (Path(folder) / "file").read_bytes()
         elif len(calls) == at:
             raise RuntimeError(f"sabotage in {phase}")
         return original(*args, **kwargs)

@@ -129,6 +129,16 @@ def test_a_first_signal_does_not_interrupt_what_other_ranks_began(stop):
     assert stop.ended == [143]
 
 
+def test_what_one_rank_has_received_ends_no_loop_before_all_know(stop):
+    """It may come between the sum of a step and the end of an epoch: one rank would leave, the others wait for it."""
+    stop.receive(signal.SIGINT, None)
+    assert (stop.received, stop.number) == (signal.SIGINT, 0)
+    stop.hear(0.0)  # the sum was made before
+    assert stop.number == 0
+    stop.hear(float(signal.SIGINT))
+    assert stop.number == signal.SIGINT
+
+
 def test_a_reader_that_leaves_does_not_end_a_run(job, tmp_path):
     """`... | tee log`, and Ctrl-C ends tee first."""
     words = ["trainer/train_full_sft.py", *job, "--max_steps=300"]
