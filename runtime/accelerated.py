@@ -208,7 +208,7 @@ def step(accelerator, optimizer, finite: bool) -> None:
             "auto and a lower --learning_rate"
         )
     elif accelerator.scaler is not None:
-        accelerator.scaler.update()
+        accelerator.scaler.update(accelerator.scaler.get_scale() / 2)  # the same on all ranks
 
 
 def whole_weights(accelerator, model: nn.Module) -> dict[str, Tensor]:

@@ -177,7 +177,7 @@ def step(engine, max_norm: float) -> float:
     """
     engine.set_gradient_accumulation_boundary(True)  # `one_exchange` has put back what was said before it
     if engine.zero_optimization_stage() == 0:  # DeepSpeed would neither tell the norm nor look at it
-        norm = parallel.clip_gradients(engine.module, max_norm)
+        (norm,) = parallel.agree_on_step(parallel.clip_gradients(engine.module, max_norm))
         if not math.isfinite(norm):
             engine.zero_grad()
             return math.nan

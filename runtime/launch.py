@@ -11,12 +11,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from runtime import checkpoint
+from runtime import checkpoint, heartbeat
 from runtime.config import ROOT, config_to_argv
 from runtime.device import keep_memory
 from runtime.identity import sample_hash
@@ -51,10 +52,11 @@ def command_line(parser) -> list[str]:
 POSITIVE = ("max_seq_len", "epochs", "batch_size", "accumulation_steps", "global_batch_size", "learning_rate",
             "tensor_parallel", "context_parallel", "pipeline_parallel", "bucket_cap_mb", "save_total_limit",
             "log_interval", "kl_temperature", "max_new_tokens", "temperature", "updates_per_rollout", "mini_batches",
-            "ppo_epochs")  # fmt: skip
+            "ppo_epochs", "timeout")  # fmt: skip
 NOT_NEGATIVE = ("max_steps", "warmup_ratio", "weight_decay", "grad_clip", "num_workers", "save_interval",
                 "replica_check", "eval_interval", "eval_ratio", "preview", "seed", "clip_low", "clip_high", "kl_beta",
                 "kl_weight", "sample_interval")  # fmt: skip
+LONGEST_TIMEOUT = 365 * 24 * 60  # a year, in minutes
 
 
 def usage_error(message: str) -> None:
@@ -81,6 +83,8 @@ def check_flags(args: dict) -> None:
             raise ValueError(f"--{name} {value}: must be 0 or more")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name} {value}: must be a finite number")
+        if name == "timeout" and value > LONGEST_TIMEOUT:
+            raise ValueError(f"--timeout {value}: must be {LONGEST_TIMEOUT} minutes, a year, or less")
         if name in ("warmup_ratio", "kl_weight") and value > 1:
             raise ValueError(f"--{name} {value}: must be 1 or less, it is a share")
 
@@ -95,14 +99,13 @@ class StopSignal:
     SIGHUP twice, by its shell and by the kernel.
 
     Attributes:
-        number: the signal that came, 0 while none has.
-        agreed: the same, from the step on at which all ranks know it: they end together, and that step is saved.
+        received: the signal that came to this rank, 0 while none has.
+        number: that which all ranks have agreed to stop by, 0 before: what a loop may end by.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self.agreed = 0
-        self.received = False
+        self.received = 0
         for number in (signal.SIGTERM, signal.SIGINT, *([] if ignores_hangup() else [signal.SIGHUP])):
             signal.signal(number, self.receive)
         sys.stdout, sys.stderr = (OutlivingStream(stream) for stream in (sys.stdout, sys.stderr))
@@ -110,13 +113,11 @@ class StopSignal:
     def receive(self, number: int, frame: object) -> None:
         if self.received and number != signal.SIGHUP:
             os._exit(128 + number)
-        self.received = True
-        self.number = self.number or number
+        self.received = self.received or number
 
-    def hear(self, elsewhere: float) -> None:
-        """A signal to one rank is a signal to all. Args: elsewhere: sum of the numbers of all ranks."""
-        if elsewhere:
-            self.agreed = self.number = self.number or signal.SIGTERM
+    def hear(self, everywhere: float) -> None:
+        """A signal to one rank is a signal to all. Args: everywhere: sum of what all ranks have received."""
+        self.number = self.number or (self.received or signal.SIGTERM if everywhere else 0)
 
 
 def ignores_hangup() -> bool:
@@ -180,18 +181,24 @@ def run(main: Callable[[], int]) -> None:
     except Exception as error:
         of_reader = "DataLoader worker" in str(error)  # which is of this rank alone
         killed = of_reader and not str(error).startswith("Caught")
-        if not killed and not isinstance(error, ONE_LINE):
+        if is_timeout(error) and (silent := heartbeat.explain_timeout()):
+            print(f"error: {silent}", file=sys.stderr, flush=True)
+            report(error, silent)
+        elif killed or isinstance(error, ONE_LINE):
+            if os.environ.get("MINIMIND_DEBUG"):
+                traceback.print_exc()
+            if of_reader or not is_quiet():
+                print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+            code = 1 if killed or isinstance(error, OSError | FloatingPointError) else 2
+            report(error, explain(error))
+        else:
             report(error, "".join(traceback.format_exception(error)))
             raise
-        if os.environ.get("MINIMIND_DEBUG"):
-            traceback.print_exc()
-        if of_reader or not is_quiet():
-            print(f"error: {explain(error)}", file=sys.stderr, flush=True)
-        code = 1 if killed or isinstance(error, OSError | FloatingPointError) else 2
-        report(error, explain(error))
     finally:
         if code == 1:
             checkpoint.rescue()
+        if code not in (1, 2):  # after a fault the silence of this rank tells the others
+            heartbeat.stop()
         if dist.is_initialized() and code != 1:  # after a fault the others may wait inside a collective
             dist.destroy_process_group()
     sys.stdout.flush()
@@ -203,6 +210,16 @@ def leave_together() -> None:
     those that still save half a minute."""
     with contextlib.suppress(RuntimeError):  # another one failed, and says so
         dist.barrier()
+
+
+def start_heartbeat(minutes: float) -> timedelta:
+    """See `heartbeat.start`; how long a collective may wait. Args: minutes: --timeout."""
+    return heartbeat.start(minutes, report)
+
+
+def is_timeout(error: Exception) -> bool:
+    """Whether it is gloo's, or a store's, for ranks that did not come."""
+    return isinstance(error, RuntimeError) and re.search("(?i)timed out waiting|wait timeout", str(error)) is not None
 
 
 def report(error: Exception, text: str) -> None:

@@ -49,7 +49,7 @@ def read_launch(needed_by: str = "") -> Launch:
     numbers = {
         name: whole_number(name, least) for name, least in NUMBERS.items() if name in os.environ
     }
-    missing = [name for name in NEEDED if not os.environ.get(name)]
+    missing = [name for name in NEEDED if not os.environ.get(name, "").strip()]
     if missing and needed_by:
         there = ", ".join(name for name in (*NEEDED, "LOCAL_RANK") if os.environ.get(name))
         left_behind = (
@@ -64,12 +64,16 @@ def read_launch(needed_by: str = "") -> Launch:
         raise ValueError(
             f"RANK is {rank} and WORLD_SIZE {world_size} in the environment: ranks go from 0 to size - 1"
         )
+    local_rank, here = numbers.get("LOCAL_RANK", 0), numbers.get("LOCAL_WORLD_SIZE", world_size)
+    if local_rank >= here or here > world_size:
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank}, LOCAL_WORLD_SIZE {here} and WORLD_SIZE {world_size} in the environment: each "
+            "must be less than the next, the sizes may be equal"
+        )
     port = whole_number("MASTER_PORT", 0)
     if port > 65535:
         raise ValueError(f"MASTER_PORT is {port} in the environment: it must lie in 0..65535")
-    return Launch(
-        True, rank, numbers.get("LOCAL_RANK", 0), world_size, numbers.get("LOCAL_WORLD_SIZE", 1)
-    )
+    return Launch(True, rank, local_rank, world_size, numbers.get("LOCAL_WORLD_SIZE", 1))
 
 
 def whole_number(name: str, least: int) -> int:

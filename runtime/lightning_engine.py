@@ -172,7 +172,7 @@ def module_class() -> type:
         def __init__(self, model: nn.Module, args) -> None:
             super().__init__()
             self.model, self.args, self.automatic_optimization = model, args, False
-            self.stop = SimpleNamespace(number=0, agreed=0)
+            self.stop = SimpleNamespace(number=0, received=0)
 
         def configure_model(self) -> None:
             if self.args.strategy == "model_parallel":

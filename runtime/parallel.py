@@ -267,20 +267,69 @@ def holders(p: Tensor) -> int:
     return math.prod(size for size, placement in sizes if placement.is_replicate()) * world()[1] // p.device_mesh.size()
 
 
-def sum_over_world(*values: Tensor | float) -> list[float]:
-    """Sum each number over all processes, in one message of float64."""
+def as_message(values: tuple[Tensor | float, ...]) -> Tensor:
+    """Numbers as one tensor of float64, where the processes can send it from."""
     device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
     if dist.is_initialized() and dist.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
-    numbers = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+
+
+def sum_over_world(*values: Tensor | float) -> list[float]:
+    """Sum each number over all processes, in one message."""
+    numbers = as_message(values)
     if dist.is_initialized():
         dist.all_reduce(numbers)
     return numbers.tolist()
 
 
+def gather_numbers(*values: Tensor | float) -> list[list[float]]:
+    """The numbers of every rank, in rank order, in one message: a table to which each rank adds its row."""
+    (rank, ranks), numbers = world(), as_message(values)
+    table = numbers.new_zeros(ranks, len(values))
+    table[rank] = numbers
+    if dist.is_initialized():
+        dist.all_reduce(table)
+    return table.tolist()
+
+
 def sum_over_ranks(*values: Tensor | float) -> list[float]:
     """Sum each number over data and context ranks; the ranks of a tensor group all know it, there it counts once."""
     return [number / _sizes["tensor"] for number in sum_over_world(*values)]
+
+
+def agree_on_step(grad_norm: float, *values: Tensor | float) -> list[float]:
+    """What a step is decided by, the same on all ranks: every one has the numbers of all before it, in one message.
+
+    A rank that judged by its own gradients could skip a step, or stop, while others wait for it in a collective.
+
+    Args:
+        grad_norm: over all parameters, so that it is the same on all ranks.
+        values: numbers to sum.
+
+    Returns:
+        The gradient norm, which is not finite where one of a rank is not; each value summed as in `sum_over_ranks`.
+
+    Raises:
+        FloatingPointError: on every rank: what they exchanged is not the same on all; names the rank that differs.
+    """
+    norms, *columns = zip(*gather_numbers(grad_norm, *values), strict=True)
+    usual = sorted(norms, key=lambda norm: (not math.isfinite(norm), norm))[(len(norms) - 1) // 2]
+    odd = [rank for rank, norm in enumerate(norms) if not is_same_norm(norm, usual)]
+    if odd:
+        raise FloatingPointError(
+            f"gradients differ behind their exchange: their norm is {norms[odd[0]]:.6g} on rank "
+            f"{', '.join(map(str, odd))} and {usual:.6g} on rank {norms.index(usual)}; the machine of that rank is "
+            "suspect. No weight has changed: go on from the last checkpoint with --resume auto"
+        )
+    return [norms[0], *(sum(column) / _sizes["tensor"] for column in columns)]
+
+
+def is_same_norm(norm: float, usual: float) -> bool:
+    """Whether two ranks have the same gradients. Machines of different kinds sum them in different orders."""
+    if math.isfinite(norm) and math.isfinite(usual):
+        return math.isclose(norm, usual, rel_tol=1e-6)
+    return math.isfinite(norm) == math.isfinite(usual)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

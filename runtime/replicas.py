@@ -1,12 +1,13 @@
 """What must be the same everywhere: how the processes of a job were started, and the weights that several hold."""
 
+import hashlib
 import socket
 
 import torch
 from torch import Tensor, nn
 
 from runtime.device import is_sharded, local
-from runtime.parallel import gather_objects, unwrap, world
+from runtime.parallel import gather_numbers, gather_objects, unwrap, world
 
 
 def agree(same: dict[str, str]) -> None:
@@ -30,7 +31,10 @@ def check_replicas(model: nn.Module, step: int, every: int) -> None:
     """Stop when ranks that must hold the same weights do not: bad memory, or a step that one rank missed.
 
     Every rank calls it at every step; it acts at every `every`-th (0: never).
-    The bits of every tensor are summed as integers (one pass over the weights) and compared over all ranks.
+    The bits of every tensor are summed as integers (one pass over the weights) and compared over all ranks; where all
+    ranks hold the same tensors by one message of two numbers, tensor by tensor elsewhere, or to name what differs.
+    Two processes with a CPU core each take 1, 15 and 51 ms for models of 0.5, 26 and 104 million parameters: 0.2 % of
+    ten steps with 512 tokens each, hence --replica_check 10.
 
     Raises:
         FloatingPointError: on every rank; names the first tensor and the rank that differs from most of the others.
@@ -41,8 +45,11 @@ def check_replicas(model: nn.Module, step: int, every: int) -> None:
     for name, p in unwrap(model).named_parameters():
         names.append(name)
         parts.append(shard_number(p))
-        sums.append(local(p).detach().contiguous().view(torch.int32).sum(dtype=torch.int64))
+        sums.append(sum_of_bits(local(p).detach()))
     mine = list(zip(names, parts, torch.stack(sums).tolist(), strict=True))
+    rows = gather_numbers(short_hash(names, parts), short_hash(mine))
+    if all(row == rows[0] for row in rows):
+        return
     of_part: dict[tuple[str, int], dict[int, list[int]]] = {}  # name, part -> sum of its bits -> ranks
     for rank, theirs in enumerate(gather_objects(mine)):  # in a pipeline ranks hold other tensors
         for name, part, total in theirs:
@@ -55,6 +62,18 @@ def check_replicas(model: nn.Module, step: int, every: int) -> None:
                 f"replicas differ at step {step}: {name} of rank {', '.join(map(str, odd))} is not that of rank "
                 f"{most[0]}; the machine of that rank is suspect. Go on from the last checkpoint: --resume auto"
             )
+
+
+def sum_of_bits(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers of 64, of which the sum is as fast as the memory, or of 8, summed: () int64."""
+    flat = tensor.contiguous().view(-1)
+    even = flat.nbytes % 8 == 0 and flat.data_ptr() % 8 == 0
+    return flat.view(torch.int64 if even else torch.uint8).sum(dtype=torch.int64)
+
+
+def short_hash(*values: object) -> float:
+    """A number that a float64 holds exactly, the same on all machines."""
+    return float(int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:6], "big"))
 
 
 def shard_number(p: Tensor) -> int:

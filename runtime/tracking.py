@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from runtime import heartbeat
 from runtime.identity import told
 from runtime.store import save_file
 from runtime.terminal import replace_surrogates
@@ -80,6 +81,7 @@ class Tracker:
             progress: the run's counters; `run_id`, its identity at wandb, is set here for a new run.
         """
         progress.setdefault("run_id", secrets.token_hex(4))
+        heartbeat.follow(progress)
         progress["total_steps"] = total_steps
         self.first_step = step = progress["step"]
         if not self.enabled:

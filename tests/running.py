@@ -152,25 +152,30 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(*args, nproc=None, cwd=ROOT, code=0) -> str:
-    """Run a project script to its good end, or to another exit code, as nproc ranks that no launcher watches.
-
-    Returns:
-        What they printed.
-    """
+def start_ranks(*args, nproc: int | None, folder: Path, cwd=ROOT, env=None) -> list:
+    """Start a project script as nproc ranks that no launcher watches; rank N prints into the file `folder/N`."""
     words = [str(ROOT / args[0]), *map(str, args[1:])]
-    variables, port = {"CUDA_VISIBLE_DEVICES": ""}, free_port()
+    variables, port, processes = {"CUDA_VISIBLE_DEVICES": "", **(env or {})}, free_port(), []
+    for rank in range(nproc or 1):
+        own = launched_as(rank, nproc, port) if nproc else {}
+        processes.append(FORKS.Process(target=_be_script, args=(words, variables | own, folder / str(rank), cwd)))
+        processes[-1].start()
+    return processes
+
+
+def run_ranks(*args, nproc=None, cwd=ROOT, code=0) -> str:
+    """Run a project script to its end, as nproc ranks that no launcher watches; returns what they printed.
+
+    All of them must end with that exit code.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        outputs, processes = [Path(folder) / str(rank) for rank in range(nproc or 1)], []
-        for rank, output in enumerate(outputs):
-            own = launched_as(rank, nproc, port) if nproc else {}
-            processes.append(FORKS.Process(target=_be_script, args=(words, variables | own, output, cwd)))
-            processes[-1].start()
+        processes = start_ranks(*args, nproc=nproc, folder=Path(folder), cwd=cwd)
         for process in processes:
             process.join(180)
         codes = [process.exitcode for process in processes]  # None: still there
         for process in processes:
             process.kill()
+        outputs = [Path(folder) / str(rank) for rank in range(len(processes))]
         printed = "".join(output.read_text(errors="replace") for output in outputs if output.exists())
     assert codes == [code] * len(codes), f"exit codes {codes}: {' '.join(words)}\n{printed}"
     return printed

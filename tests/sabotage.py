@@ -2,15 +2,19 @@
 
 PHASE: data, model, forward, clip, evaluation, save: the rank raises there (in the loop: at its third step);
        reader: one of its processes of --num_workers raises; mistake: a ValueError; killed: it is ended by kill -9;
-       weight: the rank changes one of its weights behind the second step.
+       weight: the rank changes one of its weights behind the second step;
+       hang: the rank waits in its third step for a file that nobody writes, as on a file system that hangs;
+       nan, flip: what the rank holds of a gradient changes behind the third exchange, to NaN or to a finite number.
 A process that no launcher started is rank 0. With --max_restarts only the first attempt goes wrong.
 """
 
+import math
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,11 +25,13 @@ import dataset.packing  # noqa: E402
 from dataset.lm_dataset import CachedDataset  # noqa: E402
 from model.lm import MiniMindLM  # noqa: E402
 from runtime import checkpoint, evaluation, parallel  # noqa: E402
+from runtime.device import local  # noqa: E402
 
 PLACES = {
     "data": (dataset.packing, "split_rows", 1),
     "model": (parallel, "wrap", 1),
     "forward": (MiniMindLM, "layout", 3),
+    "hang": (MiniMindLM, "layout", 3),
     "clip": (parallel, "clip_gradients", 3),
     "evaluation": (evaluation, "sum_over_rows", 1),
     "save": (checkpoint, "save_run", 1),
@@ -33,7 +39,10 @@ PLACES = {
     "mistake": (CachedDataset, "__getitem__", 3),
     "killed": (CachedDataset, "__getitem__", 3),
     "weight": (parallel, "clip_gradients", 3),
+    "nan": (parallel, "clip_gradients", 3),
+    "flip": (parallel, "clip_gradients", 3),
 }
+GRADIENTS = {"nan": math.nan, "flip": 0.1}
 
 
 def sabotage(phase: str) -> None:
@@ -48,6 +57,13 @@ def sabotage(phase: str) -> None:
                 parallel.unwrap(args[0]).model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
         elif len(calls) == at and phase == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif len(calls) == at and phase in GRADIENTS:
+            p = next(p for p in args[0].parameters() if p.grad is not None and local(p.grad).numel())
+            local(p.grad).view(-1)[0] = GRADIENTS[phase]
+        elif len(calls) == at and phase == "hang":
+            with tempfile.TemporaryDirectory() as folder:
+                os.mkfifo(Path(folder) / "file")
+                (Path(folder) / "file").read_bytes()
         elif len(calls) == at:
             raise (ValueError if phase == "mistake" else RuntimeError)(f"sabotage in {phase}")
         return original(*args, **kwargs)

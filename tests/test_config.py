@@ -52,6 +52,7 @@ COMMON = {
     "device": ("str", None),
     "dtype": ("str", ("float32", "float16", "bfloat16")),
     "ddp": SWITCH,
+    "timeout": ("float", None),
     "strategy": ("str", ("auto", "ddp", "zero1", "zero2", "zero3", "dp")),
     "tensor_parallel": ("int", None),
     "context_parallel": ("int", None),

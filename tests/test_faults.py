@@ -1,10 +1,14 @@
 """What goes wrong on one rank ends the job on all of them, at once, with the first error shown and no orphan."""
 
+import math
 import re
 
 import pytest
 from conftest import RUN_FLAGS, conversations, curve, write_jsonl
-from running import processes_of
+from running import ROOT, processes_of, run_ranks
+
+from runtime import parallel
+from runtime.parallel import agree_on_step
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +81,83 @@ def test_most_ranks_decide_which_one_differs(flags, tmp_path, run_script):
     job = ["trainer/train_full_sft.py", *flags, f"--out_dir={tmp_path}", "--replica_check=4"]
     done = run_script("tests/sabotage.py", "weight", "0", *job, nproc=3)
     assert "step 4: model.layers.1.mlp.up_proj.weight of rank 0 is not that of rank 1" in done.stderr, done.stderr
+
+
+# What a rank holds of a gradient changes behind the exchange. Where all ranks hold all of it, that is seen, in the same
+# step; where it is one rank's part, a NaN reaches all norms.
+COPIES = [
+    ("train_full_sft", "--strategy=ddp"),
+    ("train_full_sft", "--strategy=zero1"),
+    ("train_full_sft", "--strategy=ddp --context_parallel=2"),
+    ("train_sft_accelerate", ""),
+    ("train_sft_lightning", ""),
+    ("train_sft_deepspeed", "--deepspeed_config=configs/deepspeed/zero0.json"),
+]
+PARTS = [
+    ("train_full_sft", "--strategy=zero2"),
+    ("train_full_sft", "--strategy=zero3"),
+    ("train_full_sft", "--tensor_parallel=2"),
+    ("train_sft_lightning", "--strategy=model_parallel"),
+    ("train_sft_pipeline", "--pipeline_parallel=2"),
+    ("train_sft_pipeline", "--pipeline_parallel=1"),
+]
+
+
+@pytest.fixture
+def spoil(flags, tmp_path):
+    """spoil(phase, script, its flags, exit code) -> what two ranks print when rank 1 is sabotaged."""
+
+    def spoil(phase: str, script: str, own: str, code: int) -> str:
+        if (engine := script.removeprefix("train_sft_")) in ("accelerate", "lightning", "deepspeed"):
+            pytest.importorskip(engine)
+        job = [ROOT / f"trainer/{script}.py", *flags, f"--out_dir={tmp_path}", "--max_steps=4", *own.split()]
+        return run_ranks("tests/sabotage.py", phase, "1", *job, nproc=2, code=code)
+
+    return spoil
+
+
+@pytest.mark.parametrize("phase", ["nan", "flip"])
+@pytest.mark.parametrize("script, own", COPIES)
+def test_gradients_that_differ_between_ranks_stop_the_run(spoil, script, own, phase):
+    printed = spoil(phase, script, own, 1)
+    norm = "nan" if phase == "nan" else r"[\d.]+"
+    error = rf"^error: gradients differ behind their exchange: their norm is {norm} on rank 1 and [\d.]+ on rank 0; "
+    assert re.search(error, printed, re.MULTILINE), printed
+    assert "step 2/4" in printed and "step 3" not in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("script, own", PARTS)
+def test_a_nan_in_the_part_of_one_rank_is_skipped_by_all(spoil, script, own):
+    printed = spoil("nan", script, own, 0)
+    assert re.search(r"^step 3 skipped: loss [\d.]+, gradient norm nan", printed, re.MULTILINE), printed
+    assert "step 4/4" in printed and "finished; weights in" in printed
+
+
+def test_no_stage_decides_on_a_step_by_numbers_of_its_own():
+    for path in sorted((ROOT / "trainer").glob("train_*.py")):
+        if path.stem != "train_tokenizer":
+            text = path.read_text()
+            assert text.count("parallel.agree_on_step(grad_norm, ") == 1, path
+            assert re.search(r"finite = math\.isfinite\(.*loss.* \+ grad_norm\)\n", text), path
+
+
+NORMS = {
+    "of all": ([math.nan] * 3, None),
+    "of all, on machines of two kinds": ([1.0, 1.0 + 1e-8, 1.0], None),
+    "too large for all": ([math.inf, math.nan, math.inf], None),
+    "of one": ([2.0, 2.0, math.nan], "nan on rank 2 and 2 on rank 0"),
+    "of the first": ([3.0, 2.0, 2.0], "3 on rank 0 and 2 on rank 1"),
+    "of two ranks, one of them not finite": ([math.inf, 2.0], "inf on rank 0 and 2 on rank 1"),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_whose_norm_differs(monkeypatch, name):
+    norms, told = NORMS[name]
+    monkeypatch.setattr(parallel, "gather_numbers", lambda *own: [[norm, 1.0, 2.0] for norm in norms])
+    if told is None:
+        _, *sums = agree_on_step(norms[0], 1.0, 2.0)
+        assert sums == [len(norms), 2 * len(norms)]
+    else:
+        with pytest.raises(FloatingPointError, match=told):
+            agree_on_step(norms[0], 1.0, 2.0)

@@ -37,6 +37,12 @@ def test_one_variable_alone_is_no_launcher(environment, name):
     assert read_launch() == Launch() and not is_quiet()
 
 
+def test_more_processes_here_than_there_are(environment):
+    environment(launched_as(1, 4) | {"LOCAL_WORLD_SIZE": "5"})
+    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE 5 and WORLD_SIZE 4 in the environment"):
+        read_launch()
+
+
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
 def test_all_but_one_variable_is_no_launcher(environment, name):
     environment({other: value for other, value in launched_as(1, 4).items() if other != name})
@@ -60,7 +66,8 @@ def test_an_odd_value_is_named(environment, name, value, others):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("RANK", "4"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "65536")]
+    "name, value",
+    [("RANK", "4"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "65536"), ("LOCAL_RANK", "4")],
 )
 def test_numbers_that_cannot_be(environment, name, value):
     environment(launched_as(1, 4) | {name: value})

@@ -115,7 +115,7 @@ def test_a_second_hangup_is_none(stop):
     """A closed terminal sends two, by its shell and by the kernel: that is nobody's impatience."""
     for number in (signal.SIGHUP, signal.SIGHUP):
         stop.receive(number, None)
-    assert stop.number == signal.SIGHUP and not stop.ended
+    assert stop.received == signal.SIGHUP and not stop.ended
     stop.receive(signal.SIGTERM, None)
     assert stop.ended == [143]
 
@@ -127,6 +127,16 @@ def test_a_first_signal_does_not_interrupt_what_other_ranks_began(stop):
     assert stop.number == signal.SIGTERM and not stop.ended
     stop.receive(signal.SIGTERM, None)
     assert stop.ended == [143]
+
+
+def test_what_one_rank_has_received_ends_no_loop_before_all_know(stop):
+    """It may come between the sum of a step and the end of an epoch: one rank would leave, the others wait for it."""
+    stop.receive(signal.SIGINT, None)
+    assert (stop.received, stop.number) == (signal.SIGINT, 0)
+    stop.hear(0.0)  # the sum was made before
+    assert stop.number == 0
+    stop.hear(float(signal.SIGINT))
+    assert stop.number == signal.SIGINT
 
 
 def test_a_reader_that_leaves_does_not_end_a_run(job, tmp_path):

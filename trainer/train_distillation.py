@@ -50,7 +50,8 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     if cuda and max(device.index + 1, launched.local_world_size) > torch.cuda.device_count():
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
     if args.ddp:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        timeout = launch.start_heartbeat(args.timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
     return device
 
 
@@ -141,14 +142,15 @@ def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocas
                 scaler.scale((loss + aux_loss) * parallel.replicas()).backward()
             window_sums += torch.stack((loss, ce, kl, aux_loss)).detach()
 
-        # 3. Clip and step. All ranks hold the same numbers here, so all of them step or all of them skip.
+        # 3. Clip and step. All ranks have each other's numbers, so all of them step or all of them skip.
         scaler.unscale_(optimizer)
         grad_norm = parallel.clip_gradients(model, args.grad_clip)
-        loss, ce, kl, aux_loss, stopping = parallel.sum_over_ranks(*window_sums, float(stop.number))
+        sums = parallel.agree_on_step(grad_norm, *window_sums, float(stop.received))
+        grad_norm, loss, ce, kl, aux_loss, stopping = sums
         finite = math.isfinite(loss + aux_loss + grad_norm)
         if finite:
             scaler.step(optimizer)
-        scaler.update()
+        scaler.update(None if finite else scaler.get_scale() / 2)  # the same scale on all ranks
         optimizer.zero_grad(set_to_none=True)
 
         # 4. Count, log, evaluate, save
@@ -238,10 +240,11 @@ def parse_args() -> argparse.Namespace:
     system.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     system.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
     system.add_argument("--ddp", action="store_true", help="distributed: start with torchrun")
+    system.add_argument("--timeout", type=float, default=30.0, help="minutes without a sign of a rank that end the job")
     system.add_argument("--strategy", choices=("auto", *parallel.STRATEGIES), default="auto", help="how --ddp shares")
     system.add_argument("--offload", type=int, choices=(0, 1), default=0, help="1: zero2, zero3 live in CPU memory")
     system.add_argument("--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB")
-    system.add_argument("--replica_check", type=int, default=100, help="steps between checks of replicas (0: never)")
+    system.add_argument("--replica_check", type=int, default=10, help="steps between checks of replicas (0: never)")
     system.add_argument("--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block")
     system.add_argument("--gradient_checkpointing", type=int, choices=(0, 1, 2), default=0, help="1: saves most memory")
     output = parser.add_argument_group("output")
@@ -318,7 +321,7 @@ def main() -> int:
     # 7. Epochs
     tracker.start(progress, args.total_steps)
     stop = launch.StopSignal()
-    while progress["step"] < args.total_steps and not stop.agreed:
+    while progress["step"] < args.total_steps and not stop.number:
         plan = plans(progress["epoch"])
         train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocast, tracker, progress, stop, save)
 
@@ -326,10 +329,10 @@ def main() -> int:
     if progress["step"] == tracker.first_step:  # resumed behind the last step: the weights may be missing, or older
         save_weights(model, config, Path(f"{run_dir}.pth"))
     checkpoint.wait()
-    ending = f"stopped by signal {stop.agreed} at step {progress['step']}" if stop.agreed else "finished"
+    ending = f"stopped by signal {stop.number} at step {progress['step']}" if stop.number else "finished"
     tracker.print(f"{ending}; weights in {run_dir}.pth")
     tracker.close()
-    return 128 + stop.agreed if stop.agreed else 0
+    return 128 + stop.number if stop.number else 0
 
 
 if __name__ == "__main__":

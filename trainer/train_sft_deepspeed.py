@@ -54,7 +54,8 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     if cuda and max(device.index + 1, launched.local_world_size) > torch.cuda.device_count():
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
     if args.ddp:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        timeout = launch.start_heartbeat(args.timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
     return device
 
 
@@ -153,9 +154,10 @@ def train_epoch(args, plan, dataset, held_out, model, tracker, progress, stop, s
                 deepspeed_engine.backward(model, (loss + aux_loss) * parallel.replicas())
                 window_loss, window_aux = window_loss + loss.detach(), window_aux + aux_loss.detach()
 
-        # 3. Clip and step. All ranks hold the same numbers here, so all of them step or all of them skip.
+        # 3. Clip and step. All ranks have each other's numbers, so all of them step or all of them skip.
         grad_norm = deepspeed_engine.step(model, args.grad_clip)
-        loss, aux_loss, stopping = parallel.sum_over_ranks(window_loss, window_aux, float(stop.number))
+        sums = (window_loss, window_aux, float(stop.received))
+        grad_norm, loss, aux_loss, stopping = parallel.agree_on_step(grad_norm, *sums)
         finite = math.isfinite(loss + aux_loss + grad_norm)
 
         # 4. Count, log, evaluate, save
@@ -235,11 +237,12 @@ def parse_args() -> argparse.Namespace:
     system.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     system.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
     system.add_argument("--ddp", action="store_true", help="distributed: start with torchrun")
+    system.add_argument("--timeout", type=float, default=30.0, help="minutes without a sign of a rank that end the job")
     # Differs from trainer.train_pretrain.--strategy: the stage of ZeRO stands in the JSON
     system.add_argument("--strategy", choices=("auto", "deepspeed"), default="auto", help="both: as the JSON says")
     system.add_argument("--deepspeed_config", default="zero2.json", help="DeepSpeed's JSON, also in configs/deepspeed")
     system.add_argument("--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB")
-    system.add_argument("--replica_check", type=int, default=100, help="steps between checks of replicas (0: never)")
+    system.add_argument("--replica_check", type=int, default=10, help="steps between checks of replicas (0: never)")
     system.add_argument("--gradient_checkpointing", type=int, choices=(0, 1, 2), default=0, help="1: saves most memory")
     output = parser.add_argument_group("output")
     output.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights and runs are written")
@@ -315,7 +318,7 @@ def main() -> int:
     # 6. Epochs
     tracker.start(progress, args.total_steps)
     stop = launch.StopSignal()
-    while progress["step"] < args.total_steps and not stop.agreed:
+    while progress["step"] < args.total_steps and not stop.number:
         train_epoch(args, plans(progress["epoch"]), dataset, held_out, model, tracker, progress, stop, save)
 
     # 7. Clean up
@@ -323,10 +326,10 @@ def main() -> int:
         save_weights(model, config, Path(f"{run_dir}.pth"))
     checkpoint.wait()
     deepspeed_engine.finish(model, run_dir)
-    ending = f"stopped by signal {stop.agreed} at step {progress['step']}" if stop.agreed else "finished"
+    ending = f"stopped by signal {stop.number} at step {progress['step']}" if stop.number else "finished"
     tracker.print(f"{ending}; weights in {run_dir}.pth")
     tracker.close()
-    return 128 + stop.agreed if stop.agreed else 0
+    return 128 + stop.number if stop.number else 0
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     if cuda and max(device.index + 1, launched.local_world_size) > torch.cuda.device_count():
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
     if args.ddp:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        timeout = launch.start_heartbeat(args.timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
     return device
 
 
@@ -149,14 +150,15 @@ def train_epoch(trainer, args, plans, dataset, held_out, model, scaler, autocast
                     self.manual_backward(scaler.scale((loss + aux_loss) * parallel.replicas()))
                 window_loss, window_aux = window_loss + loss.detach(), window_aux + aux_loss.detach()
 
-            # 3. Clip and step. All ranks hold the same numbers here, so all of them step or all of them skip.
+            # 3. Clip and step. All ranks have each other's numbers, so all of them step or all of them skip.
             scaler.unscale_(optimizer)
             grad_norm = parallel.clip_gradients(self.model, args.grad_clip)
-            loss, aux_loss, stopping = parallel.sum_over_ranks(window_loss, window_aux, float(self.stop.number))
+            sums = (window_loss, window_aux, float(self.stop.received))
+            grad_norm, loss, aux_loss, stopping = parallel.agree_on_step(grad_norm, *sums)
             finite = math.isfinite(loss + aux_loss + grad_norm)
             if finite:
                 scaler.step(optimizer)
-            scaler.update()
+            scaler.update(None if finite else scaler.get_scale() / 2)  # the same scale on all ranks
             optimizer.zero_grad(set_to_none=True)
 
             # 4. Count, log, evaluate, save
@@ -185,7 +187,7 @@ def train_epoch(trainer, args, plans, dataset, held_out, model, scaler, autocast
     module = SFTModule(model, args)
     left = lightning_engine.remaining(dataset, plans, progress, args)
     trainer.fit(module, left, ckpt_path=found and found / "engine")
-    return module.stop.agreed
+    return module.stop.number
 
 
 def parse_args() -> argparse.Namespace:
@@ -243,10 +245,11 @@ def parse_args() -> argparse.Namespace:
     system.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     system.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
     system.add_argument("--ddp", action="store_true", help="distributed: start with torchrun")
+    system.add_argument("--timeout", type=float, default=30.0, help="minutes without a sign of a rank that end the job")
     # Differs from trainer.train_pretrain.--strategy: those of Lightning
     system.add_argument("--strategy", choices=("auto", "ddp", "model_parallel"), default="auto", help="how to share")
     system.add_argument("--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB")
-    system.add_argument("--replica_check", type=int, default=100, help="steps between checks of replicas (0: never)")
+    system.add_argument("--replica_check", type=int, default=10, help="steps between checks of replicas (0: never)")
     system.add_argument("--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block")
     system.add_argument("--gradient_checkpointing", type=int, choices=(0, 1, 2), default=0, help="1: saves most memory")
     output = parser.add_argument_group("output")
