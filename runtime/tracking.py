@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.terminal import replace_surrogates
+from runtime.terminal import naming, replace_surrogates
 
 MAX_SKIPPED = 20  # enough for the scale of float16 to come down from its start, 2 ** 14
 
@@ -59,9 +59,10 @@ class Tracker:
             kept = None if goes_on else keep_earlier_run(folder)
             folder.mkdir(parents=True, exist_ok=True)
             self.log_file = open(folder / "training.log", "a", encoding="utf-8", errors="backslashreplace")
-            (folder / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
+            with naming(folder / "args.json"):
+                (folder / "args.json").write_text(json.dumps(args, indent=2, default=str) + "\n")
         except OSError as error:
-            raise ValueError(f"--out_dir: cannot write to {folder}: {error.strerror}") from None
+            raise ValueError(f"--out_dir: cannot write to {error.filename or folder}: {error.strerror}") from None
         if kept is not None:
             remedy = f"to remove all that is kept so: rm -r {folder}.previous*"
             self.print(f"what an earlier {folder.name} left is kept in {kept}; {remedy}")
@@ -107,8 +108,7 @@ class Tracker:
             return
         tqdm.write(text)
         sys.stdout.flush()
-        self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self.log_file.flush()
+        append(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def log(self, metrics: dict) -> None:
         """A line of metrics.jsonl; floats in full precision.
@@ -124,8 +124,7 @@ class Tracker:
             self.last_time, self.last_tokens = now, tokens
         # JSON has no NaN; null keeps the file readable for every parser.
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        self.metrics_file.write(json.dumps(line) + "\n")
-        self.metrics_file.flush()
+        append(self.metrics_file, json.dumps(line) + "\n")
         step = metrics["step"]
         values = {replace_surrogates(k): v for k, v in metrics.items() if k != "step" and v is not None}
         if self.wandb is not None:
@@ -170,7 +169,8 @@ class Tracker:
     def sync(self) -> None:
         """Bring metrics.jsonl to the disk, before a checkpoint that vouches for it."""
         if self.enabled:
-            os.fsync(self.metrics_file.fileno())
+            with naming(self.metrics_file.name):
+                os.fsync(self.metrics_file.fileno())
 
     def close(self) -> None:
         if not self.enabled:
@@ -182,6 +182,13 @@ class Tracker:
         for part in (self.bar, self.metrics_file, self.log_file):
             if part is not None:
                 part.close()
+
+
+def append(file, text: str) -> None:
+    """Write to an open file, now. OSError: names the file."""
+    with naming(file.name):
+        file.write(text)
+        file.flush()
 
 
 def keep_earlier_run(folder: Path) -> Path | None:
@@ -227,13 +234,13 @@ def lock_run(folder: Path):
     lock = open(folder.with_name(f".{folder.name}.lock"), "a+")
     for _ in range(100):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(lock.name):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.1)
             continue
         lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        append(lock, str(os.getpid()))
         return lock
     lock.seek(0)
     raise ValueError(f"process {lock.read()} is writing to {folder}: stop it, or choose another --save_weight")
@@ -245,7 +252,8 @@ def truncated_metrics(path: Path, step: int):
     kept = [line for line in lines if line.endswith(b"\n") and metrics_step(line) <= step]
     if kept != lines:
         temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_bytes(b"".join(kept))
+        with naming(temporary):
+            temporary.write_bytes(b"".join(kept))
         os.replace(temporary, path)
     return open(path, "a", encoding="utf-8")
 
