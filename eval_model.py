@@ -50,7 +50,7 @@ from model.lora import merge_adapter
 from model.sampling import complete, sampler, stream_text
 from model.weights import load_model, newest_weights
 from runtime import launch
-from runtime.terminal import escape_unencodable
+from runtime.terminal import end_with_reader, naming, prepare_streams
 
 
 @dataclass
@@ -230,7 +230,6 @@ def read_question(row: dict, speaker: Speaker) -> dict:
         raise ValueError("'answer', and 'task' if it is there, must be strings")
     if answer is not None and accept is not None:
         raise ValueError("a row has 'answer' or 'accept', not both")
-    (task + (answer or "")).encode()  # JSON can spell half a surrogate pair, and that is no text
     question = {"task": task, "prompt": messages[-1]["content"]}
     if accept is None:
         question |= {"answer": answer, "answer_len": len(speaker.coder.plain(final_answer(answer)))}
@@ -370,13 +369,15 @@ def evaluate(args: argparse.Namespace, speaker: Speaker) -> None:
         rows = [shown(question, "line", "task", "prompt", "reply", "right") for question in questions]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         temporary = temporary_path(out)
-        temporary.write_text("".join(lines), encoding="utf-8")
+        with naming(out):
+            temporary.write_text("".join(lines), encoding="utf-8")
         if temporary != out:
             temporary.replace(out)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = launch.usage_error
     what = parser.add_argument_group("what to do (without these: chat)")
     what.add_argument("--prompt", help="print the reply to this text and exit")
     what.add_argument("--raw", type=int, choices=(0, 1), default=0, help="1: --prompt is plain text to be continued")
@@ -402,13 +403,8 @@ def parse_args() -> argparse.Namespace:
     score.add_argument("--eval_out", help="write every reply to this file, as JSON lines")
     score.add_argument("--show_wrong", type=int, default=0, metavar="N", help="print the first N wrong replies")
     args = parser.parse_args()
+    launch.check_flags({name: value for name, value in vars(args).items() if name != "temperature" or value != 0})
     for name, good, must in (
-        ("temperature", args.temperature >= 0, "be 0 or more"),
-        ("top_k", args.top_k >= 0, "be 0 or more"),
-        ("top_p", 0 < args.top_p <= 1, "lie above 0 and not above 1"),
-        ("repetition_penalty", args.repetition_penalty > 0, "be positive"),
-        ("max_new_tokens", args.max_new_tokens > 0, "be positive"),
-        ("batch_size", args.batch_size > 0, "be positive"),
         ("prompt", args.prompt is None or args.prompt.strip(), "not be empty"),
         ("raw", not args.raw or args.prompt is not None, "come with --prompt"),
         ("eval_file", not args.eval_file or args.prompt is None, "not come with --prompt"),
@@ -421,10 +417,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     # 1. Flags, device, random state
     args = parse_args()
+    end_with_reader()
     if args.eval_file and args.eval_out:
         check_writable(args.eval_out)
     if not os.environ.get("PYTHONIOENCODING"):
-        escape_unencodable("utf-8")  # whatever the locale
+        prepare_streams("utf-8")  # whatever the locale
     name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
         device = torch.zeros(1, device=name).device

@@ -271,8 +271,6 @@ def row_text(row: object) -> str | ValueError | None:
             return error
         if not learned:
             return None
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        return ValueError("the text has a lone surrogate and is no valid Unicode")
     return text
 
 

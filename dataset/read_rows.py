@@ -37,6 +37,21 @@ def too_long(size: int) -> str:
     return f"row of more than {size / 2**20:.0f} MB, the limit is {MAX_ROW_BYTES >> 20} MB; split it"
 
 
+def lone_surrogate(row: object, text: str) -> str:
+    """What is wrong with a row that spells half a character: no encoding can hold it, whatever is made of the row.
+
+    Args:
+        row: what JSON made of `text`; a str of UTF-8 is fine.
+    """
+    if "\\ud" not in text and "\\uD" not in text or isinstance(row, str) and row == text:
+        return ""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"a lone surrogate \\u{ord(error.object[error.start]):04x} in it, which is half a character and no text"
+    return ""
+
+
 def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[Row, int]]:
     line, at, advice = 0, file.tell(), ""
     while raw := file.readline(MAX_ROW_BYTES + 1):
@@ -55,7 +70,8 @@ def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[Row, int]]:
             continue
         try:
             text = raw.decode("utf-8")
-            row, fault = (text if path.suffix == ".txt" else json.loads(text)), ""
+            row = text if path.suffix == ".txt" else json.loads(text)
+            fault = lone_surrogate(row, text)
         except UnicodeDecodeError as error:
             advice = advice or not_utf8(path, begin)  # of the first such line, for all of them
             bad = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
@@ -117,6 +133,6 @@ def read_array(file: BinaryIO, path: Path) -> Iterator[tuple[Row, int]]:
                 pos = getattr(error, "pos", at)
                 fault_line = line + text.count("\n", at, pos)
                 raise ValueError(f"{path}:{fault_line}: broken JSON: {getattr(error, 'msg', error)}") from None
-            yield (line, row, ""), file.tell()
+            yield (line, row, lone_surrogate(row, text[at:end])), file.tell()
             line += text.count("\n", at, end)
             at = end

@@ -192,7 +192,9 @@ def open_cache(
         cache_dir.mkdir(parents=True, exist_ok=True)
         content = file_hash(data_path, cache_dir)
     except OSError as error:
-        raise ValueError(f"cannot use {error.filename}: {error.strerror}; see --data_path and --cache_dir") from None
+        raise ValueError(
+            f"cannot use {error.filename or cache_dir}: {error.strerror}; see --data_path and --cache_dir"
+        ) from None
     options = options | ({"field": field} if field else {})
     described = json.dumps([VERSION, content, skip_bad, masked, options], sort_keys=True)
     key = hashlib.sha256(described.encode()).hexdigest()[:32]

@@ -68,6 +68,8 @@ def load_weights(model: MiniMindLM, path: str | Path, new_head: bool = False) ->
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """What a weights file holds, on the CPU. ValueError: there is none, or it is not a plain state dict."""
+    if Path(path).exists() and not Path(path).is_file():  # to open a pipe would wait for whoever writes to it
+        raise ValueError(f"{path}: not a file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:

@@ -58,7 +58,10 @@ FIXED = {
     "fp16_opt_level": (("O1",), "float16 is autocast over float32 weights, which is O1"),
     "pin_memory": ((True,), "batches are in pinned memory wherever there is a GPU"),
     "prefetch_factor": ((2,), "each of num_workers processes prepares 2 batches ahead"),
-    "save_strategy": (("steps",), "checkpoints are saved every save_steps steps; 0 saves at the end alone"),
+    "save_strategy": (
+        ("steps",),
+        "checkpoints are saved every save_steps steps; 0 saves at the end alone",
+    ),
 }
 # These say together what --dtype says alone.
 PRECISIONS = ("dtype", "mixed_precision", "fp16", "bf16")
@@ -117,54 +120,85 @@ def read_config(path: str) -> list[Entry]:
     try:
         if not here.exists() and shipped.is_file():
             here = shipped
-        loader = yaml.SafeLoader(here.read_text(encoding="utf-8"))
-        content = loader.get_single_node()
+        if here.exists() and not here.is_file() and not path.startswith("/dev/fd/"):
+            raise ValueError(f"--config {path}: not a file")
+        content = yaml.compose(here.read_text(encoding="utf-8"), yaml.SafeLoader)
         if content is None or content.tag == "tag:yaml.org,2002:null":  # nothing, or comments alone
             return []
         if isinstance(content, yaml.MappingNode):
-            return list(entries(loader, content, f"--config {path}"))
+            return list(entries(content, f"--config {path}"))
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: broken YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"--config {path}: broken YAML: lists in lists without end") from None
     raise ValueError(f"--config {path}: must be a mapping of flags to values")
 
 
 def entries(
-    loader: yaml.SafeLoader,
-    mapping: yaml.MappingNode,
-    file: str,
-    levels: int = 2,
-    section: str = "",
+    mapping: yaml.MappingNode, file: str, levels: int = 2, section: str = ""
 ) -> Iterator[Entry]:
-    """The entries of a mapping and of the sections in it. ValueError: a key stands there twice."""
-    names = set()
-    for key, _ in mapping.value:
-        if key.value in names:
-            raise ValueError(f"{file}:{key.start_mark.line + 1}: {key.value!r} stands there twice")
-        names.add(key.value)
-    loader.flatten_mapping(mapping)  # of `<<: *other`, what is in `other` comes first
-    for name, (key, node) in {key.value: (key, node) for key, node in mapping.value}.items():
-        place = f"{file}:{key.start_mark.line + 1}"
+    """The entries of a mapping and of the sections in it. ValueError: see `pairs_of`."""
+    for name, (key, node) in pairs_of(mapping, file, {}).items():
         if isinstance(node, yaml.MappingNode) and levels:
-            yield from entries(loader, node, file, levels - 1, name)
+            yield from entries(node, file, levels - 1, name)
         else:
             yield Entry(
                 f"{section}.{name}" if f"{section}.{name}" in ALIASES else name,
                 text_of(node),
-                place,
+                place_of(key, file),
             )
 
 
-def text_of(node: yaml.Node) -> str | list | dict | None:
-    """A scalar as it stands in the file, None for null; lists of them; {} for a mapping."""
+def pairs_of(
+    mapping: yaml.MappingNode, file: str, known: dict
+) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    """Name -> (key, value) of a mapping; of `<<: *other`, what is in `other` comes first.
+
+    Args:
+        known: mapping -> its pairs, of those that were asked for before; None while they are worked out.
+
+    Raises:
+        ValueError: a key stands there twice, or is no word; `<<` does not name a mapping, or names one that it is in.
+    """
+    if mapping in known:
+        return known[mapping]
+    known[mapping], merged, own = None, {}, {}
+    for key, node in mapping.value:
+        place = place_of(key, file)
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"{place}: a key must be a word, not a list or a section")
+        if key.value in own:
+            raise ValueError(f"{place}: {key.value!r} stands there twice")
+        own[key.value] = key, node
+        if key.tag != "tag:yaml.org,2002:merge":
+            continue
+        for other in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            if not isinstance(other, yaml.MappingNode) or known.get(other, ...) is None:
+                raise ValueError(
+                    f"{place}: << takes a section, or a list of them, that it is not in itself"
+                )
+            merged = pairs_of(other, file, known) | merged
+    known[mapping] = merged | {
+        name: pair for name, pair in own.items() if pair[0].tag != "tag:yaml.org,2002:merge"
+    }
+    return known[mapping]
+
+
+def place_of(node: yaml.Node, file: str) -> str:
+    return f"{file}:{node.start_mark.line + 1}"
+
+
+def text_of(node: yaml.Node, levels: int = 1) -> str | list | dict | None:
+    """A scalar as it stands in the file, None for null; lists of them; {} for what lies deeper."""
     if node.tag not in TAGS:
         raise yaml.MarkedYAMLError(
             problem=f"a tag, {node.tag}, is not taken", problem_mark=node.start_mark
         )
-    if isinstance(node, yaml.SequenceNode):
-        return [text_of(item) for item in node.value]
-    if isinstance(node, yaml.MappingNode):
+    if isinstance(node, yaml.SequenceNode) and levels:
+        return [text_of(item, levels - 1) for item in node.value]
+    if not isinstance(node, yaml.ScalarNode):
         return {}
     return None if node.tag == "tag:yaml.org,2002:null" else node.value
 
@@ -214,7 +248,9 @@ def flag_values(content: list[Entry], flags: dict) -> dict[str, Entry]:
         if entry.key == "lr_scheduler_type":
             if str(entry.value) not in SCHEDULES:
                 known = ", ".join(SCHEDULES)
-                raise entry.error(f"lr_scheduler_type: {entry.value} cannot be had; it is one of {known}")
+                raise entry.error(
+                    f"lr_scheduler_type: {entry.value} cannot be had; it is one of {known}"
+                )
             entry = replace(entry, value=SCHEDULES[entry.value])
         if name in PRECISIONS:
             of_name = precisions

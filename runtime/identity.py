@@ -13,7 +13,7 @@ from pathlib import Path
 HARMLESS = {
     *("config", "cache_dir", "out_dir", "save_weight", "resume", "resume_with_changes", "preview"),
     *("save_interval", "save_total_limit", "log_interval", "eval_interval", "sample_interval"),
-    *("use_wandb", "report_to", "num_workers", "replica_check"),
+    *("use_wandb", "report_to", "num_workers", "replica_check", "timeout"),
     *("device", "ddp", "strategy", "tensor_parallel", "context_parallel", "pipeline_parallel"),
     *("pipeline_schedule", "offload", "bucket_cap_mb", "compile", "gradient_checkpointing"),
     *("batch_size", "accumulation_steps", "lr_scaling", "cache_reference"),
@@ -127,6 +127,8 @@ def check_identity(saved: dict, current: dict, source: Path, accept: bool = Fals
 def sample_hash(path: Path, blocks: int = 64, size: int = 1 << 16) -> str:
     """Hash of a file's length and of blocks spread evenly over it, the first and the last among them."""
     try:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for whoever writes to it
+            return f"{path}: not a file"
         length = path.stat().st_size
         digest = hashlib.sha256(str(length).encode())
         with open(path, "rb") as file:

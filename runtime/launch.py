@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import signal
@@ -20,9 +19,10 @@ import torch.distributed as dist
 from runtime import checkpoint, heartbeat
 from runtime.config import ROOT, config_to_argv
 from runtime.device import keep_memory
+from runtime.flags import check_flags, usage_error  # noqa: F401  # for the scripts, with what else they start by
 from runtime.identity import sample_hash
 from runtime.launcher import is_quiet, read_launch
-from runtime.terminal import escape_unencodable
+from runtime.terminal import describe_error, is_usage_error, prepare_streams
 
 CODE = ("model", "dataset", "runtime", "trainer")  # folders whose files decide how a run goes
 # Flags that may differ from process to process: where things lie on a machine, and what is not about the curve.
@@ -49,46 +49,6 @@ def command_line(parser) -> list[str]:
     return config_to_argv(argv, parser) + argv
 
 
-POSITIVE = ("max_seq_len", "epochs", "batch_size", "accumulation_steps", "global_batch_size", "learning_rate",
-            "tensor_parallel", "context_parallel", "pipeline_parallel", "bucket_cap_mb", "save_total_limit",
-            "log_interval", "kl_temperature", "max_new_tokens", "temperature", "updates_per_rollout", "mini_batches",
-            "ppo_epochs", "timeout")  # fmt: skip
-NOT_NEGATIVE = ("max_steps", "warmup_ratio", "weight_decay", "grad_clip", "num_workers", "save_interval",
-                "replica_check", "eval_interval", "eval_ratio", "preview", "seed", "clip_low", "clip_high", "kl_beta",
-                "kl_weight", "sample_interval")  # fmt: skip
-LONGEST_TIMEOUT = 365 * 24 * 60  # a year, in minutes
-
-
-def usage_error(message: str) -> None:
-    """What `parser.error` of a stage script is set to: the one line of `run`, without argparse's screen of usage."""
-    raise ValueError(f"{message}; --help lists the flags")
-
-
-def check_flags(args: dict) -> None:
-    """Refuse values that make no sense.
-
-    Raises:
-        ValueError: names flag and value.
-    """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args["device"]):
-        raise ValueError(f"--device {args['device']}: must be auto, cpu, cuda or cuda:N")
-    if not args.get("ddp", True) and read_launch().world_size > 1:
-        raise ValueError("started by torchrun as several processes but without --ddp: add --ddp")
-    if not re.fullmatch("none|length|field:.+", args.get("curriculum", "none")):
-        raise ValueError(f"--curriculum {args['curriculum']}: must be none, length or field:NAME")
-    for name, value in args.items():
-        if name in POSITIVE and value is not None and not value > 0:
-            raise ValueError(f"--{name} {value}: must be positive")
-        if name in NOT_NEGATIVE and value is not None and not value >= 0:
-            raise ValueError(f"--{name} {value}: must be 0 or more")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{name} {value}: must be a finite number")
-        if name == "timeout" and value > LONGEST_TIMEOUT:
-            raise ValueError(f"--timeout {value}: must be {LONGEST_TIMEOUT} minutes, a year, or less")
-        if name in ("warmup_ratio", "kl_weight") and value > 1:
-            raise ValueError(f"--{name} {value}: must be 1 or less, it is a share")
-
-
 class StopSignal:
     """Remembers a signal to stop, so that the loop can finish its step, save and leave. The second one ends at once.
 
@@ -108,7 +68,6 @@ class StopSignal:
         self.received = 0
         for number in (signal.SIGTERM, signal.SIGINT, *([] if ignores_hangup() else [signal.SIGHUP])):
             signal.signal(number, self.receive)
-        sys.stdout, sys.stderr = (OutlivingStream(stream) for stream in (sys.stdout, sys.stderr))
 
     def receive(self, number: int, frame: object) -> None:
         if self.received and number != signal.SIGHUP:
@@ -129,47 +88,19 @@ def ignores_hangup() -> bool:
     return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and not from_torchrun
 
 
-class OutlivingStream:
-    """A text stream of which nothing is raised when who reads it is gone, a terminal or a pipe: a run has to save."""
-
-    def __init__(self, stream) -> None:
-        self.stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self.stream.write(text)
-        except OSError:
-            self.drop()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError:
-            self.drop()
-
-    def drop(self) -> None:
-        """Send all that is still to come to nowhere, also what Python flushes at its end."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())
-        os.close(nowhere)
-
-
 ONE_LINE = (ValueError, OSError, FloatingPointError, dist.DistNetworkError)  # what needs no traceback
 
 
 def run(main: Callable[[], int]) -> None:
     """Run a script's main and turn its end into an exit code.
 
-    A ValueError is the user's to mend: one line (per machine), exit code 2. A full disk, gradients that are not finite
-    any more, or a reader that was killed: one line, exit code 1. MINIMIND_DEBUG=1 shows their tracebacks. Anything else
-    keeps its own. torchrun's summary names the rank whose error came first.
+    A ValueError is the user's to mend, and a file that is not there or cannot be written: one line (per machine), exit
+    code 2. A full disk, gradients that are not finite any more, or a reader that was killed: one line, exit code 1.
+    MINIMIND_DEBUG=1 shows their tracebacks. Anything else keeps its own. torchrun's summary names the rank whose error
+    came first.
     """
-    code = 1
-    escape_unencodable()
+    code, usage = 1, False
+    prepare_streams()
     try:
         read_launch()
         keep_memory()
@@ -190,6 +121,7 @@ def run(main: Callable[[], int]) -> None:
             if of_reader or not is_quiet():
                 print(f"error: {explain(error)}", file=sys.stderr, flush=True)
             code = 1 if killed or isinstance(error, OSError | FloatingPointError) else 2
+            usage = not killed and is_usage_error(error)
             report(error, explain(error))
         else:
             report(error, "".join(traceback.format_exception(error)))
@@ -202,7 +134,7 @@ def run(main: Callable[[], int]) -> None:
         if dist.is_initialized() and code != 1:  # after a fault the others may wait inside a collective
             dist.destroy_process_group()
     sys.stdout.flush()
-    sys.exit(code)
+    sys.exit(2 if usage else code)
 
 
 def leave_together() -> None:
@@ -239,7 +171,7 @@ def explain(error: Exception) -> str:
     """The error in one line; for a process group that cannot be joined or a reader that is lost, with what to do."""
     if "DataLoader worker" in str(error):
         return explain_reader(str(error))
-    text = " ".join(str(error).split())
+    text = describe_error(error)
     if text.startswith("Caught ") and " in DataLoader worker " in text:  # with its traceback; the message comes last
         text = text.rpartition(f"{type(error).__name__}: ")[2]
     if not isinstance(error, dist.DistNetworkError):

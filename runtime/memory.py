@@ -6,10 +6,11 @@ counting what the backward pass keeps, here for the operations of `model/lm.py`.
 does: weights, gradients and optimizer state are float32; autocast makes copies of 2 bytes for the time of a step.
 """
 
+import contextlib
 import functools
 import json
 from collections import defaultdict
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -38,8 +39,9 @@ def shapes_of(config: str) -> dict[str, torch.Size]:
 
 
 def parameter_count(config: LMConfig) -> int:
-    """Parameters of the model, exactly; tied weights count once, all experts count."""
-    return sum(shape.numel() for shape in parameter_shapes(config).values())
+    """Parameters of the model, exactly; tied weights count once, all experts count. All blocks have the same."""
+    one, two = (sum(map(torch.Size.numel, parameter_shapes(replace(config, n_layers=n)).values())) for n in (1, 2))
+    return one + (config.n_layers - 1) * (two - one)
 
 
 def estimate(
@@ -212,10 +214,8 @@ def device_memory(device: torch.device) -> int | None:
             return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         except RuntimeError:
             return None
-    try:
-        meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = [int(meminfo["MemAvailable"].split()[0]) * 1024]
-    except (OSError, KeyError, ValueError):
+    free = [meminfo("MemAvailable")]
+    if free == [0]:
         return None
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -226,6 +226,24 @@ def device_memory(device: torch.device) -> int | None:
         except (OSError, ValueError):  # another version of control groups, or no limit ("max")
             pass
     return max(0, min(free)) // read_launch().local_world_size
+
+
+def meminfo(name: str) -> int:
+    """Bytes that a line of /proc/meminfo says; 0: it cannot be read."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines[name].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0
+
+
+def machine_memory() -> int:
+    """Bytes of this machine's RAM, or of what its control group may take of it; 0: it cannot be read."""
+    limits = [meminfo("MemTotal")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # another version of control groups, or no limit ("max")
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 def choose_strategy(

@@ -14,6 +14,7 @@ from dataset.preference_dataset import PreferenceDataset, ReferencedPairs
 from model.preference_loss import answer_logps
 from model.weights import hash_weights
 from runtime.parallel import data_world, gather_objects, token_losses, world
+from runtime.terminal import naming
 
 
 def logps_of(model: nn.Module, X: Tensor, Y: Tensor, loss_mask: Tensor, doc_lens: list[int], device) -> tuple:
@@ -80,7 +81,7 @@ class Reference:
             logps = self.compute(pairs)
             if world()[0] == 0:
                 temporary = path.with_name(f".{path.name}.{os.getpid()}")
-                with open(temporary, "wb") as file:
+                with naming(temporary), open(temporary, "wb") as file:
                     np.savez(file, logps=logps)  # a ZIP file, which has a checksum
                 os.replace(temporary, path)
         return ReferencedPairs(pairs, logps)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from runtime import heartbeat
 from runtime.identity import told
 from runtime.store import save_file
-from runtime.terminal import replace_surrogates
+from runtime.terminal import naming, replace_surrogates
 
 MAX_SKIPPED = 20  # enough for the scale of float16 to come down from its start, 2 ** 14
 
@@ -67,7 +67,7 @@ class Tracker:
             self.log_file = open(folder / "training.log", "a", encoding="utf-8", errors="backslashreplace")
             save_file(folder / "args.json", json.dumps(args | {"history": history}, indent=2, default=str) + "\n")
         except OSError as error:
-            raise ValueError(f"--out_dir: cannot write to {folder}: {error.strerror}") from None
+            raise ValueError(f"--out_dir: cannot write to {error.filename or folder}: {error.strerror}") from None
         if kept is not None:
             remedy = f"to remove all that is kept so: rm -r {folder}.previous*"
             self.print(f"what an earlier {folder.name} left is kept in {kept}; {remedy}")
@@ -114,8 +114,7 @@ class Tracker:
             return
         tqdm.write(text)
         sys.stdout.flush()
-        self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self.log_file.flush()
+        append(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def log(self, metrics: dict) -> None:
         """A line of metrics.jsonl; floats in full precision.
@@ -131,8 +130,7 @@ class Tracker:
             self.last_time, self.last_tokens = now, tokens
         # JSON has no NaN; null keeps the file readable for every parser.
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-        self.metrics_file.write(json.dumps(line) + "\n")
-        self.metrics_file.flush()
+        append(self.metrics_file, json.dumps(line) + "\n")
         step = metrics["step"]
         values = {replace_surrogates(k): v for k, v in metrics.items() if k != "step" and v is not None}
         if self.wandb is not None:
@@ -177,7 +175,8 @@ class Tracker:
     def sync(self) -> None:
         """Bring metrics.jsonl to the disk, before a checkpoint that vouches for it."""
         if self.enabled:
-            os.fsync(self.metrics_file.fileno())
+            with naming(self.metrics_file.name):
+                os.fsync(self.metrics_file.fileno())
 
     def close(self) -> None:
         if not self.enabled:
@@ -211,6 +210,13 @@ def history_of(found: Path | None, args: dict, changes: dict) -> list[dict]:
     changed = {name: values for name, values in changed.items() if not name.startswith("resume")}
     entry = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "resumed": found.name, "changed": changed}
     return [*history, entry] if changed else history
+
+
+def append(file, text: str) -> None:
+    """Write to an open file, now. OSError: names the file."""
+    with naming(file.name):
+        file.write(text)
+        file.flush()
 
 
 def keep_earlier_run(folder: Path) -> Path | None:
@@ -256,13 +262,13 @@ def lock_run(folder: Path):
     lock = open(folder.with_name(f".{folder.name}.lock"), "a+")
     for _ in range(100):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(lock.name):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.1)
             continue
         lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        append(lock, str(os.getpid()))
         return lock
     lock.seek(0)
     raise ValueError(f"process {lock.read()} is writing to {folder}: stop it, or choose another --save_weight")
@@ -274,7 +280,8 @@ def truncated_metrics(path: Path, step: int):
     kept = [line for line in lines if line.endswith(b"\n") and metrics_step(line) <= step]
     if kept != lines:
         temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_bytes(b"".join(kept))
+        with naming(temporary):
+            temporary.write_bytes(b"".join(kept))
         os.replace(temporary, path)
     return open(path, "a", encoding="utf-8")
 

@@ -29,7 +29,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime.terminal import escape_unencodable
+from runtime import terminal
+from runtime.flags import check_flags as check_values
+from runtime.flags import usage_error
 
 ORIGINAL = "train_pretrain"  # the script the others are copied from: of equal definitions, its own is the first
 NOT_A_STAGE = {"train_tokenizer"}  # repeats no helper and shares no flag, but must not define a helper anew either
@@ -306,7 +308,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Check that what the stage scripts repeat is the same in all of them.")
     parser.add_argument("--fix", action="store_true", help="rewrite the marked copies from their originals")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="folder with trainer/")
+    parser.error = usage_error
     args = parser.parse_args()
+    check_values(vars(args))
 
     findings = []  # of (file, line, message)
     scripts = read_scripts(args.root, findings)
@@ -332,5 +336,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    escape_unencodable()
-    sys.exit(main())
+    terminal.run(main)

@@ -24,8 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from runtime import terminal
+from runtime.flags import check_flags, usage_error
 from runtime.launcher import die_with_launcher, read_launch
-from runtime.terminal import escape_unencodable
 
 REQUIRED = ("torch", "transformers", "numpy", "wandb")
 OPTIONAL = ("deepspeed", "accelerate", "lightning", "tensorboard")
@@ -327,7 +328,10 @@ def main() -> int:
     parser.add_argument("--master_port", type=int, default=os.environ.get("MASTER_PORT", "29500"), help="its port")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds that a check may take")
     parser.add_argument("--probe", choices=("gloo", "nccl"), help=argparse.SUPPRESS)
+    parser.error = usage_error
     args = parser.parse_args()
+    check_flags(vars(args))
+    terminal.end_with_reader()
     if args.probe:
         from runtime.link import measure_alone
 
@@ -344,5 +348,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    escape_unencodable()
-    sys.exit(main())
+    terminal.run(main)

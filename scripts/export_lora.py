@@ -18,16 +18,19 @@ from model.lora import merge_adapter, write_peft
 from model.weights import load_model, newest_weights
 from runtime import launch
 from runtime.checkpoint import save_file
+from runtime.terminal import naming
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = launch.usage_error
     parser.add_argument("--lora", default="lora", help="the adapter: stage name (its newest), run name or path")
     parser.add_argument("--weight", default="full_sft", help="its base model: stage name, run name or path")
     parser.add_argument("--out_dir", default=str(ROOT / "out"), help="where both are looked for")
     parser.add_argument("--merge", metavar="FILE.pth", help="write whole weights to this file, their shape beside it")
     parser.add_argument("--peft", metavar="FOLDER", help="write adapter and configuration there, for peft")
     args = parser.parse_args()
+    launch.check_flags(vars(args))
     if not (args.merge or args.peft):
         raise ValueError("nothing to do: name a file with --merge, a folder with --peft, or both")
     if args.merge and not (args.merge.endswith(".pth") and Path(args.merge).absolute().parent.is_dir()):
@@ -41,7 +44,8 @@ def main() -> int:
         save_file(Path(args.merge), model.state_dict())
         print(f"{adapter.name} merged into {base.name}: {args.merge}")
     if args.peft:
-        write_peft(adapter, args.peft, base.stem)
+        with naming(args.peft):
+            write_peft(adapter, args.peft, base.stem)
         print(f"{adapter.name} for peft: {args.peft}")
     return 0
 

@@ -32,6 +32,7 @@ from runtime import launch, link, memory
 from runtime.launcher import read_launch
 from runtime.scaling import Load, Machine, flops_per_token, step_cost
 from runtime.tensor_parallel import check_sizes
+from runtime.terminal import end_with_reader
 from scripts.preflight import stage_flags
 from scripts.prepare_data import STAGES, open_data
 
@@ -155,12 +156,7 @@ def parse_args() -> tuple[argparse.Namespace, argparse.Namespace]:
     parser.add_argument("--measure", action="store_true", help="measure this machine, and under torchrun the link")
     parser.add_argument("--markdown", action="store_true", help="tables for a README")
     own, rest = parser.parse_known_args()
-    for name, value in vars(own).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            share = name in ("mfu", "overlap")
-            least = 0 if name in ("overlap", "latency_us") else 1 if isinstance(value, int) else 1e-9
-            if not least <= value <= (1 if share else math.inf) or value == math.inf:
-                raise ValueError(f"--{name} {value}: must be {'a share up to 1' if share else 'positive'}")
+    launch.check_flags(vars(own))
     args = stage_flags(Path(f"trainer/{STAGES[own.stage][0]}.py"), rest)
     sharers = args.tensor_parallel * args.context_parallel
     for count, name in ((own.nodes, "--nodes"), (sharers, "--tensor_parallel x --context_parallel")):
@@ -176,6 +172,7 @@ def parse_args() -> tuple[argparse.Namespace, argparse.Namespace]:
 def main() -> int:
     # 1. Flags, model, data
     own, args = parse_args()
+    end_with_reader()
     vocab_size = own.vocab_size or len(load_tokenizer(args.tokenizer_dir))
     shape = {f.name: getattr(args, f.name) for f in dataclasses.fields(LMConfig) if hasattr(args, f.name)}
     config = LMConfig(**shape | {"vocab_size": vocab_size, "use_moe": bool(args.use_moe)})

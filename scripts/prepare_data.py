@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--stage", choices=STAGES | ENGINES, default="sft", help="whose script reads the data")
     parser.add_argument("--per_node", type=int, choices=(0, 1), default=0, help="1: --cache_dir is local to a machine")
     own, rest = parser.parse_known_args()
+    launch.check_flags(vars(own))
     args = stage_flags(Path(f"trainer/{(STAGES | ENGINES)[own.stage][0]}.py"), rest)
 
     # One builds; the others have nothing to wait for here: training itself waits for a cache that is being built.

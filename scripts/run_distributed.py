@@ -122,7 +122,8 @@ def main() -> int:
         argv.append("--ddp")
 
     # 2. What is wrong before anything has started
-    preflight.check_layout(args.nproc_per_node, args.nnodes, args.node_rank, args.master_addr, args.max_restarts)
+    launch.check_flags(vars(args))
+    preflight.check_layout(args.nnodes, args.node_rank, args.master_addr)
     if args.nnodes > 1 and args.master_port is None:
         args.master_port = PORT
     if args.master_port is not None and args.node_rank == 0:

@@ -177,7 +177,7 @@ def run_ranks(*args, nproc=None, cwd=ROOT, code=0) -> str:
             process.kill()
         outputs = [Path(folder) / str(rank) for rank in range(len(processes))]
         printed = "".join(output.read_text(errors="replace") for output in outputs if output.exists())
-    assert codes == [code] * len(codes), f"exit codes {codes}: {' '.join(words)}\n{printed}"
+    assert codes == [code] * len(codes), f"exit codes {codes}: {' '.join(map(str, args))}\n{printed}"
     return printed
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import RUN_FLAGS, write_jsonl
 from running import ROOT, run_script
 
-from runtime.terminal import escape_unencodable
+from runtime.terminal import prepare_streams
 from runtime.tracking import Tracker
 
 # GBK has the Chinese and neither the emoji nor the n with a tilde, ASCII has none of them.
@@ -26,7 +26,7 @@ def entry_point(path) -> ast.If | None:
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if entry_point(path)], ids=lambda path: path.name)
 def test_every_script_starts_where_no_text_can_end_it(path):
     first = ast.unparse(entry_point(path).body[0])
-    assert first in ("launch.run(main)", "escape_unencodable()"), f"{path.name} starts with {first}"
+    assert first in ("launch.run(main)", "terminal.run(main)"), f"{path.name} starts with {first}"
 
 
 @pytest.mark.parametrize("encoding", SHOWN)
@@ -35,7 +35,7 @@ def test_what_an_encoding_does_not_have_is_escaped(encoding, monkeypatch):
     for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
     monkeypatch.setattr(sys, "stdin", None)  # closed: `<&-`
-    escape_unencodable()
+    prepare_streams()
     for stream in streams.values():
         print(TEXT, "\udce9", file=stream, flush=True)
         assert stream.buffer.getvalue().decode(encoding) == f"{SHOWN[encoding]} \\udce9\n"
@@ -43,7 +43,7 @@ def test_what_an_encoding_does_not_have_is_escaped(encoding, monkeypatch):
 
 def test_what_cannot_be_decoded_is_read_all_the_same(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
-    escape_unencodable()
+    prepare_streams()
     assert sys.stdin.readline() == "caf\ufffd\n"
 
 
@@ -51,7 +51,7 @@ def test_streams_that_are_something_else_stay(monkeypatch):
     """A notebook's, or a test's."""
     mine = io.StringIO()
     monkeypatch.setattr(sys, "stdout", mine)
-    escape_unencodable()
+    prepare_streams()
     assert sys.stdout is mine
 
 

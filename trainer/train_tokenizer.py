@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from dataset.chat_format import CHAT_TEMPLATE, IM_END, IM_START, MARKERS
 from dataset.file_kinds import check_kind, not_utf8
-from runtime.terminal import escape_unencodable
+from runtime import terminal
+from runtime.flags import check_flags, usage_error
 
 # Ids 0 to 15, in this order. Weights depend on them: append by using up a reserved one, never insert.
 PAD, BOS, EOS = "<|endoftext|>", IM_START, IM_END
@@ -179,6 +180,7 @@ def report(tokenizer: Tokenizer, paths: list[Path], hold_out: int) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer with the chat template inside.")
+    parser.error = usage_error
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", type=Path, nargs="+", metavar="FILE", default=None,
                       help="text, .json or .jsonl files; named twice counts twice (default: the demo text)")
@@ -199,10 +201,11 @@ def main() -> None:
     args = parse_args()
 
     # 1. Check the numbers
+    check_flags(vars(args))
     if args.vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"--vocab_size {args.vocab_size} is below {MIN_VOCAB_SIZE}, the special tokens and 256 bytes")
-    if args.hold_out < 0 or args.hold_out == 1 or args.min_frequency < 1:
-        raise ValueError("--hold_out must be 0 or at least 2, --min_frequency at least 1")
+    if args.hold_out == 1:
+        raise ValueError("--hold_out 1 would leave nothing to train on: 0 keeps nothing out, 2 every second text")
 
     # 2. Only measure
     if args.report and not args.data_path:
@@ -228,9 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    escape_unencodable()
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    terminal.run(main)
