@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from runtime import kernel_loader
 from runtime.terminal import replace_surrogates
 
 MAX_SKIPPED = 20  # enough for the scale of float16 to come down from its start, 2 ** 14
@@ -78,6 +79,7 @@ class Tracker:
             self.print(f"the run was to end at step {was} and now ends at {total_steps}: its learning rates change")
         if not self.enabled:
             return
+        self.print(kernel_loader.report())
         step = progress["step"]
         self.metrics_file = truncated_metrics(self.folder / "metrics.jsonl", step)
         self.total_steps, self.first_step, self.began = total_steps, step, time.monotonic()

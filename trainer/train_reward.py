@@ -31,6 +31,7 @@ from model.reward import RewardConfig, RewardModel
 from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate_pairs
+from runtime.kernel_loader import apply_kernels
 from runtime.launcher import read_launch
 from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
@@ -284,6 +285,7 @@ def main() -> int:
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key)
     found = checkpoint.find_run(run_dir, args.resume, identity)
     model = RewardModel(config, args.gradient_checkpointing).to(args.device)
+    apply_kernels(model, args.device, dtype)
     if found is None:
         Logger(start_weights(model, args.from_weight, "full_sft", args.out_dir, suffix))
 

@@ -29,6 +29,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import accelerated, checkpoint, engine_store, launch, parallel
 from runtime.device import one_order
+from runtime.kernel_loader import apply_kernels
 from runtime.launcher import read_launch
 from runtime.optim import scale_lr
 from runtime.replicas import agree, check_replicas
@@ -282,6 +283,7 @@ def main() -> int:
     identity["the engine"] = f"Accelerate, {accelerated.format_of(args.ddp)}"
     found = checkpoint.find_run(run_dir, args.resume, identity)
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
+    apply_kernels(model, args.device, args.dtype)
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
 

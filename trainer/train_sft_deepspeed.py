@@ -33,6 +33,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import checkpoint, deepspeed_config, deepspeed_engine, launch, parallel
 from runtime.evaluation import evaluate
+from runtime.kernel_loader import apply_kernels
 from runtime.launcher import read_launch
 from runtime.optim import scale_lr
 from runtime.replicas import agree, check_replicas
@@ -288,6 +289,7 @@ def main() -> int:
     identity |= deepspeed_engine.identity_of(args.deepspeed)
     found = checkpoint.find_run(run_dir, args.resume, identity)
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
+    apply_kernels(model, args.device, deepspeed_config.dtype_of(args))
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
 
