@@ -1,14 +1,16 @@
 """What holds for the plain model holds with kernels: the same tests, run on a model that has them."""
 
 import pytest
+import test_generation
 import test_model
 import torch
-from test_generation import *  # noqa: F403
-from test_model import *  # noqa: F403
 from test_model import KINDS, build, ids
 
 import kernels
 from kernels import compiling
+
+for module in (test_model, test_generation):
+    globals().update({name: test for name, test in vars(module).items() if name.startswith("test_")})
 
 
 @pytest.fixture(autouse=True)
