@@ -45,11 +45,12 @@ from dataset.chat_format import (
 from dataset.chat_rows import present
 from dataset.lm_dataset import load_tokenizer
 from dataset.read_rows import read_rows
+from model.generate import generate_batch, make_sampler, stream_text
 from model.lm import MiniMindLM
 from model.lora import merge_adapter
-from model.sampling import complete, sampler, stream_text
 from model.weights import load_model, newest_weights
 from runtime import launch
+from runtime.kernel_loader import apply_kernels
 from runtime.terminal import end_with_reader, naming, prepare_streams
 
 
@@ -295,8 +296,8 @@ def write_replies(questions: list[dict], limits: list[int], speaker: Speaker, ba
     context = speaker.model.config.max_seq_len
     limits = [max(1, min(n, context - len(ids))) for n, ids in zip(limits, prompts, strict=True)]
     replies: list[list[int]] = [[] for _ in questions]
-    greedy = sampler(prompts, speaker.model.config.vocab_size, speaker.model.lm_head.weight.device)
-    for row, _, token in complete(speaker.model, prompts, limits, greedy, eos, batch_size=batch_size):
+    greedy = make_sampler(prompts, speaker.model.config.vocab_size, speaker.model.lm_head.weight.device)
+    for row, _, token in generate_batch(speaker.model, prompts, limits, greedy, eos, batch_size=batch_size):
         for number, token_id in zip(row.tolist(), token.tolist(), strict=True):
             replies[number].append(token_id)
             done += token_id == eos
@@ -436,6 +437,7 @@ def main() -> int:
     if args.lora:
         merge_adapter(model, newest_weights(args.lora, args.out_dir, "--lora"))
     model = model.to(device, getattr(torch, dtype))
+    apply_kernels(model, device, dtype)
     tokenizer = load_tokenizer(args.tokenizer_dir, model.config.vocab_size)
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags} | {"generator": generator}

@@ -1,121 +1,64 @@
-"""MiniMindLM: a small decoder-only language model, dense or mixture of experts, in one file.
+"""MiniMindLM: a small decoder-only language model, dense or mixture of experts, in plain PyTorch.
 
-RMSNorm, rotary positions, grouped-query attention with QK-norm, SwiGLU, tied embeddings: architecture, parameter names
-and logits are those of transformers' `Qwen3ForCausalLM` and (without shared experts) `Qwen3MoeForCausalLM`.
+RMSNorm, rotary positions, grouped-query attention with QK-norm, SwiGLU, tied embeddings. Architecture,
+parameter names and logits are those of transformers' `Qwen3ForCausalLM` and, without shared experts,
+`Qwen3MoeForCausalLM`.
 
-Training passes documents one behind the other in one row, with their lengths in `doc_lens`; attention runs inside each
-document only. Generation passes a batch with left padding and a KV cache.
+Shapes: B rows of T tokens, C = dim, D = head_dim, H query heads, H_kv key and value heads, E experts.
 """
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Documents, Layout, document_attention, documents
-from model.grouped import Dispatch, few_products, grouped_linear
-from model.ops import (
-    Linear,
-    add_and_norm,
-    apply_rope,
-    length_step,
-    linear_cross_entropy,
-    recomputed,
-    rms_norm,
-    round_up,
-    swiglu,
-    uncompiled,
-)
-from model.sampling import KVCache, complete, sampler
-
-
-@dataclass
-class LMConfig:
-    """Shape of the model, saved as JSON beside the weights. ValueError: sizes that do not fit together."""
-
-    dim: int = 512
-    n_layers: int = 8
-    n_heads: int = 8
-    n_kv_heads: int = 2
-    head_dim: int | None = None  # default: dim / n_heads
-    vocab_size: int = 6400
-    hidden_dim: int | None = None  # inner width of SwiGLU; default: 8/3 dim, rounded up to a multiple of 64
-    max_seq_len: int = 512  # longest context in tokens
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
-    tie_embeddings: bool = True
-    dropout: float = 0.0  # on the output of every attention and MLP, in training only
-    use_moe: bool = False
-    n_experts: int = 4  # routed experts per layer
-    n_experts_per_tok: int = 2  # routed experts that a token visits
-    n_shared_experts: int = 0  # experts that every token visits; with 0 the model is a Qwen3-MoE
-    moe_hidden_dim: int | None = None  # inner width of one expert; default: hidden_dim / n_experts_per_tok, rounded up
-    norm_topk_prob: bool = True  # rescale the weights of the chosen experts to sum 1
-    aux_loss_alpha: float = 0.01  # weight of the load-balancing loss
-
-    def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, it is {getattr(self, name)}")
-        if self.head_dim is None and self.dim % self.n_heads:
-            raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}: change one of them")
-        self.head_dim = self.head_dim or self.dim // self.n_heads
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even number")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        self.hidden_dim = self.hidden_dim or 64 * math.ceil(self.dim * 8 / 3 / 64)
-        self.moe_hidden_dim = self.moe_hidden_dim or 8 * math.ceil(self.hidden_dim / max(1, self.n_experts_per_tok) / 8)
-        if self.use_moe and not 1 <= self.n_experts_per_tok <= self.n_experts:
-            raise ValueError(f"n_experts_per_tok {self.n_experts_per_tok} must lie in 1..{self.n_experts} (n_experts)")
-        if self.use_moe and (self.dim % 8 or self.moe_hidden_dim % 8):  # what grouped_mm takes
-            raise ValueError(f"dim {self.dim} and moe_hidden_dim {self.moe_hidden_dim} must be multiples of 8 with MoE")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout {self.dropout} must lie in [0, 1)")
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_flags(cls, flags: dict, vocab_size: int) -> "LMConfig":
-        """The shape that a stage script's flags describe."""
-        flags = {**flags, "use_moe": bool(flags["use_moe"]), "vocab_size": vocab_size}
-        return cls(**{field.name: flags[field.name] for field in fields(cls) if field.name in flags})
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> "LMConfig":
-        """Read the JSON that stands beside a weights file. ValueError: it is not one of ours; names the file."""
-        try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a model configuration ({error})") from None
+from model.config import LMConfig
+from model.cross_entropy import linear_cross_entropy
+from model.layout import Layout, make_layout
+from model.recompute import recompute
 
 
 class LMOutput(NamedTuple):  # a tuple: DDP, FSDP and DeepSpeed look for tensors in those
-    logits: Tensor | None  # (B, T, vocab), or (K, vocab) when logits_at was given; None when targets were
+    logits: Tensor | None  # (B, T, vocab), or (K, vocab) with logits_at; None with targets
     aux_loss: Tensor  # scalar float32: aux_loss_alpha x load-balancing loss; 0 for a dense model
     loss: Tensor | None = None  # scalar float32: cross-entropy summed over the targets
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (2019), eq. 4.
+    """
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:  # cast once: the projections that follow would each cast the same again
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-class ResidualNorm(RMSNorm):  # of the stream x with what a branch of it returned; returns both, for the next branch
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return add_and_norm(x, branch, self.weight, self.eps)
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[i], x[i + D/2]) of x (B, T, H, D) by the angle of their position.
+
+    Source: Su et al., RoFormer (2021), eq. 34, in the half-split layout of Llama's and Qwen's weights.
+    """
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Causal attention inside each document of a packed row; q (1, H, T, D) -> (1, H, T, D)."""
+    lens = [n for n in layout.doc_lens.tolist() if n]
+    documents = zip(q.split(lens, 2), k.split(lens, 2), v.split(lens, 2), strict=True)
+    outs = [
+        F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents
+    ]
+    return torch.cat(outs, dim=2)
 
 
 class Attention(nn.Module):
@@ -124,78 +67,105 @@ class Attention(nn.Module):
     Source: Ainslie et al., GQA (2023); Henry et al., Query-Key Normalization (2020).
     """
 
+    apply_rope = staticmethod(apply_rope)
+    document_attention = staticmethod(document_attention)
+
     def __init__(self, config: LMConfig, index: int):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
-        self.q_proj = Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.k_proj = Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.v_proj = Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.o_proj = Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        q_size, kv_size = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_size, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.dim, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         B, T, _ = x.shape
-        heads = (B, T, -1, self.head_dim)
-        q, k = self.q_norm(self.q_proj(x).view(heads)), self.k_norm(self.k_proj(x).view(heads))
-        q, k = apply_rope(q, layout.cos, layout.sin), apply_rope(k, layout.cos, layout.sin)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, self.v_proj(x).view(heads)))  # (B, H, T, D), k, v (B, H_kv, T, D)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H_kv, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q = self.apply_rope(q, layout.cos, layout.sin)
+        k = self.apply_rope(k, layout.cos, layout.sin)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         if layout.cache is not None:
-            layout.cache.write(self.index, k, v, *layout.places)
-            k, v = (k, v) if layout.attend is not None else layout.cache.read(self.index)
-        if layout.attend is not None:
-            out = layout.attend(q, k, v, layout.docs)
-        else:  # a new token sees every key: not causal in the sense of the kernel, which aligns at the first key
-            causal = layout.mask is None and T > 1
-            q = q.view(B, k.size(1), -1, self.head_dim) if T == 1 else q  # a group of heads as queries of one head
-            out = F.scaled_dot_product_attention(q, k, v, layout.mask, is_causal=causal, enable_gqa=T > 1)
-            out = out.reshape(B, -1, T, self.head_dim)
+            k, v = layout.cache.update(self.index, k, v, layout)  # (B, H_kv, S, D)
+        out = self.attend(q, k, v, layout)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        """q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D)."""
+        if layout.doc_lens is not None:
+            return self.attend_packed(q, k, v, layout)
+        causal = layout.mask is None and q.size(2) > 1  # a single new token sees all keys
+        return F.scaled_dot_product_attention(
+            q, k, v, layout.mask, is_causal=causal, enable_gqa=True
+        )
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        if layout.context is not None:
+            return layout.context.attend(self.document_attention, q, k, v, layout)
+        return self.document_attention(q, k, v, layout)
 
 
 class SwiGLU(nn.Module):
-    """The dense MLP: down(silu(gate(x)) * up(x))."""
+    """The dense MLP: down(silu(gate(x)) * up(x)).
+
+    Source: Shazeer, GLU Variants Improve Transformer (2020), eq. 6.
+    """
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.gate_proj = Linear(dim, hidden_dim, bias=False)
-        self.up_proj = Linear(dim, hidden_dim, bias=False)
-        self.down_proj = Linear(hidden_dim, dim, bias=False)
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Linear):
+    """x (..., C) -> probabilities (..., E) in float32: in low precision routing is a coin toss."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float()).softmax(dim=-1)
 
 
 class Experts(nn.Module):
-    """The routed experts of a layer, each a SwiGLU, their weights stacked: one grouped product instead of a loop."""
+    """The routed experts of a layer, each a SwiGLU, their weights stacked."""
 
     def __init__(self, n: int, dim: int, hidden_dim: int):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(n, 2 * hidden_dim, dim))
         self.down_proj = nn.Parameter(torch.empty(n, dim, hidden_dim))
 
-    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x (M, dim) sorted by expert; ends (n,) int32: where each expert's rows end. Returns (M, dim)."""
-        gate, up = grouped_linear(x, self.gate_up_proj, ends, parts=2)
-        return grouped_linear(swiglu(gate, up), self.down_proj, ends)[0]
+    def forward(self, x: Tensor, weight: Tensor, choice: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C), the weighted sum over the experts that each token chose.
 
-
-class Router(nn.Linear):
-    """x (N, dim) -> probabilities (N, experts) in float32: a routing decision in low precision is a coin toss."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return few_products(x, self.weight).softmax(dim=-1)
+        Args:
+            weight: (B, T, k) float32.
+            choice: (B, T, k) int64; what is no expert's number contributes nothing.
+        """
+        out = torch.zeros_like(x)
+        for e, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
+            b, t, slot = (choice == e).nonzero(as_tuple=True)  # (n,) each: the tokens of expert e
+            gate, up = F.linear(x[b, t], gate_up).chunk(2, dim=-1)
+            y = F.linear(F.silu(gate) * up, down) * weight[b, t, slot].unsqueeze(-1)
+            out = out.index_put((b, t), y.to(out.dtype), accumulate=True)
+        return out
 
 
 class MoE(nn.Module):
-    """Top-k routing over experts, plus optional shared experts that see every token. No token is ever dropped.
+    """Top-k routing over experts, plus shared experts that see every token. No token is dropped.
 
-    The load-balancing loss is taken per document and averaged over documents by their tokens. Taken over whatever
-    shares a batch it would change with the batch's layout; per document it is a sum over documents, like the
-    cross-entropy, so any split into micro-batches and ranks gives the same gradient.
+    The load-balancing loss is taken per document and averaged over documents by their tokens. Taken
+    over whatever shares a batch it would change with the batch's layout; per document it is a sum over
+    documents, like the cross-entropy, and any split into micro-batches and ranks gives one gradient.
 
-    Source: Fedus et al., Switch Transformers (2021), eq. 4-6, n_experts * sum_e f_e P_e, with the scope of a sequence
-    as in DeepSeek-V2 (2024), eq. 23-25. It is 1 when the routing is even.
+    Source: Fedus et al., Switch Transformers (2021), eq. 4-6, E * sum_e f_e P_e, with the scope of a
+    sequence as in DeepSeek-V2 (2024), eq. 23-25. It is 1 when the routing is even.
     """
 
     def __init__(self, config: LMConfig):
@@ -204,62 +174,38 @@ class MoE(nn.Module):
         self.gate = Router(config.dim, config.n_experts, bias=False)
         self.experts = Experts(config.n_experts, config.dim, config.moe_hidden_dim)
         if config.n_shared_experts:
-            self.shared_expert = SwiGLU(config.dim, config.moe_hidden_dim * config.n_shared_experts)
+            width = config.moe_hidden_dim * config.n_shared_experts
+            self.shared_expert = SwiGLU(config.dim, width)
 
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        flat = x.reshape(-1, x.size(-1))  # (N, dim)
-        rows, ends, row, weight, aux_loss = self.route(flat, layout)
-        out = self.collect(self.experts(rows, ends), row, weight)
+        weight, choice, aux_loss = self.route(x, layout)
+        out = self.experts(x, weight, choice)
         if self.config.n_shared_experts:
-            out = out + self.shared_expert(flat)
-        return out.view_as(x), aux_loss
+            out = out + self.shared_expert(x)
+        return out, aux_loss
 
-    @uncompiled  # how many rows an expert has is in the data
-    def route(self, flat: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-        """The rows of flat (N, dim) sorted by expert (M, dim), where each expert's end (E,), where those of each token
-        are (N * k,), their weights (N, k), and the balance loss."""
-        top_k, n_experts = self.config.n_experts_per_tok, self.config.n_experts
-        probs = self.gate(flat)  # (N, E)
-        weight, choice = probs.topk(top_k, dim=-1)  # (N, k)
-        if self.config.norm_topk_prob:
-            weight = weight / weight.sum(dim=-1, keepdim=True)
-        # The rows of an expert are filled up to a multiple of 16: a product of few rows is rounded in another way (MKL:
-        # fewer than 4 a thread), so the routing of one document would change its neighbours' logits by 1e-6.
-        packed, n_rows = layout.attend is not None, top_k * len(flat)
-        block = max(16, 4 * length_step(n_rows // n_experts, self.experts.down_proj)) if packed else 1
-        visit = choice.flatten() == torch.arange(n_experts, device=flat.device).unsqueeze(1)  # (E, N * k)
-        count = visit.sum(dim=1)
-        size = round_up(count, block)  # (E,)
-        ends = size.cumsum(dim=0)
-        row = visit.flatten().cumsum(dim=0).view_as(visit) - 1  # among all rows, before any are filled up
-        row = ((row + (ends - size - count.cumsum(dim=0) + count).unsqueeze(1)) * visit).sum(dim=0)  # (N * k,)
-        if flat.device.type == "cpu":
-            n_rows = int(ends[-1])
-        else:  # a shape that is known beforehand: a GPU would have to be waited for
-            n_rows = round_up(n_rows + n_experts * (block - 1), block)
-            ends[-1:].fill_(n_rows)
-        token = row.new_zeros(n_rows).index_copy_(0, row, torch.arange(len(row), device=row.device) // top_k)
-        return Dispatch.apply(flat, token, row), ends.int(), row, weight, self.balance_loss(probs, choice, layout)
-
-    def collect(self, out: Tensor, row: Tensor, weight: Tensor) -> Tensor:
-        """The experts' out (M, dim) -> (N, dim)."""
-        out = out.index_select(0, row)  # (N * k, dim)
-        if weight.size(1) > 1 or not self.config.norm_topk_prob:  # the weight of a single expert was rescaled to 1
-            out = (out.view(*weight.shape, -1) * weight.unsqueeze(-1).to(out.dtype)).sum(dim=1)
-        return out
+    def route(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """The chosen experts' weights and numbers, (B, T, k), and the load-balancing loss."""
+        probs = self.gate(x)  # (B, T, E)
+        weight, choice = probs.topk(self.config.n_experts_per_tok, dim=-1)
+        if self.config.norm_topk_prob:  # a single one has the weight 1, without a gradient
+            single = weight.size(-1) == 1
+            weight = torch.ones_like(weight) if single else weight / weight.sum(-1, keepdim=True)
+        return weight, choice, self.balance_loss(probs.flatten(0, 1), choice.flatten(0, 1), layout)
 
     def balance_loss(self, probs: Tensor, choice: Tensor, layout: Layout) -> Tensor:
-        if layout.doc_of is None:
+        """probs (N, E), choice (N, k) -> scalar float32."""
+        if layout.doc_ids is None:
             return probs.new_zeros(())
-        n_experts = probs.size(1)
-        visits = F.one_hot(choice, n_experts).sum(dim=1) / choice.size(1)
+        E = probs.size(1)
+        visits = F.one_hot(choice, E).sum(dim=1) / choice.size(1)
         values = torch.cat((torch.ones_like(probs[:, :1]), visits, probs), dim=1)  # (N, 1 + 2 E)
-        sums = values.new_zeros(len(layout.docs.lens), values.size(1)).index_add(0, layout.doc_of, values)[:-1]
-        tokens, chosen, given = sums.split((1, n_experts, n_experts), dim=1)
-        tokens, chosen = tokens.detach(), chosen.detach()
+        sums = values.new_zeros(layout.docs + 1, 1 + 2 * E).index_add(0, layout.doc_ids, values)
+        tokens, visits, probs = sums[:-1].split((1, E, E), dim=1)  # (docs, .), without padding
+        tokens, visits = tokens.detach(), visits.detach()
         if layout.context is not None:
-            tokens, chosen = layout.context.total(tokens), layout.context.total(chosen)
-        loss = n_experts * chosen * given / tokens.clamp_min(1.0)  # (docs, E), summed over E: loss x tokens
+            tokens, visits = layout.context.total(tokens), layout.context.total(visits)
+        loss = E * visits * probs / tokens.clamp_min(1.0)  # (docs, E); its sum is loss x tokens
         return self.config.aux_loss_alpha * loss.sum() / tokens.sum().clamp_min(1.0)
 
 
@@ -267,27 +213,37 @@ class Block(nn.Module):
     def __init__(self, config: LMConfig, index: int):
         super().__init__()
         self.dropout, self.use_moe = config.dropout, config.use_moe
-        self.input_layernorm = ResidualNorm(config.dim, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config, index)
-        self.post_attention_layernorm = ResidualNorm(config.dim, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MoE(config) if config.use_moe else SwiGLU(config.dim, config.hidden_dim)
 
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        x, h = self.input_layernorm(x)
-        x, h = self.post_attention_layernorm(x, F.dropout(self.self_attn(h, layout), self.dropout, self.training))
-        out, aux_loss = self.mlp(h, layout) if self.use_moe else (self.mlp(h), h.new_zeros((), dtype=torch.float32))
-        return x + F.dropout(out, self.dropout, self.training), aux_loss
+        """x (B, T, C) -> (B, T, C), and the load-balancing loss."""
+        x = x + self.drop(self.self_attn(self.input_layernorm(x), layout))
+        out, aux_loss = self.feed_forward(self.post_attention_layernorm(x), layout)
+        return x + self.drop(out), aux_loss
+
+    def feed_forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        if self.use_moe:
+            return self.mlp(x, layout)
+        return self.mlp(x), x.new_zeros((), dtype=torch.float32)
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
 
 
 def blocks(model: nn.Module) -> list[Block]:
-    """The blocks of a model, whatever stands on or beside them: a head for rewards, a second model."""
+    """The blocks of a model, whatever stands on or beside them: a reward head, a second model."""
     return [module for module in model.modules() if isinstance(module, Block)]
 
 
-class Head(Linear):
+class Head(nn.Linear):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits of x (K, dim), or their summed cross-entropy with targets (K,)."""
-        return super().forward(x) if targets is None else linear_cross_entropy(x, self.weight, targets)
+        """Logits of x (K, C), or their summed cross-entropy with targets (K,)."""
+        if targets is not None:
+            return linear_cross_entropy(x, self.weight, targets)
+        return super().forward(x)
 
 
 class Decoder(nn.Module):  # all below the head
@@ -299,19 +255,29 @@ class Decoder(nn.Module):  # all below the head
 
 
 class MiniMindLM(nn.Module):
+    """The model with its head.
+
+    Attributes:
+        gradient_checkpointing: the level of `recompute`.
+        context: set where processes share a row and each holds a part of its tokens.
+        make_decoder: what generation takes instead of `generate.Decoder`, where it is set.
+    """
+
     def __init__(self, config: LMConfig, gradient_checkpointing: int = 0):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = gradient_checkpointing  # the level of `recomputed`, for memory
-        self.context = None  # runtime/context_parallel.py sets it where processes share a row
+        self.gradient_checkpointing = gradient_checkpointing
+        self.context = None
+        self.make_decoder = None
         self.model = Decoder(config)
         self.lm_head = Head(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        for name, p in self.named_parameters():  # GPT-2's initialisation: residual outputs shrink with depth
+        for name, p in self.named_parameters():  # as GPT-2: residual outputs shrink with depth
             if p.dim() > 1:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02)
+                std = 0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02
+                nn.init.normal_(p, std=std)
 
     def forward(
         self,
@@ -319,7 +285,7 @@ class MiniMindLM(nn.Module):
         attention_mask: Tensor | None = None,
         doc_lens: list[int] | None = None,
         logits_at: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache=None,
         targets: Tensor | None = None,
         layout: Layout | None = None,
     ) -> LMOutput:
@@ -327,124 +293,56 @@ class MiniMindLM(nn.Module):
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, T) 0/1, with a cache (B, held + T); 0 marks padding, on either side.
-            doc_lens: lengths of the documents packed into the one row (B = 1); tokens behind them are padding.
+            attention_mask: (B, T) 0/1; 0 marks padding, on either side.
+            doc_lens: lengths of the documents packed into the one row (B = 1), padding behind them.
+                Attention runs inside each document only.
             logits_at: (K,) int64, positions in the flattened (B * T); the head runs on these alone.
-            cache: keys and values of the tokens before input_ids, row by row; is extended. Documents of a packed row
-                are prompts: each goes to rows of its own, see `KVCache.filled`.
+            cache: a generate.KVCache with keys and values of the tokens before; is extended.
             targets: (K,) int64, the tokens that follow at logits_at.
-            layout: what else would be worked out from attention_mask, doc_lens and cache.
+            layout: what else is worked out from attention_mask, doc_lens and cache.
 
         Raises:
-            ValueError: a document or context longer than max_seq_len; a token id outside the vocabulary.
+            ValueError: a context longer than max_seq_len; outside of training an unknown token id.
         """
-        T = input_ids.size(1)
-        if doc_lens is not None and self.context is None:
-            input_ids = F.pad(input_ids, (0, round_up(T, length_step(T, self.model.embed_tokens.weight)) - T))
         layout = layout or self.layout(input_ids, attention_mask, doc_lens, cache)
-        x = self.model.embed_tokens(input_ids)  # (B, T, dim)
+        x = self.model.embed_tokens(input_ids)  # (B, T, C)
         aux_losses = []
         for block in self.model.layers:
-            x, aux_loss = recomputed(self.gradient_checkpointing, block, x, layout)
+            x, aux_loss = recompute(self.gradient_checkpointing, block, x, layout)
             aux_losses.append(aux_loss)
-        x = x[:, :T]
         if logits_at is not None:
-            x = x.reshape(-1, x.size(-1)).index_select(0, logits_at)  # (K, dim), before the norm: it works row by row
+            x = x.flatten(0, 1).index_select(0, logits_at)  # (K, C)
         x, aux_loss = self.model.norm(x), torch.stack(aux_losses).mean()
-        logits, loss = (self.lm_head(x), None) if targets is None else (None, self.lm_head(x, targets))
-        return LMOutput(logits, aux_loss, loss)
+        if targets is not None:
+            return LMOutput(None, aux_loss, self.lm_head(x, targets))
+        return LMOutput(self.lm_head(x), aux_loss)
 
-    @uncompiled  # reads lengths and ids on the host
     def layout(
-        self, input_ids: Tensor, attention_mask: Tensor | None, doc_lens: list[int] | None, cache: KVCache | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        doc_lens: list[int] | None = None,
+        cache=None,
     ) -> Layout:
-        """Positions, masks and document borders of one forward pass; checks what the caller passed."""
-        (B, T), device, config = input_ids.shape, input_ids.device, self.config
-        held = 0 if cache is None or doc_lens is not None else int(cache.lengths.max())
-        longest = held + T if doc_lens is None else max(doc_lens, default=0)
-        if longest > config.max_seq_len:
-            raise ValueError(f"context of {longest} tokens is longer than max_seq_len {config.max_seq_len}")
-        row = T if self.context is None else T * self.context.size
-        if doc_lens is not None and (B != 1 or sum(doc_lens) > row):
-            raise ValueError(f"doc_lens must fit the {row} tokens of one row; they sum to {sum(doc_lens)}, rows: {B}")
-        # Reading ids back from a GPU waits for it: in training the ids come from our own tokenizer.
-        if (device.type == "cpu" or not self.training) and input_ids.numel():
-            low, high = (int(v) for v in input_ids.aminmax())
-            if low < 0 or high >= config.vocab_size:
-                raise ValueError(f"token ids {low} to {high} do not fit a vocabulary of {config.vocab_size} entries")
-
-        mask = doc_of = places = attend = None
-        lens = [T] * B if doc_lens is None else doc_lens
-        lens = torch.tensor([*lens, B * row - sum(lens)])  # on the CPU, as is what is made of it: no waiting for a GPU
-        part = slice(None) if self.context is None else self.context.part(row)  # what this process holds of the row
-        if doc_lens is not None:
-            position = torch.cat([torch.arange(n) for n in lens])[part].unsqueeze(0)
-        elif attention_mask is not None:
-            position = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
-            key, query = torch.arange(T, device=device), torch.arange(T, device=device).view(T, 1)
-            # Padding sees itself alone: a row without any key would be NaN.
-            mask = (key <= query) & attention_mask.bool().view(B, 1, 1, -1) | (key == query)
-        else:
-            position = torch.arange(T).expand(B, T) + (0 if cache is None else cache.lengths.unsqueeze(1))
-        if cache is not None:
-            if doc_lens is not None:
-                rows = cache.filled.repeat_interleave(lens[:-1], dim=1)  # (copies, T)
-                cache.lengths[cache.filled] = lens[:-1]
-            else:
-                rows = torch.arange(B).repeat_interleave(T)
-                if held and (T > 1 or cache.lengths.min() < held):  # to be added: each layer would convert a bool
-                    hidden = torch.arange(held + T) > position.view(B, 1, T, 1)
-                    mask = torch.zeros(hidden.shape, dtype=cache.kv.dtype).masked_fill_(hidden, -math.inf).to(device)
-                cache.lengths += T
-                cache.longest = held + T
-            places = rows.to(device), position.flatten()[: rows.size(-1)].to(device)
-        if config.use_moe and cache is None:
-            doc_of = torch.arange(len(lens)).repeat_interleave(lens)[part].to(device)
-            if attention_mask is not None:
-                doc_of = doc_of.where(attention_mask.flatten().bool(), len(lens) - 1)
-        docs = Documents(lens) if doc_lens is None else documents(lens, device)
-        if doc_lens is not None:
-            attend = document_attention if self.context is None else self.context.attend
-        return Layout(*self.rotation(position.to(device)), docs, attend, mask, doc_of, cache, places, self.context)
-
-    def rotation(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """position (B, T) -> cosine and sine of the angles of its pairs, (B, T, 1, head_dim / 2) float32."""
-        size = self.config.head_dim
-        frequency = 1.0 / self.config.rope_theta ** (torch.arange(0, size, 2, device=position.device) / size)
-        angle = position[:, :, None, None].float() * frequency
-        return angle.cos(), angle.sin()
+        """Positions, masks and document borders of a forward pass; checks the arguments."""
+        if not self.training and input_ids.numel():  # training ids come from our own tokenizer
+            low, high = (int(end) for end in input_ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                entries = f"a vocabulary of {self.config.vocab_size} entries"
+                raise ValueError(f"token ids {low} to {high} do not fit {entries}")
+        return make_layout(self.config, input_ids, attention_mask, doc_lens, cache, self.context)
 
     def stream(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int = 512,
-        eos_token_id: int | None = None, **sampling,
-    ) -> Iterator[Tensor]:  # fmt: skip
-        """Generate token by token with a KV cache.
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options
+    ) -> Iterator[Tensor]:
+        """Generate token by token; see `generate.stream` for the options."""
+        from model.generate import stream
 
-        Args:
-            input_ids: (B, T) int64, prompts of unequal length padded on the left.
-            attention_mask: (B, T) 0/1, needed where there is padding.
-            max_new_tokens: at most so many; generation also ends when the context is full.
-            eos_token_id: ends a row; a row that has ended yields eos until all have.
-            temperature: 0 (default) takes the most probable token, else logits are divided by it and sampled.
-            top_k, top_p: sample among the k most probable tokens / the smallest set of probability >= p; 0 and 1: off.
-            repetition_penalty: > 1 lowers the logits of tokens already in the context; 1: off.
-            generator: torch.Generator.
+        return stream(self, input_ids, attention_mask, **options)
 
-        Yields: (B,) int64, the next token of every row.
-        """
-        B, T = input_ids.shape
-        if T > self.config.max_seq_len:
-            raise ValueError(f"prompt of {T} tokens is longer than max_seq_len {self.config.max_seq_len}")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        prompts = [ids[seen.bool()].tolist() for ids, seen in zip(input_ids, mask, strict=True)]
-        limits = [min(max_new_tokens, self.config.max_seq_len - T)] * B
-        choose = sampler(prompts, self.config.vocab_size, input_ids.device, **sampling)
-        for row, _, token in complete(self, prompts, limits, choose, eos_token_id, batch_size=B):
-            tokens = input_ids.new_full((B,), 0 if eos_token_id is None else eos_token_id)
-            tokens[row] = token
-            yield tokens
-
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **sampling) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options
+    ) -> Tensor:
         """The tokens of `stream` (same arguments) as one tensor (B, new) int64."""
-        tokens = list(self.stream(input_ids, attention_mask, **sampling))
-        return torch.stack(tokens, dim=1) if tokens else input_ids.new_zeros(input_ids.size(0), 0)
+        tokens = list(self.stream(input_ids, attention_mask, **options))
+        return torch.stack(tokens, dim=1) if tokens else input_ids.new_zeros(len(input_ids), 0)

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.lm import Block, LMConfig, MiniMindLM
-from model.ops import Linear
+from model.lm import LMConfig, MiniMindLM, Router, blocks
 from model.weights import hash_weights, read_tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,10 +59,10 @@ def add_lora(model: MiniMindLM, targets: list[str] | None, rank: int, alpha: flo
     if not 0 <= dropout < 1:
         raise ValueError(f"--lora_dropout {dropout}: must lie in [0, 1)")
     layers: dict[str, list[tuple[nn.Module, nn.Linear]]] = {}  # name -> (what holds it, the layer) in every block
-    for block in (module for module in model.modules() if isinstance(module, Block)):
+    for block in blocks(model):
         for parent in block.modules():
             for name, layer in parent.named_children():
-                if type(layer) is Linear:  # a router is one that does more
+                if isinstance(layer, nn.Linear) and not isinstance(layer, Router):
                     layers.setdefault(name, []).append((parent, layer))
     chosen = [name for name in TARGETS if name in layers] if targets is None else list(dict.fromkeys(targets))
     if missing := [name for name in chosen if name not in layers]:

@@ -1,7 +1,9 @@
 """Weights files: a plain state dict (NAME.pth) with the LMConfig beside it (NAME.json)."""
 
 import hashlib
+import os
 import re
+import stat
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -164,3 +166,14 @@ def load_model(path: Path) -> MiniMindLM:
     model = MiniMindLM(LMConfig.from_json(config_path))
     load_weights(model, path)
     return model.eval()
+
+
+def open_to_others(path: Path) -> bool:
+    """Whether somebody else can have put code there, which must not be run.
+
+    That is so where neither we, root nor the owner of this file own it, or where more may write to it than its owner
+    and our own group.
+    """
+    found = path.stat()
+    loose = stat.S_IWOTH if found.st_gid == os.getgid() else stat.S_IWOTH | stat.S_IWGRP
+    return found.st_uid not in (0, os.getuid(), os.stat(__file__).st_uid) or bool(found.st_mode & loose)

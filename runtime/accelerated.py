@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from runtime import checkpoint, deepspeed_engine, parallel, safe_load
+from runtime.kernel_loader import compiling
 from runtime.launcher import forget_leftovers, read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import is_fsdp, world
@@ -156,7 +157,7 @@ def prepare(accelerator, model: nn.Module, args) -> tuple:
         ValueError: the wrapper is not what was asked for.
     """
     if args.compile:
-        parallel.compile_blocks(model)
+        compiling().compile_blocks(model)
     optimizer = make_optimizer(model, "adamw", args.learning_rate, args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
     wrappers = {"DistributedDataParallel": "ddp", "DeepSpeedEngine": "deepspeed"}

@@ -9,14 +9,15 @@ A row of N tokens is cut into equal parts, whatever documents lie in it. Two way
   Source: Dubey et al., The Llama 3 Herd of Models (2024), section 3.3.2.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
 
-from model.attention import Documents, document_attention
-from model.ops import uncompiled
+from model.layout import Layout
 
 
 class Context:
@@ -36,24 +37,24 @@ class Context:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    @uncompiled
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, docs: Documents) -> Tensor:
+    def attend(self, attention: Callable, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         """Causal attention inside each document of the row.
 
         Args:
+            attention: `document_attention`, or one that computes the same.
             q, k, v: (1, H, n, D) and (1, H_kv, n, D), this rank's n tokens.
-            docs: those of the whole row.
+            layout: its documents are those of the whole row.
 
         Returns:
             (1, H, n, D).
         """
         if q.size(1) % self.size == 0 and k.size(1) % self.size == 0:
             q, k, v = self.all_tokens_of_some_heads(q, k, v)
-            return self.some_tokens_of_all_heads(document_attention(q, k, v, docs))
+            return self.some_tokens_of_all_heads(attention(q, k, v, layout))
         kv = torch.stack((k[0], v[0])).movedim(2, 0).contiguous()  # (n, 2, H_kv, D)
         kv = all_gather_tensor_autograd(kv, 0, self.group)  # (N, 2, H_kv, D)
         k, v = kv.movedim(0, 2).unsqueeze(1)  # (1, H_kv, N, D) each
-        return cut_attention(q, k, v, docs.lens, self.part(k.size(2)))
+        return cut_attention(q, k, v, layout.doc_lens, self.part(k.size(2)))
 
     def all_tokens_of_some_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """(1, H, n, D) -> (1, H / P, N, D) for each of some tensors, in one message."""

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
-from model.native import open_to_others
+from model.weights import open_to_others
 from runtime import checkpoint, parallel, safe_load, store
 from runtime.deepspeed_config import OFFLOADS, curve_settings, section
 from runtime.device import one_order

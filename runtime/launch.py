@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runtime import checkpoint, heartbeat
+from runtime import checkpoint, heartbeat, kernel_loader
 from runtime.config import ROOT, config_to_argv
 from runtime.device import keep_memory
 from runtime.flags import check_flags, usage_error  # noqa: F401  # for the scripts, with what else they start by
@@ -24,7 +24,8 @@ from runtime.identity import sample_hash
 from runtime.launcher import is_quiet, read_launch
 from runtime.terminal import describe_error, is_usage_error, prepare_streams
 
-CODE = ("model", "dataset", "runtime", "trainer")  # folders whose files decide how a run goes
+CODE = ("model", "kernels", "dataset", "runtime", "trainer")  # folders whose files decide how a run goes
+SOURCES = (".py", ".cpp", ".h")
 # Flags that may differ from process to process: where things lie on a machine, and what is not about the curve.
 LOCAL = ("config", "data_path", "tokenizer_dir", "cache_dir", "out_dir", "device", "num_workers", "report_to")
 
@@ -201,9 +202,13 @@ def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
         args: the flags; those in LOCAL may differ from process to process.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for folder in CODE for path in (ROOT / folder).rglob("*.py")):
+    files = (path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES)
+    for path in sorted(files):
         digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
     same = {"code": digest.hexdigest()[:16], "torch": torch.__version__}
+    if isinstance(device := args.get("device"), torch.device):
+        dtype = args.get("dtype") or ("bfloat16" if device.type == "cuda" else "float32")
+        same["kernels"] = kernel_loader.fingerprint(device, dtype)
     if data_path is not None:
         same["data"] = sample_hash(Path(data_path))
     if args.get("tokenizer_dir"):

@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset.packing import Plan, batches
 from runtime import launch, safe_load
+from runtime.kernel_loader import compiling
 from runtime.launcher import forget_leftovers, read_launch
 from runtime.optim import make_optimizer
-from runtime.parallel import compile_blocks, data_world, is_fsdp, sync_gradients, world, wrap
+from runtime.parallel import data_world, is_fsdp, sync_gradients, world, wrap
 from runtime.tracking import Tracker, wandb_reachable
 
 
@@ -179,7 +180,7 @@ def module_class() -> type:
                 options = {"device": self.args.device, "compile": self.args.compile, "strategy": "zero3", "offload": 0}
                 wrap(self.model, SimpleNamespace(**options), self.args.dtype, 0)
             elif self.args.compile:
-                compile_blocks(self.model)
+                compiling().compile_blocks(self.model)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return make_optimizer(self.model, "adamw", self.args.learning_rate, self.args.weight_decay)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from model.cross_entropy import chunk_size
 from model.lm import LMConfig, MiniMindLM
-from model.ops import CHUNK, LEAST
 from runtime.launcher import read_launch
 from runtime.optim import is_block_matrix
 
@@ -83,7 +83,7 @@ def estimate(
         data_ranks: processes that train on different rows.
         tokens: of one micro-batch, before context_parallel splits them.
         supervised: those of them that need logits.
-        gradient_checkpointing: the level, see `recomputed` in model/ops.py; 0: everything is kept.
+        gradient_checkpointing: the level, see model/recompute.py; 0: everything is kept.
         optimizer: 'adamw' and 'lamb' keep two numbers per parameter, 'muon' one for each matrix inside the blocks.
         offload: zero2 and zero3 keep parameters, gradients and optimizer state in CPU memory ('host'); gradients that
             accumulate stay.
@@ -196,7 +196,7 @@ def activations(
     if tp > 1:
         head += supervised * 3 * FLOAT * config.vocab_size / tp
     else:
-        chunk = min(supervised, max(LEAST, CHUNK["cuda"] // config.vocab_size)) * config.vocab_size
+        chunk = min(supervised, chunk_size(config.vocab_size)) * config.vocab_size
         head += supervised * c * dim + FLOAT * config.vocab_size * dim + chunk * (FLOAT if c == FLOAT else FLOAT + c)
     if gradient_checkpointing:  # the input of every block and what is not computed anew; the rest of one block
         results *= tokens if gradient_checkpointing == 2 else 0

@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.lm import LMConfig, blocks
 from runtime import memory
-from runtime.compiling import compile_blocks, compile_now, compiler_works
 from runtime.data_parallel import WHY_NOT, RowParallel
 from runtime.device import is_sharded, local, one_order
+from runtime.kernel_loader import compiling, in_use
 
 PATIENCE = timedelta(hours=12)  # of a rank that waits for another one to tokenise; a dead one is noticed at once
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "dp")
@@ -131,9 +131,10 @@ def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
     """
     device, strategy = args.device, args.strategy
     if args.compile:
-        compile_blocks(model)
+        compiling().compile_blocks(model)
         if strategy not in SHARDED and max(_sizes.values()) == 1:  # else a process may have no room for a whole pass
-            compile_now(model, device, dtype, args.batch_size, args.max_seq_len)
+            with one_order(device):
+                compiling().compile_now(model, device, dtype, args.batch_size, args.max_seq_len)
     if not dist.is_initialized():
         if strategy == "dp":
             print(WHY_NOT, flush=True)
@@ -188,7 +189,7 @@ def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: in
     tokens = min(args.total_steps * global_batch * row, args.epochs * dataset.lengths.sum()) / world()[1]
     operations = 6 * sum(p.numel() for p in model.parameters()) * tokens
     plain = not model.config.use_moe and not args.gradient_checkpointing and max(_sizes.values()) == 1
-    plain = plain and args.strategy not in SHARDED and compiler_works(args.device, dtype)
+    plain = plain and args.strategy not in SHARDED and in_use() and compiling().compiler_works(args.device, dtype)
     if not (plain and operations > WORTH_COMPILING):
         return 0
     if world()[0] == 0:

@@ -21,9 +21,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from model.lm import LMOutput, MiniMindLM
-from model.ops import recomputed
+from model.recompute import recompute
 from runtime import parallel
 from runtime.device import is_sharded, local, one_order
+from runtime.kernel_loader import compiling
 from runtime.parallel import gather_objects, world
 from runtime.replicas import shard_number
 from runtime.tensor_parallel import split_layers
@@ -168,7 +169,7 @@ class Stage(nn.Module):
     def blocks(self, received: tuple[Tensor, ...], input_ids: Tensor, doc_lens: list[int]) -> tuple[Tensor, Tensor]:
         """Hidden states (1, N, dim) behind the layers of this stage; auxiliary losses of all layers so far, summed."""
         model = self.model
-        layout = model.layout(input_ids, None, doc_lens, None)
+        layout = model.layout(input_ids, doc_lens=doc_lens)
         if self.first:
             x = model.model.embed_tokens(input_ids)
         else:
@@ -176,7 +177,7 @@ class Stage(nn.Module):
         aux_loss = received[1] if len(received) > 1 else x.new_zeros((), dtype=torch.float32)
         for index in self.layers:
             block = model.model.layers[index]
-            x, own_loss = recomputed(model.gradient_checkpointing, block, x, layout)
+            x, own_loss = recompute(model.gradient_checkpointing, block, x, layout)
             aux_loss = aux_loss + own_loss
         return x, aux_loss
 
@@ -209,8 +210,7 @@ class Pipeline:
         own = [layer for index in mine for layer in layers[index]]
         self.module = cut(model, own, rank == 0, rank == size - 1).to(args.device)
         if args.compile:
-            for layer in own:
-                self.module.model.layers[layer].compile(dynamic=True)
+            compiling().compile_blocks(self.module)
         if tensor > 1:
             split_layers(self.module, mesh["tensor"])
 

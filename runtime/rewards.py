@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dataset.chat_format import IM_END, decode_reply, final_answer
 from model.reward import RewardModel, load_reward_model
+from runtime.kernel_loader import apply_kernels
 from runtime.parallel import data_world, gather_objects, sum_over_ranks
 from runtime.rollout import Rollout, generate
 
@@ -72,6 +73,7 @@ def load_rewards(words: list[str], vocab_size: int, max_seq_len: int, device: to
                 raise ValueError(f"--reward {word}: the weight {match[2]} is not a number") from None
         if name.endswith(".pth"):
             function = load_reward_model(name).to(device)
+            apply_kernels(function, device, "float32")
             have = function.config
             if have.vocab_size != vocab_size or have.max_seq_len < max_seq_len:
                 raise ValueError(

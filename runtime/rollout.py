@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset.packing import Plan
-from model import sampling
+from model.generate import generate_batch
 from model.lm import MiniMindLM
 from runtime import parallel
 from runtime.device import is_sharded
@@ -128,17 +128,17 @@ def generate(
     log_probs = torch.zeros(N, max_new_tokens, device=device)
     lengths, last = torch.zeros(2, N, dtype=torch.int64, device=device)
 
-    def choose(logits: Tensor, row: Tensor, place: Tensor) -> Tensor:
+    def sampler(logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
         distribution = (logits / (temperature or 1.0)).log_softmax(dim=-1)  # (R, vocab)
-        token = draw(distribution, uniform[row, place]) if temperature else distribution.argmax(dim=-1)
-        log_probs[row, place] = distribution.gather(1, token.unsqueeze(1)).squeeze(1)
+        token = draw(distribution, uniform[row, position]) if temperature else distribution.argmax(dim=-1)
+        log_probs[row, position] = distribution.gather(1, token.unsqueeze(1)).squeeze(1)
         return token
 
     model.eval()
     with autocast:
         limits = [max_new_tokens] * len(prompts)
-        for row, place, token in sampling.complete(model, prompts, limits, choose, end, samples, batch_size):
-            ids[row, place], lengths[row], last[row] = token, place + 1, token
+        for row, position, token in generate_batch(model, prompts, limits, sampler, end, samples, batch_size):
+            ids[row, position], lengths[row], last[row] = token, position + 1, token
     model.train(training)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
     width = int(prompt_lengths.max())

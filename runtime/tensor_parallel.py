@@ -13,7 +13,6 @@ from operator import attrgetter
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
@@ -119,17 +118,17 @@ class AllTokens(OwnTokens):
 
 
 class OwnExperts(ParallelStyle):
-    """The experts of a layer: each rank computes its own, for all tokens, and leaves zeros where others compute."""
+    """The experts of a layer: each rank computes its own, for all tokens; the sum over ranks is the result."""
 
     def _apply(self, module: Experts, mesh: DeviceMesh) -> nn.Module:
         experts = module.down_proj.size(0) // mesh.size()
         first = mesh.get_local_rank() * experts
+        module.partial = True  # for kernels: not every choice is one of these experts
         own = spread(module, mesh, {"gate_up_proj": Shard(0), "down_proj": Shard(0)})
 
-        def forward(x: Tensor, ends: Tensor) -> Tensor:
-            start, stop = F.pad(ends, (1, 0))[[first, first + experts]].tolist()
-            out = own(x[start:stop], ends[first : first + experts] - start)
-            return F.pad(out, (0, 0, start, len(x) - stop))
+        def forward(x: Tensor, weight: Tensor, choice: Tensor) -> Tensor:
+            inside = (choice >= first) & (choice < first + experts)
+            return own(x, weight * inside, (choice - first).where(inside, -1))
 
         module.forward = forward
         return module

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime import heartbeat
+from runtime import heartbeat, kernel_loader
 from runtime.identity import told
 from runtime.store import save_file
 from runtime.terminal import naming, replace_surrogates
@@ -86,6 +86,7 @@ class Tracker:
         self.first_step = step = progress["step"]
         if not self.enabled:
             return
+        self.print(kernel_loader.report())
         self.metrics_file = truncated_metrics(self.folder / "metrics.jsonl", step)
         self.total_steps, self.began = total_steps, time.monotonic()
         self.last_time, self.last_tokens = self.began, progress["tokens"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_model import KINDS, MOE, TINY, build, huggingface, ids
 
-from model.sampling import KVCache, sample, stream_text
+from model.generate import KVCache, sample, stream_text
 
 
 def left_padded(prompts: list[torch.Tensor], filler: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

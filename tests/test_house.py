@@ -13,8 +13,9 @@ from running import ROOT
 # What a folder must not know: data flows dataset -> trainer -> out, with model and runtime below the trainer.
 ABOVE = {"trainer", "scripts", "benchmarks", "tests", "eval_model", "main"}
 MUST_NOT_IMPORT = {
-    "model": ABOVE | {"runtime"},
-    "dataset": ABOVE | {"runtime"},
+    "model": ABOVE | {"runtime", "kernels"},
+    "dataset": ABOVE | {"runtime", "kernels"},
+    "kernels": ABOVE | {"runtime", "dataset"},
     "runtime": ABOVE,
     "trainer": ABOVE,  # each script stands alone: what two of them need is a marked copy, or belongs to runtime
 }
@@ -94,7 +95,7 @@ def test_imports_make_no_circle(of):
 
 def test_training_needs_the_four_packages_only():
     """Anything else is imported inside the function that uses it."""
-    ours = {"model", "dataset", "runtime", "trainer"}
+    ours = {"model", "kernels", "dataset", "runtime", "trainer"}
     wrong = []
     for name in PYTHON:
         if name.split("/")[0] not in ours:
@@ -165,3 +166,19 @@ def test_comments_and_names_are_ascii(name):
     tokens = [token for token in tokens if token.type in (tokenize.COMMENT, tokenize.NAME)]
     wrong = [f"{name}:{token.start[0]}: {token.string}" for token in tokens if not token.string.isascii()]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_model_is_plain():
+    """It names no device and no compiler, and whatever is faster is put in from outside, behind one door."""
+    text = (ROOT / "model/lm.py").read_text(encoding="utf-8")
+    assert not re.search("cpu|cuda|compil|triton|ctypes", text, re.IGNORECASE)
+    assert len(text.splitlines()) <= 350
+    assert not [name for name in FILES if name.startswith("model/") and name.endswith((".cpp", ".h", ".cu"))]
+    doors = {
+        name
+        for name in PYTHON
+        if name.startswith(("runtime/", "trainer/", "dataset/", "scripts/", "eval_model.py", "main.py"))
+        for _, module in imported_modules(parse(name), name)
+        if module.split(".")[0] == "kernels"
+    }
+    assert doors == {"runtime/kernel_loader.py"}

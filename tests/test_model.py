@@ -8,11 +8,13 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from model.lm import LMConfig, MiniMindLM
-from runtime.compiling import compile_now
 
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=97, max_seq_len=256)
 MOE = dict(use_moe=True, n_experts=4, n_experts_per_tok=2)
 KINDS = {"dense": {}, "moe": MOE, "moe8_top1": dict(MOE, n_experts=8, n_experts_per_tok=1)}
+
+
+prepare = []  # what tests/kernels does to every model
 
 
 def build(**shape) -> MiniMindLM:
@@ -22,6 +24,8 @@ def build(**shape) -> MiniMindLM:
         torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.2 if p.dim() == 1 else 0.1)
         if name.endswith("mlp.gate.weight"):
             torch.nn.init.normal_(p, std=1.0)
+    for change in prepare:
+        change(model)
     return model
 
 
@@ -137,8 +141,13 @@ def test_packed_documents_equal_each_alone(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_document_changes_its_neighbours_by_exactly_nothing(kind, dtype, shape):
-    """Also with experts, where another document's routing changes the size of every grouped product."""
-    model = build(**shape, **KINDS[kind])
+    """Also with experts, where another document's routing changes how many rows an expert multiplies.
+
+    Without kernels that is a product of another shape, which is rounded in another way.
+    """
+    model, most = build(**shape, **KINDS[kind]), 0.0
+    if not prepare and kind != "dense":
+        most = 5e-5 if dtype == torch.float32 else 0.05
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         for lens in LAYOUTS:
             x = ids(1, sum(lens))
@@ -149,7 +158,7 @@ def test_a_document_changes_its_neighbours_by_exactly_nothing(kind, dtype, shape
                 after = model(torch.cat(y, dim=1), doc_lens=lens).logits.split(lens, dim=1)
                 for index in range(len(lens)):
                     if index != changed:
-                        assert (after[index] - before[index]).abs().max() == 0.0, (lens, changed, index)
+                        assert (after[index] - before[index]).abs().max() <= most, (lens, changed, index)
                 assert not torch.equal(after[changed], before[changed])
 
 
@@ -306,40 +315,6 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(x).logits, model(x).logits)
     model.train()
     assert not torch.equal(model(x).logits, model(x).logits)
-
-
-@pytest.mark.parametrize("kind, backend", [("dense", "inductor"), ("moe", "aot_eager")])
-def test_compiled_equals_eager_and_is_not_compiled_again_for_new_lengths(kind, backend):
-    """The slowest test here: code is generated and compiled for the dense model."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch._dynamo.reset()
-    model = build(n_layers=1, **KINDS[kind]).train()
-    twin = build(n_layers=1, **KINDS[kind]).train()
-    twin.load_state_dict(model.state_dict())
-    counter = CompileCounterWithBackend(backend)
-    for block in model.model.layers:
-        block.compile(dynamic=True, backend=counter)
-
-    def both(lens):
-        x, at = ids(1, sum(lens)), torch.arange(0, sum(lens), 2)
-        for each in (model, twin):
-            out = each(x, doc_lens=lens, logits_at=at)
-            (out.logits.square().mean() + out.aux_loss).backward()
-            yield out.logits.detach()
-
-    random = torch.get_rng_state()
-    compile_now(model, torch.device("cpu"), "float32", documents=6, longest=16)
-    assert all(p.grad is None for p in model.parameters()) and torch.equal(torch.get_rng_state(), random)
-    graphs = counter.frame_count
-    assert graphs > 0
-    for lens in ([5, 9], [7, 8, 20], [30, 1], [50, 2, 9, 1], [40, 40], [11] * 5, [3, 90], [6, 8]):
-        compiled, eager = both(lens)
-        assert (compiled - eager).abs().max() <= 1e-5
-    assert counter.frame_count == graphs
-    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6), name
-    torch._dynamo.reset()
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():

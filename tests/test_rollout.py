@@ -8,7 +8,7 @@ from conftest import write_jsonl
 
 from dataset.packing import plan_epoch
 from dataset.prompt_dataset import PromptDataset, describe_prompts, preview_prompts
-from model import sampling
+from model.generate import Decoder
 from model.lm import LMConfig, MiniMindLM
 from model.reward import RewardConfig, RewardModel
 from runtime import rewards, rollout
@@ -83,18 +83,19 @@ def test_what_is_drawn_depends_on_nothing_but_seed_step_prompt_and_sample():
 
 
 @pytest.mark.parametrize("shape", [{}, {"use_moe": True}], ids=["dense", "experts"])
-def test_rows_that_have_ended_cost_no_work(shape, monkeypatch):
-    packs, rows, passes = [], [], sampling.passes
+def test_rows_that_have_ended_cost_no_work(shape):
+    packs, rows, model = [], [], tiny(**shape)
+    fastest = model.make_decoder or Decoder
 
     def recorded(model, cache):
-        step, read = passes(model, cache)
-        return (
-            lambda token: rows.append(len(token)) or step(token),
-            lambda ids, lens, last: packs.append(ids.shape) or read(ids, lens, last),
-        )
+        decoder = fastest(model, cache)
+        step, read = decoder.step, decoder.read
+        decoder.step = lambda token: rows.append(len(token)) or step(token)
+        decoder.read = lambda ids, lens, last: packs.append(ids.shape) or read(ids, lens, last)
+        return decoder
 
-    monkeypatch.setattr(sampling, "passes", recorded)
-    tried = write(tiny(**shape), prompts_of([4] * 8), samples=8, temperature=1.5)
+    model.make_decoder = recorded
+    tried = write(model, prompts_of([4] * 8), samples=8, temperature=1.5)
     assert packs == [(1, 8 * 4)]  # without padding, and the samples of a prompt share the pass over it
     assert rows == [int((tried.lengths > t).sum()) for t in range(1, len(rows) + 1)] and rows[-1] < 64
 

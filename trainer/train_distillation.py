@@ -33,6 +33,7 @@ from model.lm import LMConfig
 from model.weights import hash_weights, start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.evaluation import sum_over_rows
+from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
@@ -113,7 +114,7 @@ def distillation_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.T
     """
     at = loss_mask.flatten().nonzero().squeeze(1)  # (K,), found on the CPU: a GPU would have to be waited for
     X, at, targets = (tensor.to(device, non_blocking=True) for tensor in (X, at, Y.flatten()[at]))
-    return model(X, doc_lens, at, targets)
+    return model(X, doc_lens=doc_lens, at=at, targets=targets)
 
 
 def train_epoch(args, plan, dataset, held_out, model, optimizer, scaler, autocast, tracker, progress, stop, save):
@@ -290,6 +291,7 @@ def main() -> int:
 
     # 4. The teacher, and the student: new, from other weights, or from a checkpoint, whose tensors come in step 5
     teacher = load_teacher(args.teacher_weight, args.out_dir, len(tokenizer), args.max_seq_len).to(args.device)
+    apply_kernels(teacher, args.device, dtype)
     same = {"the weights of --teacher_weight": hash_weights(teacher.state_dict())}
     agree(same)
     config = LMConfig.from_flags(vars(args), vocab_size=len(tokenizer))
@@ -298,6 +300,7 @@ def main() -> int:
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | same
     found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     model = Student(config, teacher, args.kl, args.kl_temperature, args.gradient_checkpointing).to(args.device)
+    apply_kernels(model, args.device, dtype)
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
 

@@ -34,6 +34,7 @@ from model.preference_loss import METRICS, choose_beta, choose_loss
 from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate_pairs
+from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.reference import Reference, logps_of
 from runtime.replicas import agree, check_replicas
@@ -293,6 +294,7 @@ def main() -> int:
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
+    apply_kernels(model, args.device, dtype)
     Logger(start_weights(model, args.from_weight, "full_sft", args.out_dir, suffix))
     reference = Reference(model, vars(args), autocast, dtype)
     args.beta = choose_beta(vars(args))

@@ -38,6 +38,7 @@ from dataset.prompt_dataset import PromptDataset, describe_prompts, preview_prom
 from model.lm import LMConfig, MiniMindLM
 from model.weights import hash_weights, start_weights
 from runtime import checkpoint, launch, parallel, rewards, rollout
+from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
@@ -408,6 +409,7 @@ def main() -> int:
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
+    apply_kernels(model, args.device, dtype)
     Logger(start_weights(model, args.from_weight, "full_sft", args.out_dir, suffix))
     reference = copy.deepcopy(model).eval().requires_grad_(False) if args.kl_beta else None
     identity = checkpoint.identity_of(vars(args), args.global_batch_size, dataset.key)

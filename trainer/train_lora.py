@@ -34,6 +34,7 @@ from model.lora import adapter_json, adapter_tensors, add_lora
 from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate
+from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
@@ -291,6 +292,7 @@ def main() -> int:
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
+    apply_kernels(model, args.device, dtype)
     Logger(start_weights(model, args.from_weight, "full_sft", args.out_dir, suffix))
     lora = add_lora(model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
     args.lora_targets, same = lora["targets"], {"the weights of --from_weight": lora["base_sha256"]}

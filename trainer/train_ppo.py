@@ -39,6 +39,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.reward import ActorCritic, RewardConfig, RewardModel
 from model.weights import hash_weights, start_weights
 from runtime import checkpoint, launch, parallel, rewards, rollout
+from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
@@ -404,9 +405,11 @@ def main() -> int:
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     actor = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
+    apply_kernels(actor, args.device, dtype)
     Logger(start_weights(actor, args.from_weight, "full_sft", args.out_dir, suffix))
     shape = RewardConfig.from_flags({**vars(args), "dropout": 0.0}, vocab_size=len(tokenizer))
     critic = RewardModel(shape, args.gradient_checkpointing).to(args.device)
+    apply_kernels(critic, args.device, dtype)
     told = start_weights(critic, args.critic_weight or args.from_weight, "full_sft", args.out_dir, suffix)
     Logger(f"the critic: {told}")
     reference = copy.deepcopy(actor).eval().requires_grad_(False) if args.kl_beta else None

@@ -32,6 +32,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate
+from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
@@ -289,6 +290,7 @@ def main() -> int:
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key)
     found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
+    apply_kernels(model, args.device, dtype)
     if found is None:
         Logger(start_weights(model, args.from_weight, "none", args.out_dir, suffix))
 

@@ -35,6 +35,7 @@ from model.reward import RewardConfig, RewardModel
 from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate_pairs
+from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
@@ -292,6 +293,7 @@ def main() -> int:
     identity |= {"the data of --eval_data": held_out[0].key} if args.eval_data else {}
     found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     model = RewardModel(config, args.gradient_checkpointing).to(args.device)
+    apply_kernels(model, args.device, dtype)
     if found is None:
         Logger(start_weights(model, args.from_weight, "full_sft", args.out_dir, suffix))
 

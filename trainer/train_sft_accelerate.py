@@ -33,6 +33,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import accelerated, checkpoint, engine_store, launch, parallel
 from runtime.device import one_order
+from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
@@ -289,6 +290,7 @@ def main() -> int:
     identity["the engine"] = f"Accelerate, {accelerated.format_of(args.ddp)}"
     found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
+    apply_kernels(model, args.device, args.dtype)
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
 

@@ -32,6 +32,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import checkpoint, engine_store, launch, lightning_engine, parallel
 from runtime.evaluation import evaluate
+from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
 from runtime.replicas import agree, check_replicas
 from runtime.tracking import Tracker
@@ -304,6 +305,7 @@ def main() -> int:
     identity["the engine"] = f"Lightning, {args.strategy.replace('none', 'ddp')}"
     found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
+    apply_kernels(model, args.device, dtype)
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
     setup_seed(args.seed + parallel.world()[0])  # one model everywhere, but dropout of its own on every rank

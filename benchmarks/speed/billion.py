@@ -9,6 +9,7 @@ import torch
 from common import autocast, figure, matrix_peak, model_of, seconds_of, step_flops
 from training import Loop
 
+from kernels.compiling import compile_blocks
 from runtime import parallel
 from runtime.memory import estimate
 
@@ -40,7 +41,7 @@ def measure(args) -> list[dict]:
         model = model_of(device, **SHAPE)
         model.gradient_checkpointing = level
         if compiled:
-            parallel.compile_blocks(model)
+            compile_blocks(model)
         loop = Loop(model, device, "bfloat16", pretrain)
         ids = torch.randint(model.config.vocab_size, (DOCUMENTS, length + 1), device=device)
         for _ in range(3):

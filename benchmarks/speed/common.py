@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dataset.lm_dataset import SFTDataset, load_tokenizer
+from kernels.linear import multiply, products
 from model.lm import LMConfig, MiniMindLM
-from model.ops import multiply, products
 from runtime.device import fast_dtype
+from runtime.kernel_loader import apply_kernels
 
 TOKENIZER = ROOT / "model/minimind_tokenizer"
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # X, Y, loss mask of a row
@@ -70,8 +71,11 @@ def ratio(results: dict[str, list[float]], name: str, base: str) -> float:
 
 
 def model_of(device: torch.device, **shape) -> MiniMindLM:
+    """A model with the kernels that a stage has; MINIMIND_KERNELS=off: without."""
     torch.manual_seed(0)
-    return MiniMindLM(LMConfig(**shape)).to(device)
+    model = MiniMindLM(LMConfig(**shape)).to(device)
+    apply_kernels(model, torch.device(device), "float32")  # and those of other dtypes when they are called
+    return model
 
 
 def qwen(config: LMConfig):

@@ -12,7 +12,7 @@ import torch
 from common import dtypes, figure, in_turn, model_of, ratio, samples_of, seconds_of, warm_seconds
 from training import Loop, ours
 
-from runtime import parallel
+from kernels.compiling import compile_blocks
 from runtime.device import keep_memory
 
 SHAPE = {"dim": 512, "n_layers": 8, "vocab_size": 6400, "max_seq_len": 768}
@@ -32,7 +32,7 @@ def measure(args) -> list[dict]:
             loops[name] = Loop(model_of(device, **shape), device, kind, ours, rows)
             if args.compile and kind != "float32":
                 loops[f"{name}, compiled"] = Loop(model_of(device, **shape), device, kind, ours, rows)
-                parallel.compile_blocks(loops[f"{name}, compiled"].model)
+                compile_blocks(loops[f"{name}, compiled"].model)
         for loop in loops.values():
             loop(sum(warm, []))  # a CPU prepares each new number of rows of an expert, the first time for milliseconds
         seconds = in_turn(loops, turns)

@@ -26,8 +26,8 @@ from common import (
 )
 from transformers import StoppingCriteria
 
-from model.cpu_decoder import CpuDecoder, suits
-from model.sampling import KVCache, complete, sampler
+from kernels.cpu_decoder import CpuDecoder, is_supported
+from model.generate import KVCache, generate_batch, make_sampler
 
 BATCH, NEW = 64, 128
 
@@ -53,10 +53,10 @@ def measure(args) -> list[dict]:
 
     def ours(kind: str, limits: list[int]) -> torch.Tensor:
         out = torch.zeros(BATCH, NEW, dtype=torch.int64, device=device)
-        choose = sampler(prompts, 6400, device)
+        sampler = make_sampler(prompts, 6400, device)
         with autocast(device, kind):
-            for row, place, token in complete(model, prompts, limits, choose, batch_size=BATCH):
-                out[row, place] = token
+            for row, position, token in generate_batch(model, prompts, limits, sampler, batch_size=BATCH):
+                out[row, position] = token
         return out
 
     theirs = {}
@@ -73,7 +73,7 @@ def measure(args) -> list[dict]:
     def best_product(kind: str) -> float:
         """FLOP/s."""
         peak = matrix_peak(device, kind, tokens, model.config)
-        if device.type == "cpu" and suits(model, getattr(torch, kind)):  # our own products may be faster
+        if device.type == "cpu" and is_supported(model, getattr(torch, kind)):  # our own products may be faster
             decoder = CpuDecoder(model, KVCache(model.config, 1, 1, device, getattr(torch, kind)))
             x, (weight, *_) = torch.randn(tokens, model.config.dim), decoder.layers[0]
             work = functools.partial(decoder.project, x, weight)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from common import figure
 
-from model.ops import linear_cross_entropy
+from kernels.cross_entropy import linear_cross_entropy
 
 VOCAB, TOKENS, DIM = 151_936, 8_192, 512
 

@@ -11,15 +11,15 @@ from experts import MOE, SHAPE
 from torch.profiler import ProfilerActivity, profile, record_function
 from training import ROWS, Loop, ours
 
-from model import native
-from model.ops import multiply, products, sum_of_products
-from model.sampling import KVCache, passes
-from runtime import parallel
+from kernels.compiling import compile_blocks
+from kernels.linear import multiply, products, sum_of_products
+from kernels.native import Function
+from model.generate import Decoder, KVCache
 from runtime.device import keep_memory
 
-KINDS = {  # the first that the name of an operation, or of a function of model/*.cpp, contains
+KINDS = {  # the first that the name of an operation, or of a function of kernels/*.cpp, contains
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "native::att"),
-    "matrix products": ("aten::mm", "addmm", "_grouped_mm", "native::linear", "few_products",
+    "matrix products": ("aten::mm", "addmm", "_grouped_mm", "native::linear", "router_logits",
                         "native::project", "native::mlp"),  # of generation, with what stands between them
     "optimizer": ("adamw",),
     "fused passes": ("CompiledFxGraph", "native::"),
@@ -31,16 +31,16 @@ STEPS = 4  # whose rows are trained on
 def shares(what: str, work, device: torch.device) -> list[dict]:
     """Lines with the share of each kind of operation in some work."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    call = native.call
+    call = Function.__call__
 
-    def recorded(function, *args) -> None:  # the profiler sees operations of torch alone
-        with record_function(f"native::{function.__name__}"):
-            call(function, *args)
+    def recorded(function: Function, *args) -> int:  # the profiler sees operations of torch alone
+        with record_function(f"native::{function.name}"):
+            return call(function, *args)
 
-    native.call = recorded
+    Function.__call__ = recorded
     with profile(activities=activities) as record:
         work()
-    native.call = call
+    Function.__call__ = call
     spent = dict.fromkeys(KINDS, 0.0)
     for event in record.key_averages():
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
@@ -80,7 +80,7 @@ def measure(args) -> list[dict]:
     for what, options in models.items():
         model = model_of(device, **SHAPE, **options)
         if "compiled" in what:
-            parallel.compile_blocks(model)
+            compile_blocks(model)
         loop = Loop(model, device, fast, ours)
         loop(rows)
         lines += shares(f"{what}, {fast}", lambda loop=loop: loop(rows), device)
@@ -101,9 +101,9 @@ def decoding(dtype: str, device: torch.device) -> list[dict]:
     def steps() -> None:
         for _ in range(20):
             cache.lengths[:] = lens
-            step(token)
+            decoder.step(token)
 
     with autocast(device, dtype):
-        step = passes(model, cache)[0]
+        decoder = (model.make_decoder or Decoder)(model, cache)
         steps()
         return shares(f"generation, a token of 64 rows, {dtype}", steps, device)

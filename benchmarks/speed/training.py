@@ -34,6 +34,7 @@ from common import (
 )
 
 from dataset.lm_dataset import SFTDataset, load_tokenizer
+from kernels.compiling import compile_blocks
 from runtime import parallel
 from runtime.optim import make_optimizer
 from trainer.train_full_sft import sft_loss
@@ -214,7 +215,7 @@ def compare(label: str, shape: dict, samples: list[Sample], device: torch.device
     fast = kinds[-1]
     if args.compile:
         model = model_of(device, **shape)
-        parallel.compile_blocks(model)
+        compile_blocks(model)
         loops[f"ours compiled {fast}"] = Loop(model, device, fast, ours, rows)
     if importlib.util.find_spec("litgpt"):
         loops[f"LitGPT {fast}"] = Loop(litgpt_model(config, device), device, fast, litgpt, rows)

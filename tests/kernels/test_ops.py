@@ -1,4 +1,6 @@
-"""The operations of model/ops.py against their definitions: values, gradients, and what they never allocate."""
+"""Each kernel against its definition: values, gradients, and what it never allocates."""
+
+from argparse import Namespace
 
 import pytest
 import torch
@@ -6,16 +8,20 @@ import torch.nn.functional as F
 from test_model import build, ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import attention, native, ops
+import kernels
+from kernels import attention, cross_entropy, linear, native, norm, pointwise
+from model import recompute
+from model.layout import Layout
 
 DIM, VOCAB = 32, 700
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setitem(ops.CHUNK, "cpu", 8 * VOCAB)
-    monkeypatch.setattr(ops, "LEAST", 4)
-    monkeypatch.setattr(ops, "BLOCK", 3 * VOCAB)  # of a chunk's 8 rows; gradients of weights come in two pieces
+    monkeypatch.setitem(cross_entropy.CHUNK, "cpu", 8 * VOCAB)
+    monkeypatch.setattr(cross_entropy, "LEAST_TOKENS", 4)
+    for module in (linear, cross_entropy):  # of a chunk's 8 rows; gradients of weights come in two pieces
+        monkeypatch.setattr(module, "CACHED", 3 * VOCAB)
 
 
 def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -28,19 +34,19 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tenso
 @pytest.mark.parametrize("tokens", [1, 8, 29])
 def test_loss_and_gradients_are_those_of_cross_entropy(tokens):
     x, weight, targets = inputs(tokens)
-    (3 * ops.linear_cross_entropy(x, weight, targets)).backward()
+    (3 * cross_entropy.linear_cross_entropy(x, weight, targets)).backward()
     gradients = [x.grad, weight.grad]
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     expected = F.cross_entropy(F.linear(*exact), targets, reduction="sum")
     (3 * expected).backward()
-    assert ops.linear_cross_entropy(x, weight, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert cross_entropy.linear_cross_entropy(x, weight, targets).item() == pytest.approx(expected.item(), rel=1e-6)
     for ours, theirs in zip(gradients, (exact[0].grad, exact[1].grad), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_of_the_weight_is_summed_in_float32():
     x, weight, targets = inputs(64, torch.bfloat16)
-    ops.linear_cross_entropy(x, weight, targets).backward()
+    cross_entropy.linear_cross_entropy(x, weight, targets).backward()
     exact = weight.detach().clone().requires_grad_()
     F.cross_entropy(F.linear(x.detach().float(), exact), targets, reduction="sum").backward()
     assert x.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
@@ -49,20 +55,20 @@ def test_the_gradient_of_the_weight_is_summed_in_float32():
 
 def test_without_a_token_there_are_gradients_of_zero():
     x, weight, targets = inputs(0)
-    loss = ops.linear_cross_entropy(x, weight, targets)
+    loss = cross_entropy.linear_cross_entropy(x, weight, targets)
     loss.backward()
     assert loss.item() == 0 and x.grad.shape == (0, DIM) and not weight.grad.any()
 
 
 def test_what_is_frozen_or_not_differentiated_costs_nothing():
     x, weight, targets = inputs(29)
-    ops.linear_cross_entropy(x, weight.detach(), targets).backward()
+    cross_entropy.linear_cross_entropy(x, weight.detach(), targets).backward()
     expected = x.grad
     x.grad = None
-    ops.linear_cross_entropy(x, weight, targets).backward()
+    cross_entropy.linear_cross_entropy(x, weight, targets).backward()
     assert torch.equal(x.grad, expected)
     with torch.no_grad():
-        assert ops.linear_cross_entropy(x, weight, targets).grad_fn is None
+        assert cross_entropy.linear_cross_entropy(x, weight, targets).grad_fn is None
 
 
 def test_logits_exist_for_a_chunk_of_tokens_only():
@@ -76,8 +82,17 @@ def test_logits_exist_for_a_chunk_of_tokens_only():
             return out
 
     with Watch():
-        ops.linear_cross_entropy(x, weight, targets).backward()
+        cross_entropy.linear_cross_entropy(x, weight, targets).backward()
     assert max(sizes) == weight.numel() < 64 * VOCAB and 8 * VOCAB in sizes
+
+
+def gains(weight: torch.Tensor) -> Namespace:
+    """Stands in for an RMSNorm whose weight is no parameter."""
+    return Namespace(weight=weight, eps=1e-6)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return norm.add_rms_norm(x, None, gains(weight))[1]
 
 
 @pytest.mark.parametrize("shape", [(1, 50, 48), (2, 7, 3, 16)], ids=str)
@@ -89,7 +104,7 @@ def test_rms_norm_and_its_gradients_are_those_of_the_definition(shape):
     ours, exact = (
         [t.to(kind, copy=True).requires_grad_() for t in (x, weight)] for kind in (torch.float32, torch.float64)
     )
-    y = ops.rms_norm(*ours, 1e-6)
+    y = rms_norm(*ours)
     expected = exact[0] * (exact[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * exact[1]
     (y * upstream).sum().backward()
     (expected * upstream.double()).sum().backward()
@@ -97,7 +112,7 @@ def test_rms_norm_and_its_gradients_are_those_of_the_definition(shape):
     for mine, theirs in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=1e-4)
     with torch.no_grad():
-        torch.testing.assert_close(ops.rms_norm(*ours, 1e-6), y, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(rms_norm(*ours), y, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [6, 16, 64])
@@ -106,7 +121,7 @@ def test_the_rotation_is_that_of_complex_numbers_and_its_gradient_the_inverse(dt
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 9, 3, size, generator=generator).to(dtype).requires_grad_()
     angle = torch.rand(2, 9, 1, size // 2, generator=generator) * 6
-    y = ops.apply_rope(x, angle.cos(), angle.sin())
+    y = pointwise.apply_rope(x, angle.cos(), angle.sin())
     a, b = x.detach().float().chunk(2, dim=-1)
     turned = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
     accuracy = {"rtol": 0, "atol": 1e-6 if dtype == torch.float32 else 0.05}
@@ -119,10 +134,15 @@ KINDS = [(torch.float32, 1e-6), (torch.bfloat16, 0.005)]
 LENS = torch.tensor([70, 5, 0, 32, 1, 40])  # one, two and three blocks of queries
 
 
+def layout_of(lens: torch.Tensor) -> Layout:
+    cu_seqlens = F.pad(lens.cumsum(0), (1, 0)).int()
+    return Layout(None, None, doc_lens=lens, cu_seqlens=cu_seqlens, max_seqlen=int(lens.max()))
+
+
 def attended(q, k, v, upstream, lens=LENS):
     """Attention to documents and its gradients."""
     tensors = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = attention.document_attention(*tensors, attention.documents(lens, q.device))
+    out = attention.document_attention(*tensors, layout_of(lens))
     out.backward(upstream)
     return [out.detach(), *(t.grad for t in tensors)]
 
@@ -158,7 +178,7 @@ def test_rms_norm_in_bfloat16_is_that_of_the_definition(dtype, size):
     ours, exact = ([t.to(d, copy=True).requires_grad_() for t, d in zip((x, weight), kinds, strict=True)]
                    for kinds in ((dtype, torch.float32), (torch.float64,) * 2))  # fmt: skip
     with torch.autocast("cpu", torch.bfloat16):
-        y = ops.rms_norm(*ours, 1e-6)
+        y = rms_norm(*ours)
     expected = exact[0] * (exact[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * exact[1]
     y.backward(upstream)
     expected.backward(upstream.double())
@@ -169,7 +189,7 @@ def test_rms_norm_in_bfloat16_is_that_of_the_definition(dtype, size):
     torch.testing.assert_close(ours[0].grad[0, 1:].double(), exact[0].grad[0, 1:], **accuracy)
     low = weight.bfloat16().requires_grad_()  # as FSDP2 and DeepSpeed hand them over
     with torch.autocast("cpu", torch.bfloat16):
-        ops.rms_norm(x, low, 1e-6).backward(upstream)
+        rms_norm(x, low).backward(upstream)
     assert low.grad.dtype == torch.bfloat16 and (low.grad - exact[1].grad).norm() < 0.02 * exact[1].grad.norm()
 
 
@@ -185,7 +205,7 @@ def test_a_branch_and_the_norm_meet_in_one_stream(stream, branch, low):
         ours = [t.clone().requires_grad_() for t in inputs]
         exact = [t.double().requires_grad_() for t in inputs]
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            total, normed = ops.add_and_norm(ours[0], ours[1] if branch else None, ours[-1], 1e-6)
+            total, normed = norm.add_rms_norm(ours[0], ours[1] if branch else None, gains(ours[-1]))
         assert normed.dtype == (torch.bfloat16 if low else stream)
         loss = (normed.float() * by_norm).sum()
         (loss + (total * by_total).sum() if by_total.any() else loss).backward()
@@ -205,12 +225,12 @@ def test_swiglu_and_its_gradients_are_those_of_the_definition(dtype, most):
     gate = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-30])]).to(dtype)
     up, upstream = (torch.randn(len(gate), generator=generator).to(dtype) for _ in range(2))
     ours, exact = ([t.to(d, copy=True).requires_grad_() for t in (gate, up)] for d in (dtype, torch.float64))
-    y, expected = ops.swiglu(*ours), F.silu(exact[0]) * exact[1]
+    y, expected = pointwise.swiglu(*ours), F.silu(exact[0]) * exact[1]
     y.backward(upstream)
     expected.backward(upstream.double())
     for mine, theirs in [(y, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]:
         torch.testing.assert_close(mine, theirs.to(dtype), rtol=10 * most, atol=1e-6)
-    assert ops.swiglu(torch.full((3,), torch.nan, dtype=dtype), up[:3]).isnan().all()
+    assert pointwise.swiglu(torch.full((3,), torch.nan, dtype=dtype), up[:3]).isnan().all()
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=str)
@@ -225,16 +245,17 @@ def test_the_gradient_of_logits_is_probability_minus_one_hot(dtype, most, vocab)
     exact = logits.double().requires_grad_()
     expected = F.cross_entropy(exact, targets, reduction="sum")
     expected.backward()
-    loss = ops.cross_entropy(logits, targets)
+    loss = cross_entropy.cross_entropy(logits, targets)
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits.double(), exact.grad, rtol=10 * most, atol=most)
     logits[3, 2] = torch.nan
-    assert ops.cross_entropy(logits, targets).isnan()
+    assert cross_entropy.cross_entropy(logits, targets).isnan()
 
 
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str)
 def test_without_a_compiler_torch_computes_the_same(dtype, most, monkeypatch):
     lens, model = [20, 9, 3], build().train()
+    kernels.apply(model, torch.device("cpu"), dtype)
     tokens = ids(1, sum(lens))
 
     def results():
@@ -257,7 +278,7 @@ def test_without_a_compiler_torch_computes_the_same(dtype, most, monkeypatch):
 def test_a_linear_layer_is_the_product_of_rounded_factors(tokens, shape, dtype):
     """Sizes at the edges of what is multiplied at once, and such as linear.cpp does not take."""
     generator = torch.Generator().manual_seed(0)
-    layer = ops.Linear(shape[1], shape[0], bias=False, dtype=dtype)
+    layer = linear.FastLinear(shape[1], shape[0], bias=False, dtype=dtype)
     x, upstream = (torch.randn(2, tokens, n, generator=generator).bfloat16() for n in reversed(shape))
     x = x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -269,7 +290,7 @@ def test_a_linear_layer_is_the_product_of_rounded_factors(tokens, shape, dtype):
     exact = rows @ weight.T, grad @ weight, grad.T @ rows
     for ours, theirs in zip((y, x.grad, layer.weight.grad), exact, strict=True):
         assert (ours.flatten(0, -2).double() - theirs).norm() <= 2**-8 * theirs.norm()
-    if ops.products(torch.bfloat16) and dtype == torch.float32:
+    if linear.products(torch.bfloat16) and dtype == torch.float32:
         assert (layer.weight.grad.double() - exact[2]).norm() <= 1e-6 * exact[2].norm()  # not rounded
     layer.weight.requires_grad_(False)
     before, x.grad = x.grad, None
@@ -281,42 +302,24 @@ def test_a_linear_layer_is_the_product_of_rounded_factors(tokens, shape, dtype):
 def test_selective_checkpointing_keeps_products():
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            counts[-1] += op in ops.SLOW
+            counts[-1] += op in recompute.EXPENSIVE
             return op(*args, **(kwargs or {}))
 
-    block = torch.nn.Sequential(ops.Linear(64, 32, bias=False), torch.nn.SiLU())
+    block = torch.nn.Sequential(linear.FastLinear(64, 32, bias=False), torch.nn.SiLU())
     x, counts = torch.randn(5, 64, requires_grad=True), []
     with torch.autocast("cpu", torch.bfloat16):
         for level in (0, 1, 2):
-            loss = ops.recomputed(level, block, x).sum()
+            loss = recompute.recompute(level, block, x).sum()
             counts.append(0)
             with Count():
                 loss.backward()
     assert counts[0] == counts[2] == counts[1] - 1
 
 
-def test_kernels_are_compiled_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "FOLDER", tmp_path / "folder")
-    first = native.library.__wrapped__("ops.cpp", torch.float32)
-    if first is None:
-        pytest.skip("no C++ compiler that knows OpenMP")
-    assert len(list((tmp_path / "folder").iterdir())) == 1
-    monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
-    assert native.library.__wrapped__("ops.cpp", torch.float32) is None  # other flags are another library
-    monkeypatch.undo()
-    monkeypatch.setattr(native, "FOLDER", tmp_path / "folder")
-    monkeypatch.setattr(native.subprocess, "run", None)
-    assert native.library.__wrapped__("ops.cpp", torch.float32)._name == first._name
-    monkeypatch.undo()
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(native, "FOLDER", tmp_path / "file" / "folder")  # cannot be written to
-    assert native.library.__wrapped__("ops.cpp", torch.float32) is not None
-
-
 def test_rows_get_few_lengths_in_bfloat16_and_keep_theirs_elsewhere():
     weight = torch.nn.Parameter(torch.zeros(1))
-    assert ops.length_step(5000, weight) == 1
+    assert linear.length_step(5000, weight) == 1
     with torch.autocast("cpu", torch.bfloat16):
-        lengths = {n: ops.round_up(n, ops.length_step(n, weight)) for n in range(1, 9000)}
+        lengths = {n: native.round_up(n, linear.length_step(n, weight)) for n in range(1, 9000)}
     assert all(n <= longer <= 1.035 * n for n, longer in lengths.items())
     assert len({longer for n, longer in lengths.items() if 4096 <= n < 8192}) <= 33

@@ -26,6 +26,9 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 struct bfloat16 { uint16_t bits; };
 
+// A pointer that may be null, in a prototype that native.py reads.
+#define OPTIONAL
+
 const float LOG2_E = 1.44269504f;
 
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

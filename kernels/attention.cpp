@@ -1,4 +1,4 @@
-// Causal attention inside each document of a packed row, and its gradients; see attention.py.
+// Causal attention inside each document of a packed row, and its gradients; see attention.py, and ops.cpp for prototypes.
 //
 // On the command line of the compiler stands T, the dtype of queries, keys and values: float or bfloat16. Sums are made
 // in float.
@@ -26,7 +26,7 @@ static inline void store_pair(word *to, const floats *x) {
 }
 
 // Scores from s on, -infinity behind the last one that a query sees.
-static inline floats seen(const float *row, int64_t s, int64_t last) {
+static inline floats causal_scores(const float *row, int64_t s, int64_t last) {
     ints places;
     for (int l = 0; l < LANES; l++) places[l] = l;
     return places + (int32_t)(s - last) > 0 ? floats{} - INFINITY : load(row + s);
@@ -41,11 +41,12 @@ static void write(const float *rows, int64_t width, float scale, T *to, int64_t 
 extern "C" {
 
 // Queries and results are (N, KV * group, D), keys and values (N, KV, D).
-//   begins (docs + 1,): where each document begins, and where the last one ends
+//   cu_seqlens (docs + 1,): where each document begins, and where the last one ends
 //   out: the mean of the values that a query sees
-//   logs (N, KV * group): log2 of the sum of exp(score), for the backward pass
-void attention(const T *q, const T *k, const T *v, const int64_t *begins, T *out, float *logs, int64_t docs, int64_t KV,
-               int64_t group, int64_t D) {
+//   lse (N, KV * group): log2 of the sum of exp(score), for the backward pass
+void attention(const T *q /* N * KV * group * D */, const T *k /* N * KV * D */, const T *v /* N * KV * D */,
+               const int32_t *cu_seqlens /* docs + 1 */, T *out /* N * KV * group * D */,
+               float *lse /* N * KV * group */, int64_t N, int64_t docs, int64_t KV, int64_t group, int64_t D) {
     const int64_t heads = KV * group, width = round_up(D, BLOCK), words = width / PAIR;
     const float scale = LOG2_E / std::sqrt(float(D));
 #pragma omp parallel
@@ -57,7 +58,7 @@ void attention(const T *q, const T *k, const T *v, const int64_t *begins, T *out
         queries.resize(BLOCK * width), result.resize(BLOCK * width);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < docs * KV; task++) {
-            const int64_t begin = begins[task / KV], n = begins[task / KV + 1] - begin, most = round_up(n, BLOCK);
+            const int64_t begin = cu_seqlens[task / KV], n = cu_seqlens[task / KV + 1] - begin, most = round_up(n, BLOCK);
             const int64_t head = task % KV, place = (begin * KV + head) * D;
             rows.resize(most * width), keys.resize(most * words), values.resize(most * words);
             scores.resize(BLOCK * most), weights.resize(BLOCK * most);
@@ -76,17 +77,17 @@ void attention(const T *q, const T *k, const T *v, const int64_t *begins, T *out
                         const float *row = scores + r * most;
                         floats tops = floats{} - INFINITY, all = {};
                         for (int64_t s = 0; s < end; s += LANES) {
-                            const floats x = seen(row, s, at + r);
+                            const floats x = causal_scores(row, s, at + r);
                             tops = x > tops ? x : tops;
                         }
                         const float top = largest(tops) * scale;
                         for (int64_t s = 0; s < end; s += LANES) {
-                            const floats e = exp2(seen(row, s, at + r) * scale - top);
+                            const floats e = exp2(causal_scores(row, s, at + r) * scale - top);
                             store(weights + r * most + s, e);
                             all += e;
                         }
                         sums[r] = sum(all);
-                        if (r < count) logs[(first + r) * heads + h] = top + std::log2(sums[r]);
+                        if (r < count) lse[(first + r) * heads + h] = top + std::log2(sums[r]);
                     }
                     product<false>(weights, most / PAIR, values, width, result, width, BLOCK, width, end / PAIR);
                     for (int64_t r = 0; r < count; r++)
@@ -97,29 +98,32 @@ void attention(const T *q, const T *k, const T *v, const int64_t *begins, T *out
     }
 }
 
-// grad and by_q like q, by_k and by_v like k. Source: Dao, FlashAttention-2 (2023), algorithm 2, a block of queries
+// grad and grad_q like q, grad_k and grad_v like k. Source: Dao, FlashAttention-2 (2023), algorithm 2, a block of queries
 // and all the keys that they see at a time.
-void attention_backward(const T *q, const T *k, const T *v, const int64_t *begins, const T *out, const float *logs,
-                        const T *grad, T *by_q, T *by_k, T *by_v, int64_t docs, int64_t KV, int64_t group, int64_t D) {
+void attention_backward(const T *q /* N * KV * group * D */, const T *k /* N * KV * D */, const T *v /* N * KV * D */,
+                        const int32_t *cu_seqlens /* docs + 1 */, const T *out /* N * KV * group * D */,
+                        const float *lse /* N * KV * group */, const T *grad /* N * KV * group * D */,
+                        T *grad_q /* N * KV * group * D */, T *grad_k /* N * KV * D */, T *grad_v /* N * KV * D */,
+                        int64_t N, int64_t docs, int64_t KV, int64_t group, int64_t D) {
     const int64_t heads = KV * group, width = round_up(D, BLOCK), words = width / PAIR, pairs = BLOCK / PAIR;
     const float scale = 1 / std::sqrt(float(D));
 #pragma omp parallel
     {
         Tiles tiles;
-        Piece<T> rows, queries, upstream, by_scores;
+        Piece<T> rows, queries, upstream, grad_scores;
         Piece<word> keys, key_columns, value_columns, paired, query_columns, upstream_columns;
         Piece<word> weight_pairs, score_pairs;
-        Piece<float> scores, by_weights, result, key_totals, value_totals, totals;
+        Piece<float> scores, grad_probs, result, key_totals, value_totals, totals;
         queries.resize(BLOCK * width), upstream.resize(BLOCK * width), result.resize(BLOCK * width);
         paired.resize(BLOCK * width), query_columns.resize(BLOCK * width), upstream_columns.resize(BLOCK * width);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < docs * KV; task++) {
-            const int64_t begin = begins[task / KV], n = begins[task / KV + 1] - begin, most = round_up(n, BLOCK);
+            const int64_t begin = cu_seqlens[task / KV], n = cu_seqlens[task / KV + 1] - begin, most = round_up(n, BLOCK);
             const int64_t head = task % KV, place = (begin * KV + head) * D;
             for (Piece<word> *piece : {&keys, &key_columns, &value_columns}) piece->resize(most * words);
-            for (Piece<float> *piece : {&scores, &by_weights}) piece->resize(BLOCK * most);
+            for (Piece<float> *piece : {&scores, &grad_probs}) piece->resize(BLOCK * most);
             for (Piece<word> *piece : {&weight_pairs, &score_pairs}) piece->resize(pairs * most);
-            rows.resize(most * width), by_scores.resize(BLOCK * most), totals.resize(most * width);
+            rows.resize(most * width), grad_scores.resize(BLOCK * most), totals.resize(most * width);
             read(v + place, KV * D, n, D, rows, most, width);
             transpose(rows, most, words, value_columns);
             read(k + place, KV * D, n, D, rows, most, width);
@@ -143,12 +147,12 @@ void attention_backward(const T *q, const T *k, const T *v, const int64_t *begin
                     pair(upstream, BLOCK, width, paired);
                     transpose(paired, pairs, width, upstream_columns);
                     product<false>(queries, words, key_columns, most, scores, most, BLOCK, end, words);
-                    product<false>(upstream, words, value_columns, most, by_weights, most, BLOCK, end, words);
+                    product<false>(upstream, words, value_columns, most, grad_probs, most, BLOCK, end, words);
                     for (int64_t r = 0; r < BLOCK; r += PAIR) {
-                        float log[PAIR], mean[PAIR];  // of by_weights, by the weights
+                        float log[PAIR], mean[PAIR];  // of grad_probs, by the weights
                         for (int i = 0; i < PAIR; i++) {
                             const bool is = r + i < count;  // else it only fills up the block
-                            log[i] = is ? logs[(first + r + i) * heads + h] : INFINITY;
+                            log[i] = is ? lse[(first + r + i) * heads + h] : INFINITY;
                             floats all = {};
                             for (int64_t d = 0; d < D && is; d += LANES)
                                 all += load(upstream + (r + i) * width + d) *
@@ -156,26 +160,26 @@ void attention_backward(const T *q, const T *k, const T *v, const int64_t *begin
                             mean[i] = sum(all);
                         }
                         for (int64_t s = 0; s < end; s += LANES) {
-                            floats weight[PAIR], by_score[PAIR];
+                            floats weight[PAIR], grad_score[PAIR];
                             for (int i = 0; i < PAIR; i++) {
-                                const floats score = seen(scores + (r + i) * most, s, at + r + i);
+                                const floats score = causal_scores(scores + (r + i) * most, s, at + r + i);
                                 weight[i] = exp2(score * (scale * LOG2_E) - log[i]);
-                                by_score[i] = weight[i] * (load(by_weights + (r + i) * most + s) - mean[i]);
-                                store(by_scores + (r + i) * most + s, by_score[i]);
+                                grad_score[i] = weight[i] * (load(grad_probs + (r + i) * most + s) - mean[i]);
+                                store(grad_scores + (r + i) * most + s, grad_score[i]);
                             }
                             store_pair(weight_pairs + r / PAIR * most + s, weight);
-                            store_pair(score_pairs + r / PAIR * most + s, by_score);
+                            store_pair(score_pairs + r / PAIR * most + s, grad_score);
                         }
                     }
-                    product<false>(by_scores, most / PAIR, keys, width, result, width, BLOCK, width, end / PAIR);
-                    write(result, width, scale, by_q + at_query, heads * D, count, D);
+                    product<false>(grad_scores, most / PAIR, keys, width, result, width, BLOCK, width, end / PAIR);
+                    write(result, width, scale, grad_q + at_query, heads * D, count, D);
                     product<true>(query_columns, pairs, score_pairs, most, key_totals, most, width, end, pairs);
                     product<true>(upstream_columns, pairs, weight_pairs, most, value_totals, most, width, end, pairs);
                 }
             transpose(key_totals, width, most, totals);
-            write(totals, width, scale, by_k + place, KV * D, n, D);
+            write(totals, width, scale, grad_k + place, KV * D, n, D);
             transpose(value_totals, width, most, totals);
-            write(totals, width, 1, by_v + place, KV * D, n, D);
+            write(totals, width, 1, grad_v + place, KV * D, n, D);
         }
     }
 }

@@ -5,14 +5,12 @@ import torch
 import torch.nn.functional as F
 from test_model import KINDS, TINY, build, ids
 
-from model import native
-from model.cpu_decoder import BLOCK, CpuDecoder, kernels, packed, suits
+import kernels
+from kernels import native
+from kernels.cpu_decoder import BLOCK, CpuDecoder, is_supported, packed
+from model.generate import KVCache
 from model.lm import LMConfig
 from model.lora import add_lora
-from model.sampling import KVCache
-
-missing = kernels(LMConfig(**TINY), torch.float32) is None
-needs_compiler = pytest.mark.skipif(missing, reason="no C++ compiler that knows OpenMP")
 
 HEADS = [(4, 2, 8), (6, 2, 16), (3, 3, 32), (5, 1, 64), (8, 2, 4), (16, 8, 6)]
 PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 0.05)]
@@ -27,7 +25,6 @@ def with_gains(heads: tuple[int, int, int]) -> torch.nn.Module:
     return model
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype, most", PRECISIONS, ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 19])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
@@ -38,7 +35,7 @@ def test_a_step_of_the_decoder_gives_the_logits_of_the_model(dtype, most, rows, 
     The model computes in float32: in bfloat16 both would round, and attention is sharp here.
     """
     model = with_gains(heads)
-    assert suits(model, dtype)
+    assert is_supported(model, dtype)
     ours, exact = (KVCache(model.config, rows, 50, torch.device("cpu"), kind) for kind in (dtype, torch.float32))
     ours.kv.normal_(generator=torch.Generator().manual_seed(0))
     exact.kv.copy_(ours.kv)
@@ -49,16 +46,15 @@ def test_a_step_of_the_decoder_gives_the_logits_of_the_model(dtype, most, rows, 
         for cache in (ours, exact):
             cache.keep(kept)
         token = ids(1, len(kept))[0]
-        mine, logits = decoder(token), model(token.unsqueeze(1), cache=exact).logits.squeeze(1)
+        mine, logits = decoder.step(token), model(token.unsqueeze(1), cache=exact).logits.squeeze(1)
         assert mine.dtype == torch.float32 and (mine - logits).abs().max() <= most * logits.abs().max()
     assert torch.equal(ours.lengths, exact.lengths)
     torch.testing.assert_close(ours.kv.float(), exact.kv, rtol=0, atol=most * float(exact.kv.abs().max()))
     ours.lengths[0] = 50
     with pytest.raises(ValueError, match="room for 50 tokens"):
-        decoder(token)
+        decoder.step(token)
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype, most", PRECISIONS, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @torch.no_grad()
@@ -69,7 +65,7 @@ def test_the_decoder_reads_prompts_as_the_model_does(dtype, most, heads):
     for cache in (ours, exact):
         cache.kv.fill_(1.0)
         cache.keep(torch.tensor([4, 3, 1, 0]))
-        cache.filled = torch.tensor([[3, 0, 1]])
+        cache.prompt_rows = torch.tensor([[3, 0, 1]])
     prompts, last = ids(1, 48), torch.tensor(lens).cumsum(0) - 1
     mine = CpuDecoder(model, ours).read(prompts, lens, last)
     logits = model(prompts, doc_lens=lens, logits_at=last, cache=exact).logits
@@ -78,7 +74,6 @@ def test_the_decoder_reads_prompts_as_the_model_does(dtype, most, heads):
     torch.testing.assert_close(ours.kv.float(), exact.kv, rtol=0, atol=most * float(exact.kv.abs().max()))
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_stands_between_the_products_equals_its_formulas(dtype):
     """Also where an exponential vanishes or would overflow; rounding is that of torch, ties included."""
@@ -88,7 +83,7 @@ def test_what_stands_between_the_products_equals_its_formulas(dtype):
     x = torch.randn(33, 64, generator=generator)
     exact = x / x.square().mean(1, keepdim=True).add(1e-6).sqrt()
     for name, out in (("project", torch.empty(33, 64, dtype=dtype)), ("project_to_floats", torch.empty(33, 64))):
-        decoder.call(name, x, one, out, 33, 64, 64, 1e-6)
+        getattr(decoder.functions, name)(x, one, out, 33, 64, 64, 1e-6)
         torch.testing.assert_close(out, exact.to(dtype).to(out.dtype), rtol=most, atol=0)
     extremes = torch.tensor([0.0, -0.0, 1e4, -1e4, 1e30, -1e30, 1e-30, -1e-30])
     gate = torch.cat([torch.linspace(-120, 120, 4088), extremes]).to(dtype).view(64, 64)
@@ -96,29 +91,30 @@ def test_what_stands_between_the_products_equals_its_formulas(dtype):
     exact = (F.silu(gate.double()) * up.double()).to(dtype).float()
     gate_up = torch.stack([weight.T.reshape(-1, BLOCK // 2, 64) / 8 for weight in (gate, up)], dim=1)
     x = 8 * torch.eye(64)  # its norm is itself
-    decoder.call("mlp", x, torch.ones(64, 32, dtype=dtype), packed(torch.zeros(64, 32, dtype=dtype)),
+    decoder.functions.mlp(x, torch.ones(64, 32, dtype=dtype), packed(torch.zeros(64, 32, dtype=dtype)),
                  packed(gate_up.view(128, 64)), one, 64, 32, 64, 64, 0.0)  # fmt: skip
     others = ~torch.eye(64, dtype=torch.bool)
     torch.testing.assert_close(x[others], exact[others], rtol=10 * most if most < 1e-5 else most, atol=1e-35)
 
 
 def test_the_decoder_is_for_plain_dense_models():
-    assert suits(build(), torch.float32) == (kernels(LMConfig(**TINY), torch.float32) is not None)
-    assert not suits(build(**KINDS["moe"]), torch.float32) and not suits(build(), torch.float16)
-    assert not suits(build(dim=48), torch.float32) and not suits(build(head_dim=6), torch.float32)
+    assert is_supported(build(), torch.float32)
+    assert not is_supported(build(**KINDS["moe"]), torch.float32) and not is_supported(build(), torch.float16)
+    assert not is_supported(build(dim=48), torch.float32) and not is_supported(build(head_dim=6), torch.float32)
     adapted = build()
     add_lora(adapted, ["q_proj"], 2, 2.0, 0.0)
-    assert not suits(adapted, torch.float32)
+    assert not is_supported(adapted, torch.float32)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_compiler_the_same_tokens_are_generated(compiler, monkeypatch):
     model, x = build(), ids(3, 20)
+    kernels.apply(model, torch.device("cpu"), torch.float32)
     expected = model.generate(x, max_new_tokens=20)
     monkeypatch.setenv("CXX", compiler)
     native.library.cache_clear()
     try:
-        assert not suits(model, torch.float32)
+        assert not is_supported(model, torch.float32)
         assert torch.equal(model.generate(x, max_new_tokens=20), expected)
     finally:
         native.library.cache_clear()

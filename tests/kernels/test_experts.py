@@ -1,10 +1,11 @@
-"""The products of a mixture of experts in model/grouped.py against their definitions: values and gradients."""
+"""The products of a mixture of experts against their definitions: values and gradients."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model.grouped import few_products, grouped_linear
+from kernels.experts import RouterFunction, grouped_linear
+from kernels.native import functions_for
 
 
 @pytest.mark.parametrize("tokens, few, dim", [(0, 4, 32), (1, 1, 8), (7, 3, 40), (300, 4, 512), (33, 9, 100)])
@@ -15,7 +16,7 @@ def test_a_product_of_few_rows_is_summed_in_float32(tokens, few, dim, dtype, mos
     x = x.to(dtype)
     ours, exact = ([t.to(d or t.dtype, copy=True).requires_grad_() for t in (x, weight)] for d in (None, torch.float64))
     with torch.autocast("cpu", torch.bfloat16):
-        y = few_products(*ours)
+        y = RouterFunction.apply(*ours, functions_for(x))
     y.backward(upstream)
     expected = F.linear(*exact)
     expected.backward(upstream.double())

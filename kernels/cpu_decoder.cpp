@@ -1,5 +1,5 @@
 // Generation on a CPU: the products of a layer with what stands between them, and the attention of a step; see
-// cpu_decoder.py.
+// cpu_decoder.py, and ops.cpp for prototypes.
 //
 // On the command line of the compiler stand T, the dtype of weights, cache and activations (float or bfloat16), and
 // the shape of attention: DIM numbers in a head, KV heads of keys and values, GROUP heads of queries for each of them,
@@ -101,18 +101,21 @@ static void norm_and_multiply(const float *x, const word *weight, S *out, int64_
 extern "C" {
 
 // out (R, m) = the norm of x (R, n) @ weight.T, whose rows are multiplied by the gains of the norm already
-void project(const float *x, const word *weight, T *out, int64_t R, int64_t n, int64_t m, float eps) {
+void project(const float *x /* R * n */, const word *weight /* round_up(m, 32) * n */, T *out /* R * m */, int64_t R,
+             int64_t n, int64_t m, float eps) {
     norm_and_multiply(x, weight, out, R, n, m, eps);
 }
 
-void project_to_floats(const float *x, const word *weight, float *out, int64_t R, int64_t n, int64_t m, float eps) {
+void project_to_floats(const float *x /* R * n */, const word *weight /* round_up(m, 32) * n */,
+                       float *out /* R * m */, int64_t R, int64_t n, int64_t m, float eps) {
     norm_and_multiply(x, weight, out, R, n, m, eps);
 }
 
 // What is behind attention in a layer: x (R, n) += attended (R, heads) @ out.T, and then += its MLP with h inner numbers.
 // In gate_up columns of both matrices stand side by side, half a block of each.
-void mlp(float *x, const T *attended, const word *out, const word *gate_up, const word *down, int64_t R, int64_t heads,
-         int64_t n, int64_t h, float eps) {
+void mlp(float *x /* R * n */, const T *attended /* round_up(R, 32) * heads */, const word *out /* n * heads */,
+         const word *gate_up /* 2 * h * n */, const word *down /* n * h */, int64_t R, int64_t heads, int64_t n,
+         int64_t h, float eps) {
     static thread_local Piece<T> memory;
     memory.resize(round_up(R, BLOCK) * (n + h));
     T *const normed = memory, *const inner = normed + round_up(R, BLOCK) * n;
@@ -138,13 +141,15 @@ void mlp(float *x, const T *attended, const word *out, const word *gate_up, cons
 // Attention of the new tokens to all that their rows hold, and themselves.
 //   qkv (R, KV * GROUP + KV + KV heads of DIM): their queries, keys and values
 //   q_gain, k_gain (DIM,), cos, sin (capacity, DIM / 2): for norm_and_rotate
-//   places (R,): where the tokens stand in their rows, which is how many each row holds
+//   positions (R,): where the tokens stand in their rows, which is how many each row holds
 //   keys, values (rows, KV, capacity, DIM): take up the new ones
-//   where (R,): which of these rows are meant, if they are not the first R
+//   row_ids (R,): which of these rows are meant, if they are not the first R
 //   out (R, KV * GROUP * DIM)
-void attend(const T *qkv, const float *q_gain, const float *k_gain, const float *cos, const float *sin,
-            const int64_t *places, const int64_t *where, T *keys, T *values, T *out, int64_t R, int64_t capacity,
-            float eps) {
+void attend(const T *qkv /* R * (GROUP + 2) * KV * DIM */, const float *q_gain /* DIM */, const float *k_gain /* DIM */,
+            const float *cos /* capacity * DIM / 2 */, const float *sin /* capacity * DIM / 2 */,
+            const int64_t *positions /* R */, const int64_t *OPTIONAL row_ids /* R */,
+            T *keys /* rows * KV * capacity * DIM */, T *values /* rows * KV * capacity * DIM */,
+            T *out /* round_up(R, 32) * KV * GROUP * DIM */, int64_t R, int64_t rows, int64_t capacity, float eps) {
     const int64_t step = std::max(LANES, FEW), most = round_up(capacity, step);
     const float scale = LOG2_E / std::sqrt(float(DIM));  // of products, for powers of 2
 #pragma omp parallel
@@ -153,10 +158,10 @@ void attend(const T *qkv, const float *q_gain, const float *k_gain, const float 
         std::vector<T> weights(GROUP * most);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < R * KV; task++) {
-            const int64_t r = task / KV, head = task % KV, place = places[r], held = place + 1;
+            const int64_t r = task / KV, head = task % KV, place = positions[r], held = place + 1;
             const int64_t end = round_up(held, step);
             const float *cosines = cos + place * (DIM / 2), *sines = sin + place * (DIM / 2);
-            const int64_t begin = ((where ? where[r] : r) * KV + head) * capacity * DIM;
+            const int64_t begin = ((row_ids ? row_ids[r] : r) * KV + head) * capacity * DIM;
             T *key = keys + begin, *value = values + begin;
             const T *token = qkv + r * (GROUP + 2) * KV * DIM;
             // 1. The queries, and the new key and value, which the cache takes up

@@ -1,5 +1,5 @@
 // Linear layers in bfloat16 on a CPU that has products of it, in AVX-512 or on a matrix unit (AMX): x @ weight.T and its
-// gradients; see ops.py.
+// gradients; see linear.py, and ops.cpp for prototypes.
 //
 // Weights are float, as the optimizer keeps them, and rounded on the way: no pass over memory makes a copy. A thread
 // computes a rectangle of a result, and puts in order itself what it reads for that: there is nothing to wait for.
@@ -176,21 +176,23 @@ extern "C" {
 
 // Whether there is more
 #ifdef __AVX512BF16__
-int has_products() { return 1; }
+int64_t has_products() { return 1; }
 
 // out (M, N) = x (M, K) @ weight.T; weight (N, K) float. K and N are multiples of 32.
-void linear(const T *x, const float *weight, T *out, int64_t M, int64_t N, int64_t K) {
+void linear(const T *x /* M * K */, const float *weight /* N * K */, T *out /* M * N */, int64_t M, int64_t N,
+            int64_t K) {
     multiply<true>(x, weight, nullptr, nullptr, out, M, N, K);
 }
 
 // out (M, K) = grad (M, N) @ weight + grad2 @ weight2, if there are these
-void linear_by_x(const T *grad, const float *weight, const T *grad2, const float *weight2, T *out, int64_t M, int64_t K,
-                 int64_t N) {
+void linear_grad_x(const T *grad /* M * N */, const float *weight /* N * K */, const T *OPTIONAL grad2 /* M * N */,
+                   const float *OPTIONAL weight2 /* N * K */, T *out /* M * K */, int64_t M, int64_t K, int64_t N) {
     multiply<false>(grad, weight, grad2, weight2, out, M, K, N);
 }
 
 // total (M, N) float = or += grad.T @ x; grad (K, M), x (K, N)
-void linear_by_weight(const T *grad, const T *x, float *total, int64_t K, int64_t M, int64_t N, int64_t add) {
+void linear_grad_weight(const T *grad /* K * M */, const T *x /* K * N */, float *total /* M * N */, int64_t K, int64_t M,
+                        int64_t N, int64_t add) {
 #pragma omp parallel
     {
         const Rectangle my = part(M, N, 1);
@@ -204,7 +206,7 @@ void linear_by_weight(const T *grad, const T *x, float *total, int64_t K, int64_
 }
 
 #else
-int has_products() { return 0; }
+int64_t has_products() { return 0; }
 #endif
 
 }

@@ -1,6 +1,7 @@
-// What stands between the products of a training step, each in one pass over memory; see ops.py.
+// Fused RMSNorm with residual, RoPE, SwiGLU, cross-entropy and router logits, each in one pass over memory.
 //
-// On the command line of the compiler stands T, the dtype of products: float or bfloat16.
+// On the command line of the compiler stands T, the dtype of products: float or bfloat16. Behind each pointer of an
+// exported function stands how many numbers it points to; native.py reads that and checks every call.
 
 #include <algorithm>
 #include <omp.h>
@@ -9,21 +10,21 @@
 #include "vectors.h"
 
 // Within a team of threads, total (n,) += what each of them has: one after the other, so that it is always the same sum.
-static void add_in_order(const std::vector<float> &part, float *total, int64_t n) {
+static void add_in_thread_order(const std::vector<float> &part, float *total, int64_t n) {
 #pragma omp for ordered schedule(static, 1)
     for (int thread = 0; thread < omp_get_num_threads(); thread++)
 #pragma omp ordered
         for (int64_t i = 0; i < n; i++) total[i] += part[i];
 }
 
-// total (rows, n) = x (rows, n) + branch, else it is x; out (rows, n) = total over its root mean square, times gain;
-// scales (rows,): 1 / that
+// residual (rows, n) = x (rows, n) + branch, else it is x; out (rows, n) = residual over its root mean square, times gain;
+// scales (rows,): 1 / that root
 template <class X>
-static void norm(const X *x, const T *branch, X *total, const float *gain, T *out, float *scales, int64_t rows,
+static void norm(const X *x, const T *branch, X *residual, const float *gain, T *out, float *scales, int64_t rows,
                  int64_t n, float eps) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
-        X *const at = total + row * n;
+        X *const at = residual + row * n;
         floats squares = {};
         for (int64_t i = 0; i < n; i += LANES) {
             if (branch) store(at + i, load(x + row * n + i, n - i) + load(branch + row * n + i, n - i), n - i);
@@ -36,21 +37,21 @@ static void norm(const X *x, const T *branch, X *total, const float *gain, T *ou
     }
 }
 
-// by_x and, rounded, by_branch (rows, n), if it is wanted, and by_gain (n,), from the gradients of out and, if it has one,
-// of total
+// grad_x and, rounded, grad_branch (rows, n), if it is wanted, and grad_gain (n,), from the gradients of out and, if it has one,
+// of residual
 template <class X>
-static void norm_backward(const X *total, const float *gain, const float *scales, const T *grad, const X *by_total,
-                          X *by_x, T *by_branch, float *by_gain, int64_t rows, int64_t n) {
-    memset(by_gain, 0, n * sizeof(float));
+static void norm_backward(const X *residual, const float *gain, const float *scales, const T *grad, const X *grad_residual,
+                          X *grad_x, T *grad_branch, float *grad_gain, int64_t rows, int64_t n) {
+    memset(grad_gain, 0, n * sizeof(float));
 #pragma omp parallel
     {
-        std::vector<float> part(round_up(n, LANES));  // of by_gain
+        std::vector<float> part(round_up(n, LANES));  // of grad_gain
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) {
             const float scale = scales[row];
             floats along = {};  // what only changes the length of a row has no effect
             for (int64_t i = 0; i < n; i += LANES) {
-                floats product = load(total + row * n + i, n - i) * scale * load(grad + row * n + i, n - i);
+                floats product = load(residual + row * n + i, n - i) * scale * load(grad + row * n + i, n - i);
                 store(&part[i], load(&part[i]) + product);
                 along += product * load(gain + i, n - i);
             }
@@ -58,18 +59,18 @@ static void norm_backward(const X *total, const float *gain, const float *scales
             for (int64_t i = 0; i < n; i += LANES) {
                 const int64_t at = row * n + i;
                 floats upstream = load(grad + at, n - i) * load(gain + i, n - i);
-                floats change = (upstream - load(total + at, n - i) * scale * mean) * scale;
-                if (by_total) change += load(by_total + at, n - i);
-                store(by_x + at, change, n - i);
-                if (by_branch) store(by_branch + at, change, n - i);
+                floats change = (upstream - load(residual + at, n - i) * scale * mean) * scale;
+                if (grad_residual) change += load(grad_residual + at, n - i);
+                store(grad_x + at, change, n - i);
+                if (grad_branch) store(grad_branch + at, change, n - i);
             }
         }
-        add_in_order(part, by_gain, n);
+        add_in_thread_order(part, grad_gain, n);
     }
 }
 
 // The first n numbers, -infinity behind them: nothing to a softmax.
-static inline floats some(const T *from, int64_t n) {
+static inline floats load_or_neg_inf(const T *from, int64_t n) {
     floats x = load(from, n);
     for (int64_t i = n; i < LANES; i++) x[i] = -INFINITY;
     return x;
@@ -79,28 +80,37 @@ const int FEW = 4;  // rows whose factors stay in registers
 
 extern "C" {
 
-void norm_of_floats(const float *x, const T *branch, float *total, const float *gain, T *out, float *scales,
-                    int64_t rows, int64_t n, float eps) {
-    norm(x, branch, total, gain, out, scales, rows, n, eps);
+// The residual stream in float
+void add_norm_float(const float *x /* rows * n */, const T *OPTIONAL branch /* rows * n */,
+                    float *residual /* rows * n */, const float *gain /* n */, T *out /* rows * n */,
+                    float *scales /* rows */, int64_t rows, int64_t n, float eps) {
+    norm(x, branch, residual, gain, out, scales, rows, n, eps);
 }
 
-void norm_of_same(const T *x, const T *branch, T *total, const float *gain, T *out, float *scales, int64_t rows,
-                  int64_t n, float eps) {
-    norm(x, branch, total, gain, out, scales, rows, n, eps);
+void add_norm_float_backward(const float *residual /* rows * n */, const float *gain /* n */,
+                             const float *scales /* rows */, const T *grad /* rows * n */,
+                             const float *OPTIONAL grad_residual /* rows * n */, float *grad_x /* rows * n */,
+                             T *OPTIONAL grad_branch /* rows * n */, float *grad_gain /* n */, int64_t rows, int64_t n) {
+    norm_backward(residual, gain, scales, grad, grad_residual, grad_x, grad_branch, grad_gain, rows, n);
 }
 
-void norm_of_floats_backward(const float *total, const float *gain, const float *scales, const T *grad,
-                             const float *by_total, float *by_x, T *by_branch, float *by_gain, int64_t rows, int64_t n) {
-    norm_backward(total, gain, scales, grad, by_total, by_x, by_branch, by_gain, rows, n);
+// The residual stream in the dtype of products
+void add_norm(const T *x /* rows * n */, const T *OPTIONAL branch /* rows * n */, T *residual /* rows * n */,
+              const float *gain /* n */, T *out /* rows * n */, float *scales /* rows */, int64_t rows, int64_t n,
+              float eps) {
+    norm(x, branch, residual, gain, out, scales, rows, n, eps);
 }
 
-void norm_of_same_backward(const T *total, const float *gain, const float *scales, const T *grad, const T *by_total,
-                           T *by_x, T *by_branch, float *by_gain, int64_t rows, int64_t n) {
-    norm_backward(total, gain, scales, grad, by_total, by_x, by_branch, by_gain, rows, n);
+void add_norm_backward(const T *residual /* rows * n */, const float *gain /* n */, const float *scales /* rows */,
+                       const T *grad /* rows * n */, const T *OPTIONAL grad_residual /* rows * n */,
+                       T *grad_x /* rows * n */, T *OPTIONAL grad_branch /* rows * n */, float *grad_gain /* n */,
+                       int64_t rows, int64_t n) {
+    norm_backward(residual, gain, scales, grad, grad_residual, grad_x, grad_branch, grad_gain, rows, n);
 }
 
 // out (rows, m) = x (rows, n) @ weight.T, of the few rows of a weight (m, n)
-void few_products(const T *x, const float *weight, float *out, int64_t rows, int64_t n, int64_t m) {
+void router_logits(const T *x /* rows * n */, const float *weight /* m * n */, float *out /* rows * m */, int64_t rows,
+                   int64_t n, int64_t m) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++)
         for (int64_t first = 0; first < m; first += FEW) {  // of the last ones, where there are fewer, one several times
@@ -112,13 +122,14 @@ void few_products(const T *x, const float *weight, float *out, int64_t rows, int
         }
 }
 
-// by_x like x, by_weight like weight, from grad (rows, m)
-void few_products_backward(const T *x, const float *weight, const float *grad, T *by_x, float *by_weight, int64_t rows,
-                           int64_t n, int64_t m) {
-    memset(by_weight, 0, m * n * sizeof(float));
+// grad_x like x, grad_weight like weight, from grad (rows, m)
+void router_logits_backward(const T *x /* rows * n */, const float *weight /* m * n */, const float *grad /* rows * m */,
+                            T *grad_x /* rows * n */, float *grad_weight /* m * n */, int64_t rows, int64_t n,
+                            int64_t m) {
+    memset(grad_weight, 0, m * n * sizeof(float));
 #pragma omp parallel
     {
-        std::vector<float> part(m * n);  // of by_weight
+        std::vector<float> part(m * n);  // of grad_weight
         auto work = [&](auto count, int64_t row) {  // on so many rows
             for (int64_t i = 0; i < n; i += LANES) {
                 floats at[count], sums[count] = {};
@@ -132,7 +143,7 @@ void few_products_backward(const T *x, const float *weight, const float *grad, T
                     }
                     store(&part[j * n + i], total, n - i);
                 }
-                for (int r = 0; r < count; r++) store(by_x + (row + r) * n + i, sums[r], n - i);
+                for (int r = 0; r < count; r++) store(grad_x + (row + r) * n + i, sums[r], n - i);
             }
         };
 #pragma omp for schedule(static)
@@ -142,12 +153,14 @@ void few_products_backward(const T *x, const float *weight, const float *grad, T
             else
                 for (int64_t last = row; last < rows; last++) work(std::integral_constant<int, 1>(), last);
         }
-        add_in_order(part, by_weight, m * n);
+        add_in_thread_order(part, grad_weight, m * n);
     }
 }
 
 // out = x (tokens, heads, 2 * half), its pairs turned by angles: cos, sin (tokens, half)
-void rotate(const T *x, const float *cos, const float *sin, T *out, int64_t tokens, int64_t heads, int64_t half) {
+void rotate(const T *x /* tokens * heads * 2 * half */, const float *cos /* tokens * half */,
+            const float *sin /* tokens * half */, T *out /* tokens * heads * 2 * half */, int64_t tokens, int64_t heads,
+            int64_t half) {
 #pragma omp parallel for
     for (int64_t head = 0; head < tokens * heads; head++) {
         const T *from = x + head * 2 * half;
@@ -162,7 +175,7 @@ void rotate(const T *x, const float *cos, const float *sin, T *out, int64_t toke
 }
 
 // out (n,) = silu(gate (n,)) * up (n,)
-void swiglu(const T *gate, const T *up, T *out, int64_t n) {
+void swiglu(const T *gate /* n */, const T *up /* n */, T *out /* n */, int64_t n) {
 #pragma omp parallel for
     for (int64_t i = 0; i < n; i += LANES) {
         floats x = load(gate + i, n - i);
@@ -170,27 +183,29 @@ void swiglu(const T *gate, const T *up, T *out, int64_t n) {
     }
 }
 
-void swiglu_backward(const T *gate, const T *up, const T *grad, T *by_gate, T *by_up, int64_t n) {
+void swiglu_backward(const T *gate /* n */, const T *up /* n */, const T *grad /* n */, T *grad_gate /* n */,
+                     T *grad_up /* n */, int64_t n) {
 #pragma omp parallel for
     for (int64_t i = 0; i < n; i += LANES) {
         floats x = load(gate + i, n - i), g = load(grad + i, n - i), share = sigmoid(x);
-        store(by_gate + i, g * load(up + i, n - i) * share * (1.f + x * (1.f - share)), n - i);
-        store(by_up + i, g * x * share, n - i);
+        store(grad_gate + i, g * load(up + i, n - i) * share * (1.f + x * (1.f - share)), n - i);
+        store(grad_up + i, g * x * share, n - i);
     }
 }
 
 // losses (rows,) = -log softmax(logits (rows, n))[targets (rows,)]; logits become its gradient
-void cross_entropy(T *logits, const int64_t *targets, float *losses, int64_t rows, int64_t n) {
+void cross_entropy(T *logits /* rows * n */, const int64_t *targets /* rows */, float *losses /* rows */, int64_t rows,
+                   int64_t n) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         T *at = logits + row * n;
         floats tops = floats{} - INFINITY, sums = {};
         for (int64_t i = 0; i < n; i += LANES) {
-            floats x = some(at + i, n - i);
+            floats x = load_or_neg_inf(at + i, n - i);
             tops = x > tops ? x : tops;
         }
         const float top = largest(tops);
-        for (int64_t i = 0; i < n; i += LANES) sums += exp2((some(at + i, n - i) - top) * LOG2_E);
+        for (int64_t i = 0; i < n; i += LANES) sums += exp2((load_or_neg_inf(at + i, n - i) - top) * LOG2_E);
         const float total = sum(sums);
         losses[row] = std::log(total) + top - load(at + targets[row], 1)[0];
         for (int64_t i = 0; i < n; i += LANES) {

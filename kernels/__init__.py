@@ -1,0 +1,111 @@
+"""Faster ways to compute what model/ computes, put in from outside. Without this folder all runs, slower.
+
+`apply` replaces the class of a module by a subclass of it: parameters, names and state dict stay. Each
+replacement falls back to the plain one at call time where it cannot work: for tensors of another dtype
+or device, spread over processes (DTensor), or traced by torch.compile.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from kernels import native
+from kernels.attention import FastAttention
+from kernels.cross_entropy import FastHead
+from kernels.experts import FastExperts, FastMoE, FastRouter
+from kernels.linear import FastLinear, pad_row, products
+from kernels.norm import FastBlock, FastRMSNorm
+from kernels.pointwise import FastSwiGLU
+from model import lm
+
+REPLACEMENTS = {
+    "cuda": {
+        lm.RMSNorm: FastRMSNorm,
+        lm.Attention: FastAttention,
+        lm.Head: FastHead,
+        lm.MoE: FastMoE,
+        lm.Experts: FastExperts,
+    },
+    "cpu": {
+        lm.Block: FastBlock,
+        lm.RMSNorm: FastRMSNorm,
+        lm.Attention: FastAttention,
+        lm.SwiGLU: FastSwiGLU,
+        nn.Linear: FastLinear,
+        lm.Head: FastHead,
+        lm.Router: FastRouter,
+        lm.MoE: FastMoE,
+        lm.Experts: FastExperts,
+    },
+}
+
+
+def available(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Which kernels there are for a device and a dtype of matrix products, compiled by now.
+
+    Returns:
+        name -> "", or the reason why it is not there.
+    """
+    if device.type == "cuda":
+        return dict.fromkeys(("attention", "cross-entropy", "experts", "decode graph"), "")
+    if device.type != "cpu":
+        return {"all": f"none for the device {device.type}"}
+    found = {}
+    names = {"ops.cpp": ("norm", "rope", "swiglu", "cross-entropy", "router")}
+    names["attention.cpp"] = ("attention",)
+    if dtype == torch.bfloat16:
+        names["linear.cpp"] = ("linear",)
+    for source, kernels in names.items():
+        functions = native.library(source, dtype)
+        unknown = f"no C++ for {str(dtype).removeprefix('torch.')}"
+        reason = "" if functions else native.failures.get(source, unknown)
+        found |= dict.fromkeys(kernels, reason)
+    if found.get("linear") == "" and products(dtype) is None:
+        found["linear"] = "this CPU has no products of bfloat16"
+    return found
+
+
+def broken(found: dict[str, str]) -> dict[str, str]:
+    """Those of `available` that are missing though the device could have them."""
+    hopeless = "this CPU", "none for the device"
+    return {name: why for name, why in found.items() if why and not why.startswith(hopeless)}
+
+
+def summary(found: dict[str, str]) -> str:
+    """What is in and why something is not, in a line."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in found.items():
+        reasons.setdefault(why, []).append(name)
+    parts = [", ".join(reasons.pop("", ["none"]))]
+    parts += [f"without {', '.join(names)}: {why}" for why, names in reasons.items()]
+    return "; ".join(parts)
+
+
+def apply(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Put the kernels into a model, or whatever has MiniMindLMs inside. Call it before wrapping it.
+
+    Args:
+        device: where the model computes.
+        dtype: of the matrix products, autocast's or the model's own.
+
+    Returns:
+        See `available`.
+    """
+    replacements = REPLACEMENTS.get(device.type, {})
+    for module in model.modules():
+        if fast := replacements.get(type(module)):
+            module.__class__ = fast
+    for language_model in language_models(model) if replacements else ():
+        if device.type == "cuda":
+            from kernels.decode_graph import DecodeGraph as decoder
+        else:
+            from kernels.cpu_decoder import make_decoder as decoder
+        if language_model.make_decoder is None and device.type == "cpu":
+            language_model.register_forward_pre_hook(pad_row, with_kwargs=True)
+        language_model.make_decoder = decoder
+    return available(device, dtype)
+
+
+def language_models(model: nn.Module) -> Iterator[lm.MiniMindLM]:
+    return (module for module in model.modules() if isinstance(module, lm.MiniMindLM))

@@ -1,0 +1,78 @@
+"""LMConfig: the shape of a model."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+def require(condition: bool, fault: str) -> None:
+    if not condition:
+        raise ValueError(fault)
+
+
+@dataclass
+class LMConfig:
+    """Shape of the model, saved as JSON beside the weights. ValueError: sizes that do not fit."""
+
+    dim: int = 512
+    n_layers: int = 8
+    n_heads: int = 8
+    n_kv_heads: int = 2
+    head_dim: int | None = None  # default: dim / n_heads
+    vocab_size: int = 6400
+    hidden_dim: int | None = None  # inner width of SwiGLU; default: 8/3 dim, a multiple of 64
+    max_seq_len: int = 512  # longest context in tokens
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    dropout: float = 0.0  # on the output of every attention and MLP, in training only
+    use_moe: bool = False
+    n_experts: int = 4  # routed experts per layer
+    n_experts_per_tok: int = 2  # routed experts that a token visits
+    n_shared_experts: int = 0  # experts that every token visits; with 0 the model is a Qwen3-MoE
+    moe_hidden_dim: int | None = None  # of one expert; default: hidden_dim / n_experts_per_tok
+    norm_topk_prob: bool = True  # rescale the weights of the chosen experts to sum 1
+    aux_loss_alpha: float = 0.01  # weight of the load-balancing loss
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
+            size = getattr(self, name)
+            require(size >= 1, f"{name} must be at least 1, it is {size}")
+        dim, n_heads, n_kv_heads = self.dim, self.n_heads, self.n_kv_heads
+        if self.head_dim is None:
+            fault = f"dim {dim} is not a multiple of n_heads {n_heads}: change one of them"
+            require(dim % n_heads == 0, fault)
+            self.head_dim = dim // n_heads
+        fault = f"head_dim {self.head_dim} is odd; rotary positions need an even number"
+        require(self.head_dim % 2 == 0, fault)
+        fault = f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}"
+        require(n_heads % n_kv_heads == 0, fault)
+        require(0.0 <= self.dropout < 1.0, f"dropout {self.dropout} must lie in [0, 1)")
+        self.hidden_dim = self.hidden_dim or 64 * math.ceil(dim * 8 / 3 / 64)
+        width = self.hidden_dim / max(1, self.n_experts_per_tok)
+        self.moe_hidden_dim = self.moe_hidden_dim or 8 * math.ceil(width / 8)
+        if self.use_moe:
+            chosen = f"n_experts_per_tok {self.n_experts_per_tok}"
+            fault = f"{chosen} must lie in 1..{self.n_experts} (n_experts)"
+            require(1 <= self.n_experts_per_tok <= self.n_experts, fault)
+            fault = f"dim {dim} and moe_hidden_dim {self.moe_hidden_dim} must be multiples of 8"
+            require(dim % 8 == self.moe_hidden_dim % 8 == 0, f"{fault} with MoE")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_flags(cls, flags: dict, vocab_size: int) -> "LMConfig":
+        """The shape that a stage script's flags describe."""
+        flags = {**flags, "use_moe": bool(flags["use_moe"]), "vocab_size": vocab_size}
+        names = (field.name for field in fields(cls))
+        return cls(**{name: flags[name] for name in names if name in flags})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "LMConfig":
+        """Read the JSON beside a weights file. ValueError: it is not one of ours; names the file."""
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a model configuration ({error})") from None

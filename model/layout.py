@@ -1,0 +1,103 @@
+"""Layout: what one forward pass knows about its tokens besides their ids. It is the same in all layers."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Layout:
+    """Positions, masks and document borders of B rows of T tokens.
+
+    A packed row (B = 1) holds documents one behind the other; padding behind them counts as one more
+    document. Without packing each row is a document of its own.
+    """
+
+    cos: Tensor  # (B, T, 1, head_dim / 2) float32, of the rotary angle at each token's position
+    sin: Tensor
+    doc_lens: Tensor | None = None  # (docs + 1,) int64 on the host: lengths in a packed row
+    cu_seqlens: Tensor | None = None  # (docs + 2,) int32: where these documents begin and end
+    max_seqlen: int = 0  # the longest of them
+    mask: Tensor | None = None  # (B, 1, T, S) bool: which keys a query sees; None: all up to itself
+    doc_ids: Tensor | None = None  # (B * T,) int64: each token's document; `docs` for padding
+    docs: int = 0
+    cache: object | None = None  # a generate.KVCache
+    slots: tuple[Tensor, Tensor] | None = None  # row and position in the cache, of each token
+    context: object | None = None  # set where processes share the row and each holds a part of it
+
+
+def rotary_angles(config, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """positions (B, T) -> cosine and sine of the angles of RoPE, (B, T, 1, head_dim / 2) float32."""
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
+    frequency = 1.0 / config.rope_theta ** (pairs / config.head_dim)
+    angle = positions[:, :, None, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def make_layout(
+    config,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    doc_lens: list[int] | None,
+    cache,
+    context,
+) -> Layout:
+    """The layout of a forward pass; for the arguments see `MiniMindLM.forward`.
+
+    Lengths and positions are worked out on the host and sent to the device, which nobody waits for.
+
+    Raises:
+        ValueError: a context that is too long, or documents that do not fit their row.
+    """
+    (B, T), device = input_ids.shape, input_ids.device
+    held = 0 if cache is None or doc_lens is not None else int(cache.lengths.max())
+    longest = held + T if doc_lens is None else max(doc_lens, default=0)
+    if longest > config.max_seq_len:
+        limit = f"max_seq_len {config.max_seq_len}"
+        raise ValueError(f"context of {longest} tokens is longer than {limit}")
+    row = T if context is None else T * context.size
+    part = slice(None) if context is None else context.part(row)
+    if doc_lens is not None and (B != 1 or sum(doc_lens) > row):
+        fit = f"they sum to {sum(doc_lens)}, rows: {B}"
+        raise ValueError(f"doc_lens must fit the {row} tokens of one row; {fit}")
+
+    lens = [T] * B if doc_lens is None else doc_lens
+    lens = torch.tensor([*lens, B * row - sum(lens)])  # (docs + 1,), padding is the last one
+    mask = None
+    if doc_lens is not None:
+        positions = torch.cat([torch.arange(n) for n in lens])[part].unsqueeze(0)
+    elif attention_mask is not None:
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+        key, query = torch.arange(T, device=device), torch.arange(T, device=device).view(T, 1)
+        seen = (key <= query) & attention_mask.bool().view(B, 1, 1, -1)
+        mask = seen | (key == query)  # padding sees itself: a row without a key would be NaN
+    else:
+        positions = torch.arange(T).expand(B, T)
+        positions = positions if cache is None else positions + cache.lengths.unsqueeze(1)
+
+    slots = None
+    if cache is not None:
+        if doc_lens is None and held and (T > 1 or cache.lengths.min() < held):
+            mask = (torch.arange(held + T) <= positions.view(B, 1, T, 1)).to(device)
+        rows = cache.add(T, None if doc_lens is None else lens[:-1])
+        slots = rows.to(device), positions.flatten()[: rows.size(-1)].to(device)
+
+    layout = Layout(*rotary_angles(config, positions.to(device)), mask=mask, slots=slots)
+    layout.docs, layout.cache, layout.context = len(lens) - 1, cache, context
+    if doc_lens is not None:
+        layout.doc_lens, layout.max_seqlen = lens, int(lens.max())
+        cu_seqlens = F.pad(lens.cumsum(0), (1, 0)).int()
+        layout.cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    if config.use_moe and cache is None:  # for the load-balancing loss
+        layout.doc_ids = torch.arange(len(lens)).repeat_interleave(lens)[part].to(device)
+        if attention_mask is not None:
+            layout.doc_ids = layout.doc_ids.where(attention_mask.flatten().bool(), layout.docs)
+    return layout
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of x use: autocast's where it is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
