@@ -160,7 +160,7 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> Library | None:
 
 def compile_and_load(command: list[str], path: Path, target: Path, *rest) -> Library:
     """The library at `target`, compiled if it is not there; elsewhere where that cannot be written."""
-    folder = cache_folder()
+    folder = CACHE if is_private(CACHE) else None
     if folder and target.exists() and not open_to_others(target):
         return Library(target, *rest)
     folder = folder if os.access(CACHE, os.W_OK) else None
@@ -173,17 +173,17 @@ def compile_and_load(command: list[str], path: Path, target: Path, *rest) -> Lib
 
 
 @functools.cache
-def cache_folder() -> Path | None:
-    """Where libraries are kept; None, with a line that says so, where others could write them."""
+def is_private(folder: Path) -> bool:
+    """Whether libraries can be kept in a folder, which is made; a line says so where others write there."""
     with contextlib.suppress(OSError):
-        CACHE.mkdir(exist_ok=True)
-    if CACHE.is_dir() and open_to_others(CACHE):
+        folder.mkdir(exist_ok=True)
+    if folder.is_dir() and open_to_others(folder):
         print(
-            f"{CACHE} can be written by others: compiled anew, nothing there is run; chmod go-w",
+            f"{folder} can be written by others: compiled anew, nothing there is run; chmod go-w",
             file=sys.stderr,
         )
-        return None
-    return CACHE
+        return False
+    return True
 
 
 @functools.cache
