@@ -39,14 +39,14 @@ def open_to_others(path: Path) -> bool:
 
 
 @functools.cache
-def cache_folder() -> Path | None:
-    """Where compiled functions are kept; None, with a line that says so: others can write there, and it is code."""
+def is_private(folder: Path) -> bool:
+    """Whether compiled functions can be kept in a folder, which is made; if others can write there, a line says so."""
     with contextlib.suppress(OSError):
-        FOLDER.mkdir(exist_ok=True)
-    if FOLDER.is_dir() and open_to_others(FOLDER):
-        print(f"{FOLDER} can be written by others: compiled anew, nothing there is run; chmod go-w", file=sys.stderr)
-        return None
-    return FOLDER
+        folder.mkdir(exist_ok=True)
+    if folder.is_dir() and open_to_others(folder):
+        print(f"{folder} can be written by others: compiled anew, nothing there is run; chmod go-w", file=sys.stderr)
+        return False
+    return True
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> ctypes.CDLL | Non
     command = [os.environ.get("CXX", "g++"), *FLAGS, f"-DT={TYPES[dtype]}"]
     command += [f"-D{name}={value}" for name, value in macros.items()]
     key = repr((command, cpu(), *(file.read_bytes() for file in (path, *sorted(path.parent.glob("*.h"))))))
-    folder = cache_folder()
+    folder = FOLDER if is_private(FOLDER) else None
     target = FOLDER / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
         if folder and target.exists() and not open_to_others(target):

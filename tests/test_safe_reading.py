@@ -192,13 +192,13 @@ def test_compiled_code_that_others_can_have_written_is_not_run(tmp_path, monkeyp
     monkeypatch.setattr(native, "FOLDER", folder)
     monkeypatch.setattr(native.subprocess, "run", lambda words, **options: Path(words[-1]).touch())
     monkeypatch.setattr(native.ctypes, "CDLL", lambda path: loaded.append(path) or path)
-    native.library.cache_clear(), native.cache_folder.cache_clear()
+    native.library.cache_clear(), native.is_private.cache_clear()
     try:
         native.library("ops.cpp", torch.float32)
         (library,) = folder.glob("*.so")
         for mode in (0o777, 0o755):
             folder.chmod(mode)
-            native.library.cache_clear(), native.cache_folder.cache_clear()
+            native.library.cache_clear(), native.is_private.cache_clear()
             native.library("ops.cpp", torch.float32)
             assert (loaded[-1] == str(library)) == (mode == 0o755)
         library.chmod(0o666)
@@ -206,7 +206,7 @@ def test_compiled_code_that_others_can_have_written_is_not_run(tmp_path, monkeyp
         native.library("ops.cpp", torch.float32)
         assert loaded[-1] == str(library) and library.stat().st_mode & 0o777 != 0o666, "compiled anew in its place"
     finally:
-        native.library.cache_clear(), native.cache_folder.cache_clear()
+        native.library.cache_clear(), native.is_private.cache_clear()
     assert capfd.readouterr().err.count("can be written by others") == 1
 
 
