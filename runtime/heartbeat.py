@@ -10,6 +10,7 @@ store, the other one looks at what was heard, and when.
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -182,6 +183,7 @@ class Heartbeat:
         beat = {
             "number": self.number,
             "host": self.host,
+            "process": (os.getpid(), start_time(os.getpid())),
             "place": place,
             "still": now - self.since,
             "ended": ended,
@@ -249,6 +251,10 @@ class Heartbeat:
         """End this process; its launcher ends the others. What was saved is whole at any moment."""
         write(f"error: {text}")
         self.report(RuntimeError(text), text)
+        for peer in self.peers.values():
+            is_silent = peer.silent_for(time.monotonic()) >= SILENT
+            if is_silent and peer.beat and peer.beat["host"] == self.host:
+                kill(*peer.beat["process"])
         os._exit(1)
 
     def troubles(self, now: float) -> dict[tuple, Trouble]:
@@ -321,6 +327,24 @@ def silence(rank: int, peer: Peer, seconds: float) -> str:
         f"rank {rank} on {peer.beat['host']} has been silent for {span(seconds)}: its process is "
         f"stopped or gone, or its host is down; last it was in {peer.beat['place']}"
     )
+
+
+def kill(number: int, started: str) -> None:
+    """End a stopped process of this job. Its launcher would wait for it as for one that saves."""
+    try:
+        if started and start_time(number) == started:  # else another process has got its number
+            os.kill(number, signal.SIGKILL)
+    except OSError:
+        pass
+
+
+def start_time(number: int) -> str:
+    """When a process began, in ticks; '' where there is no /proc."""
+    try:
+        with open(f"/proc/{number}/stat") as file:
+            return file.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
 def key(rank: int) -> str:

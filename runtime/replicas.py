@@ -67,7 +67,7 @@ def check_replicas(model: nn.Module, step: int, every: int) -> None:
 def sum_of_bits(tensor: Tensor) -> Tensor:
     """The bits of a tensor as integers of 64, of which the sum is as fast as the memory, or of 8, summed: () int64."""
     flat = tensor.contiguous().view(-1)
-    even = flat.nbytes % 8 == 0 and flat.data_ptr() % 8 == 0
+    even = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
     return flat.view(torch.int64 if even else torch.uint8).sum(dtype=torch.int64)
 
 

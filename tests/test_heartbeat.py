@@ -96,6 +96,8 @@ def test_a_stopped_rank_is_named_and_ends_the_job(flags, tmp_path, ranks, stoppe
         told
     )
     assert "Traceback" not in told
+    processes[stopped].join(60)
+    assert processes[stopped].exitcode == -signal.SIGKILL
 
 
 def test_a_rank_that_goes_on_in_time_was_never_away(flags, tmp_path, start_script):
