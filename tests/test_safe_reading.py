@@ -153,7 +153,8 @@ def test_a_checkpoint_of_an_engine_runs_nothing(tmp_path, engine):
     pytest.importorskip(engine)
     data = write_jsonl(tmp_path / "data.jsonl", conversations(8))
     job = [f"trainer/train_sft_{engine}.py", *RUN_FLAGS, f"--data_path={data}", f"--cache_dir={tmp_path / 'cache'}"]
-    job += ["--from_weight=none", f"--out_dir={tmp_path}", "--batch_size=2", "--save_total_limit=9", "--resume=auto", "--resume_with_changes"]
+    job += ["--from_weight=none", f"--out_dir={tmp_path}", "--batch_size=2", "--save_total_limit=9"]
+    job += ["--resume=auto", "--resume_with_changes"]
     job, nproc = ([*job, "--ddp", f"--strategy={strategy}"], 2) if strategy else (job, None)
     run_ranks(*job, "--max_steps=1", nproc=nproc)
     folder = tmp_path / "full_sft_32/checkpoints/step_00000001"
