@@ -1,7 +1,8 @@
 """Kill -9 a training run at random moments, resume it each time, and compare with a run that was left alone.
 
 At least `--kills_in_save` of the kills hit the process while it writes a checkpoint: the half-written folder that it
-leaves behind is counted as the proof. At the end weights and metrics must be bit-identical (tokens_per_sec, which is
+leaves behind is counted as the proof. The last kill comes when the last checkpoint appears, before its weights are
+written. At the end weights and metrics must be bit-identical (tokens_per_sec, which is
 a measured speed, apart).
 
     python benchmarks/kill_resume.py --kills 20 --kills_in_save 8
@@ -52,6 +53,15 @@ def logged_steps(run: Path) -> int:
     return (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
 
 
+def wait_for_end(run: Path, steps: int, process: subprocess.Popen) -> bool:
+    """Watch the run until its last checkpoint is there; False when it ended before that was seen."""
+    while process.poll() is None:
+        if (run / f"checkpoints/step_{steps:08d}").exists():
+            return True
+        time.sleep(0.0002)
+    return False
+
+
 def wait_for(moment: str, run: Path, process: subprocess.Popen, rng: random.Random) -> bool:
     """Watch the run until the moment to kill it has come; False when it ended before."""
     target = logged_steps(run) + rng.randint(1, 8)
@@ -85,7 +95,7 @@ def main() -> int:
     args.dir = Path(tempfile.mkdtemp(prefix="kill_resume_"))
     try:
         start(args.dir / "whole", args).wait()
-        run, kills, in_save = args.dir / "killed" / NAME, 0, 0
+        run, kills, in_save, at_end = args.dir / "killed" / NAME, 0, 0, False
         while True:
             process = start(args.dir / "killed", args)
             moment = "save" if in_save < args.kills_in_save else "step"
@@ -94,11 +104,16 @@ def main() -> int:
                 kills += 1
                 in_save += any((run / "checkpoints").glob(".tmp-*"))
                 continue
+            if not at_end and wait_for_end(run, args.steps, process):
+                kill(process)
+                at_end = True
+                continue
             code = process.wait()
             break
         whole, killed = result(args.dir / "whole"), result(args.dir / "killed")
         same = whole == killed
         print(f"{kills} kills, {in_save} of them in a save; last run ended with {code} after {len(killed[1])} steps")
+        print(f"killed between the last checkpoint and the end: {'yes' if at_end else 'no'}")
         print(f"weights {'identical' if whole[0] == killed[0] else 'DIFFER'}, "
               f"metrics {'identical' if whole[1] == killed[1] else 'DIFFER'}")  # fmt: skip
         enough = kills == args.kills and in_save >= args.kills_in_save

@@ -261,7 +261,7 @@ def test_another_teacher_is_another_run(train, one, job):
     torch.save(state, other)
     shutil.copy(train.teacher.with_suffix(".json"), other.with_suffix(".json"))
     flags = [*RUN_FLAGS, *RUN, "--batch_size=2", f"--data_path={job.data[90]}", f"--cache_dir={job.folder / 'cache'}"]
-    flags += [f"--teacher_weight={other}", f"--out_dir={one.parent}", "--resume=auto"]
+    flags += [f"--teacher_weight={other}", f"--out_dir={one.parent}", "--resume=auto", "--max_steps=20"]
     done = run_script("trainer/train_distillation.py", *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "this is another run: the weights of --teacher_weight was" in done.stderr

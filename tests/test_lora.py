@@ -244,9 +244,8 @@ def test_another_base_is_another_run(job, one, bases, tmp_path):
     torch.manual_seed(7)
     other = write_base(make_model(vocab_size=load_model(bases[0]).config.vocab_size), tmp_path / "other.pth")
     flags = [*RUN_FLAGS, *RUN, "--batch_size=2", f"--data_path={job.data[90]}", f"--cache_dir={job.folder / 'cache'}"]
-    done = run_script(
-        "trainer/train_lora.py", *flags, f"--out_dir={one.parent}", f"--from_weight={other}", "--resume=auto"
-    )
+    resume = ["--max_steps=20", f"--out_dir={one.parent}", f"--from_weight={other}", "--resume=auto"]
+    done = run_script("trainer/train_lora.py", *flags, *resume)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert re.match("error: --resume .*: this is another run: the weights of --from_weight was", done.stderr)
     done = run_script("trainer/train_lora.py", *flags, f"--out_dir={tmp_path / 'new'}")
