@@ -9,6 +9,7 @@ import os
 import re
 
 from runtime.launcher import read_launch
+from runtime.terminal import shortened
 
 WHOLE = 10**12  # no count that a machine could reach
 REAL = 10**9
@@ -102,15 +103,20 @@ BOUNDS = {
     "link_gbps": (1e-3, REAL),
     "latency_us": (0, REAL),
     "overlap": (0, 1),
-    # trainer/train_tokenizer.py
+    # trainer/train_tokenizer.py, dataset/make_demo.py
     "hold_out": (0, WHOLE),
     "min_frequency": (1, WHOLE),
+    "scale": (1, 1000),
+    "rl_prompts": (0, 1_000_000),
+    "pairs": (0, 1_000_000),
+    "persona": (0, 1_000_000),
+    "others": (0, 1),
 }
 
 
 def usage_error(message: str) -> None:
     """What `parser.error` of every script is set to: one line, without argparse's screen of usage."""
-    raise ValueError(f"{message}; --help lists the flags")
+    raise ValueError(f"{shortened(message, 300)}; --help lists the flags")
 
 
 def check_flags(args: dict) -> None:
