@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from runtime.flags import BOUNDS
 
-GROUPS = ("trainer/train_*.py", "eval_model.py", "main.py", "scripts/*.py", "dataset/make_demo.py")
+GROUPS = ("trainer/train_*.py", "eval_model.py", "main.py", "scripts/*.py")
 PRELOADED = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.pipelining",
              "torch._dynamo", "transformers.models.auto.tokenization_auto")  # fmt: skip
 # What makes a run tiny, of every script that has such a flag; WORK stands for the folder of `make_files`.

@@ -103,14 +103,9 @@ BOUNDS = {
     "link_gbps": (1e-3, REAL),
     "latency_us": (0, REAL),
     "overlap": (0, 1),
-    # trainer/train_tokenizer.py, dataset/make_demo.py
+    # trainer/train_tokenizer.py
     "hold_out": (0, WHOLE),
     "min_frequency": (1, WHOLE),
-    "scale": (1, 1000),
-    "rl_prompts": (0, 1_000_000),
-    "pairs": (0, 1_000_000),
-    "persona": (0, 1_000_000),
-    "others": (0, 1),
 }
 
 
