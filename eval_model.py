@@ -340,6 +340,8 @@ def check_writable(path: str) -> None:
         if temporary != out:
             temporary.touch()
             temporary.unlink()
+        elif out.is_fifo():  # stays open: who reads it would take this for its end; an error where nobody does
+            os.open(out, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
         raise ValueError(f"--eval_out {path}: cannot be written: {error.strerror}; name another file") from None
 

@@ -80,6 +80,8 @@ def check_kind(path: Path, expected: str) -> None:
     Raises:
         ValueError: what the file is and how to convert it, in one line that begins with its path.
     """
+    if path.exists() and not path.is_file():  # to open a pipe would wait for whoever writes to it
+        raise ValueError(f"{path}: not a file")
     with open(path, "rb") as file:
         head = file.read(HEAD)
     found = binary_kind(path, head) or text_kind(path, head.removeprefix(codecs.BOM_UTF8), expected)

@@ -70,8 +70,11 @@ def read(path: str) -> dict:
         return dict(pairs)
 
     inside = ROOT / "configs/deepspeed" / path
+    file = inside if inside.is_file() and not Path(path).exists() else Path(path)
+    if file.exists() and not file.is_file():
+        raise ValueError(f"--deepspeed_config {path}: not a file")
     try:
-        text = (inside if inside.is_file() and not Path(path).exists() else Path(path)).read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
         config = json.loads(text, object_pairs_hook=once)
     except OSError as error:
         raise ValueError(f"--deepspeed_config {path}: {error.strerror}") from None

@@ -9,6 +9,7 @@ import os
 import re
 
 from runtime.launcher import read_launch
+from runtime.terminal import shortened
 
 WHOLE = 10**12  # no count that a machine could reach
 REAL = 10**9
@@ -110,7 +111,7 @@ BOUNDS = {
 
 def usage_error(message: str) -> None:
     """What `parser.error` of every script is set to: one line, without argparse's screen of usage."""
-    raise ValueError(f"{message}; --help lists the flags")
+    raise ValueError(f"{shortened(message, 300)}; --help lists the flags")
 
 
 def check_flags(args: dict) -> None:
@@ -186,10 +187,10 @@ def check_name(name: str, text: str) -> None:
 def check_model(args: dict) -> None:
     """ValueError: sizes that do not fit together, or blocks whose weights are larger than this machine's memory."""
     from model.lm import LMConfig  # here: scripts without a model do without torch
-    from runtime.memory import GIB, machine_memory, parameter_count
+    from runtime.memory import GIB, machine_memory, matrix_count
 
     config = LMConfig.from_flags(args, vocab_size=1)  # that is the tokenizer's, and not yet known
-    size, launched = 4 * parameter_count(config), read_launch()
+    size, launched = 4 * matrix_count(config), read_launch()
     memory = machine_memory() * max(1, launched.world_size // launched.local_world_size)
     if size > memory > 0:
         shape = " ".join(f"--{name} {args[name]}" for name in ("dim", "n_layers"))

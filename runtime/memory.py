@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 from collections import defaultdict
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -39,9 +39,16 @@ def shapes_of(config: str) -> dict[str, torch.Size]:
 
 
 def parameter_count(config: LMConfig) -> int:
-    """Parameters of the model, exactly; tied weights count once, all experts count. All blocks have the same."""
-    one, two = (sum(map(torch.Size.numel, parameter_shapes(replace(config, n_layers=n)).values())) for n in (1, 2))
-    return one + (config.n_layers - 1) * (two - one)
+    """Parameters of the model, exactly; tied weights count once, all experts count."""
+    return sum(shape.numel() for shape in parameter_shapes(config).values())
+
+
+def matrix_count(config: LMConfig) -> int:
+    """Weights in the matrices of all blocks, by their sizes alone: nothing is built, however large the model is."""
+    heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
+    experts, inner = config.n_experts + config.n_shared_experts, config.moe_hidden_dim
+    mlp = config.n_experts + 3 * experts * inner if config.use_moe else 3 * config.hidden_dim
+    return config.n_layers * config.dim * (heads + mlp)
 
 
 def estimate(

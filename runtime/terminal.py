@@ -9,11 +9,8 @@ from collections.abc import Callable, Iterator
 # Errors of files that another value of a flag would mend.
 USAGE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 USAGE_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.ENXIO, errno.ENODEV)
-MODES = {
-    "stdin": os.O_RDONLY,
-    "stdout": os.O_WRONLY,
-    "stderr": os.O_WRONLY,
-}  # of the descriptors 0, 1 and 2
+# Of the descriptors 0, 1 and 2.
+MODES = {"stdin": os.O_RDONLY, "stdout": os.O_WRONLY, "stderr": os.O_WRONLY}
 
 
 def prepare_streams(encoding: str | None = None) -> None:
@@ -33,7 +30,7 @@ def prepare_streams(encoding: str | None = None) -> None:
         if hasattr(stream, "reconfigure"):  # else it is something of a notebook
             stream.reconfigure(encoding=encoding, errors="replace" if reads else "backslashreplace")
             if not reads and not isinstance(stream, OutlivingStream):
-                setattr(sys, name, OutlivingStream(stream))
+                setattr(sys, name, OutlivingStream(stream, name))
 
 
 def open_null_stream(descriptor: int, mode: int):
@@ -70,8 +67,8 @@ class OutlivingStream:
             left, with one line and code 1 where the disk is full.
     """
 
-    def __init__(self, stream) -> None:
-        self.stream = stream
+    def __init__(self, stream, name: str) -> None:
+        self.stream, self.name = stream, name
         self.is_product = False
 
     def __getattr__(self, name: str):
@@ -95,13 +92,10 @@ class OutlivingStream:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.stream.fileno())
         os.close(null)
-        if self.is_product and error.errno in (
-            errno.EPIPE,
-            errno.EIO,
-        ):  # EIO: the terminal is closed
+        if self.is_product and error.errno in (errno.EPIPE, errno.EIO):  # a pipe; a terminal
             sys.exit(141)
         if self.is_product:
-            print(f"error: {self.stream.name}: {error.strerror}", file=sys.stderr, flush=True)
+            print(f"error: {self.name}: {error.strerror}", file=sys.stderr, flush=True)
             sys.exit(1)
 
 
@@ -129,8 +123,11 @@ def describe_error(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    text = " ".join(text.split()) or type(error).__name__
-    return text if len(text) <= 1000 else f"{text[:1000]} ..."
+    return shortened(" ".join(text.split()), 1000) or type(error).__name__
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 @contextlib.contextmanager

@@ -268,8 +268,9 @@ def lock_run(folder: Path):
         except BlockingIOError:
             time.sleep(0.1)
             continue
-        lock.truncate(0)
-        append(lock, str(os.getpid()))
+        with naming(lock.name):
+            lock.truncate(0)
+            append(lock, str(os.getpid()))
         return lock
     lock.seek(0)
     raise ValueError(f"process {lock.read()} is writing to {folder}: stop it, or choose another --save_weight")

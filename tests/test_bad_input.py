@@ -87,7 +87,31 @@ FLAGS = {
     "learning rate 0": ("--learning_rate 0", "--learning_rate 0.0: must be positive"),
     "learning rate nan": ("--learning_rate nan", "--learning_rate nan: must be"),
     "learning rate inf": ("--learning_rate inf", "--learning_rate inf: must be"),
-    "warmup 2": ("--warmup_ratio 2", "--warmup_ratio 2.0: must be"),
+    "warmup 2": ("--warmup_ratio 2", "--warmup_ratio 2.0: must be at most 1"),
+    "seed of 81 bits": ("--seed 1208925819614629174706176", "--seed 1208925819614629174706176: must be at most 9,2"),
+    "seed of 5000 digits": (f"--seed {'9' * 5000}", "argument --seed: invalid int value"),
+    "dim of a billion": ("--dim 1000000000", "--dim 1000000000: must be at most 131,072"),
+    "more than the memory": (
+        "--dim 65536 --n_layers 900",
+        "--dim 65536 --n_layers 900: the model has 158,415 GiB of weights, more than the",
+    ),
+    "a million layers": ("--n_layers 1000000", "--n_layers 1000000: must be at most 1,000"),
+    "a million workers": ("--num_workers 1000000", "--num_workers 1000000: must be at most "),
+    "device meta": ("--device meta", "--device meta: must be auto, cpu, cuda or cuda:N"),
+    "name outside": ("--save_weight ../x", "--save_weight '../x': must be a file's name, without a folder: --out_dir"),
+    "name absolute": ("--save_weight {work}/x", "must be a file's name, without a folder"),
+    "name empty": ("--save_weight=", "--save_weight '': must be a file's name"),
+    "name of this folder": ("--save_weight .", "--save_weight '.': must be a file's name"),
+    "name too long": (f"--save_weight {'x' * 250}", "has 250 bytes, a file's name may have 200"),
+    "folder too long": (f"--out_dir {'x' * 300}", "xxx/pretrain_32.pth: File name too long"),
+    "data is a pipe": ("--data_path {work}/pipe", "{work}/pipe: not a file"),
+    "weights are a pipe": ("--from_weight {work}/pipe", "{work}/pipe: not a file"),
+    "config is a pipe": ("--config {work}/pipe", "--config {work}/pipe: not a file"),
+    "config is a device": ("--config /dev/zero", "--config /dev/zero: not a file"),
+    "a lock is a folder": (
+        "--save_weight locked",
+        "--out_dir: cannot write to {work}/out/a lock is a folder/.locked_32.lock: Is a directory",
+    ),
     "dtype": ("--dtype int8", "--dtype: invalid choice: 'int8' (choose from"),
     "loss_on": ("--loss_on first", "--loss_on: invalid choice: 'first'"),
     "strategy": ("--strategy zero9", "--strategy: invalid choice: 'zero9'"),
@@ -96,10 +120,10 @@ FLAGS = {
     "no such GPU": ("--device cuda:9", "cuda:9 is asked for, but torch"),
     "heads do not divide dim": ("--n_heads 5", "dim 32 is not a multiple of n_heads 5"),
     "kv heads do not divide heads": ("--n_kv_heads 3", "n_heads 4 is not a multiple of n_kv_heads 3"),
-    "no heads": ("--n_heads 0", "n_heads must be at least 1, it is 0"),
+    "no heads": ("--n_heads 0", "--n_heads 0: must be positive"),
     "dropout": ("--dropout 1", "dropout 1.0 must lie in [0, 1)"),
     "experts": ("--use_moe 1 --n_experts_per_tok 9", "n_experts_per_tok 9 must lie in 1..4"),
-    "eval_ratio 2": ("--eval_ratio 2", "--eval_ratio 2.0 of 4 rows holds out 8"),
+    "eval_ratio 2": ("--eval_ratio 2", "--eval_ratio 2.0: must be at most 1"),
     "eval_ratio below 0": ("--eval_ratio -0.5", "--eval_ratio -0.5: must be 0 or more"),
     "eval_ratio too small": ("--eval_ratio 0.01", "--eval_ratio 0.01 of 4 rows holds out 0"),
     "ddp without torchrun": ("--ddp", f"--ddp needs a launcher: torchrun --nproc_per_node 2 {ROOT / SFT} --ddp"),
@@ -120,7 +144,7 @@ FLAGS = {
         "--tokenizer_dir {work}/torn_tokenizer",
         "--tokenizer_dir {work}/torn_tokenizer: tokenizer.json is damaged",
     ),
-    "out_dir": ("--out_dir {work}/file/out", "--out_dir: cannot write to {work}/file/out/full_sft_32: Not a directory"),
+    "out_dir": ("--out_dir {work}/file/out", "--out_dir: cannot write to {work}/file/out: Not a directory"),
     "cache_dir": ("--cache_dir {work}/file/cache", "cannot use {work}/file/cache: Not a directory"),
     "no stage weights": ("--from_weight stage1", "stage1_32.pth: no such weights file"),
     "no weights file": ("--from_weight {work}/no.pth", "{work}/no.pth: no such weights file"),
@@ -180,6 +204,8 @@ def make_files(work: Path) -> None:
     for name, text in files.items():
         (work / name).parent.mkdir(exist_ok=True)
         (work / name).write_text(text)
+    os.mkfifo(work / "pipe")
+    (work / "out/a lock is a folder/.locked_32.lock").mkdir(parents=True)
     (work / "rows.gz").write_bytes(gzip.compress(GOOD.encode()))
     (work / "gbk.jsonl").write_bytes(GOOD.replace('"a"', '"\u4f60\u597d"').encode("gbk"))
     for name, dim, n_layers in (("wide", 48, 1), ("deep", 32, 2), ("torn", 32, 1)):

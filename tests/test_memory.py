@@ -148,3 +148,11 @@ print(*counts)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     start, first, second = map(int, done.stdout.split())
     assert second - first < (first - start) / 2  # pages that Linux had to give; without keep_memory as many again
+
+
+@pytest.mark.parametrize("moe", [{}, {"use_moe": True, "n_experts": 6, "n_shared_experts": 2}])
+def test_matrices_are_counted_without_a_model(moe):
+    config = LMConfig(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, **moe)
+    shapes = memory.parameter_shapes(config)
+    blocks = {name: shape for name, shape in shapes.items() if ".layers." in name and len(shape) > 1}
+    assert memory.matrix_count(config) == sum(shape.numel() for shape in blocks.values())

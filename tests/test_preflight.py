@@ -40,7 +40,7 @@ REFUSED = {
     "--node_rank -1": "--node_rank -1: 1 nodes",
     "--nnodes 2": "--nnodes 2 needs --master_addr, the address of node 0",
     "--master_addr no.such.host.invalid": "--master_addr no.such.host.invalid: ",
-    "--master_port 99999": "--master_port 99999: must lie in 1..65535",
+    "--master_port 99999": "--master_port 99999: must be at most 65,535",
     "--max_restarts -1": "--max_restarts -1: must be 0 or more",
     "--max_restarts many": "--max_restarts: invalid int value: 'many'",
     "--algorithm tokenizer": "--algorithm: invalid choice: 'tokenizer'",

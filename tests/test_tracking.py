@@ -6,9 +6,40 @@ import sys
 import pytest
 from running import on_a_terminal
 
+from runtime.terminal import describe_error
 from runtime.tracking import Tracker
 
 TINY = "--dim=32 --n_layers=1 --n_heads=2 --n_kv_heads=1 --max_seq_len=64 --device=cpu --batch_size=2".split()
+
+
+def a_folder(path):
+    path.mkdir()
+
+
+def a_full_disk(path):
+    path.symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("name", ["training.log", "args.json", "metrics.jsonl", "../.full_sft_32.lock"])
+@pytest.mark.parametrize("spoil", [a_folder, a_full_disk])
+def test_a_file_that_cannot_be_written_names_itself(tmp_path, name, spoil):
+    """Also where the file system's error does not, as that of a full disk."""
+    run, is_late = tmp_path / "full_sft_32", name == "metrics.jsonl" and spoil is a_full_disk
+    run.mkdir()
+    if not is_late:
+        spoil(run / name)
+    with pytest.raises((ValueError, OSError)) as raised:
+        tracker = Tracker(run, {"report_to": [], "use_wandb": False}, True, run / "checkpoints/step_00000001")
+        tracker.start({"step": 0, "tokens": 0}, 9)
+        if is_late:  # before that it is read, and this device never ends
+            (run / name).unlink()
+            spoil(run / name)
+            tracker.metrics_file = open(run / name, "a")
+        tracker.print("a line")
+        tracker.log({"step": 1, "eval_loss": 1.0})
+    said = describe_error(raised.value)
+    why = "Is a directory" if spoil is a_folder else "No space left on device"
+    assert name.removeprefix("../") in said and why in said and "Errno" not in said
 
 
 @pytest.fixture(scope="module")
