@@ -70,6 +70,10 @@ class CpuDecoder(Decoder):
         cache: its dtype is that of the products.
     """
 
+    prefill_tokens = (
+        2048  # more would outgrow the cache of a CPU (a Xeon and an EPYC, benchmarks/speed)
+    )
+
     @torch.no_grad()
     def __init__(self, model, cache: KVCache):
         super().__init__(model, cache)

@@ -9,7 +9,8 @@ from kernels.linear import CACHED, FastLinear, sum_of_products
 from model.layout import autocast_dtype
 from model.lm import Head
 
-# Logits that exist at once, 64 or 72 MiB in float32: CHUNK_MEASURED
+# Logits that exist at once, 64 or 72 MiB in float32. The figures of benchmarks/results are with these:
+# xeon_amx.json and h200.json, parts training and head_memory of benchmarks/speed.
 CHUNK = {"cpu": 16 * 2**20, "cuda": 18 * 2**20}
 LEAST_TOKENS = 64  # fewer would not be worth a pass over the weights
 

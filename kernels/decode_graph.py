@@ -16,7 +16,9 @@ from model.layout import Layout, rotary_angles
 
 # cuDNN's, which is as fast on an H200, takes a tenth of a second to prepare each new shape.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-STEP = 128  # tokens of a row by which a recording is longer than the last one
+# Tokens of a row by which a recording is longer than the last one. The figures of benchmarks/results
+# are with it and with `prefill_tokens`: h200.json, part generation of benchmarks/speed.
+STEP = 128
 # Weights that are read in float32; all other matrices are cast once for all steps.
 UNCAST = ("embed_tokens.weight", "mlp.gate.weight")
 

@@ -8,10 +8,11 @@ from kernels import native
 from model.layout import autocast_dtype
 from model.recompute import EXPENSIVE
 
-# Numbers in float32 that a core keeps in its cache from one pass over them to the next: 2 MiB of L2
-# (Xeon, Sapphire Rapids).
+# Numbers in float32 that a core keeps in its cache from one pass over them to the next: 2 MiB, the L2
+# of a Xeon with AMX.
 CACHED = 2**19
-# Rows for which weight @ x.T beats x @ weight.T in float32: FEW_MEASURED
+# Rows for which weight @ x.T beats x @ weight.T in float32. The figures of benchmarks/results are with
+# these: xeon_amx.json, part generation of benchmarks/speed.
 FEW_ROWS = range(8, 129)
 
 

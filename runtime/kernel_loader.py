@@ -69,7 +69,9 @@ def fingerprint(device: torch.device, dtype: str) -> str:
 def compiling():
     """The module with what --compile needs. ValueError: it is not to be had."""
     if not in_use():
-        raise ValueError(f"--compile 1 needs kernels/, but there is {_line or 'MINIMIND_KERNELS=off'}")
+        raise ValueError(
+            f"--compile 1 needs kernels/, but there is {_line or 'MINIMIND_KERNELS=off'}"
+        )
     from kernels import compiling
 
     return compiling

@@ -48,7 +48,10 @@ def test_every_exported_function_declares_the_size_of_every_pointer(source):
 
 
 WRONG = {
-    "another dtype": (lambda t: t | {"up": t["up"].bfloat16()}, "up must be 12 numbers of torch.float32"),
+    "another dtype": (
+        lambda t: t | {"up": t["up"].bfloat16()},
+        "up must be 12 numbers of torch.float32",
+    ),
     "too short": (lambda t: t | {"out": t["out"][:3]}, "out must be 12 numbers"),
     "not contiguous": (lambda t: t | {"gate": t["gate"].view(3, 4).T}, "it is not contiguous"),
     "another device": (lambda t: t | {"gate": t["gate"].to("meta")}, "on meta"),
@@ -112,8 +115,13 @@ def test_a_failure_to_compile_is_shown_in_the_words_of_the_compiler(anew, monkey
     monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
     for _ in range(2):
         found = kernels.apply(MiniMindLM(LMConfig(dim=32, n_heads=4)), CPU, torch.float32)
-    assert capfd.readouterr().err.count("-no-such-flag") == 4  # command and answer, for two files, once
-    assert found["norm"] == "ops.cpp does not compile" and found["attention"] == "attention.cpp does not compile"
+    assert (
+        capfd.readouterr().err.count("-no-such-flag") == 4
+    )  # command and answer, for two files, once
+    assert (
+        found["norm"] == "ops.cpp does not compile"
+        and found["attention"] == "attention.cpp does not compile"
+    )
     assert "without norm, rope" in kernels.summary(found)
 
 
@@ -154,7 +162,9 @@ def test_the_switch(anew, monkeypatch):
 def test_kernels_import_without_a_compiler_for_cuda_and_quickly():
     """What only a GPU or torch.compile needs is not loaded on a CPU."""
     code = "import sys, kernels; print([m for m in ('torch._dynamo', 'kernels.decode_graph') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
