@@ -103,7 +103,7 @@ def run(main: Callable[[], int]) -> None:
     code, usage = 1, False
     prepare_streams()
     try:
-        read_launch()
+        read_launch()  # whose errors are the first to tell
         keep_memory()
         code = main() or 0
         if dist.is_initialized():
@@ -111,15 +111,14 @@ def run(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        of_reader = "DataLoader worker" in str(error)  # which is of this rank alone
-        killed = of_reader and not str(error).startswith("Caught")
+        killed = is_of_reader(error) and not str(error).startswith("Caught")
         if is_timeout(error) and (silent := heartbeat.explain_timeout()):
             print(f"error: {silent}", file=sys.stderr, flush=True)
             report(error, silent)
         elif killed or isinstance(error, ONE_LINE):
             if os.environ.get("MINIMIND_DEBUG"):
                 traceback.print_exc()
-            if of_reader or not is_quiet():
+            if is_of_reader(error) or not is_quiet():
                 print(f"error: {explain(error)}", file=sys.stderr, flush=True)
             code = 1 if killed or isinstance(error, OSError | FloatingPointError) else 2
             usage = not killed and is_usage_error(error)
@@ -170,7 +169,7 @@ def report(error: Exception, text: str) -> None:
 
 def explain(error: Exception) -> str:
     """The error in one line; for a process group that cannot be joined or a reader that is lost, with what to do."""
-    if "DataLoader worker" in str(error):
+    if is_of_reader(error):
         return explain_reader(str(error))
     text = describe_error(error)
     if text.startswith("Caught ") and " in DataLoader worker " in text:  # with its traceback; the message comes last
@@ -182,13 +181,18 @@ def explain(error: Exception) -> str:
     return f"cannot join the process group at {where}: {remedy} ({text[:150]})"
 
 
+def is_of_reader(error: Exception) -> bool:
+    """Whether it is one of a process of --num_workers, and so of this rank alone."""
+    return "DataLoader worker" in str(error)
+
+
 def explain_reader(text: str) -> str:
     """What DataLoader says about a process of --num_workers, in one line."""
     if raised := re.match(r"Caught .*\n\w+: (.*)", text, re.DOTALL):  # the last line of its traceback
         return " ".join(raised[1].split())
     return (
-        f"a process that reads data ended: {' '.join(text.split())} If memory ran out, take fewer --num_workers; "
-        "--resume auto goes on from the last checkpoint"
+        f"a process that reads data ended: {' '.join(text.split()).rstrip('.')}; where memory ran out take fewer "
+        "--num_workers; --resume auto goes on from the last checkpoint"
     )
 
 

@@ -17,19 +17,22 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from runtime.launcher import die_with_launcher, read_launch
+
+die_with_launcher()  # before the imports, which take seconds
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from dataset.lm_dataset import describe, load_tokenizer
 from dataset.packing import plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import launch, link, memory
-from runtime.launcher import read_launch
 from runtime.scaling import Load, Machine, flops_per_token, step_cost
 from runtime.tensor_parallel import check_sizes
 from runtime.terminal import end_with_reader

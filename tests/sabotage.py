@@ -1,6 +1,7 @@
 """Run a script with something going wrong on one rank: sabotage.py PHASE RANK SCRIPT ARGS
 
-PHASE: data, model, forward, clip, evaluation, save: the rank raises there (in the loop: at its third step);
+PHASE: data, model, forward, rollout, clip, step, evaluation, save, end: the rank raises there (in the loop: at its
+       third step);
        reader: one of its processes of --num_workers raises; mistake: a ValueError; killed: it is ended by kill -9;
        weight: the rank changes one of its weights behind the second step;
        hang: the rank waits in its third step for a file that nobody writes, as on a file system that hangs;
@@ -20,21 +21,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 
 import dataset.packing  # noqa: E402
 from dataset.lm_dataset import CachedDataset  # noqa: E402
 from model.lm import MiniMindLM  # noqa: E402
-from runtime import checkpoint, evaluation, parallel  # noqa: E402
+from runtime import checkpoint, evaluation, parallel, rewards  # noqa: E402
 from runtime.device import local  # noqa: E402
+from runtime.tracking import Tracker  # noqa: E402
 
 PLACES = {
     "data": (dataset.packing, "split_rows", 1),
     "model": (parallel, "wrap", 1),
     "forward": (MiniMindLM, "layout", 3),
     "hang": (MiniMindLM, "layout", 3),
+    "rollout": (rewards, "measures", 1),
     "clip": (parallel, "clip_gradients", 3),
     "evaluation": (evaluation, "sum_over_rows", 1),
     "save": (checkpoint, "save_run", 1),
+    "end": (Tracker, "close", 1),
     "reader": (CachedDataset, "__getitem__", 3),
     "mistake": (CachedDataset, "__getitem__", 3),
     "killed": (CachedDataset, "__getitem__", 3),
@@ -46,6 +51,15 @@ GRADIENTS = {"nan": math.nan, "flip": 0.1}
 
 
 def sabotage(phase: str) -> None:
+    if phase == "step":
+        optimizer_steps = iter(range(1, 4))
+
+        def fail(*args) -> None:
+            if next(optimizer_steps) == 3:
+                raise RuntimeError("sabotage in step")
+
+        register_optimizer_step_pre_hook(fail)
+        return
     place, name, at = PLACES[phase]
     original, calls = getattr(place, name), []
 

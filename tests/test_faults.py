@@ -50,7 +50,8 @@ def test_a_reader_that_is_killed_is_named(flags, tmp_path, run_script):
     done = run_script("tests/sabotage.py", "killed", "0", *job)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert re.search("a process that reads data ended: .* is killed by signal: Killed.*fewer --num_workers", line)
+    how = r"(is killed by signal: Killed|exited unexpectedly); where memory ran out take fewer --num_workers; "
+    assert re.search(rf"a process that reads data ended: DataLoader worker \(pid.*\) {how}", line), line
 
 
 def test_a_readers_mistake_is_one_line(flags, tmp_path, run_script):

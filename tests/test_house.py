@@ -139,6 +139,15 @@ def test_stage_scripts_have_the_same_landmarks(name):
     assert "model.module.state_dict()" in (ROOT / name).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", [*STAGES, "main.py", "scripts/plan.py"])
+def test_scripts_that_a_launcher_starts_watch_it_before_they_import_much(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    asks = next(n for n, line in enumerate(lines) if line.startswith("die_with_launcher()"))
+    early = [line for line in lines[:asks] if line.startswith(("import ", "from "))]
+    modules = [line.split()[1].split(".")[0] for line in early if line.split()[1] != "runtime.launcher"]
+    assert set(modules) <= set(sys.stdlib_module_names)
+
+
 def test_the_folder_of_runs_is_there_and_git_keeps_its_readme_alone():
     assert "out/README.md" in FILES
     ignored = ["out/full_sft_512.pth", "out/full_sft_512.json", "out/full_sft_512/metrics.jsonl", "out/cache/x"]
