@@ -91,10 +91,10 @@ def test_a_signal_to_one_rank_saves_on_all(job, tmp_path, start_script, run_scri
 
 def test_one_gradient_exchange_per_step_whatever_the_accumulation(runs):
     """Six steps of two micro-batches. Rank 0 holds two blocks of 14 tensors, and the embedding, which is tied to the
-    head of the last stage; loss and norm are a message each, and so is the evaluation.
+    head of the last stage; loss and norm are a message each, so are evaluation and three checks of replicas.
     """
     counts = json.loads((runs("interleaved x data") / "collectives.json").read_text())
-    assert counts["allreduce_"] == 6 * (2 * 14 + 1 + 1 + 2) + 1
+    assert counts["allreduce_"] == 6 * (2 * 14 + 1 + 1 + 2) + 1 + 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
