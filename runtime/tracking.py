@@ -79,7 +79,8 @@ class Tracker:
             self.print(f"the run was to end at step {was} and now ends at {total_steps}: its learning rates change")
         if not self.enabled:
             return
-        self.print(kernel_loader.report())
+        if line := kernel_loader.report():
+            self.print(line)
         step = progress["step"]
         self.metrics_file = truncated_metrics(self.folder / "metrics.jsonl", step)
         self.total_steps, self.first_step, self.began = total_steps, step, time.monotonic()
