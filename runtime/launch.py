@@ -172,8 +172,6 @@ def explain(error: Exception) -> str:
     if is_of_reader(error):
         return explain_reader(str(error))
     text = describe_error(error)
-    if text.startswith("Caught ") and " in DataLoader worker " in text:  # with its traceback; the message comes last
-        text = text.rpartition(f"{type(error).__name__}: ")[2]
     if not isinstance(error, dist.DistNetworkError):
         return text
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

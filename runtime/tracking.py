@@ -86,7 +86,8 @@ class Tracker:
         self.first_step = step = progress["step"]
         if not self.enabled:
             return
-        self.print(kernel_loader.report())
+        if line := kernel_loader.report():
+            self.print(line)
         self.metrics_file = truncated_metrics(self.folder / "metrics.jsonl", step)
         self.total_steps, self.began = total_steps, time.monotonic()
         self.last_time, self.last_tokens = self.began, progress["tokens"]
