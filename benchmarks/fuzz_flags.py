@@ -450,6 +450,8 @@ def main() -> int:
             print(f"FAULT no bounds in runtime/flags.py\n      {script} --{flag}")
         for number, case in enumerate(cases, 1):
             ended = run(case, work, args.limit)
+            if ended.code is None:  # perhaps the machine is busy
+                ended = run(case, work, 5 * args.limit)
             if fault := fault_of(case, ended):
                 faults += 1
                 print(f"FAULT {fault}\n      {str(case)[:1500]}", flush=True)

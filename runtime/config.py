@@ -120,7 +120,7 @@ def read_config(path: str) -> list[Entry]:
     try:
         if not here.exists() and shipped.is_file():
             here = shipped
-        if here.exists() and not here.is_file() and not path.startswith("/dev/fd/"):
+        if here.exists() and not here.is_file() and not here.is_dir() and not path.startswith("/dev/fd/"):
             raise ValueError(f"--config {path}: not a file")
         content = yaml.compose(here.read_text(encoding="utf-8"), yaml.SafeLoader)
         if content is None or content.tag == "tag:yaml.org,2002:null":  # nothing, or comments alone
@@ -190,7 +190,7 @@ def place_of(node: yaml.Node, file: str) -> str:
     return f"{file}:{node.start_mark.line + 1}"
 
 
-def text_of(node: yaml.Node, levels: int = 1) -> str | list | dict | None:
+def text_of(node: yaml.Node, levels: int = 2) -> str | list | dict | None:
     """A scalar as it stands in the file, None for null; lists of them; {} for what lies deeper."""
     if node.tag not in TAGS:
         raise yaml.MarkedYAMLError(

@@ -115,7 +115,7 @@ MISTAKES = [
     (("--devices", 6, "--nodes", 4), "--devices 6 is not a multiple of --nodes 4"),
     (("--devices", 8, "--tensor_parallel", 3), "--devices 8 is not a multiple of --tensor_parallel x"),
     (("--tensor_parallel", 8), "--tensor_parallel 8 does not divide n_heads 4"),
-    (("--mfu", 1.5), "--mfu 1.5: must be a share up to 1"),
+    (("--mfu", 1.5), "--mfu 1.5: must be at most 1"),
     (("--link_gbps", "inf"), "--link_gbps inf: must be a finite number"),
     (("--device_memory_gb", 0), "--device_memory_gb 0.0: must be positive"),
     (("--gpu", "h1000"), "invalid choice: 'h1000'"),

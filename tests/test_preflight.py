@@ -1,10 +1,12 @@
 """What scripts/run_distributed.py refuses before it starts anything, what it would run, and the files of configs/."""
 
 import importlib.util
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_launcher
@@ -37,7 +39,7 @@ REFUSED = {
     "--nproc_per_node 0": "--nproc_per_node 0: must be positive",
     "--nnodes 0": "--nnodes 0: must be positive",
     "--nnodes 2 --node_rank 2 --master_addr 127.0.0.1": "--node_rank 2: 2 nodes (--nnodes) have the numbers 0 to 1",
-    "--node_rank -1": "--node_rank -1: 1 nodes",
+    "--node_rank -1": "--node_rank -1: must be 0 or more",
     "--nnodes 2": "--nnodes 2 needs --master_addr, the address of node 0",
     "--master_addr no.such.host.invalid": "--master_addr no.such.host.invalid: ",
     "--master_port 99999": "--master_port 99999: must be at most 65,535",
@@ -57,7 +59,7 @@ REFUSED = {
     "--data_path {work}/empty.jsonl": "empty.jsonl: the file is empty",
     "--n_heads 5": "dim 32 is not a multiple of n_heads 5",
     "--tokenizer_dir {work}": "there is no tokenizer.json",
-    "--dim 8388608": "MB free, one checkpoint needs",
+    "--dim 8388608": "--dim 8388608: must be at most",
 }
 
 
@@ -67,6 +69,12 @@ def test_refused(launcher, work, words):
     with pytest.raises(ValueError) as error:
         launcher(words)
     assert REFUSED[words] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_room_for_a_checkpoint(launcher, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(ValueError, match="1 MB free, one checkpoint needs"):
+        launcher("")
 
 
 def test_busy_port(run_script, tiny):
