@@ -90,7 +90,7 @@ def apply(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[st
         dtype: of the matrix products, autocast's or the model's own.
 
     Returns:
-        See `available`.
+        See `available`; of those, what this model uses.
     """
     replacements = REPLACEMENTS.get(device.type, {})
     for module in model.modules():
@@ -104,7 +104,10 @@ def apply(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[st
         if language_model.make_decoder is None and device.type == "cpu":
             language_model.register_forward_pre_hook(pad_row, with_kwargs=True)
         language_model.make_decoder = decoder
-    return available(device, dtype)
+    found = available(device, dtype)
+    if not any(isinstance(module, lm.MoE) for module in model.modules()):
+        found = {name: why for name, why in found.items() if name not in ("router", "experts")}
+    return found
 
 
 def language_models(model: nn.Module) -> Iterator[lm.MiniMindLM]:
