@@ -39,6 +39,7 @@ def test_a_file_that_cannot_be_written_names_itself(tmp_path, name, spoil):
         tracker.log({"step": 1, "eval_loss": 1.0})
     said = describe_error(raised.value)
     why = "Is a directory" if spoil is a_folder else "No space left on device"
+    why = "Invalid argument" if name.endswith(".lock") and spoil is a_full_disk else why  # to shorten a device
     assert name.removeprefix("../") in said and why in said and "Errno" not in said
 
 
