@@ -23,7 +23,7 @@ from tqdm import tqdm
 from runtime import heartbeat, kernel_loader
 from runtime.identity import told
 from runtime.store import save_file
-from runtime.terminal import naming, replace_surrogates
+from runtime.terminal import describe_error, naming, replace_surrogates
 
 MAX_SKIPPED = 20  # enough for the scale of float16 to come down from its start, 2 ** 14
 
@@ -67,7 +67,8 @@ class Tracker:
             self.log_file = open(folder / "training.log", "a", encoding="utf-8", errors="backslashreplace")
             save_file(folder / "args.json", json.dumps(args | {"history": history}, indent=2, default=str) + "\n")
         except OSError as error:
-            raise ValueError(f"--out_dir: cannot write to {error.filename or folder}: {error.strerror}") from None
+            text = describe_error(error).removeprefix("cannot write ")
+            raise ValueError(f"--out_dir: cannot write to {text}") from None
         if kept is not None:
             remedy = f"to remove all that is kept so: rm -r {folder}.previous*"
             self.print(f"what an earlier {folder.name} left is kept in {kept}; {remedy}")
