@@ -72,7 +72,7 @@ BOUNDS = {
     "batch_size": (1, 1_000_000),
     "accumulation_steps": (1, 1_000_000),
     "global_batch_size": (1, WHOLE),
-    "learning_rate": (ABOVE_0, 1000),
+    "learning_rate": (ABOVE_0, 1e30),
     "warmup_ratio": (0, 1),
     "weight_decay": (0, 1000),
     "grad_clip": (0, REAL),

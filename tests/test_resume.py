@@ -154,7 +154,7 @@ def test_no_start_deletes_what_a_run_wrote(flags, run_script, trained, nproc):
     line = f"what an earlier {NAME} left is kept in {run}.previous; to remove all that is kept so: "
     assert done.returncode == 0 and done.stdout.count(f"{line}rm -r {run}.previous*\n") == 1, done.stderr
     second = contents(run) | {f"{NAME}.pth": run.with_name(f"{NAME}.pth").read_bytes()}
-    broken = ["--learning_rate=1000", "--grad_clip=0", "--save_interval=0", "--epochs=3"]
+    broken = ["--learning_rate=1e30", "--grad_clip=0", "--save_interval=0", "--epochs=3"]
     done = run_script("trainer/train_full_sft.py", *flags, *switch, *broken, nproc=nproc)
     assert done.returncode == 1 and f"is kept in {run}.previous.2; " in done.stdout, done.stdout
     assert run.with_name(f"{NAME}.pth").read_bytes() == second[f"{NAME}.pth"], "it saved nothing: they stay in place"
