@@ -73,7 +73,7 @@ def test_with_thinking_asked_for(run, ignorant, write_jsonl, tmp_path, tokenizer
         for at, token in enumerate(tokenizer.encode(reply)):
             yield torch.tensor([0]), torch.tensor([at]), torch.tensor([token])
 
-    monkeypatch.setattr(eval_model, "complete", scripted)
+    monkeypatch.setattr(eval_model, "generate_batch", scripted)
     path, out = write_jsonl(tmp_path / "rows.jsonl", [question("6*7", "42")]), tmp_path / "replies.jsonl"
     ok(run(ignorant, "--eval_file", path, "--eval_out", out, "--thinking", 1))
     written = json.loads(out.read_text(encoding="utf-8"))
