@@ -93,7 +93,7 @@ FLAGS = {
     "dim of a billion": ("--dim 1000000000", "--dim 1000000000: must be at most 131,072"),
     "more than the memory": (
         "--dim 65536 --n_layers 900",
-        "--dim 65536 --n_layers 900: the model has 158,415 GiB of weights, more than the",
+        "--dim 65536 --n_layers 900: the model has 158,414 GiB of weights, more than the",
     ),
     "a million layers": ("--n_layers 1000000", "--n_layers 1000000: must be at most 1,000"),
     "a million workers": ("--num_workers 1000000", "--num_workers 1000000: must be at most "),
