@@ -89,7 +89,7 @@ def kill_all(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run_script(*args, timeout=120, env=None, nproc=None, cwd=ROOT, stdin="", gpu=False) -> subprocess.CompletedProcess:
+def run_script(*args, timeout=300, env=None, nproc=None, cwd=ROOT, stdin="", gpu=False) -> subprocess.CompletedProcess:
     """Run a project script to its end, with one thread per process and without a network.
 
     Args:
@@ -171,7 +171,7 @@ def run_ranks(*args, nproc=None, cwd=ROOT, code=0) -> str:
     with tempfile.TemporaryDirectory() as folder:
         processes = start_ranks(*args, nproc=nproc, folder=Path(folder), cwd=cwd)
         for process in processes:
-            process.join(180)
+            process.join(300)
         codes = [process.exitcode for process in processes]  # None: still there
         for process in processes:
             process.kill()
