@@ -68,7 +68,7 @@ def processes_of(process: subprocess.Popen, *variables: str) -> list[int]:
     return sorted(found)
 
 
-def wait_for_end(process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for_end(process: subprocess.Popen, seconds: float = 240) -> None:
     """Until nothing is left of what a script has started, itself included."""
     while left := processes_of(process):
         with contextlib.suppress(ProcessLookupError):
@@ -192,7 +192,7 @@ def on_a_terminal(script: str, *args) -> tuple[int, str]:
         while block := os.read(leader, 4096):
             shown += block
     os.close(leader)
-    return process.wait(60), shown.decode()
+    return process.wait(240), shown.decode()
 
 
 def wait_until(process: subprocess.Popen, condition) -> None:
