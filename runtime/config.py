@@ -18,6 +18,7 @@ import yaml
 from runtime.launcher import read_launch
 
 ROOT = Path(__file__).resolve().parents[1]
+CODE = ("model", "kernels", "dataset", "runtime", "trainer")  # folders whose files decide how a run goes
 
 # The names that configuration files of other projects use for our flags, and for the keys below.
 ALIASES = {

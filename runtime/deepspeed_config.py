@@ -14,6 +14,7 @@ from pathlib import Path
 
 from model.lm import LMConfig
 from runtime import memory
+from runtime.device import dtype_of
 from runtime.launcher import read_launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -240,7 +241,7 @@ def check_batch(config: dict, args, world_size: int) -> None:
 
 
 def check_precision(config: dict, args) -> None:
-    dtype = dtype_of(args)
+    dtype = dtype_of(args.dtype, args.device)
     for name, its_dtype in PRECISIONS.items():
         enabled = section(config, name).get("enabled", "auto")
         if enabled not in (True, False, "auto"):
@@ -318,7 +319,7 @@ def fill(config: dict, args, model: LMConfig, world_size: int, run_dir: Path) ->
     filled["gradient_accumulation_steps"] = accumulation
     filled["gradient_clipping"] = float(args.grad_clip)
     for name, dtype in PRECISIONS.items():
-        filled[name] = {**section(config, name), "enabled": dtype_of(args) == dtype}
+        filled[name] = {**section(config, name), "enabled": dtype_of(args.dtype, args.device) == dtype}
     if "optimizer" in filled:  # the flags win over the file, whose numbers are their defaults
         params = filled["optimizer"].setdefault("params", {})
         params |= {"lr": args.learning_rate, "weight_decay": args.weight_decay}
@@ -326,10 +327,6 @@ def fill(config: dict, args, model: LMConfig, world_size: int, run_dir: Path) ->
         if args.device.type == "cpu" and not offloaded and "bias_correction" not in params:
             params.setdefault("torch_adam", True)  # the same AdamW, without the minutes of building another one
     return filled
-
-
-def dtype_of(args) -> str:
-    return args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
 
 
 def curve_settings(config: dict) -> dict:

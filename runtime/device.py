@@ -15,6 +15,11 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def dtype_of(dtype: str | None, device: torch.device) -> str:
+    """The dtype of matrix products that --dtype means on a device; None is its default."""
+    return dtype or ("bfloat16" if device.type == "cuda" else "float32")
+
+
 @contextmanager
 def one_order(device: torch.device) -> Iterator[None]:
     """Have a GPU sum in the same order every time: a run that goes on is bit-identical to one that never stopped.

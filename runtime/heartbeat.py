@@ -22,14 +22,14 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from runtime.config import ROOT
+from runtime.config import CODE, ROOT
 from runtime.launcher import Launch, read_launch
 
 INTERVAL = float(os.environ.get("MINIMIND_HEARTBEAT", 5))  # seconds between beats; tests have less
 SILENT = 5 * INTERVAL  # without a beat, and a rank is called silent
 STUCK = 8 * INTERVAL  # in which no rank has moved, and it is said where they are
 GRACE = 4 * INTERVAL  # that collectives wait beyond --timeout: who is silent shall be named before
-OURS = tuple(f"{ROOT / folder}{os.sep}" for folder in ("model", "dataset", "runtime", "trainer"))
+OURS = tuple(f"{ROOT / folder}{os.sep}" for folder in CODE)
 PLUMBING = ("wrapper", "run", "main", "<module>", "<lambda>")  # functions that say nothing
 
 _current: dict = {"progress": {}}  # the counters of the run, the Heartbeat

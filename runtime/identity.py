@@ -8,6 +8,8 @@ import hashlib
 import re
 from pathlib import Path
 
+from runtime.device import dtype_of
+
 # Flags that leave the curve as it is: names and places of what is written, what is told and when, and how the work is
 # shared. Of batches only --global_batch_size counts, of learning rates the scaled one.
 HARMLESS = {
@@ -56,8 +58,7 @@ def identity_of(flags: dict, global_batch: int, rows_key: str) -> dict:
     if "reward" in flags:
         identity["--reward"] = [word.rpartition("/")[2] for word in flags["reward"]]
     if "dtype" in flags:
-        on_gpu = getattr(flags.get("device"), "type", "cpu") == "cuda"
-        identity["--dtype"] = flags["dtype"] or ("bfloat16" if on_gpu else "float32")
+        identity["--dtype"] = dtype_of(flags["dtype"], flags["device"])
     if "peak_lr" in flags:
         identity["--learning_rate"] = flags["peak_lr"]
     if "data_path" in flags:

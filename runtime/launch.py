@@ -17,14 +17,13 @@ import torch
 import torch.distributed as dist
 
 from runtime import checkpoint, heartbeat, kernel_loader
-from runtime.config import ROOT, config_to_argv
-from runtime.device import keep_memory
+from runtime.config import CODE, ROOT, config_to_argv
+from runtime.device import dtype_of, keep_memory
 from runtime.flags import check_flags, usage_error  # noqa: F401  # for the scripts, with what else they start by
 from runtime.identity import sample_hash
 from runtime.launcher import is_quiet, read_launch
 from runtime.terminal import describe_error, is_usage_error, prepare_streams
 
-CODE = ("model", "kernels", "dataset", "runtime", "trainer")  # folders whose files decide how a run goes
 SOURCES = (".py", ".cpp", ".h")
 # Flags that may differ from process to process: where things lie on a machine, and what is not about the curve.
 LOCAL = ("config", "data_path", "tokenizer_dir", "cache_dir", "out_dir", "device", "num_workers", "report_to")
@@ -209,8 +208,7 @@ def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
         digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
     same = {"code": digest.hexdigest()[:16], "torch": torch.__version__}
     if isinstance(device := args.get("device"), torch.device):
-        dtype = args.get("dtype") or ("bfloat16" if device.type == "cuda" else "float32")
-        same["kernels"] = kernel_loader.fingerprint(device, dtype)
+        same["kernels"] = kernel_loader.fingerprint(device, dtype_of(args.get("dtype"), device))
     if data_path is not None:
         same["data"] = sample_hash(Path(data_path))
     if args.get("tokenizer_dir"):

@@ -24,6 +24,10 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 FLOAT = 4  # bytes of a float32
 SAFE_SHARE = 0.9  # of the device: the rest is for the allocator's gaps and the communication library
 GIB = 2**30
+CONTROL_GROUP = (  # files that say how many bytes a container may take and has taken: of version 2, of version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 def parameter_shapes(config: LMConfig) -> dict[str, torch.Size]:
@@ -224,14 +228,9 @@ def device_memory(device: torch.device) -> int | None:
     free = [meminfo("MemAvailable")]
     if free == [0]:
         return None
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
+    for limit, used in CONTROL_GROUP:
+        with contextlib.suppress(OSError, ValueError):  # another version of control groups, or no limit ("max")
             free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # another version of control groups, or no limit ("max")
-            pass
     return max(0, min(free)) // read_launch().local_world_size
 
 
@@ -247,9 +246,9 @@ def meminfo(name: str) -> int:
 def machine_memory() -> int:
     """Bytes of this machine's RAM, or of what its control group may take of it; 0: it cannot be read."""
     limits = [meminfo("MemTotal")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # another version of control groups, or no limit ("max")
-            limits.append(int(Path(path).read_text()))
+    for limit, _ in CONTROL_GROUP:
+        with contextlib.suppress(OSError, ValueError):  # as above
+            limits.append(int(Path(limit).read_text()))
     return min(limits)
 
 

@@ -36,6 +36,7 @@ from dataset.packing import batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
 from runtime import checkpoint, deepspeed_config, deepspeed_engine, launch, parallel
+from runtime.device import dtype_of
 from runtime.evaluation import evaluate
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
@@ -296,7 +297,7 @@ def main() -> int:
     identity |= deepspeed_engine.identity_of(args.deepspeed)
     found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
-    apply_kernels(model, args.device, deepspeed_config.dtype_of(args))
+    apply_kernels(model, args.device, dtype_of(args.dtype, args.device))
     if found is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
 
