@@ -1,12 +1,13 @@
 """Chat with a model in the terminal, or score it on a file of prompts with known answers.
 
-Reads the weights (out/full_sft_512.pth), the configuration beside them (out/full_sft_512.json) and the tokenizer.
-Without flags it takes the newest SFT weights in out/. Replies are streamed; text that you type is always text, also
-where it spells a control token.
+Reads the weights (out/full_sft_512.pth), the configuration beside them (out/full_sft_512.json) and
+the tokenizer. Without flags it takes the newest SFT weights in out/. Replies are streamed; text
+that you type is always text, also where it spells a control token.
 
     python eval_model.py                                                # chat; /clear forgets, /exit leaves
     python eval_model.py --prompt "Who are you?"                        # one reply and nothing else
-    printf 'hi\\nwho are you?\\n' | python eval_model.py                  # a conversation from a pipe
+    printf 'hi\\nwho are you?\\n' | python eval_model.py                  # a conversation from a
+    pipe
     python eval_model.py --weight pretrain --raw 1 --prompt "Once upon" # continue plain text, without the chat layout
     python eval_model.py --eval_file dataset/demo/held_out.jsonl        # a table of exact matches
     python eval_model.py --lora lora                                    # with the adapter of train_lora.py
@@ -80,13 +81,16 @@ class Speaker:
     def check(self, ids: list[int]) -> list[int]:
         context = self.model.config.max_seq_len
         if len(ids) >= context:
-            raise ValueError(f"the prompt makes {len(ids)} tokens, the context of the model is {context}: shorten it")
+            raise ValueError(
+                f"the prompt makes {len(ids)} tokens, the context of the model is {context}:"
+                " shorten it"
+            )
         return ids
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Chat
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def say(text: str) -> None:
@@ -94,12 +98,14 @@ def say(text: str) -> None:
 
 
 def clean(text: str) -> str:
-    """Text as typed, whatever the locale: bytes that Python could not decode arrive as lone surrogates."""
+    """Text as typed, whatever the locale: bytes that Python could not decode arrive as lone
+    surrogates."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def speak(speaker: Speaker, prompt: list[int], name: str = "") -> tuple[list[int], bool]:
-    """Stream one reply to the terminal, behind a name. Returns its ids, and whether Ctrl-C cut it short."""
+    """Stream one reply to the terminal, behind a name. Returns its ids, and whether Ctrl-C cut it
+    short."""
     reply, stopped = [], []
 
     def stop(*_) -> None:  # an exception at any instant could get lost inside the model
@@ -118,8 +124,11 @@ def speak(speaker: Speaker, prompt: list[int], name: str = "") -> tuple[list[int
     return reply, bool(stopped)
 
 
-def fit(system: list[int], turns: list[list[int]], question: list[int], speaker: Speaker) -> tuple[list[int], int]:
-    """Drop turns from the front, never the system turn, until the prompt leaves a quarter of the context for a reply.
+def fit(
+    system: list[int], turns: list[list[int]], question: list[int], speaker: Speaker
+) -> tuple[list[int], int]:
+    """Drop turns from the front, never the system turn, until the prompt leaves a quarter of the
+    context for a reply.
 
     Args:
         system: ids of the system turn.
@@ -160,7 +169,8 @@ def read_lines(interactive: bool) -> Iterator[str | None]:
 def chat(speaker: Speaker, system: list[dict], interactive: bool) -> None:
     """The conversation, until /exit, the end of the input, or Ctrl-C twice.
 
-    What was said is kept as ids: a reply is read again as it was written, with its thinking and its tool calls.
+    What was said is kept as ids: a reply is read again as it was written, with its thinking and its
+    tool calls.
     """
     system_ids = encode_chat(system, None, speaker.coder)[0] if system else []
     end_of_reply = [*speaker.coder.fixed[IM_END], *speaker.coder.fixed["\n"]]
@@ -179,28 +189,35 @@ def chat(speaker: Speaker, system: list[dict], interactive: bool) -> None:
             turns = []
             say("(the conversation starts anew)\n")
         elif text:
-            question = encode_prompt([{"role": "user", "content": text}], None, speaker.coder, speaker.thinking)
+            question = encode_prompt(
+                [{"role": "user", "content": text}], None, speaker.coder, speaker.thinking
+            )
             try:
                 prompt, dropped = fit(system_ids, turns, question, speaker)
             except ValueError as error:
                 say(f"({error})\n")
                 continue
             if dropped:
-                say(f"(the context is full: dropped the oldest {dropped} turn{'s' * (dropped > 1)})\n")
+                say(
+                    f"(the context is full: dropped the oldest {dropped}"
+                    f" turn{'s' * (dropped > 1)})\n"
+                )
             reply, interrupted = speak(speaker, prompt, "bot> ")
             turns = [*turns[dropped:], question + reply + end_of_reply]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scoring
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_questions(path: Path, speaker: Speaker) -> list[dict]:
-    """The rows of an evaluation file: {"task", "conversations": [..., user turn]} and what is right.
+    """The rows of an evaluation file: {"task", "conversations": [..., user turn]} and what is
+    right.
 
-    That is "answer", the reply to the letter, or "accept", a list of regular expressions of which the reply must
-    contain one, in either case. Where a user turn follows a user turn, the model answers the first one itself.
+    That is "answer", the reply to the letter, or "accept", a list of regular expressions of which
+    the reply must contain one, in either case. Where a user turn follows a user turn, the model
+    answers the first one itself.
 
     Raises:
         ValueError: `file:line: reason` for the first bad row; no rows.
@@ -221,10 +238,13 @@ def read_questions(path: Path, speaker: Speaker) -> list[dict]:
 
 
 def read_question(row: dict, speaker: Speaker) -> dict:
-    """One row as {task, prompt, answer or accept, parts}; parts: ids up to each place where the model speaks."""
+    """One row as {task, prompt, answer or accept, parts}; parts: ids up to each place where the
+    model speaks."""
     messages, tools = normalise_row(row, detect_format(row), need_assistant=False)
     if messages[-1]["role"] == "assistant":
-        raise ValueError("the last turn must not be the assistant's: that is what the model is to say")
+        raise ValueError(
+            "the last turn must not be the assistant's: that is what the model is to say"
+        )
     row = present(row)
     task, answer, accept = row.get("task", "all"), row.get("answer"), row.get("accept")
     if not isinstance(task, str) or not isinstance(answer, str) and accept is None:
@@ -249,7 +269,11 @@ def read_question(row: dict, speaker: Speaker) -> dict:
 
 def read_patterns(accept: object) -> list[re.Pattern]:
     """The regular expressions of a row."""
-    if not isinstance(accept, list) or not accept or not all(isinstance(pattern, str) for pattern in accept):
+    if (
+        not isinstance(accept, list)
+        or not accept
+        or not all(isinstance(pattern, str) for pattern in accept)
+    ):
         raise ValueError("'accept' must be a list of regular expressions")
     try:
         return [re.compile(pattern, re.IGNORECASE) for pattern in accept]
@@ -260,8 +284,8 @@ def read_patterns(accept: object) -> list[re.Pattern]:
 def answer_all(questions: list[dict], speaker: Speaker, batch_size: int) -> None:
     """Fill in `reply`, as the model wrote it, and `right` of every question, greedily.
 
-    A reply twice as long as the answer is wrong already and is cut there, unless the model thinks first. Replies to
-    earlier turns leave half of what room there is to those that follow.
+    A reply twice as long as the answer is wrong already and is cut there, unless the model thinks
+    first. Replies to earlier turns leave half of what room there is to those that follow.
     """
     end_of_reply = [*speaker.coder.fixed[IM_END], *speaker.coder.fixed["\n"]]
     longest, context = speaker.sampling["max_new_tokens"], speaker.model.config.max_seq_len
@@ -270,12 +294,18 @@ def answer_all(questions: list[dict], speaker: Speaker, batch_size: int) -> None
     for turn in range(1, max(len(question["parts"]) for question in questions)):
         rows = [question for question in questions if len(question["parts"]) > turn]
         room = [context - len(q["ids"]) - sum(map(len, q["parts"][turn:])) for q in rows]
-        write_replies(rows, [max(1, min(longest, tokens // 2)) for tokens in room], speaker, batch_size)
+        write_replies(
+            rows, [max(1, min(longest, tokens // 2)) for tokens in room], speaker, batch_size
+        )
         for question in rows:
             talk = question["ids"] + question["reply_ids"] + end_of_reply + question["parts"][turn]
             question["ids"] = talk[1 - context :]  # a talk that is full loses its beginning
     limits = [
-        longest if speaker.thinking or "accept" in question else min(longest, 2 * question["answer_len"] + 16)
+        (
+            longest
+            if speaker.thinking or "accept" in question
+            else min(longest, 2 * question["answer_len"] + 16)
+        )
         for question in questions
     ]
     write_replies(questions, limits, speaker, batch_size)
@@ -290,14 +320,21 @@ def answer_all(questions: list[dict], speaker: Speaker, batch_size: int) -> None
             question["right"] = reply == final_answer(question["answer"])
 
 
-def write_replies(questions: list[dict], limits: list[int], speaker: Speaker, batch_size: int) -> None:
-    """Fill in `reply` and `reply_ids` of some questions, each of so many tokens at most, greedily."""
+def write_replies(
+    questions: list[dict], limits: list[int], speaker: Speaker, batch_size: int
+) -> None:
+    """Fill in `reply` and `reply_ids` of some questions, each of so many tokens at most,
+    greedily."""
     eos, done, prompts = speaker.end_of_turn, 0, [question["ids"] for question in questions]
     context = speaker.model.config.max_seq_len
     limits = [max(1, min(n, context - len(ids))) for n, ids in zip(limits, prompts, strict=True)]
     replies: list[list[int]] = [[] for _ in questions]
-    greedy = make_sampler(prompts, speaker.model.config.vocab_size, speaker.model.lm_head.weight.device)
-    for row, _, token in generate_batch(speaker.model, prompts, limits, greedy, eos, batch_size=batch_size):
+    greedy = make_sampler(
+        prompts, speaker.model.config.vocab_size, speaker.model.lm_head.weight.device
+    )
+    for row, _, token in generate_batch(
+        speaker.model, prompts, limits, greedy, eos, batch_size=batch_size
+    ):
         for number, token_id in zip(row.tolist(), token.tolist(), strict=True):
             replies[number].append(token_id)
             done += token_id == eos
@@ -310,7 +347,10 @@ def write_replies(questions: list[dict], limits: list[int], speaker: Speaker, ba
 
 def table(questions: list[dict]) -> str:
     """Right answers per task and in all."""
-    groups = {name: [q for q in questions if q["task"] == name] for name in sorted({q["task"] for q in questions})}
+    groups = {
+        name: [q for q in questions if q["task"] == name]
+        for name in sorted({q["task"] for q in questions})
+    }
     groups["total"] = questions
     width = max(len(name) for name in groups)
     lines = [f"{'task':{width}}  {'n':>5}  {'right':>5}  {'%':>5}"]
@@ -321,7 +361,8 @@ def table(questions: list[dict]) -> str:
 
 
 def temporary_path(out: Path) -> Path:
-    """The file beside `out` that takes its place once it is whole; a device or a pipe is written to as it is."""
+    """The file beside `out` that takes its place once it is whole; a device or a pipe is written to
+    as it is."""
     special = out.exists() and not out.is_file()
     return out if special else out.with_name(f".eval_out.{os.getpid()}.tmp")
 
@@ -340,10 +381,14 @@ def check_writable(path: str) -> None:
         if temporary != out:
             temporary.touch()
             temporary.unlink()
-        elif out.is_fifo():  # stays open: who reads it would take this for its end; an error where nobody does
+        elif (
+            out.is_fifo()
+        ):  # stays open: who reads it would take this for its end; an error where nobody does
             os.open(out, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
-        raise ValueError(f"--eval_out {path}: cannot be written: {error.strerror}; name another file") from None
+        raise ValueError(
+            f"--eval_out {path}: cannot be written: {error.strerror}; name another file"
+        ) from None
 
 
 def shown(question: dict, *keys: str) -> dict:
@@ -369,7 +414,9 @@ def evaluate(args: argparse.Namespace, speaker: Speaker) -> None:
             print(f"  {key:6} {json.dumps(value, ensure_ascii=False)}")
     if args.eval_out:
         out = Path(args.eval_out).absolute()
-        rows = [shown(question, "line", "task", "prompt", "reply", "right") for question in questions]
+        rows = [
+            shown(question, "line", "task", "prompt", "reply", "right") for question in questions
+        ]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         temporary = temporary_path(out)
         with naming(out):
@@ -383,30 +430,65 @@ def parse_args() -> argparse.Namespace:
     parser.error = launch.usage_error
     what = parser.add_argument_group("what to do (without these: chat)")
     what.add_argument("--prompt", help="print the reply to this text and exit")
-    what.add_argument("--raw", type=int, choices=(0, 1), default=0, help="1: --prompt is plain text to be continued")
-    what.add_argument("--eval_file", help="score on this file: rows with task, conversations and answer or accept")
+    what.add_argument(
+        "--raw",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="1: --prompt is plain text to be continued",
+    )
+    what.add_argument(
+        "--eval_file", help="score on this file: rows with task, conversations and answer or accept"
+    )
     model = parser.add_argument_group("model")
-    model.add_argument("--weight", default="full_sft", help="stage name (its newest weights), run name or path")
-    model.add_argument("--lora", help="adapter on top of these weights: stage name, run name or path")
+    model.add_argument(
+        "--weight", default="full_sft", help="stage name (its newest weights), run name or path"
+    )
+    model.add_argument(
+        "--lora", help="adapter on top of these weights: stage name, run name or path"
+    )
     model.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights are looked for")
-    model.add_argument("--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder")
+    model.add_argument(
+        "--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder"
+    )
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    model.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
+    model.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU"
+    )
     reply = parser.add_argument_group("reply")
     reply.add_argument("--system", default="", help="system message")
-    reply.add_argument("--thinking", type=int, choices=(0, 1), default=0, help="1: the model thinks before it answers")
-    reply.add_argument("--temperature", type=float, default=0.0, help="0: always the most probable token")
+    reply.add_argument(
+        "--thinking",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="1: the model thinks before it answers",
+    )
+    reply.add_argument(
+        "--temperature", type=float, default=0.0, help="0: always the most probable token"
+    )
     reply.add_argument("--top_k", type=int, default=0, help="sample among so many tokens (0: all)")
-    reply.add_argument("--top_p", type=float, default=1.0, help="sample among the likeliest tokens of this probability")
-    reply.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: repeats itself less")
+    reply.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample among the likeliest tokens of this probability",
+    )
+    reply.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="above 1: repeats itself less"
+    )
     reply.add_argument("--max_new_tokens", type=int, default=256, help="longest reply in tokens")
     reply.add_argument("--seed", type=int, default=42, help="seed of everything random")
     score = parser.add_argument_group("scoring (greedy, whatever the flags above)")
     score.add_argument("--batch_size", type=int, default=64, help="prompts answered at once")
     score.add_argument("--eval_out", help="write every reply to this file, as JSON lines")
-    score.add_argument("--show_wrong", type=int, default=0, metavar="N", help="print the first N wrong replies")
+    score.add_argument(
+        "--show_wrong", type=int, default=0, metavar="N", help="print the first N wrong replies"
+    )
     args = parser.parse_args()
-    launch.check_flags({name: value for name, value in vars(args).items() if name != "temperature" or value != 0})
+    launch.check_flags(
+        {name: value for name, value in vars(args).items() if name != "temperature" or value != 0}
+    )
     for name, good, must in (
         ("prompt", args.prompt is None or args.prompt.strip(), "not be empty"),
         ("raw", not args.raw or args.prompt is not None, "come with --prompt"),
@@ -425,7 +507,9 @@ def main() -> int:
         check_writable(args.eval_out)
     if not os.environ.get("PYTHONIOENCODING"):
         prepare_streams("utf-8")  # whatever the locale
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    name = (
+        ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    )
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -454,14 +538,19 @@ def main() -> int:
     elif args.prompt is not None:
         text = clean(args.prompt)
         ids = speaker.check(speaker.coder.plain(text)) if args.raw else None
-        _, stopped = speak(speaker, ids or speaker.encode([*system, {"role": "user", "content": text}]))
+        _, stopped = speak(
+            speaker, ids or speaker.encode([*system, {"role": "user", "content": text}])
+        )
         return 130 if stopped else 0
     else:
         interactive = sys.stdin.isatty()
         if interactive:
             import readline  # noqa: F401  # arrow keys and history in input()
         size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
-        say(f"{path.stem}: {size}, context of {model.config.max_seq_len} tokens. /clear forgets, /exit leaves\n")
+        say(
+            f"{path.stem}: {size}, context of {model.config.max_seq_len} tokens. /clear forgets,"
+            " /exit leaves\n"
+        )
         chat(speaker, system, interactive)
     return 0
 

@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 2 main.py --mode train --algorithm sft --config config_distributed_example.yaml
     deepspeed --num_gpus 2 main.py --mode train --algorithm sft --config config_deepspeed_example.yaml
 
-All other flags go to that script; `python trainer/train_full_sft.py --help` lists them. Started as several processes,
-it gets --ddp. A file with `distributed_strategy: deepspeed`, or --deepspeed_config, means the script for DeepSpeed.
+All other flags go to that script; `python trainer/train_full_sft.py --help` lists them. Started as
+several processes, it gets --ddp. A file with `distributed_strategy: deepspeed`, or
+--deepspeed_config, means the script for DeepSpeed.
 """
 
 import argparse
@@ -33,8 +34,8 @@ ALGORITHMS = {
 }
 # Engines that train in a way of their own, with scripts of their own.
 ENGINES = {
-    "deepspeed": {"sft": "train_sft_deepspeed.py"},
-    "accelerate": {"sft": "train_sft_accelerate.py"},
+    "deepspeed": {"sft": "engines/train_sft_deepspeed.py"},
+    "accelerate": {"sft": "engines/train_sft_accelerate.py"},
 }
 
 
@@ -46,11 +47,16 @@ def stage_script(algorithm: str, engine: str = "torchrun") -> Path:
     """
     scripts = ENGINES.get(engine, ALGORITHMS)
     if algorithm not in scripts:
-        raise ValueError(f"engine {engine} trains {', '.join(scripts)} only, not {algorithm}: take --strategy zero2")
+        raise ValueError(
+            f"engine {engine} trains {', '.join(scripts)} only, not {algorithm}: take --strategy"
+            " zero2"
+        )
     path = ROOT / "trainer" / scripts[algorithm]
     if not path.is_file():
         there = [name for name, script in scripts.items() if (ROOT / "trainer" / script).is_file()]
-        raise ValueError(f"--algorithm {algorithm}: there is no trainer/{path.name}; there is {', '.join(there)}")
+        raise ValueError(
+            f"--algorithm {algorithm}: there is no trainer/{path.name}; there is {', '.join(there)}"
+        )
     return path
 
 

@@ -1,9 +1,10 @@
-"""Distillation against plain SFT: the same small student, with the same data, seed, steps and learning rates.
+"""Distillation against plain SFT: the same small student, with the same data, seed, steps and
+learning rates.
 
-Both start from the same random weights and see the first rows of dataset/demo/sft.jsonl, few enough that labels alone
-are soon learned by heart: there the teacher's distributions say more than the labels. Scored is the mean loss per
-supervised token on dataset/demo/held_out.jsonl, which neither the teacher nor a student has seen. Needs the model of
-scripts/quickstart.sh as the teacher.
+Both start from the same random weights and see the first rows of dataset/demo/sft.jsonl, few enough
+that labels alone are soon learned by heart: there the teacher's distributions say more than the
+labels. Scored is the mean loss per supervised token on dataset/demo/held_out.jsonl, which neither
+the teacher nor a student has seen. Needs the model of scripts/quickstart.sh as the teacher.
 
     python benchmarks/distillation.py
 """
@@ -40,14 +41,20 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=2000, help="rows of dataset/demo/sft.jsonl")
     parser.add_argument("--kl", nargs="+", default=["forward"], help="divergences to try")
     parser.add_argument("--kl_weight", default="0.5", help="share of the divergence in the loss")
-    parser.add_argument("--kl_temperature", default="2.0", help="of both distributions in the divergence")
+    parser.add_argument(
+        "--kl_temperature", default="2.0", help="of both distributions in the divergence"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         rows = (DEMO / "sft.jsonl").read_text("utf-8").splitlines(keepends=True)[: args.rows]
         (scratch / "sft.jsonl").write_text("".join(rows), encoding="utf-8")
-        rows = [json.loads(line) for line in (DEMO / "held_out.jsonl").read_text("utf-8").splitlines()]
-        rows = [[*row["conversations"], {"role": "assistant", "content": row["answer"]}] for row in rows]
+        rows = [
+            json.loads(line) for line in (DEMO / "held_out.jsonl").read_text("utf-8").splitlines()
+        ]
+        rows = [
+            [*row["conversations"], {"role": "assistant", "content": row["answer"]}] for row in rows
+        ]
         path = scratch / "held_out.jsonl"
         path.write_text("".join(json.dumps({"conversations": row}) + "\n" for row in rows))
         tokenizer = load_tokenizer(ROOT / "model/minimind_tokenizer")
@@ -56,18 +63,41 @@ def main() -> int:
         def student(script: str, *flags) -> tuple[float, float]:
             """Train one; its held-out loss, and the seconds."""
             out = scratch / script
-            places = ["--data_path", scratch / "sft.jsonl", "--cache_dir", scratch / "cache", "--out_dir", out]
-            seconds = run(f"trainer/{script}.py", *STUDENT.split(), "--max_steps", args.steps, *places, *flags)
+            places = [
+                "--data_path",
+                scratch / "sft.jsonl",
+                "--cache_dir",
+                scratch / "cache",
+                "--out_dir",
+                out,
+            ]
+            seconds = run(
+                f"trainer/{script}.py", *STUDENT.split(), "--max_steps", args.steps, *places, *flags
+            )
             return held_out_loss(next(out.glob("*.pth")), held_out), seconds
 
         plain, seconds = student("train_full_sft")
         lines = [f"teacher: held-out loss {held_out_loss(args.weight, held_out):.4f}"]
-        lines.append(f"student by SFT, {args.steps} steps, {seconds:.0f} s: held-out loss {plain:.4f}")
+        lines.append(
+            f"student by SFT, {args.steps} steps, {seconds:.0f} s: held-out loss {plain:.4f}"
+        )
         better = True
         for kl in args.kl:
-            how = ("--kl", kl, "--kl_weight", args.kl_weight, "--kl_temperature", args.kl_temperature)
-            loss, seconds = student("train_distillation", "--teacher_weight", args.weight.resolve(), *how)
-            lines.append(f"student by {' '.join(how)}, {args.steps} steps, {seconds:.0f} s: held-out loss {loss:.4f}")
+            how = (
+                "--kl",
+                kl,
+                "--kl_weight",
+                args.kl_weight,
+                "--kl_temperature",
+                args.kl_temperature,
+            )
+            loss, seconds = student(
+                "train_distillation", "--teacher_weight", args.weight.resolve(), *how
+            )
+            lines.append(
+                f"student by {' '.join(how)}, {args.steps} steps, {seconds:.0f} s: held-out loss"
+                f" {loss:.4f}"
+            )
             better = better and loss < plain
     print("\n" + "\n".join(lines))
     return 0 if better else 1

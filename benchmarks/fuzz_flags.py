@@ -1,10 +1,12 @@
-"""Give every flag of every script odd values: each has to make a run or one line that says what to mend, at once.
+"""Give every flag of every script odd values: each has to make a run or one line that says what to
+mend, at once.
 
-The flags are read from the scripts' own parsers, so that a new one is covered, and a new script as well. A case is a
-fork of a process that has imported what the scripts import: it trains for real, one step of a tiny model, and takes a
-part of a second. A fault is: a traceback, no end within --limit seconds, an exit code that is neither 0 nor 2 (1 of
-doctor.py, which found something), more than one line on stderr with code 2, or a file outside of --out_dir. Streams
-that are closed, that nobody reads, and that are full are odd values, too.
+The flags are read from the scripts' own parsers, so that a new one is covered, and a new script as
+well. A case is a fork of a process that has imported what the scripts import: it trains for real,
+one step of a tiny model, and takes a part of a second. A fault is: a traceback, no end within
+--limit seconds, an exit code that is neither 0 nor 2 (1 of doctor.py, which found something), more
+than one line on stderr with code 2, or a file outside of --out_dir. Streams that are closed, that
+nobody reads, and that are full are odd values, too.
 
     python benchmarks/fuzz_flags.py                                    all of them: hours
     python benchmarks/fuzz_flags.py --streams                          no odd flags, but odd streams
@@ -38,10 +40,11 @@ sys.path.insert(0, str(ROOT))
 from runtime import launcher
 from runtime.flags import BOUNDS
 
-GROUPS = ("trainer/train_*.py", "eval_model.py", "main.py", "scripts/*.py")
+GROUPS = ("trainer/train_*.py", "trainer/engines/*.py", "eval_model.py", "main.py", "scripts/*.py")
 PRELOADED = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.pipelining",
              "torch._dynamo", "transformers.models.auto.tokenization_auto")  # fmt: skip
-# What makes a run tiny, of every script that has such a flag; WORK stands for the folder of `make_files`.
+# What makes a run tiny, of every script that has such a flag; WORK stands for the folder of
+# `make_files`.
 TINY = {
     "data_path": "WORK/sft.jsonl",
     "cache_dir": "WORK/cache",
@@ -74,7 +77,7 @@ OWN = {
     "trainer/train_dpo.py": TINY | {"data_path": "WORK/pairs.jsonl"},
     "trainer/train_grpo.py": TINY | ROLLOUTS,
     "trainer/train_ppo.py": TINY | ROLLOUTS,
-    "trainer/train_sft_pipeline.py": TINY | {"pipeline_parallel": 1},
+    "trainer/engines/train_sft_pipeline.py": TINY | {"pipeline_parallel": 1},
     "eval_model.py": MODEL | {"device": "cpu", "prompt": "hi", "max_new_tokens": 4},
     "scripts/export_lora.py": MODEL | {"merge": "WORK/out/merged.pth"},
     "scripts/plan.py": TINY | {"data_path": "none"},
@@ -92,10 +95,14 @@ SLOW = {("compile", "1"), ("use_wandb", ""), ("report_to", "wandb"), ("fix", "")
 
 WHOLE = "0 -1 1 2 3 7 16 1000000 1000000000 1.5 1e3 nan inf 0x10 1_0 two --1".split()
 WHOLE += [*map(str, (2**31, 2**63, 2**64, 2**80, -(2**63))), "9" * 5000, "", " ", "1 2", "\u0664"]
-REAL = "0 -0.0 -1 1 2 0.5 0.999999 1.0000001 1e-300 5e-324 1e-30 1e-7 1e30 1e300 1e400 -1e300".split()
+REAL = (
+    "0 -0.0 -1 1 2 0.5 0.999999 1.0000001 1e-300 5e-324 1e-30 1e-7 1e30 1e300 1e400 -1e300".split()
+)
 REAL += ["nan", "inf", "-inf", "1,5", "0x1p-3", "half", "9" * 5000, "", " ", "\u0664.5"]
 WORDS = "\udcff . .. / ~ - -- a/b ../outside /nowhere/at/all %s {} * none auto 0 -1 nan true : a:b".split()
-WORDS += "field: field:\udcff length exact:nan exact:1e400 cuda cuda:99999999999 cpu:1 mps meta".split()
+WORDS += (
+    "field: field:\udcff length exact:nan exact:1e400 cuda cuda:99999999999 cpu:1 mps meta".split()
+)
 WORDS += ["", " ", "\t", "a\nb", "\u4f60\u597d\U0001f600", "x" * 300, "x/" * 3000]
 FILES = ("empty", "garbage", "folder", "fifo", "link", "loop", "torn", "device", "zeros")
 ENDINGS = ("", ".pth", ".json", ".jsonl", ".yaml", ".txt", ".py:score")
@@ -144,7 +151,8 @@ training: 1|NAME: 2
 """
 YAML = [text.replace("|", "\n") for text in YAML.strip().splitlines()]
 YAML += ["[" * 3000, "{a: " * 3000]
-# Forty mappings, each merging the one before twice: a loader that does not remember makes 2 ** 40 of them.
+# Forty mappings, each merging the one before twice: a loader that does not remember makes 2 ** 40
+# of them.
 YAML += [
     "\n".join(f"b{n}: &b{n} {{<<: [*b{n - 1}, *b{n - 1}]}}" for n in range(40)).replace(
         "[*b-1, *b-1]", "{NAME: 1}"
@@ -167,16 +175,18 @@ class Found(BaseException):
     """Ends a script when its parser is known."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scripts and their flags
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def scripts() -> list[str]:
     """All files of GROUPS that parse a command line."""
     paths = [path for group in GROUPS for path in sorted(ROOT.glob(group))]
     texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
-    return [name for name, text in texts.items() if "ArgumentParser(" in text and "__main__" in text]
+    return [
+        name for name, text in texts.items() if "ArgumentParser(" in text and "__main__" in text
+    ]
 
 
 @functools.cache
@@ -209,7 +219,11 @@ def base_flags(script: str, work: Path) -> list[str]:
     known = parser_of(script)._option_string_actions
     known = [
         *known,
-        *(parser_of("trainer/train_full_sft.py")._option_string_actions if script in STARTERS else ()),
+        *(
+            parser_of("trainer/train_full_sft.py")._option_string_actions
+            if script in STARTERS
+            else ()
+        ),
     ]
     words = (f"--{name}={value}" for name, value in flags.items() if f"--{name}" in known)
     return [word.replace("WORK", str(work)) for word in words]
@@ -231,7 +245,8 @@ def odd_values(action: argparse.Action, work: Path) -> list[list[str]]:
 
 
 def cases_of(script: str, work: Path) -> list[Case]:
-    """A script without odd values, with odd streams, with one odd value at a time, and with odd YAML."""
+    """A script without odd values, with odd streams, with one odd value at a time, and with odd
+    YAML."""
     base, actions = base_flags(script, work), parser_of(script)._actions
     found = [Case(script, base), *(Case(script, base, streams=streams) for streams in STREAMS)]
     for action in actions:
@@ -251,9 +266,9 @@ def cases_of(script: str, work: Path) -> list[Case]:
     return [*found, *(Case(script, [*base, word], ("",)) for word in strange)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Running a case
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def make_files(work: Path) -> None:
@@ -297,13 +312,16 @@ def make_weights(work: Path) -> None:
 
 
 def stub_what_starts_processes(script: str) -> None:
-    """A launcher has done its part when it starts the training; doctor's processes would talk for seconds."""
+    """A launcher has done its part when it starts the training; doctor's processes would talk for
+    seconds."""
     if script == "scripts/run_distributed.py":
         subprocess.Popen = lambda *args, **kwargs: sys.exit(0)
     if script == "scripts/doctor.py":
-        from runtime import link
+        from runtime.distributed import link
 
-        link.run_processes = lambda *_: '{"ranks": 2, "bandwidth": 1e9, "latency": 1e-5, "right": true}'
+        link.run_processes = lambda *_: (
+            '{"ranks": 2, "bandwidth": 1e9, "latency": 1e-5, "right": true}'
+        )
 
 
 @dataclass
@@ -323,7 +341,11 @@ def run(case: Case, work: Path, limit: float) -> Ended:
     folder, begin = Path(tempfile.mkdtemp(dir=work / "cases")), time.monotonic()
     (folder / "out").mkdir()
     if (process := os.fork()) == 0:
-        be_script(case, [word.replace(str(work / "out"), str(folder / "out")) for word in case.words], folder)
+        be_script(
+            case,
+            [word.replace(str(work / "out"), str(folder / "out")) for word in case.words],
+            folder,
+        )
     code = None
     while time.monotonic() - begin < limit:
         ended, status = os.waitpid(process, os.WNOHANG)
@@ -369,7 +391,8 @@ def be_script(case: Case, words: list[str], folder: Path) -> None:
 
 
 def set_streams(kind: str) -> None:
-    """Give this process its stdin, stdout and stderr: files, or closed ones, or on stdout what cannot be written to."""
+    """Give this process its stdin, stdout and stderr: files, or closed ones, or on stdout what
+    cannot be written to."""
     for number, name in enumerate((os.devnull, "stdout", "stderr")):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
     if kind == "closed":
@@ -401,7 +424,12 @@ def fault_of(case: Case, ended: Ended) -> str:
         return f"exit code {code}: {err.strip()[-300:]}"
     if code == 2 and not (err.startswith("error: ") and err.count("\n") == 1 and len(err) < 1100):
         return f"not one line: {err[:300]!r}"
-    if case.streams and "max_steps" in str(case.words) and ended.log and "finished; " not in ended.log:
+    if (
+        case.streams
+        and "max_steps" in str(case.words)
+        and ended.log
+        and "finished; " not in ended.log
+    ):
         return f"training.log does not have everything: {ended.log[-300:]!r}"
     if ended.beside and case.flags == ("save_weight",):
         return f"written outside of --out_dir: {sorted(ended.beside)}"
@@ -411,7 +439,11 @@ def fault_of(case: Case, ended: Ended) -> str:
 def unbounded(names: set[str]) -> list[tuple[str, str]]:
     """The flags of scripts that take any number."""
     actions = [(name, action) for name in sorted(names) for action in parser_of(name)._actions]
-    numbers = [(name, action) for name, action in actions if action.type in (int, float) and not action.choices]
+    numbers = [
+        (name, action)
+        for name, action in actions
+        if action.type in (int, float) and not action.choices
+    ]
     return [(name, action.dest) for name, action in numbers if action.dest not in BOUNDS]
 
 
@@ -420,12 +452,18 @@ def main() -> int:
     parser.add_argument("--scripts", nargs="+", help="of the repository (default: all)")
     parser.add_argument("--flags", nargs="+", help="names (default: all)")
     parser.add_argument("--cases", type=int, default=0, help="of all, so many by chance (0: all)")
-    parser.add_argument("--pairs", type=int, default=0, help="cases beside these with two odd values at once")
-    parser.add_argument("--streams", action="store_true", help="odd streams alone, and no odd values")
+    parser.add_argument(
+        "--pairs", type=int, default=0, help="cases beside these with two odd values at once"
+    )
+    parser.add_argument(
+        "--streams", action="store_true", help="odd streams alone, and no odd values"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is chosen")
     parser.add_argument("--limit", type=float, default=30, help="seconds that a case may take")
     args = parser.parse_args()
-    os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
+    os.environ.update(
+        CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="offline"
+    )
     for name in PRELOADED:
         importlib.import_module(name)
 
@@ -460,11 +498,16 @@ def main() -> int:
             codes[ended.code] += 1
             longest = max(longest, ended.seconds)
             if number % 200 == 0:
-                print(f"{number} of {len(cases)} cases, {faults} faults", file=sys.stderr, flush=True)
-        how = ", ".join(f"{count:,} with code {code}" for code, count in sorted(codes.items(), key=str))
+                print(
+                    f"{number} of {len(cases)} cases, {faults} faults", file=sys.stderr, flush=True
+                )
+        how = ", ".join(
+            f"{count:,} with code {code}" for code, count in sorted(codes.items(), key=str)
+        )
         took = f"{time.monotonic() - begin:,.0f} s, the longest {longest:.1f} s"
         print(
-            f"{len(cases):,} cases of {len({case.script for case in cases})} scripts: {how}; {faults} faults; {took}"
+            f"{len(cases):,} cases of {len({case.script for case in cases})} scripts: {how};"
+            f" {faults} faults; {took}"
         )
     return int(faults > 0)
 

@@ -1,9 +1,10 @@
-"""Kill -9 a training run at random moments, resume it each time, and compare with a run that was left alone.
+"""Kill -9 a training run at random moments, resume it each time, and compare with a run that was
+left alone.
 
-At least `--kills_in_save` of the kills hit the process while it writes a checkpoint: the half-written folder that it
-leaves behind is counted as the proof. The last kill comes when the last checkpoint appears, before its weights are
-written. At the end weights and metrics must be bit-identical (tokens_per_sec, which is
-a measured speed, apart).
+At least `--kills_in_save` of the kills hit the process while it writes a checkpoint: the
+half-written folder that it leaves behind is counted as the proof. The last kill comes when the last
+checkpoint appears, before its weights are written. At the end weights and metrics must be
+bit-identical (tokens_per_sec, which is a measured speed, apart).
 
     python benchmarks/kill_resume.py --kills 20 --kills_in_save 8
 """
@@ -29,14 +30,23 @@ def command(out_dir: Path, args: argparse.Namespace) -> list[str]:
     launch = [sys.executable]
     if args.nproc > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
-    flags = f"--out_dir {out_dir} --cache_dir {args.dir / 'cache'} --resume auto --max_steps {args.steps} --device cpu"
-    flags += f" --dim 128 --n_layers 2 --n_heads 4 --max_seq_len 64 --batch_size 2 --global_batch_size {2 * args.nproc}"
-    flags += f" --dropout 0.1 --log_interval 1 --save_interval 2 {'--ddp' if args.nproc > 1 else ''}"
+    flags = (
+        f"--out_dir {out_dir} --cache_dir {args.dir / 'cache'} --resume auto --max_steps"
+        f" {args.steps} --device cpu"
+    )
+    flags += (
+        " --dim 128 --n_layers 2 --n_heads 4 --max_seq_len 64 --batch_size 2 --global_batch_size"
+        f" {2 * args.nproc}"
+    )
+    flags += (
+        f" --dropout 0.1 --log_interval 1 --save_interval 2 {'--ddp' if args.nproc > 1 else ''}"
+    )
     return [*launch, str(ROOT / "trainer/train_full_sft.py"), *flags.split()]
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the process that the user started; torchrun's workers must follow it by themselves."""
+    """SIGKILL to the process that the user started; torchrun's workers must follow it by
+    themselves."""
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -45,16 +55,23 @@ def start(out_dir: Path, args: argparse.Namespace) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(args.dir / "output.txt", "ab") as output:
         return subprocess.Popen(
-            command(out_dir, args), stdout=output, stderr=output, env=environment, start_new_session=True
+            command(out_dir, args),
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
         )
 
 
 def logged_steps(run: Path) -> int:
-    return (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
+    return (
+        (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
+    )
 
 
 def wait_for_end(run: Path, steps: int, process: subprocess.Popen) -> bool:
-    """Watch the run until its last checkpoint is there; False when it ended before that was seen."""
+    """Watch the run until its last checkpoint is there; False when it ended before that was
+    seen."""
     while process.poll() is None:
         if (run / f"checkpoints/step_{steps:08d}").exists():
             return True
@@ -79,14 +96,18 @@ def wait_for(moment: str, run: Path, process: subprocess.Popen, rng: random.Rand
 def result(out_dir: Path) -> tuple[str, list[dict]]:
     """Hash of the final weights file, and the metrics without the measured speed."""
     weights = hashlib.sha256((out_dir / f"{NAME}.pth").read_bytes()).hexdigest()
-    lines = [json.loads(line) for line in (out_dir / NAME / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (out_dir / NAME / "metrics.jsonl").read_text().splitlines()
+    ]
     return weights, [{k: v for k, v in line.items() if k != "tokens_per_sec"} for line in lines]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="how often the run is killed")
-    parser.add_argument("--kills_in_save", type=int, default=8, help="how many of them while it saves")
+    parser.add_argument(
+        "--kills_in_save", type=int, default=8, help="how many of them while it saves"
+    )
     parser.add_argument("--steps", type=int, default=150, help="steps of the run")
     parser.add_argument("--nproc", type=int, default=1, help="processes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
@@ -112,7 +133,10 @@ def main() -> int:
             break
         whole, killed = result(args.dir / "whole"), result(args.dir / "killed")
         same = whole == killed
-        print(f"{kills} kills, {in_save} of them in a save; last run ended with {code} after {len(killed[1])} steps")
+        print(
+            f"{kills} kills, {in_save} of them in a save; last run ended with {code} after"
+            f" {len(killed[1])} steps"
+        )
         print(f"killed between the last checkpoint and the end: {'yes' if at_end else 'no'}")
         print(f"weights {'identical' if whole[0] == killed[0] else 'DIFFER'}, "
               f"metrics {'identical' if whole[1] == killed[1] else 'DIFFER'}")  # fmt: skip

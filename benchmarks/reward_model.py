@@ -1,10 +1,12 @@
-"""Does the reward model work: how many held-out pairs it ranks right, and that a score belongs to its text alone.
+"""Does the reward model work: how many held-out pairs it ranks right, and that a score belongs to
+its text alone.
 
-Trains a reward model from the model of scripts/quickstart.sh as a user would, and prints its accuracy and margin on
-dataset/demo/preferences_held_out.jsonl. Ends with exit code 0 if at least 95 % of the held-out pairs are ranked right.
+Trains a reward model from the model of scripts/quickstart.sh as a user would, and prints its
+accuracy and margin on dataset/demo/preferences_held_out.jsonl. Ends with exit code 0 if at least 95
+% of the held-out pairs are ranked right.
 
-It learns from 2,400 pairs, which dataset/make_demo.py writes; the 480 in dataset/demo are the first of them, and too
-few to learn which answer belongs to which question (--pairs 480).
+It learns from 2,400 pairs, which dataset/make_demo.py writes; the 480 in dataset/demo are the first
+of them, and too few to learn which answer belongs to which question (--pairs 480).
 
     python benchmarks/reward_model.py
     python benchmarks/reward_model.py --pairs 480
@@ -28,11 +30,20 @@ RECIPE = "--batch_size 4 --epochs 3 --optimizer muon --learning_rate 1e-3 --drop
 
 @torch.no_grad()
 def packed_and_alone(weights: Path, scratch: Path) -> float:
-    """The largest difference between the score of a text in one row with all others and its score alone."""
-    pairs = PreferenceDataset(PAIRS, load_tokenizer(ROOT / "model/minimind_tokenizer"), 256, scratch / "cache")
+    """The largest difference between the score of a text in one row with all others and its score
+    alone."""
+    pairs = PreferenceDataset(
+        PAIRS, load_tokenizer(ROOT / "model/minimind_tokenizer"), 256, scratch / "cache"
+    )
     model, samples = load_reward_model(weights), [pairs[row] for row in range(len(pairs))]
     X, _, _, doc_lens = pairs.collate(samples)
-    alone = torch.cat([model(side[0].view(1, -1), doc_lens=[len(side[0])]).scores for pair in samples for side in pair])
+    alone = torch.cat(
+        [
+            model(side[0].view(1, -1), doc_lens=[len(side[0])]).scores
+            for pair in samples
+            for side in pair
+        ]
+    )
     return (model(X, doc_lens=doc_lens).scores - alone).abs().max().item()
 
 
@@ -44,8 +55,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         scratch, out = Path(folder), args.out or Path(folder)
         run("dataset/make_demo.py", "--out_dir", scratch, "--pairs", args.pairs)
-        flags = [*SHAPE, *RECIPE.split(), "--data_path", scratch / "preferences.jsonl", "--eval_data", PAIRS]
-        flags += ["--out_dir", out, "--cache_dir", scratch / "cache", "--from_weight", args.weight.resolve(), *more]
+        flags = [
+            *SHAPE,
+            *RECIPE.split(),
+            "--data_path",
+            scratch / "preferences.jsonl",
+            "--eval_data",
+            PAIRS,
+        ]
+        flags += [
+            "--out_dir",
+            out,
+            "--cache_dir",
+            scratch / "cache",
+            "--from_weight",
+            args.weight.resolve(),
+            *more,
+        ]
         seconds = run("trainer/train_reward.py", *flags)
         result = metrics(out / "reward_192")[-1]
         difference = packed_and_alone(out / "reward_192.pth", scratch)

@@ -1,9 +1,12 @@
-"""Bytes per process that each strategy holds, measured on the tensors of a real step, against the formulas of ZeRO.
+"""Bytes per process that each strategy holds, measured on the tensors of a real step, against the
+formulas of ZeRO.
 
-Psi parameters, N processes, AdamW, float32: parameters 4 Psi, gradients 4 Psi, optimizer 8 Psi, each divided by N where
-the strategy shards it. With zero2 every process computes with whole weights (4 Psi, between forward and backward) and
-owns a shard of them besides, which is counted with the optimizer, as the paper counts its float32 master weights.
-Source: Rajbhandari et al., ZeRO (2020), section 3.1 and figure 1, with K = 8 for AdamW without a master copy.
+Psi parameters, N processes, AdamW, float32: parameters 4 Psi, gradients 4 Psi, optimizer 8 Psi,
+each divided by N where the strategy shards it. With zero2 every process computes with whole weights
+(4 Psi, between forward and backward) and owns a shard of them besides, which is counted with the
+optimizer, as the paper counts its float32 master weights.
+Source: Rajbhandari et al., ZeRO (2020), section 3.1 and figure 1, with K = 8 for AdamW without a
+    master copy.
 
     python benchmarks/zero_memory.py --processes 4
 """
@@ -22,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model.lm import LMConfig, MiniMindLM
-from runtime import checkpoint, parallel
+from runtime import checkpoint
+from runtime.distributed import parallel
 from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 
@@ -39,17 +43,28 @@ def formula(strategy: str, psi: int, n: int) -> dict[str, float]:
     return {
         "parameters": 4 * psi / (n if strategy == "zero3" else 1),
         "gradients": 4 * psi / (n if strategy in ("zero2", "zero3") else 1),
-        "optimizer": (8 * psi + (4 * psi if strategy == "zero2" else 0)) / (1 if strategy == "ddp" else n),
+        "optimizer": (
+            (8 * psi + (4 * psi if strategy == "zero2" else 0)) / (1 if strategy == "ddp" else n)
+        ),
     }
 
 
 def measure(args: argparse.Namespace) -> dict[str, int]:
-    """What this rank holds: parameters between forward and backward, gradients behind it, optimizer behind a step."""
-    flags = {"device": torch.device("cpu"), "strategy": args.strategy, "batch_size": 1, "compile": 0, "offload": 0}
+    """What this rank holds: parameters between forward and backward, gradients behind it, optimizer
+    behind a step."""
+    flags = {
+        "device": torch.device("cpu"),
+        "strategy": args.strategy,
+        "batch_size": 1,
+        "compile": 0,
+        "offload": 0,
+    }
     parallel.make_mesh(flags["device"], args.strategy, context=1, tensor=1)
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=8, n_kv_heads=2))
-    model = parallel.wrap(model, SimpleNamespace(**flags, bucket_cap_mb=25), "float32", dist.get_world_size())
+    model = parallel.wrap(
+        model, SimpleNamespace(**flags, bucket_cap_mb=25), "float32", dist.get_world_size()
+    )
     optimizer = make_optimizer(model, "adamw", 1e-3, 0.1, args.strategy == "zero1")
     ids = torch.arange(64).unsqueeze(0)
     for _ in range(2):  # the second step has everything that the first one made
@@ -62,7 +77,9 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
     states = checkpoint.states_of(model, optimizer).values()
     found["optimizer"] = size(value for _, state, _ in states for value in state.values())
     if args.strategy == "zero2":
-        found["optimizer"] += size(model.parameters())  # the shard that it owns, in view now that the step is over
+        found["optimizer"] += size(
+            model.parameters()
+        )  # the shard that it owns, in view now that the step is over
     return found
 
 
@@ -87,16 +104,34 @@ def main() -> int:
     with torch.device("meta"):
         model = MiniMindLM(LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=8, n_kv_heads=2))
     psi, n, worst = sum(p.numel() for p in model.parameters()), args.processes, 0.0
-    print(f"dim {args.dim} x {args.n_layers} layers: {psi:,} parameters, {n} processes; MB of the fullest (formula)")
-    print("strategy" + "".join(f"{part:>20}" for part in ("parameters", "gradients", "optimizer", "together")))
+    print(
+        f"dim {args.dim} x {args.n_layers} layers: {psi:,} parameters, {n} processes; MB of the"
+        " fullest (formula)"
+    )
+    print(
+        "strategy"
+        + "".join(f"{part:>20}" for part in ("parameters", "gradients", "optimizer", "together"))
+    )
     for strategy in STRATEGIES:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", __file__]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={n}",
+            __file__,
+        ]
         command += [f"--dim={args.dim}", f"--n_layers={args.n_layers}", f"--strategy={strategy}"]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         line = next((line for line in done.stdout.splitlines() if line.startswith("found ")), None)
         if line is None:
             raise SystemExit(done.stderr)
-        measured, expected = [int(word) for word in line.split()[1:]], [*formula(strategy, psi, n).values()]
+        measured, expected = (
+            [int(word) for word in line.split()[1:]],
+            [*formula(strategy, psi, n).values()],
+        )
         pairs = [*zip(measured, expected, strict=True), (sum(measured), sum(expected))]
         cells = (f"{found / 1e6:,.0f} ({wanted / 1e6:,.0f})" for found, wanted in pairs)
         print(f"{strategy:<8}" + "".join(f"{cell:>20}" for cell in cells), flush=True)

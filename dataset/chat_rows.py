@@ -1,17 +1,20 @@
-"""Rows of the four chat formats (MiniMind, ShareGPT, Alpaca, OpenAI), checked and brought into one shape.
+"""Rows of the four chat formats (MiniMind, ShareGPT, Alpaca, OpenAI), checked and brought into one
+shape.
 
-Pure functions. Every fault of a row is a ValueError with a short reason; the caller adds the file and the line. Turn
-numbers in it count the turns that the file has.
+Pure functions. Every fault of a row is a ValueError with a short reason; the caller adds the file
+and the line. Turn numbers in it count the turns that the file has.
 
-A field with null is a field that is not there. A field that changes what is learned, of a row or of a turn, is obeyed
-or refused by name: all that are known to do so are listed below. Any other (id, source, score, lang, ...) is a note.
+A field with null is a field that is not there. A field that changes what is learned, of a row or of
+a turn, is obeyed or refused by name: all that are known to do so are listed below. Any other (id,
+source, score, lang, ...) is a note.
 
-    obeyed   system, tools, functions; of a turn: role, content, reasoning_content (reasoning, thinking), tool_calls,
-             function_call; of both: weight, train, loss, where 0 or false means to read a turn but not to learn it
+    obeyed   system, tools, functions; of a turn: role, content, reasoning_content (reasoning,
+             thinking), tool_calls, function_call; of both: weight, train, loss, where 0 or false
+             means to read a turn but not to learn it
     refused  `REFUSED`, and on rows or turns alone `REFUSED_ON_ROWS` and `REFUSED_ON_TURNS`
 
-In prompts (RL, scoring) nothing is learned from the row's own turns, and its fields are there for the rewards: only
-`REFUSED_ON_PROMPTS` are refused.
+In prompts (RL, scoring) nothing is learned from the row's own turns, and its fields are there for
+the rewards: only `REFUSED_ON_PROMPTS` are refused.
 """
 
 import json
@@ -39,17 +42,24 @@ TOOLS = ("tools", "functions")
 
 # name -> what to do about it
 MEDIA = dict.fromkeys(
-    ("image", "images", "video", "videos", "audio", "audios"), "the model reads text only: take such rows out"
+    ("image", "images", "video", "videos", "audio", "audios"),
+    "the model reads text only: take such rows out",
 )
 REFUSED = MEDIA | dict.fromkeys(
-    ("mask", "loss_mask", "loss_weight", "train_detail"), "say what is learned with 'weight': 0 or 1 on a turn"
+    ("mask", "loss_mask", "loss_weight", "train_detail"),
+    "say what is learned with 'weight': 0 or 1 on a turn",
 )
-REFUSED_ON_PROMPTS = MEDIA | dict.fromkeys(("system_prompt", "system_message"), "rename it to 'system'")
+REFUSED_ON_PROMPTS = MEDIA | dict.fromkeys(
+    ("system_prompt", "system_message"), "rename it to 'system'"
+)
 REFUSED_ON_ROWS = (
     REFUSED
     | REFUSED_ON_PROMPTS
     | dict.fromkeys(THINKING, "it belongs on an assistant turn")
-    | dict.fromkeys(("kto_tag", "label"), "no stage learns from single judgements: make pairs, or take the field out")
+    | dict.fromkeys(
+        ("kto_tag", "label"),
+        "no stage learns from single judgements: make pairs, or take the field out",
+    )
 )
 REFUSED_ON_TOOL_TURNS = REFUSED | {"refusal": "put it into the content"}
 REFUSED_ON_TURNS = REFUSED_ON_TOOL_TURNS | {
@@ -85,7 +95,9 @@ def is_sharegpt(turns: list) -> bool:
     return any(isinstance(turn, dict) and turn.get("from") is not None for turn in turns)
 
 
-def normalise_row(row, fmt: str, need_assistant: bool = True) -> tuple[list[dict], list[dict] | None]:
+def normalise_row(
+    row, fmt: str, need_assistant: bool = True
+) -> tuple[list[dict], list[dict] | None]:
     """Bring one row into the shape that `encode_chats` and `apply_chat_template` take.
 
     Args:
@@ -94,12 +106,15 @@ def normalise_row(row, fmt: str, need_assistant: bool = True) -> tuple[list[dict
         need_assistant: False for prompts, where nothing has been answered yet.
 
     Returns:
-        messages: dicts with role (system, user, assistant, tool), content (str) and, on assistant turns that have them,
-            reasoning_content (str), tool_calls ([{"name", "arguments": dict}]) and loss (False: not to learn from).
+        messages: dicts with role (system, user, assistant, tool), content (str) and, on assistant
+        turns that have them,
+            reasoning_content (str), tool_calls ([{"name", "arguments": dict}]) and loss (False: not
+            to learn from).
         tools: list of function specs, or None.
 
     Raises:
-        ValueError: a fault of the row, in one line, without the file and line, which the caller knows.
+        ValueError: a fault of the row, in one line, without the file and line, which the caller
+        knows.
     """
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, found {_kind(row)}")
@@ -119,7 +134,9 @@ def normalise_row(row, fmt: str, need_assistant: bool = True) -> tuple[list[dict
     return add_row_fields(messages, row, is_prompt=not need_assistant)
 
 
-def add_row_fields(messages: list[dict], row: dict, is_prompt: bool = False) -> tuple[list[dict], list[dict] | None]:
+def add_row_fields(
+    messages: list[dict], row: dict, is_prompt: bool = False
+) -> tuple[list[dict], list[dict] | None]:
     """What the row itself says about a conversation: (messages with its system text, tools).
 
     Args:
@@ -130,12 +147,15 @@ def add_row_fields(messages: list[dict], row: dict, is_prompt: bool = False) -> 
     refuse(row, REFUSED_ON_PROMPTS if is_prompt else REFUSED_ON_ROWS)
     for name in ("tool_choice", *CALLS):
         if row.get(name) not in (*NOTHING, "auto"):
-            raise ValueError(f"{name!r} of a row must be \"auto\": take the field out")
+            raise ValueError(f'{name!r} of a row must be "auto": take the field out')
     learned = learns(row)
     if is_prompt and not learned:
         raise ValueError("the row is not to be learned from (weight, train or loss): take it out")
     if not learned:
-        messages = [{**message, "loss": False} if message["role"] == "assistant" else message for message in messages]
+        messages = [
+            {**message, "loss": False} if message["role"] == "assistant" else message
+            for message in messages
+        ]
     own = [message["content"] for message in messages[:1] if message["role"] == "system"]
     system = _text(row.get("system", ""), "'system'")
     if system and own and system != own[0]:
@@ -143,7 +163,9 @@ def add_row_fields(messages: list[dict], row: dict, is_prompt: bool = False) -> 
     tools = [found for name in TOOLS if (found := _tools(row.get(name), f"{name!r}"))]
     if own:
         first = dict(messages[0])
-        tools += [first.pop("tools")] if "tools" in first else []  # MiniMind writes them on the system turn
+        tools += (
+            [first.pop("tools")] if "tools" in first else []
+        )  # MiniMind writes them on the system turn
         messages = [first, *messages[1:]]
     elif system:
         messages = [{"role": "system", "content": system}, *messages]
@@ -153,7 +175,8 @@ def add_row_fields(messages: list[dict], row: dict, is_prompt: bool = False) -> 
 
 
 def refuse(fields: dict, names: dict[str, str], where: str = "") -> None:
-    """Raise a ValueError where a field is there that would change what is learned and is not supported."""
+    """Raise a ValueError where a field is there that would change what is learned and is not
+    supported."""
     for name in names.keys() & fields.keys():
         if fields[name] not in NOTHING:
             if name != "label" or isinstance(fields[name], bool):  # any other label is a note
@@ -161,7 +184,8 @@ def refuse(fields: dict, names: dict[str, str], where: str = "") -> None:
 
 
 def learns(fields: dict, where: str = "") -> bool:
-    """Whether a row or a turn is to be learned from: what weight, train and loss say, 0 or 1 (false or true)."""
+    """Whether a row or a turn is to be learned from: what weight, train and loss say, 0 or 1 (false
+    or true)."""
     said = {name: fields[name] for name in LEARN if name in fields}
     for name, value in said.items():
         if value not in (0, 1):
@@ -173,13 +197,19 @@ def learns(fields: dict, where: str = "") -> bool:
 def _alpaca_turns(row: dict) -> list[dict]:
     """Turn instruction, input, output and the optional history into turns."""
     history = row.get("history", [])
-    if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+    if not isinstance(history, list) or any(
+        not isinstance(pair, list) or len(pair) != 2 for pair in history
+    ):
         raise ValueError("'history' must be a list of [question, answer] pairs")
-    question, more, answer = (_text(row.get(name, ""), f"{name!r}") for name in ("instruction", "input", "output"))
+    question, more, answer = (
+        _text(row.get(name, ""), f"{name!r}") for name in ("instruction", "input", "output")
+    )
     turns = []
     for n, pair in enumerate(history, 1):
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            turns.append({"role": role, "content": _text(text, f"'history', pair {n}: its {role} text")})
+            turns.append(
+                {"role": role, "content": _text(text, f"'history', pair {n}: its {role} text")}
+            )
     question += "\n" + more if more else ""
     return [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -188,7 +218,11 @@ def normalise_turns(turns: list, sharegpt: bool) -> list[dict]:
     """Turns as messages of `normalise_row`; a system turn has its own tools, too."""
     messages = []
     for n, turn in enumerate(turns, 1):
-        messages.append(_normalise_turn(turn, f"turn {n}", *(("from", "value") if sharegpt else ("role", "content"))))
+        messages.append(
+            _normalise_turn(
+                turn, f"turn {n}", *(("from", "value") if sharegpt else ("role", "content"))
+            )
+        )
         if n > 1 and messages[-1]["role"] == "system":
             raise ValueError(f"turn {n}: a system turn must be the first turn")
     return messages
@@ -199,7 +233,9 @@ def _normalise_turn(turn, where: str, role_key: str, content_key: str) -> dict:
         raise ValueError(f"{where} must be an object, found {_kind(turn)}")
     given, turn = turn, present(turn)
     if role_key not in turn:
-        raise ValueError(f"{where} has no {role_key!r} (keys found: {', '.join(map(str, turn)) or 'none'})")
+        raise ValueError(
+            f"{where} has no {role_key!r} (keys found: {', '.join(map(str, turn)) or 'none'})"
+        )
     name = turn[role_key]
     if not isinstance(name, str) or name not in ROLES:
         raise ValueError(f"{where}: unknown role {repr(name)[:40]} (known: {', '.join(ROLES)})")
@@ -213,7 +249,9 @@ def _normalise_turn(turn, where: str, role_key: str, content_key: str) -> dict:
     if content is None and calls and ROLES[name] == "assistant":
         content = ""
     if content is None and content_key not in given:
-        raise ValueError(f"{where} has no {content_key!r} (keys found: {', '.join(map(str, turn))})")
+        raise ValueError(
+            f"{where} has no {content_key!r} (keys found: {', '.join(map(str, turn))})"
+        )
     message = {"role": ROLES[name], "content": _text(content, f"{at}{content_key!r}")}
     if len(turn) > 2 or calls:
         _add_turn_fields(message, turn, name, calls, at)
@@ -242,7 +280,9 @@ def _add_turn_fields(message: dict, turn: dict, name: str, calls: dict, at: str)
         if not learned:
             message["loss"] = False
     elif asked := [key for key in LEARN if turn.get(key)]:
-        raise ValueError(f"{at}{asked[0]!r} asks to learn from {name!r}, only assistant turns are learned from")
+        raise ValueError(
+            f"{at}{asked[0]!r} asks to learn from {name!r}, only assistant turns are learned from"
+        )
 
 
 def _thinking(fields: dict, where: str) -> dict:
@@ -257,12 +297,15 @@ def _part(part, where: str) -> str:
     if isinstance(part, dict) and present(part).get("type", "text") == "text":
         part = part.get("text")
     if not isinstance(part, str):
-        raise ValueError(f"{where}a content part must be text, found {json.dumps(part, default=str)[:60]}")
+        raise ValueError(
+            f"{where}a content part must be text, found {json.dumps(part, default=str)[:60]}"
+        )
     return part
 
 
 def _tool_call(call, where: str) -> dict:
-    """Accept {"function": {"name", "arguments"}} and {"name", "arguments"}; arguments may be a JSON string."""
+    """Accept {"function": {"name", "arguments"}} and {"name", "arguments"}; arguments may be a JSON
+    string."""
     call = call.get("function") or call if isinstance(call, dict) else call
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
         raise ValueError(f"{where}a tool call must be an object with a 'name' and 'arguments'")
@@ -271,7 +314,9 @@ def _tool_call(call, where: str) -> dict:
         arguments = _parse_json(arguments or "{}", f"{where}the arguments of {call['name']!r}")
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
-        raise ValueError(f"{where}the arguments of {call['name']!r} must be an object, found {_kind(arguments)}")
+        raise ValueError(
+            f"{where}the arguments of {call['name']!r} must be an object, found {_kind(arguments)}"
+        )
     call = {"name": call["name"], "arguments": arguments}
     _text(dump_json(call), f"{where}the call of {call['name']!r}")
     return call
@@ -310,7 +355,8 @@ def dump_json(value) -> str:
 
 
 def _text(value, where: str) -> str:
-    """Return value if it is a string that UTF-8 can hold. JSON can spell half a surrogate pair, and that cannot."""
+    """Return value if it is a string that UTF-8 can hold. JSON can spell half a surrogate pair, and
+    that cannot."""
     if not isinstance(value, str):
         raise ValueError(f"{where} must be a string, found {_kind(value)}")
     if not value.isascii():
@@ -318,7 +364,9 @@ def _text(value, where: str) -> str:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             bad = f"\\u{ord(value[error.start]):04x}"
-            raise ValueError(f"{where} has a lone surrogate {bad} at character {error.start}") from None
+            raise ValueError(
+                f"{where} has a lone surrogate {bad} at character {error.start}"
+            ) from None
     return value
 
 
@@ -332,12 +380,22 @@ def _turns(row: dict, key: str) -> list:
 
 def _kind(value) -> str:
     """The JSON name of a value's type, for messages."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")
 
 
 def _wrong_schema(row: dict, fmt: str | None = None) -> ValueError:
     found = ", ".join(map(repr, list(row)[:10])) or "none"
     if fmt:
-        return ValueError(f"not a row of the {fmt} format like the first, {FORMATS[fmt]}; keys found: {found}")
-    return ValueError(f"unknown schema, keys found: {found}; accepted: {'; '.join(FORMATS.values())}")
+        return ValueError(
+            f"not a row of the {fmt} format like the first, {FORMATS[fmt]}; keys found: {found}"
+        )
+    return ValueError(
+        f"unknown schema, keys found: {found}; accepted: {'; '.join(FORMATS.values())}"
+    )

@@ -1,7 +1,8 @@
 """The tasks of the demo data: each makes one exchange, or a short talk, with the one right reply.
 
-A sampler takes (rng, lang, held_out) and returns the talk's texts, the user's first, the right reply last. What is held
-out is decided by a hash of what a prompt is about, so both sides of the split come from the same code.
+A sampler takes (rng, lang, held_out) and returns the talk's texts, the user's first, the right
+reply last. What is held out is decided by a hash of what a prompt is about, so both sides of the
+split come from the same code.
 """
 
 import functools
@@ -31,19 +32,22 @@ LISTED = {side for pair in WORD_PAIRS for side in pair}
 
 
 def pick(rng: random.Random, lang: str, make, held_out: bool) -> str:
-    """A made-up name or city from its own side of the split: none that is held out occurs in training."""
+    """A made-up name or city from its own side of the split: none that is held out occurs in
+    training."""
     while True:
         value = make(rng, lang)
         if value in NAMES[lang] or held("name", value.lower()) == held_out:
             return value
 
 
-# Families: question templates x items, with one fixed kind of reply (facts, dictionary, refusal, identity, greetings).
+# Families: question templates x items, with one fixed kind of reply (facts, dictionary, refusal,
+# identity, greetings).
 
 
 @functools.cache
 def family_items(index: int) -> list[dict]:
-    """The fillings of a family's templates, as dicts from slot to text; [{}] where there are none."""
+    """The fillings of a family's templates, as dicts from slot to text; [{}] where there are
+    none."""
     items = WORDS["families"][index].get("items")
     if items is None:
         return [{}]
@@ -60,8 +64,11 @@ def reply_fields(item: dict) -> dict:
     return {slot: first_choice(value) for slot, value in item.items()}
 
 
-def ask_family(rng: random.Random, index: int, lang: str, held_out: bool) -> tuple[str, dict] | None:
-    """A question of a family as it is typed, and the item that it is about; None for one of the other side.
+def ask_family(
+    rng: random.Random, index: int, lang: str, held_out: bool
+) -> tuple[str, dict] | None:
+    """A question of a family as it is typed, and the item that it is about; None for one of the
+    other side.
 
     Where a family echoes, its reply says the item as the question does.
     """
@@ -79,7 +86,9 @@ def ask_family(rng: random.Random, index: int, lang: str, held_out: bool) -> tup
     return typed(rng, ask + closer, lang, fields, wrap=not family.get("close"))[0], item
 
 
-def sample_family(rng: random.Random, task: str, lang: str, held_out: bool) -> tuple[str, str, dict]:
+def sample_family(
+    rng: random.Random, task: str, lang: str, held_out: bool
+) -> tuple[str, str, dict]:
     """(prompt, reply, item) of a family task, the families weighted by their size."""
     indices = families(task)
     while True:
@@ -132,12 +141,15 @@ def row_of_product(a: int, b: int) -> list[str]:
 
 
 def working(a: int, b: int, op: str, lang: str) -> str:
-    """The reply to a + b, a - b or a * b: every step is about single digits, the answer comes last."""
+    """The reply to a + b, a - b or a * b: every step is about single digits, the answer comes
+    last."""
     t = WORDS["steps"][lang]
     colon, comma, stop = t["colon"], t["comma"], t["stop"]
 
     def places(lines: list[str]) -> str:
-        return "".join(f"{name}{colon}{line}{stop}" for name, line in zip(t["places"], lines, strict=False))
+        return "".join(
+            f"{name}{colon}{line}{stop}" for name, line in zip(t["places"], lines, strict=False)
+        )
 
     if op == "+":
         text, result = f"{a}+{b}{stop}" + places(digits_of_sum(a, b)), a + b
@@ -159,10 +171,14 @@ def write_number(rng: random.Random, number: int, lang: str, words: bool) -> str
     return WORDS["number_words"][lang].split()[number] if words else str(number)
 
 
-def sample_calculation(rng: random.Random, lang: str, held_out: bool, op: str, sizes: list) -> list[str]:
+def sample_calculation(
+    rng: random.Random, lang: str, held_out: bool, op: str, sizes: list
+) -> list[str]:
     """A question for a op b and its working; sizes: how many digits a and b have."""
     while True:
-        a, b = (rng.randint(10 ** (size - 1) - (size == 1), 10**size - 1) for size in rng.choice(sizes))
+        a, b = (
+            rng.randint(10 ** (size - 1) - (size == 1), 10**size - 1) for size in rng.choice(sizes)
+        )
         template = rng.choice(WORDS["arithmetic"][lang][op][: None if rng.random() < 0.75 else 2])
         story = "{s}" not in template
         if op == "-" and a < b and (story or rng.random() < 0.4):
@@ -177,11 +193,28 @@ def sample_calculation(rng: random.Random, lang: str, held_out: bool, op: str, s
         fields |= {"n": any_name(rng, lang), "v": any_name(rng, lang)}
         fields["t"] = expand(rng, WORDS["arithmetic"]["things"][lang])
         prompt, _ = typed(rng, template, lang, fields)
-        return [prompt, working(a, b, op, lang if is_chinese(prompt) else "en")]  # a bare 12+30=? is English
+        return [
+            prompt,
+            working(a, b, op, lang if is_chinese(prompt) else "en"),
+        ]  # a bare 12+30=? is English
 
 
 def sample_arithmetic(rng: random.Random, lang: str, held_out: bool) -> list[str]:
-    sizes = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 2), (2, 2), (2, 2), (2, 3), (3, 2), (3, 1), (3, 3), (3, 3), (3, 3)]
+    sizes = [
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (2, 2),
+        (2, 2),
+        (2, 2),
+        (2, 2),
+        (2, 3),
+        (3, 2),
+        (3, 1),
+        (3, 3),
+        (3, 3),
+        (3, 3),
+    ]
     return sample_calculation(rng, lang, held_out, rng.choice("+-"), sizes)
 
 
@@ -191,11 +224,14 @@ def sample_multiplication(rng: random.Random, lang: str, held_out: bool) -> list
 
 
 def sample_direct(rng: random.Random, lang: str, held_out: bool) -> list[str]:
-    """Three-digit addition without shown steps: the harder task that reinforcement learning starts from."""
+    """Three-digit addition without shown steps: the harder task that reinforcement learning starts
+    from."""
     while True:
         a, b = rng.randint(100, 499), rng.randint(100, 499)
         carries = any(digit(a, place) + digit(b, place) > 9 for place in (0, 1))
-        if carries and rng.random() < 0.5:  # about half of the prompts without a carry: the model can begin with them
+        if (
+            carries and rng.random() < 0.5
+        ):  # about half of the prompts without a carry: the model can begin with them
             continue
         if held("arithmetic", "+", *sorted((a, b))) == held_out:
             return [rng.choice(WORDS["rl"][lang]).format(a=a, b=b), str(a + b)]
@@ -206,8 +242,28 @@ def sample_direct(rng: random.Random, lang: str, held_out: bool) -> list[str]:
 
 def joined(rng: random.Random, items: list, lang: str) -> str:
     """Items as people write them behind each other."""
-    common = (" ", " ", " ", " ", ", ", ", ", ",", ",", " , ", " / ", "/", ";", "; ", "-", " - ", " | ", "   ")
-    separator = rng.choice(common + (("，", "、", "、", "、", "和") if lang == "zh" else (" and ",)))
+    common = (
+        " ",
+        " ",
+        " ",
+        " ",
+        ", ",
+        ", ",
+        ",",
+        ",",
+        " , ",
+        " / ",
+        "/",
+        ";",
+        "; ",
+        "-",
+        " - ",
+        " | ",
+        "   ",
+    )
+    separator = rng.choice(
+        common + (("，", "、", "、", "、", "和") if lang == "zh" else (" and ",))
+    )
     if lang == "en" and rng.random() < 0.12:
         return ", ".join(map(str, items[:-1])) + f" and {items[-1]}"
     return separator.join(map(str, items))
@@ -218,9 +274,13 @@ def first_letters_differ(items: list[str]) -> bool:
 
 
 def some_words(rng: random.Random, count: int) -> list[str]:
-    """English words in lower case, listed ones and made-up ones, each with a first letter of its own."""
+    """English words in lower case, listed ones and made-up ones, each with a first letter of its
+    own."""
     while True:
-        words = [(listed_word if rng.random() < 0.9 else made_up_word)(rng, "en").lower() for _ in range(count)]
+        words = [
+            (listed_word if rng.random() < 0.9 else made_up_word)(rng, "en").lower()
+            for _ in range(count)
+        ]
         if first_letters_differ(words) and all(" " not in word for word in words):
             return words
 
@@ -234,7 +294,8 @@ def some_list(rng: random.Random, task: str, held_out: bool) -> tuple[str, list]
 
 
 def sample_list(rng: random.Random, task: str, lang: str) -> tuple[str, str]:
-    """(items, reply) of a list to sort or to reverse, the items as people write them; for training."""
+    """(items, reply) of a list to sort or to reverse, the items as people write them; for
+    training."""
     kind, items = some_list(rng, task, False)
     return joined(rng, items, lang), list_reply(task, kind, items, lang)
 
@@ -253,7 +314,10 @@ def ask_list(rng: random.Random, task: str, lang: str, kind: str, items: list) -
     ask = WORDS[task][lang]["ask" if task == "reverse" else kind]
     prompt, _ = typed(rng, expand(rng, rng.choice(ask)), lang, {"s": joined(rng, items, lang)})
     if kind == "letters":  # they may have been typed in the other case
-        items = [item.upper() if item.upper() in prompt and item not in prompt else item for item in items]
+        items = [
+            item.upper() if item.upper() in prompt and item not in prompt else item
+            for item in items
+        ]
     return [prompt, list_reply(task, kind, items, lang)]
 
 
@@ -292,14 +356,18 @@ def sample_sort(rng: random.Random, lang: str, held_out: bool) -> list[str]:
 
 
 def sample_ties(rng: random.Random, lang: str, held_out: bool) -> list[str]:
-    """Sorting where in half of the prompts two numbers begin alike, which SFT never shows: for reinforcement learning.
+    """Sorting where in half of the prompts two numbers begin alike, which SFT never shows: for
+    reinforcement learning.
 
     The model has learned to look at the first digit, and is right about the other half.
     """
     kind, distinct = rng.choice(("up", "down")), rng.choice((2, 3))
     while True:
         items = rng.sample(range(10, 100), 3)
-        if len({n // 10 for n in items}) == distinct and held("sort", list_key("sort", items)) == held_out:
+        if (
+            len({n // 10 for n in items}) == distinct
+            and held("sort", list_key("sort", items)) == held_out
+        ):
             return ask_list(rng, "sort", lang, kind, items)
 
 
@@ -317,7 +385,9 @@ def slot_value(rng: random.Random, lang: str, kind: str, held_out: bool) -> str:
     if kind == "city":
         return pick(rng, lang, any_city, held_out)
     if kind == "job":
-        return rng.choice(PAIRS["person"])[lang == "zh"] if rng.random() < 0.3 else any_word(rng, lang)
+        return (
+            rng.choice(PAIRS["person"])[lang == "zh"] if rng.random() < 0.3 else any_word(rng, lang)
+        )
     if kind == "thing":
         return any_word(rng, lang)
     if kind == "pet":
@@ -348,8 +418,13 @@ def say_and_ask(rng: random.Random, lang: str, slot: str, held_out: bool) -> dic
 def sample_repeat_before(rng: random.Random, lang: str, held_out: bool) -> list[str]:
     """A sentence, and later the wish to hear it again."""
     t = WORDS["repeat"][lang]
-    fields = {"n": pick(rng, lang, any_name, held_out), "c": rng.choice(PAIRS["colour"])[lang == "zh"]}
-    fields["a"] = rng.choice(PAIRS["animal"])[lang == "zh"] if rng.random() < 0.7 else any_word(rng, lang)
+    fields = {
+        "n": pick(rng, lang, any_name, held_out),
+        "c": rng.choice(PAIRS["colour"])[lang == "zh"],
+    }
+    fields["a"] = (
+        rng.choice(PAIRS["animal"])[lang == "zh"] if rng.random() < 0.7 else any_word(rng, lang)
+    )
     said, _ = typed(rng, expand(rng, t["say"]), lang, fields, wrap=False)
     asked, _ = typed(rng, expand(rng, rng.choice(t["ask"])), lang, {})
     return [said, t["ack"], asked, t["answer"].format(v=said)]
@@ -370,11 +445,20 @@ def sample_multi_turn(rng: random.Random, lang: str, held_out: bool) -> list[str
             asked = rng.choice(parts)
             about = sorted(part["told"] for part in parts)
             if kind < 0.2:  # it was never said
-                texts = [text for part in parts if part is not asked for text in (part["told"], part["ack"])]
+                texts = [
+                    text
+                    for part in parts
+                    if part is not asked
+                    for text in (part["told"], part["ack"])
+                ]
                 texts += [asked["asked"], WORDS["untold"][lang]]
             elif kind < 0.32:  # said and asked in one message
                 gap = " " if lang == "en" or rng.random() < 0.3 else ""
-                told = asked["told"] if asked["told"][-1] in ".!?。！？,，" else asked["told"] + rng.choice(".,,")
+                told = (
+                    asked["told"]
+                    if asked["told"][-1] in ".!?。！？,，"
+                    else asked["told"] + rng.choice(".,,")
+                )
                 texts = [told + gap + asked["asked"], asked["answer"]]
             else:
                 texts = [text for part in parts for text in (part["told"], part["ack"])]
@@ -394,11 +478,21 @@ def text_to_repeat(rng: random.Random, lang: str) -> str:
     if kind < 0.15:
         return any_name(rng, lang)
     if kind < 0.4:
-        return typed(rng, fill(rng, lang, expand(rng, rng.choice(WORDS["unknown"][lang])), {}), lang, {}, wrap=False)[0]
+        return typed(
+            rng,
+            fill(rng, lang, expand(rng, rng.choice(WORDS["unknown"][lang])), {}),
+            lang,
+            {},
+            wrap=False,
+        )[0]
     if kind < 0.6:
         line = rng.choice(WORDS["stories"][lang])
         words = {group: rng.choice(pairs)[lang == "zh"] for group, pairs in PAIRS.items()}
-        return line.format(**words, n=any_name(rng, lang), city=any_city(rng, lang)).split(".")[0].split("。")[0]
+        return (
+            line.format(**words, n=any_name(rng, lang), city=any_city(rng, lang))
+            .split(".")[0]
+            .split("。")[0]
+        )
     make = listed_word if kind < 0.85 else any_word
     words = [make(rng, lang) for _ in range(rng.choice((1, 1, 2, 2, 3, 4)))]
     if rng.random() < 0.15:
@@ -435,7 +529,8 @@ def unlisted_word(rng: random.Random, kind: str, lang: str) -> str:
 
 
 def sample_unknown(rng: random.Random, lang: str, held_out: bool) -> list[str]:
-    """A question of any kind that no other task answers, also about what their lists do not have."""
+    """A question of any kind that no other task answers, also about what their lists do not
+    have."""
     while True:
         kind = rng.random()
         if kind < 0.4:
@@ -453,7 +548,8 @@ def sample_unknown(rng: random.Random, lang: str, held_out: bool) -> list[str]:
 
 
 def fill(rng: random.Random, lang: str, template: str, words: dict[str, str]) -> str:
-    """Fill every slot of a question with something of its kind, or with what `words` say; no brace is left."""
+    """Fill every slot of a question with something of its kind, or with what `words` say; no brace
+    is left."""
     while match := re.search(r"\{(\w+)\}", template):
         slot = match[1]
         if slot in words:
@@ -476,8 +572,12 @@ UNKNOWN_SLOTS = {
     "x": made_up_word,
     "y": any_city,
     "u": lambda rng, lang: unlisted(rng, "word", lang),
-    "w": lambda rng, lang: listed_word(rng, lang) if rng.random() < 0.65 else unlisted(rng, "word", lang),
-    "c": lambda rng, lang: country(rng, lang) if rng.random() < 0.5 else unlisted(rng, "country", lang),
+    "w": lambda rng, lang: (
+        listed_word(rng, lang) if rng.random() < 0.65 else unlisted(rng, "word", lang)
+    ),
+    "c": lambda rng, lang: (
+        country(rng, lang) if rng.random() < 0.5 else unlisted(rng, "country", lang)
+    ),
     "q": lambda rng, lang: rng.choice(PAIRS["quality"])[lang == "zh"],
     "v": lambda rng, lang: rng.choice(PAIRS["action"])[lang == "zh"],
     "a": lambda rng, lang: str(rng.randint(2, 99)),
@@ -500,7 +600,8 @@ COMPUTED = {
 
 
 def sample_exchange(rng: random.Random, task: str, lang: str, held_out: bool) -> list[str]:
-    """The texts of one talk of a task: the user's, the assistant's, and so on; the right reply comes last."""
+    """The texts of one talk of a task: the user's, the assistant's, and so on; the right reply
+    comes last."""
     if task in COMPUTED:
         return COMPUTED[task](rng, lang, held_out)
     return list(sample_family(rng, task, lang, held_out)[:2])

@@ -1,7 +1,8 @@
-"""Text as people type it: templates with alternatives, made-up names and words, and the noise of a keyboard.
+"""Text as people type it: templates with alternatives, made-up names and words, and the noise of a
+keyboard.
 
-A template is text with alternatives, `(What is|Tell me) the capital of {a}`, and slots, `{a}`. Pure functions of a
-`random.Random`, standard library only.
+A template is text with alternatives, `(What is|Tell me) the capital of {a}`, and slots, `{a}`. Pure
+functions of a `random.Random`, standard library only.
 """
 
 import hashlib
@@ -34,13 +35,19 @@ HANZI = [
 
 
 def read_pieces() -> dict[str, list[str]]:
-    """The pieces of words that our tokenizer knows: a made-up word of them teaches the model to copy every one."""
+    """The pieces of words that our tokenizer knows: a made-up word of them teaches the model to
+    copy every one."""
     # Byte-level BPE spells these bytes as themselves, the others as the characters from 256 on.
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     byte_of = {chr(byte): byte for byte in shown}
     byte_of |= {chr(256 + n): byte for n, byte in enumerate(sorted({*range(256)} - {*shown}))}
-    spec = json.loads((ROOT / "model/minimind_tokenizer/tokenizer.json").read_text(encoding="utf-8"))
-    texts = [bytes(map(byte_of.get, piece)).decode("utf-8", "replace").strip() for piece in spec["model"]["vocab"]]
+    spec = json.loads(
+        (ROOT / "model/minimind_tokenizer/tokenizer.json").read_text(encoding="utf-8")
+    )
+    texts = [
+        bytes(map(byte_of.get, piece)).decode("utf-8", "replace").strip()
+        for piece in spec["model"]["vocab"]
+    ]
     texts = list(dict.fromkeys(texts))
     return {
         "en": [text for text in texts if re.fullmatch("[A-Za-z]+", text)],
@@ -51,7 +58,9 @@ def read_pieces() -> dict[str, list[str]]:
 PIECES = read_pieces()
 ALTERNATIVES = re.compile(r"\(([^()]*)\)")
 SLOT = re.compile(r"(\{\w+\})")
-CONTRACTIONS = [(re.compile(rf"\b{long}\b", re.IGNORECASE), short) for long, short in WORDS["contractions"]]
+CONTRACTIONS = [
+    (re.compile(rf"\b{long}\b", re.IGNORECASE), short) for long, short in WORDS["contractions"]
+]
 HALF_WIDTH = str.maketrans("，。？！：（）；", ",.?!:();")
 FULL_WIDTH = str.maketrans("0123456789+-=?", "０１２３４５６７８９＋－＝？")
 
@@ -63,7 +72,8 @@ def held(*key, one_in: int = 10) -> bool:
 
 
 def normalise(text: str) -> str:
-    """Text without whitespace, punctuation, case and width, the form in which prompts are compared."""
+    """Text without whitespace, punctuation, case and width, the form in which prompts are
+    compared."""
     text = unicodedata.normalize("NFKC", text).lower()
     return "".join(c for c in text if c.isalnum() or c in "+-*/=×÷−–✕·")
 
@@ -77,7 +87,8 @@ def upper_first(text: str) -> str:
 
 
 def resolve(template: str, choose) -> str:
-    """Replace every pair of parentheses by what `choose` takes of its alternatives, the innermost first."""
+    """Replace every pair of parentheses by what `choose` takes of its alternatives, the innermost
+    first."""
     while match := ALTERNATIVES.search(template):
         template = template[: match.start()] + choose(match[1].split("|")) + template[match.end() :]
     return template
@@ -98,11 +109,22 @@ def first_choice(template: str) -> str:
 
 def syllables(rng: random.Random, count: int) -> str:
     """A word that can be spoken and means nothing."""
-    onsets = "b c d f g h j k l m n p r s t v w x y z br ch cl dr fr gl gr kr ph pl qu sh sk st th tr vl zh".split()
+    onsets = (
+        "b c d f g h j k l m n p r s t v w x y z br ch cl dr fr gl gr kr ph pl qu sh sk st th tr"
+        " vl zh".split()
+    )
     onsets += [""]
     vowels = "a a e e i o o u y ai ae ea ee ei ia ie io oa oo ou".split()
-    codas = ["", "", "", "", *"n n r s l m t k d x ck ld lf ll mp nd ng nt rd rk rt sh ss st th ff".split()]
-    return "".join(rng.choice(onsets) + rng.choice(vowels) + rng.choice(codas) for _ in range(count))
+    codas = [
+        "",
+        "",
+        "",
+        "",
+        *"n n r s l m t k d x ck ld lf ll mp nd ng nt rd rk rt sh ss st th ff".split(),
+    ]
+    return "".join(
+        rng.choice(onsets) + rng.choice(vowels) + rng.choice(codas) for _ in range(count)
+    )
 
 
 def made_up_word(rng: random.Random, lang: str) -> str:
@@ -127,7 +149,9 @@ def any_name(rng: random.Random, lang: str) -> str:
             usual = rng.random() < 0.65
             surname = rng.choice(WORDS["names"]["surnames"] if usual else HANZI)
             given = WORDS["names"]["given"] if usual else HANZI
-            name = (surname if kind < 0.6 else "") + "".join(rng.choices(given, k=rng.choice((1, 2, 2))))
+            name = (surname if kind < 0.6 else "") + "".join(
+                rng.choices(given, k=rng.choice((1, 2, 2)))
+            )
         elif kind < 0.25 or lang == "zh" and kind < 0.85:
             name = rng.choice(NAMES[lang])
         else:
@@ -162,7 +186,9 @@ def on_text(change, text: str) -> str:
 
 def misspell(rng: random.Random, text: str) -> str:
     """Swap, double or leave out a letter in one word of four letters or more."""
-    spots = [match for match in re.finditer(r"[A-Za-z]{4,}", SLOT.sub(lambda m: "#" * len(m[0]), text))]
+    spots = [
+        match for match in re.finditer(r"[A-Za-z]{4,}", SLOT.sub(lambda m: "#" * len(m[0]), text))
+    ]
     if not spots:
         return text
     match = rng.choice(spots)
@@ -181,7 +207,9 @@ def change_space(rng: random.Random, text: str) -> str:
     return text[:at] + ("  " if double else "") + text[at + 1 :]
 
 
-def typed(rng: random.Random, text: str, lang: str, fields: dict, wrap: bool = True) -> tuple[str, dict]:
+def typed(
+    rng: random.Random, text: str, lang: str, fields: dict, wrap: bool = True
+) -> tuple[str, dict]:
     """An expanded template with its slots filled, as somebody types it.
 
     Args:
@@ -189,7 +217,8 @@ def typed(rng: random.Random, text: str, lang: str, fields: dict, wrap: bool = T
         wrap: whether a polite opening or ending may come around it.
 
     Returns:
-        The prompt, and the fields as they were typed (in another case, say), for replies that copy them.
+        The prompt, and the fields as they were typed (in another case, say), for replies that copy
+        them.
     """
     if wrap and rng.random() < 0.22:
         text = expand(rng, rng.choice(WORDS["openers"][lang])) + text
@@ -219,14 +248,20 @@ def typed(rng: random.Random, text: str, lang: str, fields: dict, wrap: bool = T
     if mark < 0.42:
         text = re.sub(r"[.?!。？！ ]+$", "", text)
     elif mark < 0.5:
-        text = re.sub(r"([.?!。？！])$", lambda m: rng.choice((" ", "", "", m[1], m[1] * 2)) + m[1], text)
+        text = re.sub(
+            r"([.?!。？！])$", lambda m: rng.choice((" ", "", "", m[1], m[1] * 2)) + m[1], text
+        )
     if rng.random() < 0.05:
         text = change_space(rng, text)
     prompt = text.format(**fields)
     if lang == "zh":
         spacing = rng.random()
         if spacing < 0.2:  # a space between Chinese and anything else, as many type it
-            prompt = re.sub(r"(?<=[\u4e00-\u9fff])(?=[A-Za-z0-9])|(?<=[A-Za-z0-9])(?=[\u4e00-\u9fff])", " ", prompt)
+            prompt = re.sub(
+                r"(?<=[\u4e00-\u9fff])(?=[A-Za-z0-9])|(?<=[A-Za-z0-9])(?=[\u4e00-\u9fff])",
+                " ",
+                prompt,
+            )
         elif spacing < 0.22:
             prompt = prompt.translate(FULL_WIDTH)
     return prompt, fields

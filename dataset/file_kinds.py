@@ -1,7 +1,8 @@
 """What a data file is, told by its bytes, and what to do where it cannot be read as it is.
 
-People hand in what they have: compressed files, parquet, spreadsheets, web pages, text in another encoding. Each is
-named in one line with the command that makes rows of this very file. Nothing here reads data for training.
+People hand in what they have: compressed files, parquet, spreadsheets, web pages, text in another
+encoding. Each is named in one line with the command that makes rows of this very file. Nothing here
+reads data for training.
 """
 
 import codecs
@@ -18,21 +19,30 @@ SAMPLE = 1 << 20  # bytes that an encoding is told by
 
 
 def to_rows(rows: str, modules: str, before: str = "") -> str:
-    """The command that writes what the Python expression `rows` gives for the file, as JSON lines."""
-    code = f"import json,sys,{modules}; {before}[print(json.dumps(row,default=str)) for row in {rows}]"
+    """The command that writes what the Python expression `rows` gives for the file, as JSON
+    lines."""
+    code = (
+        f"import json,sys,{modules}; {before}[print(json.dumps(row,default=str)) for row in {rows}]"
+    )
     return f'python -c "{code}" FILE > ROWS'
 
 
 WITH_PYARROW = " (needs: pip install pyarrow)"
-PARQUET = "(row for some in pyarrow.parquet.ParquetFile(sys.argv[1]).iter_batches() for row in some.to_pylist())"
+PARQUET = (
+    "(row for some in pyarrow.parquet.ParquetFile(sys.argv[1]).iter_batches() for row in"
+    " some.to_pylist())"
+)
 ARROW = "pyarrow.ipc.open_{}(open(sys.argv[1],'rb')).read_all().to_pylist()"
 SQLITE = "base=sqlite3.connect(sys.argv[1]); base.row_factory=sqlite3.Row; "
-XML = "({field.tag: field.text for field in row} for row in xml.etree.ElementTree.parse(sys.argv[1]).getroot())"
+XML = (
+    "({field.tag: field.text for field in row} for row in"
+    " xml.etree.ElementTree.parse(sys.argv[1]).getroot())"
+)
 EXCEL = "pandas.read_excel(sys.argv[1]).to_json(sys.argv[2],orient='records',lines=True)"
 NO_ROWS = "there are no rows of text in it"
 
-# First bytes, what they begin, what to do. In a command FILE and FOLDER are what is there, and UNPACKED, ROWS, TEXT and
-# UTF8 what it writes.
+# First bytes, what they begin, what to do. In a command FILE and FOLDER are what is there, and
+# UNPACKED, ROWS, TEXT and UTF8 what it writes.
 BINARY = (
     (rb"\x1f\x8b", "compressed with gzip", "gzip -dc FILE > UNPACKED"),
     (rb"BZh\d1AY&SY", "compressed with bzip2", "bzip2 -dc FILE > UNPACKED"),
@@ -43,8 +53,16 @@ BINARY = (
     (rb"Rar!\x1a\x07", "a RAR archive", "unrar x FILE"),
     (rb"(?s).{257}ustar", "a tar archive", "tar -xf FILE"),
     (rb"PAR1", "parquet", to_rows(PARQUET, "pyarrow.parquet") + WITH_PYARROW),
-    (rb"ARROW1", "an Arrow (feather) file", to_rows(ARROW.format("file"), "pyarrow.ipc") + WITH_PYARROW),
-    (rb"\xff\xff\xff\xff", "an Arrow stream", to_rows(ARROW.format("stream"), "pyarrow.ipc") + WITH_PYARROW),
+    (
+        rb"ARROW1",
+        "an Arrow (feather) file",
+        to_rows(ARROW.format("file"), "pyarrow.ipc") + WITH_PYARROW,
+    ),
+    (
+        rb"\xff\xff\xff\xff",
+        "an Arrow stream",
+        to_rows(ARROW.format("stream"), "pyarrow.ipc") + WITH_PYARROW,
+    ),
     (rb"FEA1", "a feather file of version 1", "write it again as JSON lines"),
     (
         rb"SQLite format 3\0",
@@ -63,7 +81,11 @@ BINARY = (
     (rb"GGUF", "a model in GGUF, not data", NO_ROWS),
     (rb"(?s).{5}\0\0\0\{\"", "weights in safetensors, not data", "--from_weight takes weights"),
     (rb"%PDF-", "a PDF", "save its text as a .txt file in UTF-8"),
-    (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Word or Excel file", "save it as text or CSV in UTF-8"),
+    (
+        rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+        "an old Word or Excel file",
+        "save it as text or CSV in UTF-8",
+    ),
 )
 
 # Frequent where text is Chinese, and in Western punctuation.
@@ -91,9 +113,14 @@ def check_kind(path: Path, expected: str) -> None:
 
 
 def command(advice: str, path: Path) -> str:
-    """The advice about a file, with quoted paths. What it writes is never a file that is there already."""
+    """The advice about a file, with quoted paths. What it writes is never a file that is there
+    already."""
     names = {
-        "UNPACKED": path.stem if path.suffix in (".gz", ".bz2", ".xz", ".zst", ".lz4") else f"unpacked_{path.name}",
+        "UNPACKED": (
+            path.stem
+            if path.suffix in (".gz", ".bz2", ".xz", ".zst", ".lz4")
+            else f"unpacked_{path.name}"
+        ),
         "ROWS": f"{path.stem}.jsonl",
         "TEXT": f"{path.stem}.txt",
         "UTF8": f"{path.stem}.utf8{path.suffix}",
@@ -103,12 +130,14 @@ def command(advice: str, path: Path) -> str:
         paths[place] = path.with_name(name)
         while paths[place].exists():
             paths[place] = path.with_name(f"new_{paths[place].name}")
-    return re.sub(rf"\b({'|'.join(paths)})\b", lambda match: shlex.quote(str(paths[match[0]])), advice)
+    return re.sub(
+        rf"\b({'|'.join(paths)})\b", lambda match: shlex.quote(str(paths[match[0]])), advice
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Kinds
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def binary_kind(path: Path, head: bytes) -> tuple[str, str] | None:
@@ -145,11 +174,16 @@ def zip_kind(path: Path) -> tuple[str, str]:
     if any(name.endswith("data.pkl") for name in names):
         return "a file of torch.save, not data", "--from_weight takes weights"
     if "xl/workbook.xml" in names:
-        advice = f'python -c "import pandas,sys; {EXCEL}" FILE ROWS (needs: pip install pandas openpyxl)'
+        advice = (
+            f'python -c "import pandas,sys; {EXCEL}" FILE ROWS (needs: pip install pandas openpyxl)'
+        )
         return "an Excel workbook", advice
     if "word/document.xml" in names:
         return "a Word document", "save it as a .txt file in UTF-8"
-    return f"a zip archive with {', '.join(names[:3])}{', ...' * (len(names) > 3)}", "python -m zipfile -e FILE FOLDER"
+    return (
+        f"a zip archive with {', '.join(names[:3])}{', ...' * (len(names) > 3)}",
+        "python -m zipfile -e FILE FOLDER",
+    )
 
 
 def wide_encoding(head: bytes) -> str | None:
@@ -170,7 +204,10 @@ def text_kind(path: Path, head: bytes, expected: str) -> tuple[str, str] | None:
     if expected == "text":
         return None
     if re.match(rb"(?i)\s*<(!doctype html|html|head|body)\b", head):
-        return "a web page (HTML)", "fetch the file itself (GitHub: Raw, Hugging Face: resolve in place of blob)"
+        return (
+            "a web page (HTML)",
+            "fetch the file itself (GitHub: Raw, Hugging Face: resolve in place of blob)",
+        )
     complete = head.split(b"\n")[: -1 if len(head) > HEAD - 4 else None]
     lines = [line for line in complete if line.strip()]
     if expected == "lines":
@@ -179,12 +216,17 @@ def text_kind(path: Path, head: bytes, expected: str) -> tuple[str, str] | None:
             return "JSON, but a .txt file is read as plain text", "mv FILE ROWS"
         return None
     table = path.suffix in (".csv", ".tsv") and not any(is_json(line, b"{") for line in lines[:1])
-    if not table and any(re.match(rb"\s*[\[{]", line) or is_json(line, b'"') for line in lines[:20]):
+    if not table and any(
+        re.match(rb"\s*[\[{]", line) or is_json(line, b'"') for line in lines[:20]
+    ):
         return None  # has rows: what is wrong with others of them is said by line
     encoding = "utf-8-sig" if decodes(head, "utf-8") else guess_encoding(head)
     text = head.decode(encoding or "latin-1", "ignore")
     if re.match(r"\s*<[?!a-zA-Z]", text):
-        return "XML", f"for a row of each element below the root: {to_rows(XML, 'xml.etree.ElementTree')}"
+        return (
+            "XML",
+            f"for a row of each element below the root: {to_rows(XML, 'xml.etree.ElementTree')}",
+        )
     delimiter = csv_delimiter(text) or (table and {".csv": ",", ".tsv": "\t"}[path.suffix])
     if delimiter and lines:
         kind = "tab-separated values" if delimiter == "\t" else "a CSV table"
@@ -211,7 +253,9 @@ def csv_delimiter(text: str) -> str | None:
     """What separates the columns, if every row has as many as the header, and more than one."""
     for delimiter in "\t,;|":
         try:
-            rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
+            rows = [
+                row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row
+            ]
         except csv.Error:
             continue
         if len(text) > HEAD // 4:
@@ -223,9 +267,9 @@ def csv_delimiter(text: str) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Encodings
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def decodes(content: bytes, encoding: str) -> bool:
@@ -238,14 +282,21 @@ def decodes(content: bytes, encoding: str) -> bool:
 
 
 def guess_encoding(content: bytes) -> str | None:
-    """GB18030 or WINDOWS-1252 where the text reads as Chinese or as a Western language in it, else None."""
+    """GB18030 or WINDOWS-1252 where the text reads as Chinese or as a Western language in it, else
+    None."""
     if decodes(content, "gb18030"):
         chars = [char for char in content.decode("gb18030", "ignore") if char > "\x7f"]
         # GB2312 has punctuation in its rows 1 to 3 and the frequent characters in rows 16 to 55.
         rows = [char.encode("gb2312", "ignore")[:1] for char in chars]
         frequent = sum(b"\xa1" <= row <= b"\xa3" or b"\xb0" <= row <= b"\xd7" for row in rows)
-        usual = sum(char in CHINESE for char in chars)  # Korean lies in the same rows, but has few of these
-        if chars and frequent >= 0.7 * len(chars) and (len(chars) < 100 or usual >= 0.02 * len(chars)):
+        usual = sum(
+            char in CHINESE for char in chars
+        )  # Korean lies in the same rows, but has few of these
+        if (
+            chars
+            and frequent >= 0.7 * len(chars)
+            and (len(chars) < 100 or usual >= 0.02 * len(chars))
+        ):
             return "GB18030"
     if decodes(content, "cp1252"):
         text = content.decode("cp1252")
@@ -258,15 +309,20 @@ def guess_encoding(content: bytes) -> str | None:
 
 
 def not_utf8(path: Path, offset: int) -> str:
-    """What to do about bytes that are not UTF-8, the first of them at `offset` of a file or soon behind it."""
+    """What to do about bytes that are not UTF-8, the first of them at `offset` of a file or soon
+    behind it."""
     highest, sample, to_end = around(path, offset)
-    others = highest >= 0x80 or not sample.decode("utf-8", "ignore").isascii()  # of more than one byte
+    others = (
+        highest >= 0x80 or not sample.decode("utf-8", "ignore").isascii()
+    )  # of more than one byte
     if to_end and others and decodes(sample, "utf-8"):
         return "the file ends within a character, so it was cut off; fetch it again"
     first, *lines = sample.split(b"\n")
     shown = first.decode("utf-8", "replace")
     if sum(char > "\x7f" for char in shown) > 4 * shown.count("\ufffd"):
-        return command("some of the text is damaged; without it: iconv -c -f UTF-8 -t UTF-8 FILE > UTF8", path)
+        return command(
+            "some of the text is damaged; without it: iconv -c -f UTF-8 -t UTF-8 FILE > UTF8", path
+        )
     bad = [first]
     for line in lines if to_end else lines[:-1]:
         if decodes(line, "utf-8"):
@@ -275,14 +331,25 @@ def not_utf8(path: Path, offset: int) -> str:
             bad.append(line)
     encoding = guess_encoding(b"\n".join(bad))
     if not encoding:
-        advice = "convert the file, in an encoding that we do not know: iconv -f ITS_ENCODING -t UTF-8 FILE > UTF8"
+        advice = (
+            "convert the file, in an encoding that we do not know: iconv -f ITS_ENCODING -t UTF-8"
+            " FILE > UTF8"
+        )
         return command(advice, path)
     # Two bytes of GB18030 can be a character of UTF-8 by chance, three cannot.
     if highest < (0xE0 if encoding == "GB18030" else 0x80):
-        return command(f"convert the file, it is {encoding}: iconv -f {encoding} -t UTF-8 FILE > UTF8", path)
-    each = f"line.decode('utf-8' if line.decode('utf-8','ignore').encode()==line else '{encoding}').encode()"
+        return command(
+            f"convert the file, it is {encoding}: iconv -f {encoding} -t UTF-8 FILE > UTF8", path
+        )
+    each = (
+        "line.decode('utf-8' if line.decode('utf-8','ignore').encode()==line else"
+        f" '{encoding}').encode()"
+    )
     code = f"import sys; [sys.stdout.buffer.write({each}) for line in open(sys.argv[1],'rb')]"
-    return command(f'some lines are UTF-8 and some {encoding}; convert those: python -c "{code}" FILE > UTF8', path)
+    return command(
+        f'some lines are UTF-8 and some {encoding}; convert those: python -c "{code}" FILE > UTF8',
+        path,
+    )
 
 
 def around(path: Path, offset: int) -> tuple[int, bytes, bool]:
@@ -294,7 +361,11 @@ def around(path: Path, offset: int) -> tuple[int, bytes, bool]:
         file.seek(max(0, offset - HEAD))
         before = file.read(min(offset, HEAD))
         # A byte below "0" is no part of a longer character in any of these encodings.
-        begin = offset - len(before) + max((n for n, byte in enumerate(before, 1) if byte < 0x30), default=0)
+        begin = (
+            offset
+            - len(before)
+            + max((n for n, byte in enumerate(before, 1) if byte < 0x30), default=0)
+        )
         file.seek(begin)
         sample, to_end = file.read(SAMPLE), not file.read(1)
         file.seek(0)

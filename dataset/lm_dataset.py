@@ -1,8 +1,9 @@
 """The datasets: a row of a data file -> (X, Y, loss_mask), ready to train on.
 
-X and Y are int64 and loss_mask is int64 0/1, 1-D, of equal length T <= max_length, unpadded and shifted by one: Y[t] is
-the token that follows X[t], and loss_mask[t] says whether predicting it counts. Tokenising happens once, in
-`token_cache.py`; what a conversation looks like in tokens is decided in `chat_format.py`.
+X and Y are int64 and loss_mask is int64 0/1, 1-D, of equal length T <= max_length, unpadded and
+shifted by one: Y[t] is the token that follows X[t], and loss_mask[t] says whether predicting it
+counts. Tokenising happens once, in `token_cache.py`; what a conversation looks like in tokens is
+decided in `chat_format.py`.
 """
 
 import functools
@@ -15,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.chat_format import chat_coder, detect_format, encode_chats, normalise_row, plain_encoder
+from dataset.chat_format import (
+    chat_coder,
+    detect_format,
+    encode_chats,
+    normalise_row,
+    plain_encoder,
+)
 from dataset.chat_rows import REFUSED, learns, present, refuse
 from dataset.token_cache import open_cache, recall, remember
 
@@ -25,7 +32,8 @@ END_OF_TEXT = "<|endoftext|>"  # stands between the documents of pretraining
 
 
 class LazyTokenizer:
-    """The tokenizer in a folder, a `PreTrainedTokenizerFast` that is loaded when it is first asked for anything.
+    """The tokenizer in a folder, a `PreTrainedTokenizerFast` that is loaded when it is first asked
+    for anything.
 
     With a warm cache a run does not: importing transformers would be a second or two of its start.
     """
@@ -35,12 +43,18 @@ class LazyTokenizer:
 
     @functools.cached_property
     def loaded(self):
-        from transformers import PreTrainedTokenizerFast  # AutoTokenizer takes a second longer to import
+        from transformers import (
+            PreTrainedTokenizerFast,  # AutoTokenizer takes a second longer to import
+        )
 
         try:
             return PreTrainedTokenizerFast.from_pretrained(self.folder)
-        except Exception as error:  # of json or of tokenizers, whose errors have no class of their own
-            raise ValueError(f"--tokenizer_dir {self.folder}: tokenizer.json is damaged: {error}") from None
+        except (
+            Exception
+        ) as error:  # of json or of tokenizers, whose errors have no class of their own
+            raise ValueError(
+                f"--tokenizer_dir {self.folder}: tokenizer.json is damaged: {error}"
+            ) from None
 
     def __getattr__(self, name: str):
         if name.startswith("__"):  # asked for by whoever copies it
@@ -51,9 +65,13 @@ class LazyTokenizer:
         return self.size or len(self.loaded)
 
     def described(self, cache_dir: Path) -> str:
-        """All that encoding depends on, as text. It is kept in cache_dir for as long as files and libraries stay."""
+        """All that encoding depends on, as text. It is kept in cache_dir for as long as files and
+        libraries stay."""
         files = sorted(path for path in self.folder.iterdir() if path.suffix in (".json", ".txt"))
-        parts = [*(version(name).encode() for name in ("transformers", "tokenizers")), *(p.read_bytes() for p in files)]
+        parts = [
+            *(version(name).encode() for name in ("transformers", "tokenizers")),
+            *(p.read_bytes() for p in files),
+        ]
         path = cache_dir / f"tokenizer_{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.json"
         known = recall(path)
         if known is None:
@@ -74,7 +92,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> LazyTok
         vocab_size: of the model that it is for, where that is there already.
 
     Raises:
-        ValueError: there is none, or it has more entries than the model; later, when it is loaded: it is damaged.
+        ValueError: there is none, or it has more entries than the model; later, when it is loaded:
+        it is damaged.
     """
     if not (Path(folder) / "tokenizer.json").is_file():
         raise ValueError(f"--tokenizer_dir {folder}: there is no tokenizer.json")
@@ -82,7 +101,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> LazyTok
     if vocab_size is not None and len(tokenizer) > vocab_size:
         sizes = f"{len(tokenizer)} entries, the model {vocab_size}"
         raise ValueError(
-            f"--tokenizer_dir {folder}: it has {sizes}; take the tokenizer that the model was trained with"
+            f"--tokenizer_dir {folder}: it has {sizes}; take the tokenizer that the model was"
+            " trained with"
         )
     return tokenizer
 
@@ -99,7 +119,15 @@ class CachedDataset(Dataset):
     """
 
     def __init__(
-        self, data_path, tokenizer, options: dict, encode, masked: bool, cache_dir, skip_bad: bool, curriculum: str
+        self,
+        data_path,
+        tokenizer,
+        options: dict,
+        encode,
+        masked: bool,
+        cache_dir,
+        skip_bad: bool,
+        curriculum: str,
     ):
         cache_dir, lazy = Path(cache_dir or CACHE_DIR), isinstance(tokenizer, LazyTokenizer)
         backend = tokenizer.described(cache_dir) if lazy else tokenizer.backend_tokenizer.to_str()
@@ -128,18 +156,24 @@ class CachedDataset(Dataset):
 
     @staticmethod
     def collate(
-        samples: list[tuple[Tensor, Tensor, Tensor]], part: int = 0, parts: int = 1, multiple: int = 1
+        samples: list[tuple[Tensor, Tensor, Tensor]],
+        part: int = 0,
+        parts: int = 1,
+        multiple: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Lay the samples of a micro-batch one behind the other: no padding, whatever their lengths.
+        """Lay the samples of a micro-batch one behind the other: no padding, whatever their
+        lengths.
 
         Args:
             part, parts: where processes share a row: which of its equal parts to return.
-            multiple: tokens of a row are a multiple of it. Only here is there ever padding: fewer than `multiple`
+            multiple: tokens of a row are a multiple of it. Only here is there ever padding: fewer
+            than `multiple`
                 tokens behind the last document, without loss.
 
         Returns:
             X, Y, loss_mask: (1, N / parts) int64 each.
-            doc_lens: lengths of the samples, the same for all parts; [] for no sample at all: a rank that has no row in
+            doc_lens: lengths of the samples, the same for all parts; [] for no sample at all: a
+            rank that has no row in
                 the last window still takes part, with padding alone.
         """
         lens = [len(sample[0]) for sample in samples]
@@ -153,8 +187,8 @@ class CachedDataset(Dataset):
 class PretrainDataset(CachedDataset):
     """Documents: JSONL or a JSON array of {"text": ...}, or a .txt file with a document a line.
 
-    A document ends with <|endoftext|>. One that is longer than max_length becomes several rows that overlap by one
-    token, so that every token is predicted exactly once.
+    A document ends with <|endoftext|>. One that is longer than max_length becomes several rows that
+    overlap by one token, so that every token is predicted exactly once.
 
     Args:
         data_path: the file.
@@ -162,7 +196,8 @@ class PretrainDataset(CachedDataset):
         max_length: longest row in tokens.
         cache_dir: where token caches live; default: out/cache.
         skip_bad: leave bad rows out and count them, instead of stopping at the first one.
-        curriculum: what says how hard a row is: its 'length', or 'field:NAME', a number in it; or 'none'.
+        curriculum: what says how hard a row is: its 'length', or 'field:NAME', a number in it; or
+        'none'.
 
     Raises:
         ValueError: `file:line: reason` of a bad row; a missing or empty file; no usable row.
@@ -193,20 +228,25 @@ class PretrainDataset(CachedDataset):
                     results.append(text or ([], False))
                     continue
                 ids = [*next(encoded), end]
-                pieces = [ids[at : at + max_length + 1] for at in range(0, len(ids) - 1, max_length)]
+                pieces = [
+                    ids[at : at + max_length + 1] for at in range(0, len(ids) - 1, max_length)
+                ]
                 results.append(([(piece, [1] * len(piece)) for piece in pieces], False))
             return results
 
         options = {"max_length": max_length}
-        super().__init__(data_path, tokenizer, options, encode, False, cache_dir, skip_bad, curriculum)
+        super().__init__(
+            data_path, tokenizer, options, encode, False, cache_dir, skip_bad, curriculum
+        )
 
 
 class SFTDataset(CachedDataset):
     """Conversations: MiniMind, ShareGPT, Alpaca or OpenAI messages, as JSONL or one JSON array.
 
-    The format is detected from the first row of the file. The loss mask covers the assistant turns with their
-    <|im_end|>, but for those that say not to learn from them (weight, train or loss: 0); a row that is left with no
-    supervised token, so or by being cut at max_length, is dropped and counted.
+    The format is detected from the first row of the file. The loss mask covers the assistant turns
+    with their <|im_end|>, but for those that say not to learn from them (weight, train or loss: 0);
+    a row that is left with no supervised token, so or by being cut at max_length, is dropped and
+    counted.
 
     Args:
         data_path, tokenizer, max_length, cache_dir, skip_bad, curriculum: see `PretrainDataset`.
@@ -237,7 +277,9 @@ class SFTDataset(CachedDataset):
                     chats.append(normalise_row(row, found[0]))
                 except (ValueError, RecursionError) as error:
                     chats.append(ValueError(error))
-            encoded = iter(encode_chats([c for c in chats if not isinstance(c, ValueError)], coder(), loss_on))
+            encoded = iter(
+                encode_chats([c for c in chats if not isinstance(c, ValueError)], coder(), loss_on)
+            )
             results = []
             for chat in chats:
                 if isinstance(chat, ValueError):
@@ -250,11 +292,14 @@ class SFTDataset(CachedDataset):
             return results
 
         options = {"max_length": max_length, "loss_on": loss_on}
-        super().__init__(data_path, tokenizer, options, encode, True, cache_dir, skip_bad, curriculum)
+        super().__init__(
+            data_path, tokenizer, options, encode, True, cache_dir, skip_bad, curriculum
+        )
 
 
 def row_text(row: object) -> str | ValueError | None:
-    """The text of a pretraining row, what is wrong with it, or None: the row says not to learn from it."""
+    """The text of a pretraining row, what is wrong with it, or None: the row says not to learn from
+    it."""
     if isinstance(row, str):
         text = row
     elif not isinstance(row, dict):
@@ -275,11 +320,15 @@ def row_text(row: object) -> str | ValueError | None:
 
 
 def preview(dataset: CachedDataset, tokenizer, count: int, colour: bool = False) -> str:
-    """Samples as the model sees them, what carries loss between [[ and ]] (or in green), and the counts of the file."""
+    """Samples as the model sees them, what carries loss between [[ and ]] (or in green), and the
+    counts of the file."""
     lines = []
     for row in range(min(count, len(dataset))):
         shown = marked(*dataset.cache[row], tokenizer, colour)
-        lines.append(f"--- sample {row}: {dataset.lengths[row]} tokens, {dataset.supervised[row]} supervised\n{shown}")
+        lines.append(
+            f"--- sample {row}: {dataset.lengths[row]} tokens, {dataset.supervised[row]}"
+            f" supervised\n{shown}"
+        )
     return "\n".join([*lines, "--- " + describe(dataset)])
 
 
@@ -302,4 +351,6 @@ def describe(dataset: CachedDataset) -> str:
         f"({stats['supervised'] / max(1, stats['tokens']):.1%}), {stats['dropped']:,} dropped, "
         f"{stats['truncated']:,} truncated"
     )
-    return text + (f", {stats['bad']:,} bad rows skipped (first: {stats['first_bad']})" if stats["bad"] else "")
+    return text + (
+        f", {stats['bad']:,} bad rows skipped (first: {stats['first_bad']})" if stats["bad"] else ""
+    )

@@ -1,8 +1,10 @@
-"""Write the demo data: dataset/demo/*.jsonl, byte for byte the same on every run (standard library only).
+"""Write the demo data: dataset/demo/*.jsonl, byte for byte the same on every run (standard library
+only).
 
-Reads dataset/demo/words.json (words, facts, templates) and dataset/demo/newcomer.jsonl (prompts written by hand, none
-of which may occur in training). What is held out is decided by a hash of what a prompt is about (operands, sequence,
-name, phrasing x word, ...), never by position, so no order of generation can leak it.
+Reads dataset/demo/words.json (words, facts, templates) and dataset/demo/newcomer.jsonl (prompts
+written by hand, none of which may occur in training). What is held out is decided by a hash of what
+a prompt is about (operands, sequence, name, phrasing x word, ...), never by position, so no order
+of generation can leak it.
 
     python dataset/make_demo.py                         # rewrites dataset/demo/
     python dataset/make_demo.py --out_dir DIR --scale 8 # eight times the rows to pretrain and fine-tune on
@@ -98,8 +100,12 @@ def user_turns(row: dict) -> list[str]:
 
 
 def length(texts: list[str]) -> float:
-    """About how many tokens a talk makes: letters are a third of one, digits one, Chinese characters up to three."""
-    marks = sum(0.4 if c == " " or c.isascii() and c.isalpha() else 1 if c.isascii() else 1.7 for c in "".join(texts))
+    """About how many tokens a talk makes: letters are a third of one, digits one, Chinese
+    characters up to three."""
+    marks = sum(
+        0.4 if c == " " or c.isascii() and c.isalpha() else 1 if c.isascii() else 1.7
+        for c in "".join(texts)
+    )
     return marks + 8 * len(texts)
 
 
@@ -123,13 +129,17 @@ def sample_row(rng: random.Random, task: str, lang: str, held_out: bool, tasks: 
 
 
 def prompt_key(row: dict) -> str:
-    """The whole prompt, system turn left out: what must not be shared between training and held-out files."""
+    """The whole prompt, system turn left out: what must not be shared between training and held-out
+    files."""
     talk = row.get("conversations") or row["chosen"]
     return normalise("\n".join(turn["content"] for turn in talk[:-1] if turn["role"] != "system"))
 
 
-def sample_rows(seed: str, tasks: dict[str, int], held_out: bool, kept_apart=lambda row: True) -> list[dict]:
-    """Distinct rows, half English and half Chinese per task, shuffled; all of them as `kept_apart` wants them."""
+def sample_rows(
+    seed: str, tasks: dict[str, int], held_out: bool, kept_apart=lambda row: True
+) -> list[dict]:
+    """Distinct rows, half English and half Chinese per task, shuffled; all of them as `kept_apart`
+    wants them."""
     rng, rows, seen = random.Random(seed), [], set()
     others = [task for task in tasks if task not in ONE_TOPIC]
     for task, count in tasks.items():
@@ -168,17 +178,23 @@ def read_newcomer() -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
-
 def kept_apart_from(held_rows: list[dict], newcomer: list[dict]):
-    """A test for training rows: False where one contains a held-out prompt, or a phrase that a newcomer typed."""
+    """A test for training rows: False where one contains a held-out prompt, or a phrase that a
+    newcomer typed."""
     forbidden = {prompt_key(row) for row in held_rows}
-    forbidden |= {normalise(user_turns(row)[-1]) for row in held_rows if row.get("task") != "multi_turn"}
-    newcomer_phrases = {phrase for row in newcomer for text in user_turns(row) for phrase in phrases(text)}
+    forbidden |= {
+        normalise(user_turns(row)[-1]) for row in held_rows if row.get("task") != "multi_turn"
+    }
+    newcomer_phrases = {
+        phrase for row in newcomer for text in user_turns(row) for phrase in phrases(text)
+    }
 
     def kept_apart(row: dict) -> bool:
         texts = user_turns(row)
         keys = {prompt_key(row), *map(normalise, texts)}
-        return keys.isdisjoint(forbidden) and all(newcomer_phrases.isdisjoint(phrases(text)) for text in texts)
+        return keys.isdisjoint(forbidden) and all(
+            newcomer_phrases.isdisjoint(phrases(text)) for text in texts
+        )
 
     return kept_apart
 
@@ -187,7 +203,8 @@ def kept_apart_from(held_rows: list[dict], newcomer: list[dict]):
 
 
 def persona_rows(seed: str, count: int, held_out: bool, kept_apart=lambda row: True) -> list[dict]:
-    """Rows about the persona, every question of identity equally often, half English and half Chinese."""
+    """Rows about the persona, every question of identity equally often, half English and half
+    Chinese."""
     rng, rows, seen = random.Random(seed), [], set()
     pairs = list(product(LANGS, zip(families("identity"), WORDS["persona"]["say"], strict=True)))
     while len(rows) < count:
@@ -205,7 +222,8 @@ def persona_rows(seed: str, count: int, held_out: bool, kept_apart=lambda row: T
 
 
 def with_others(rows: list[dict], others: list[dict], share: float) -> list[dict]:
-    """Rows about the persona among a share of OTHER_ROWS of every other task, so that those are not forgotten."""
+    """Rows about the persona among a share of OTHER_ROWS of every other task, so that those are not
+    forgotten."""
     rng, mixed = random.Random("with others"), [*rows]
     for task, count in OTHER_ROWS.items():
         mixed += rng.sample([row for row in others if row["task"] == task], round(share * count))
@@ -220,19 +238,25 @@ PREFERENCE_TASKS = ("identity", "greetings", "small_facts", "dictionary", "refus
 
 
 def wrong_reply(rng: random.Random, task: str, lang: str, good: str, item: dict) -> str:
-    kind = rng.choice(("rude", "idle", "wrong", "wrong", "harm" if task == "refusal" else "language"))
+    kind = rng.choice(
+        ("rude", "idle", "wrong", "wrong", "harm" if task == "refusal" else "language")
+    )
     if kind in ("rude", "idle"):
         return rng.choice(WORDS["bad"][lang][kind])
     if kind == "harm" or task == "refusal":
         return WORDS["bad"][lang]["harm"].format(**reply_fields(item))
-    while True:  # the reply to another prompt (a guess, where the honest one is right), or one in the other language
+    # The reply to another prompt (a guess, where the honest one is right), or one in the other
+    # language
+    while True:
         other = {"en": "zh", "zh": "en"}[lang] if kind == "language" else lang
         other_task = "small_facts" if task == "unknown" else task
         if (reply := sample_family(rng, other_task, other, False)[1]) != good:
             return reply
 
 
-def preference_rows(seed: str, count: int, held_out: bool, kept_apart=lambda row: True) -> list[dict]:
+def preference_rows(
+    seed: str, count: int, held_out: bool, kept_apart=lambda row: True
+) -> list[dict]:
     rng, rows, seen = random.Random(seed), [], set()
     while len(rows) < count:
         task, lang, item = rng.choice(PREFERENCE_TASKS), rng.choice(LANGS), {}
@@ -253,7 +277,9 @@ def preference_rows(seed: str, count: int, held_out: bool, kept_apart=lambda row
 
 def pretrain_texts(seed: str, scale: int) -> list[str]:
     rng, texts = random.Random(seed), []
-    for index, family in enumerate(WORDS["families"]):  # facts, dictionary entries, what MiniMind is
+    for index, family in enumerate(
+        WORDS["families"]
+    ):  # facts, dictionary entries, what MiniMind is
         for item in family_items(index):
             lines = [upper_first(text.format(**reply_fields(item))) for text in family["text"]]
             for _ in range(2 + scale // 2):
@@ -280,7 +306,8 @@ def tables() -> list[str]:
 
 
 def drill(rng: random.Random, kind: str, lang: str) -> str:
-    """A document with a pattern a few times over, without the talk around it: what most tasks rest on."""
+    """A document with a pattern a few times over, without the talk around it: what most tasks rest
+    on."""
     if kind == "story":
         return story(rng, lang)
     if kind == "copy":
@@ -290,7 +317,9 @@ def drill(rng: random.Random, kind: str, lang: str) -> str:
         return rng.choice((". ", "\n", "，", " ")).join([line, line])
     if kind in ("arithmetic", "multiplication"):  # the working says what is asked
         return "\n".join(sample_exchange(rng, kind, lang, False)[1] for _ in range(4))
-    return "\n".join(f"{items} {reply}" for items, reply in (sample_list(rng, kind, lang) for _ in range(5)))
+    return "\n".join(
+        f"{items} {reply}" for items, reply in (sample_list(rng, kind, lang) for _ in range(5))
+    )
 
 
 def a_piece(rng: random.Random, lang: str) -> str:
@@ -315,7 +344,9 @@ def story(rng: random.Random, lang: str) -> str:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+    text = "".join(
+        json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows
+    )
     path.write_bytes(text.encode("utf-8"))
 
 
@@ -325,7 +356,9 @@ def as_question(row: dict) -> dict:
     return {"task": row["task"], "conversations": prompt, "answer": reply["content"]}
 
 
-def make_demo(out_dir: Path, scale=1, rl_prompts=80, pairs=480, persona=PERSONA_ROWS, others=0.1) -> None:
+def make_demo(
+    out_dir: Path, scale=1, rl_prompts=80, pairs=480, persona=PERSONA_ROWS, others=0.1
+) -> None:
     """Write all demo files into out_dir; the numbers are those of the flags below."""
     out_dir.mkdir(parents=True, exist_ok=True)
     tasks = {task: HELD_OUT_PER_TASK for task in SFT_ROWS if task != "direct"}
@@ -341,9 +374,13 @@ def make_demo(out_dir: Path, scale=1, rl_prompts=80, pairs=480, persona=PERSONA_
         "pretrain": [{"text": text} for text in pretrain_texts("pretrain", scale)],
         "sft": sample_rows("sft", sft_rows, False, apart),
         "preferences": preference_rows("preferences", pairs, False, apart),
-        "rl_prompts": [as_question(row) for row in sample_rows("rl", {"ties": rl_prompts}, False, apart)],
+        "rl_prompts": [
+            as_question(row) for row in sample_rows("rl", {"ties": rl_prompts}, False, apart)
+        ],
     }
-    files["persona"] = with_others(persona_rows("persona", persona, False, apart), files["sft"], others)
+    files["persona"] = with_others(
+        persona_rows("persona", persona, False, apart), files["sft"], others
+    )
     for name, rows in held.items():
         files[name] = rows if name == "preferences_held_out" else [as_question(row) for row in rows]
     for name, rows in files.items():
@@ -352,10 +389,21 @@ def make_demo(out_dir: Path, scale=1, rl_prompts=80, pairs=480, persona=PERSONA_
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out_dir", type=Path, default=DEMO, help="folder the JSONL files are written to")
-    parser.add_argument("--scale", type=int, default=1, help="so many times the rows of SFT and drills of pretraining")
-    parser.add_argument("--rl_prompts", type=int, default=80, help="prompts for reinforcement learning")
+    parser.add_argument(
+        "--out_dir", type=Path, default=DEMO, help="folder the JSONL files are written to"
+    )
+    parser.add_argument(
+        "--scale",
+        type=int,
+        default=1,
+        help="so many times the rows of SFT and drills of pretraining",
+    )
+    parser.add_argument(
+        "--rl_prompts", type=int, default=80, help="prompts for reinforcement learning"
+    )
     parser.add_argument("--pairs", type=int, default=480, help="preference pairs to train on")
     parser.add_argument("--persona", type=int, default=PERSONA_ROWS, help="rows about the persona")
-    parser.add_argument("--others", type=float, default=0.1, help="share of OTHER_ROWS that go beside those")
+    parser.add_argument(
+        "--others", type=float, default=0.1, help="share of OTHER_ROWS that go beside those"
+    )
     make_demo(**vars(parser.parse_args()))

@@ -1,8 +1,9 @@
 """The plan of an epoch: which rows every optimizer step, rank and micro-batch trains on.
 
-The plan is a function of data, seed, epoch, max_seq_len, packing and curriculum alone. Optimizer step s takes rows
-[s G, (s + 1) G) of it, G being the global batch; how many ranks and micro-batches share that window changes nothing
-else. A row is a document, or with packing a pack of documents that together have at most max_seq_len tokens.
+The plan is a function of data, seed, epoch, max_seq_len, packing and curriculum alone. Optimizer
+step s takes rows [s G, (s + 1) G) of it, G being the global batch; how many ranks and micro-batches
+share that window changes nothing else. A row is a document, or with packing a pack of documents
+that together have at most max_seq_len tokens.
 """
 
 import functools
@@ -18,7 +19,8 @@ from dataset import readers
 
 @dataclass
 class Plan:
-    """One epoch, flat: row i of the epoch consists of the documents order[starts[i]:starts[i + 1]]."""
+    """One epoch, flat: row i of the epoch consists of the documents order[starts[i]:starts[i +
+    1]]."""
 
     order: np.ndarray  # (docs,) int64, document ids in the order of the epoch
     starts: np.ndarray  # (rows + 1,) int64
@@ -34,7 +36,9 @@ class Plan:
     @property
     def steps(self) -> int:
         """Optimizer steps of the epoch; the last window may be shorter, unless it is dropped."""
-        return self.rows // self.global_batch if self.drop_last else -(-self.rows // self.global_batch)
+        return (
+            self.rows // self.global_batch if self.drop_last else -(-self.rows // self.global_batch)
+        )
 
     def window(self, step: int) -> range:
         """The rows of an optimizer step."""
@@ -44,18 +48,24 @@ class Plan:
         """(tokens, supervised tokens) of the whole window, over all ranks and micro-batches."""
         window = self.window(step)
         first, last = self.starts[window.start], self.starts[window.stop]
-        return int(self.tokens[last] - self.tokens[first]), int(self.supervised[last] - self.supervised[first])
+        return int(self.tokens[last] - self.tokens[first]), int(
+            self.supervised[last] - self.supervised[first]
+        )
 
     def size(self, step: int) -> int:
         """Documents of an optimizer step, over all ranks and micro-batches."""
         window = self.window(step)
         return int(self.starts[window.stop] - self.starts[window.start])
 
-    def micro_batches(self, step: int, rank: int, world_size: int, batch_size: int) -> list[list[int]]:
-        """The document ids of each micro-batch of a rank: the same number of micro-batches on every rank.
+    def micro_batches(
+        self, step: int, rank: int, world_size: int, batch_size: int
+    ) -> list[list[int]]:
+        """The document ids of each micro-batch of a rank: the same number of micro-batches on every
+        rank.
 
-        Some may be without a document: their forward and backward passes keep the ranks in step, so that a strategy
-        which exchanges weights in them never waits for a rank that has nothing to do.
+        Some may be without a document: their forward and backward passes keep the ranks in step, so
+        that a strategy which exchanges weights in them never waits for a rank that has nothing to
+        do.
         """
         rows = self.window(step)
         mine = self.deal(rows, world_size)[rank]
@@ -64,14 +74,19 @@ class Plan:
         return [[doc for row in rows for doc in self.documents(row)] for rows in batches]
 
     def deal(self, rows: range, world_size: int) -> list[list[int]]:
-        """Rows for each rank, so that all have about the same number of tokens: they wait for each other in every step.
+        """Rows for each rank, so that all have about the same number of tokens: they wait for each
+        other in every step.
 
-        The longest row first, each goes to the rank with the fewest tokens so far; none gets more rows than its share.
-        Source: Graham, Bounds on multiprocessing timing anomalies (1969): longest processing time first.
+        The longest row first, each goes to the rank with the fewest tokens so far; none gets more
+        rows than its share.
+        Source: Graham, Bounds on multiprocessing timing anomalies (1969): longest processing time
+        first.
         """
         sizes = np.diff(self.tokens[self.starts[rows.start : rows.stop + 1]]).tolist()
         hands = [[] for _ in range(world_size)]
-        takers = [(0, rank) for rank in range(min(len(rows), world_size))]  # a heap: tokens so far, rank
+        takers = [
+            (0, rank) for rank in range(min(len(rows), world_size))
+        ]  # a heap: tokens so far, rank
         for size, row in sorted(zip(sizes, rows, strict=True), key=lambda pair: -pair[0]):
             tokens, rank = heapq.heappop(takers)
             hands[rank].append(row)
@@ -91,8 +106,13 @@ def split_rows(rows: int, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.
     """
     held_out = round(rows * eval_ratio)
     if eval_ratio > 0 and not 0 < held_out < rows:
-        raise ValueError(f"--eval_ratio {eval_ratio} of {rows} rows holds out {held_out}, trains on {rows - held_out}")
-    shuffled = np.random.default_rng([seed, 2**31]).permutation(rows)  # a stream of its own, apart from the epochs'
+        raise ValueError(
+            f"--eval_ratio {eval_ratio} of {rows} rows holds out {held_out}, trains on"
+            f" {rows - held_out}"
+        )
+    shuffled = np.random.default_rng([seed, 2**31]).permutation(
+        rows
+    )  # a stream of its own, apart from the epochs'
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
 
 
@@ -106,16 +126,19 @@ def plan_epoch(
     drop_last: int,
     epoch: int,
 ) -> Plan:
-    """Shuffle the documents, put them in the order of their difficulty if they have one, and pack them.
+    """Shuffle the documents, put them in the order of their difficulty if they have one, and pack
+    them.
 
-    With a curriculum every epoch goes from easy to hard, and equally hard documents stay shuffled. A window that
-    drop_last leaves out then has the hardest ones.
+    With a curriculum every epoch goes from easy to hard, and equally hard documents stay shuffled.
+    A window that drop_last leaves out then has the hardest ones.
 
-    Packs are filled in that order and closed when the next document does not fit. Rows are never padded, so the room
-    left in a pack costs nothing, and no search for a better fit could save anything.
+    Packs are filled in that order and closed when the next document does not fit. Rows are never
+    padded, so the room left in a pack costs nothing, and no search for a better fit could save
+    anything.
 
     Args:
-        dataset: has `lengths` and `supervised`, (all documents,) int64 token counts, and may have `difficulty`,
+        dataset: has `lengths` and `supervised`, (all documents,) int64 token counts, and may have
+        `difficulty`,
             (all documents,) numbers.
         documents: ids of the documents to train on.
 
@@ -136,10 +159,16 @@ def plan_epoch(
         starts = np.array([*starts, len(order)], np.int64)
     else:
         starts = np.arange(len(order) + 1)
-    sums = [np.concatenate([[0], np.cumsum(counts[order])]) for counts in (dataset.lengths, dataset.supervised)]
+    sums = [
+        np.concatenate([[0], np.cumsum(counts[order])])
+        for counts in (dataset.lengths, dataset.supervised)
+    ]
     plan = Plan(order, starts, *sums, global_batch, bool(drop_last))
     if not plan.steps:
-        raise ValueError(f"--drop_last 1: {plan.rows} rows an epoch are fewer than the global batch of {global_batch}")
+        raise ValueError(
+            f"--drop_last 1: {plan.rows} rows an epoch are fewer than the global batch of"
+            f" {global_batch}"
+        )
     return plan
 
 
@@ -153,13 +182,16 @@ def batches(
     num_workers: int,
     split: dict | None = None,
 ) -> Iterator:
-    """The micro-batches of a rank over some optimizer steps, one after the other, as `dataset.collate` makes them.
+    """The micro-batches of a rank over some optimizer steps, one after the other, as
+    `dataset.collate` makes them.
 
     Args:
         steps: windows of the plan.
         num_workers: processes that read ahead; 0 reads in this one.
         split: for `dataset.collate`, where processes share a row: part, parts and multiple.
     """
-    sampler = (docs for step in steps for docs in plan.micro_batches(step, rank, world_size, batch_size))
+    sampler = (
+        docs for step in steps for docs in plan.micro_batches(step, rank, world_size, batch_size)
+    )
     collate = functools.partial(dataset.collate, **(split or {}))
     return readers.read(dataset, sampler, collate, num_workers)

@@ -2,9 +2,11 @@
 
     {"chosen": [turns], "rejected": [turns]}                  MiniMind: both are whole conversations
     {"prompt": ..., "chosen": ..., "rejected": ...}           each a text, a turn or a list of turns
-    {"conversations": [turns], "chosen": ..., "rejected": ...}  the same under ShareGPT's name for the prompt
+    {"conversations": [turns], "chosen": ..., "rejected": ...}  the same under ShareGPT's name for
+    the prompt
 
-Turns have role and content, or from and value; roles and fields are those of chat rows, see `chat_rows.py`.
+Turns have role and content, or from and value; roles and fields are those of chat rows, see
+`chat_rows.py`.
 """
 
 import functools
@@ -26,18 +28,21 @@ Sample = tuple[Tensor, Tensor, Tensor]  # X, Y, loss_mask
 
 
 class PreferenceDataset(CachedDataset):
-    """A row is a pair; the loss mask covers the last assistant turn, the answer, with its <|im_end|>.
+    """A row is a pair; the loss mask covers the last assistant turn, the answer, with its
+    <|im_end|>.
 
-    In the token cache a pair has two rows, chosen and rejected. `lengths` and `supervised` count the pair together, so
-    that a pair is what an epoch shuffles and packs: its two sides always go through one forward pass. A pair with more
-    than max_length tokens in all has a row of its own; only each side has to fit.
+    In the token cache a pair has two rows, chosen and rejected. `lengths` and `supervised` count
+    the pair together, so that a pair is what an epoch shuffles and packs: its two sides always go
+    through one forward pass. A pair with more than max_length tokens in all has a row of its own;
+    only each side has to fit.
 
-    An answer that is longer than the room for it is cut, and counted as truncated. A pair is dropped and counted where
-    its prompt leaves no room for an answer, where its answers then are the same (what told them apart lies beyond
-    max_length), and where it says not to learn from it.
+    An answer that is longer than the room for it is cut, and counted as truncated. A pair is
+    dropped and counted where its prompt leaves no room for an answer, where its answers then are
+    the same (what told them apart lies beyond max_length), and where it says not to learn from it.
 
     Args:
-        data_path, tokenizer, max_length, cache_dir, skip_bad, curriculum: see `lm_dataset.PretrainDataset`.
+        data_path, tokenizer, max_length, cache_dir, skip_bad, curriculum: see
+        `lm_dataset.PretrainDataset`.
 
     Raises:
         ValueError: `file:line: reason` of a bad row; a missing or empty file; no usable row.
@@ -59,12 +64,18 @@ class PreferenceDataset(CachedDataset):
             chats = [chat for pair in pairs if not isinstance(pair, ValueError) for chat in pair]
             encoded = iter(encode_chats(chats, coder(), loss_on="last"))
             return [
-                pair if isinstance(pair, ValueError) else cut([next(encoded), next(encoded)], max_length)
+                (
+                    pair
+                    if isinstance(pair, ValueError)
+                    else cut([next(encoded), next(encoded)], max_length)
+                )
                 for pair in pairs
             ]
 
         options = {"max_length": max_length}
-        super().__init__(data_path, tokenizer, options, encode, True, cache_dir, skip_bad, curriculum)
+        super().__init__(
+            data_path, tokenizer, options, encode, True, cache_dir, skip_bad, curriculum
+        )
         if self.difficulty is not None:
             self.difficulty = self.difficulty.reshape(-1, 2).mean(axis=1)
         self.lengths = self.lengths.reshape(-1, 2).sum(axis=1)
@@ -76,7 +87,9 @@ class PreferenceDataset(CachedDataset):
         return super().__getitem__(2 * row), super().__getitem__(2 * row + 1)
 
     @staticmethod
-    def collate(samples: list[tuple[Sample, Sample]], **split) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    def collate(
+        samples: list[tuple[Sample, Sample]], **split
+    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Lay the pairs one behind the other: doc_lens is [chosen 1, rejected 1, chosen 2, ...].
 
         Args:
@@ -113,7 +126,8 @@ def open_pairs(flags: dict, tokenizer):
     """The pairs of a run: (pairs, rows of them to train on, held-out pairs, rows of those).
 
     Args:
-        flags: of the stage: data_path, max_seq_len, cache_dir, skip_bad, curriculum, seed; held out is the file
+        flags: of the stage: data_path, max_seq_len, cache_dir, skip_bad, curriculum, seed; held out
+        is the file
             eval_data, or the share eval_ratio of the pairs.
 
     Raises:
@@ -121,7 +135,9 @@ def open_pairs(flags: dict, tokenizer):
     """
     eval_data, eval_ratio = flags["eval_data"], flags["eval_ratio"]
     if eval_data and eval_ratio:
-        raise ValueError(f"--eval_data {eval_data} and --eval_ratio {eval_ratio}: use one of the two")
+        raise ValueError(
+            f"--eval_data {eval_data} and --eval_ratio {eval_ratio}: use one of the two"
+        )
     options = (tokenizer, *(flags[name] for name in ("max_seq_len", "cache_dir", "skip_bad")))
     pairs = PreferenceDataset(flags["data_path"], *options, flags["curriculum"])
     train_rows, held_out = split_rows(len(pairs), eval_ratio, flags["seed"])
@@ -132,7 +148,8 @@ def open_pairs(flags: dict, tokenizer):
 
 
 def checked(function, *args):
-    """What function(*args) returns, or the ValueError that it raises: encoders return the faults of their rows."""
+    """What function(*args) returns, or the ValueError that it raises: encoders return the faults of
+    their rows."""
     try:
         return function(*args)
     except (ValueError, RecursionError) as error:
@@ -153,7 +170,9 @@ def normalise_pair(row: object) -> list[tuple[list[dict], list[dict] | None]]:
     for side in SIDES:
         if side not in row:
             found = ", ".join(map(repr, list(row)[:10])) or "none"
-            raise ValueError(f"a preference pair needs {side!r}; keys found: {found}; accepted: {SHAPES}")
+            raise ValueError(
+                f"a preference pair needs {side!r}; keys found: {found}; accepted: {SHAPES}"
+            )
     refuse(row, {"margin": "pairs are learned without one, take the field out"})
     prompt = turns_of(row.get("prompt") or row.get("conversations") or [], "user", "prompt")
     chats = []
@@ -168,7 +187,10 @@ def normalise_pair(row: object) -> list[tuple[list[dict], list[dict] | None]]:
         messages, tools = add_row_fields(answer, row)
         last = messages[-1]
         if last["role"] != "assistant":
-            raise ValueError(f"{side}: the last turn must be the assistant's answer, it is of role {last['role']}")
+            raise ValueError(
+                f"{side}: the last turn must be the assistant's answer, it is of role"
+                f" {last['role']}"
+            )
         if not (last["content"].strip() or last.get("reasoning_content") or last.get("tool_calls")):
             raise ValueError(f"{side}: the answer is empty")
         chats.append((messages, tools))
@@ -176,7 +198,9 @@ def normalise_pair(row: object) -> list[tuple[list[dict], list[dict] | None]]:
     if chosen[-1] == rejected[-1] and chosen[:-1] == rejected[:-1]:
         raise ValueError("chosen and rejected are the same answer: there is nothing to prefer")
     if chosen[:-1] != rejected[:-1]:
-        raise ValueError("chosen and rejected answer different prompts: they may differ in their last turn only")
+        raise ValueError(
+            "chosen and rejected answer different prompts: they may differ in their last turn only"
+        )
     if len(chosen) == 1:
         raise ValueError(f"there is no prompt before the answers; accepted: {SHAPES}")
     return chats
@@ -188,13 +212,16 @@ def turns_of(part: object, role: str, name: str) -> list[dict]:
     sharegpt = is_sharegpt(turns)
     by, text = ("from", "value") if sharegpt else ("role", "content")
     try:
-        return normalise_turns([{by: role, text: turn} if isinstance(turn, str) else turn for turn in turns], sharegpt)
+        return normalise_turns(
+            [{by: role, text: turn} if isinstance(turn, str) else turn for turn in turns], sharegpt
+        )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
 def with_prompt(whole: list[dict], prompt: list[dict], side: str) -> list[dict]:
-    """A side that is the whole conversation and repeats the prompt, but perhaps for its system turn.
+    """A side that is the whole conversation and repeats the prompt, but perhaps for its system
+    turn.
 
     Raises:
         ValueError: it does not repeat it.
@@ -205,20 +232,25 @@ def with_prompt(whole: list[dict], prompt: list[dict], side: str) -> list[dict]:
     if prompt[0]["role"] == "system" and whole[: size - 1] == prompt[1:]:
         return [prompt[0], *whole]
     raise ValueError(
-        f"{side}: it begins with a {whole[0]['role']} turn, so it is the whole conversation, but it does not repeat "
-        "the prompt: take the prompt out of the row, or all but the answer out of this field"
+        f"{side}: it begins with a {whole[0]['role']} turn, so it is the whole conversation, but it"
+        " does not repeat the prompt: take the prompt out of the row, or all but the answer out of"
+        " this field"
     )
 
 
-def cut(sides: list[tuple[list[int], list[int]]], max_length: int) -> tuple[list[tuple[list[int], list[int]]], bool]:
-    """The (ids, mask) of both sides within max_length + 1 tokens, [] for nothing to learn from; whether it cut."""
+def cut(
+    sides: list[tuple[list[int], list[int]]], max_length: int
+) -> tuple[list[tuple[list[int], list[int]]], bool]:
+    """The (ids, mask) of both sides within max_length + 1 tokens, [] for nothing to learn from;
+    whether it cut."""
     shorter = [(ids[: max_length + 1], mask[: max_length + 1]) for ids, mask in sides]
     learned = all(1 in mask for _, mask in shorter) and shorter[0] != shorter[1]
     return (shorter if learned else []), any(len(ids) > max_length + 1 for ids, _ in sides)
 
 
 def preview_pairs(dataset: PreferenceDataset, tokenizer, count: int, colour: bool = False) -> str:
-    """Pairs as the model sees them, what carries loss between [[ and ]] (or in green), and the counts of the file.
+    """Pairs as the model sees them, what carries loss between [[ and ]] (or in green), and the
+    counts of the file.
 
     With a count of 0 that is the counts alone, in a line.
     """
@@ -227,5 +259,7 @@ def preview_pairs(dataset: PreferenceDataset, tokenizer, count: int, colour: boo
         for n, side in enumerate(SIDES):
             ids, mask = dataset.cache[2 * row + n]
             counts = f"{len(ids) - 1} tokens, {mask[1:].sum()} supervised"
-            lines.append(f"--- pair {row}, {side}: {counts}\n{marked(ids, mask, tokenizer, colour)}")
+            lines.append(
+                f"--- pair {row}, {side}: {counts}\n{marked(ids, mask, tokenizer, colour)}"
+            )
     return "\n".join([*lines, "--- " + describe(dataset)])

@@ -1,4 +1,5 @@
-"""Prompts for reinforcement learning: rows of the four chat formats that end where the assistant is to speak."""
+"""Prompts for reinforcement learning: rows of the four chat formats that end where the assistant is
+to speak."""
 
 import hashlib
 import json
@@ -7,7 +8,14 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from dataset.chat_format import chat_coder, detect_format, encode_prompt, final_answer, normalise_row, turn_text
+from dataset.chat_format import (
+    chat_coder,
+    detect_format,
+    encode_prompt,
+    final_answer,
+    normalise_row,
+    turn_text,
+)
 from dataset.read_rows import read_rows
 
 # Fields of a row that are the prompt.
@@ -15,32 +23,35 @@ TALK = ("conversations", "messages", "instruction", "input", "output", "history"
 
 
 class PromptDataset(Dataset):
-    """Prompts, and beside each the whole row it came from, whose other fields ("answer", ...) the rewards are about.
+    """Prompts, and beside each the whole row it came from, whose other fields ("answer", ...) the
+    rewards are about.
 
-    A row that ends with an assistant turn is the prompt before that turn; the turn, without its thinking, is its
-    "answer", if the row has no field of that name. Prompts are few and short: they are tokenised at every start and
-    kept in memory.
+    A row that ends with an assistant turn is the prompt before that turn; the turn, without its
+    thinking, is its "answer", if the row has no field of that name. Prompts are few and short: they
+    are tokenised at every start and kept in memory.
 
     Args:
         data_path: MiniMind, ShareGPT, Alpaca or OpenAI conversations, JSONL or one JSON array.
         tokenizer: a fast tokenizer.
         max_length: longest prompt with its completion, in tokens.
-        max_new_tokens: longest completion; a prompt that leaves no room for it is dropped and counted.
-        skip_bad: leave bad rows out and count them.
+        max_new_tokens: longest completion; a prompt that leaves no room for it is dropped and
+        counted. skip_bad: leave bad rows out and count them.
 
     Attributes:
         rows: the parsed rows; each has "answer" where one is known.
         places: `file:line` of each row.
         key: hash of data, tokenizer and options, the identity of the data in checkpoints.
-        lengths: (rows,) int64, tokens of a prompt with the longest completion, for `packing.plan_epoch`.
-        supervised: (rows,) int64, tokens of the longest completion.
+        lengths: (rows,) int64, tokens of a prompt with the longest completion, for
+        `packing.plan_epoch`. supervised: (rows,) int64, tokens of the longest completion.
         stats: counts of the file: rows, tokens (of the prompts), dropped, bad, first_bad.
 
     Raises:
         ValueError: `file:line: reason` of a bad row; a missing or empty file; no usable row.
     """
 
-    def __init__(self, data_path, tokenizer, max_length: int, max_new_tokens: int, skip_bad: bool = False):
+    def __init__(
+        self, data_path, tokenizer, max_length: int, max_new_tokens: int, skip_bad: bool = False
+    ):
         path, coder, fmt = Path(data_path), chat_coder(tokenizer), None
         if not path.is_file():
             raise ValueError(f"{path}: no such data file")
@@ -75,7 +86,15 @@ class PromptDataset(Dataset):
         self.supervised = np.full(len(tokens), max_new_tokens, np.int64)
         self.stats = {"rows": len(tokens), "tokens": int(tokens.sum()), "dropped": dropped}
         self.stats |= {"bad": len(bad), "first_bad": (bad or [""])[0]}
-        told = json.dumps([self.prompts, self.rows, tokenizer.backend_tokenizer.to_str(), max_length, max_new_tokens])
+        told = json.dumps(
+            [
+                self.prompts,
+                self.rows,
+                tokenizer.backend_tokenizer.to_str(),
+                max_length,
+                max_new_tokens,
+            ]
+        )
         self.key = hashlib.sha256(told.encode()).hexdigest()[:32]
 
     def __len__(self) -> int:
@@ -93,7 +112,11 @@ def split_prompt(row: object, fmt: str) -> tuple[list[dict], list[dict] | None, 
         ValueError: a fault of the row, without file and line.
     """
     if isinstance(row, dict):
-        row = {name: value for name, value in row.items() if value is not None or name not in (*TALK, "answer")}
+        row = {
+            name: value
+            for name, value in row.items()
+            if value is not None or name not in (*TALK, "answer")
+        }
         if fmt == "alpaca" and "instruction" in row:
             row = {"output": ""} | row  # a prompt needs none
     messages, tools = normalise_row(row, fmt, need_assistant=False)
@@ -103,7 +126,9 @@ def split_prompt(row: object, fmt: str) -> tuple[list[dict], list[dict] | None, 
     if not any(message["role"] == "user" for message in messages):
         raise ValueError("no user turn, so there is nothing to answer")
     if messages[-1]["role"] not in ("user", "tool"):
-        raise ValueError(f"the prompt must end with the user's turn, it ends with the {messages[-1]['role']}'s")
+        raise ValueError(
+            f"the prompt must end with the user's turn, it ends with the {messages[-1]['role']}'s"
+        )
     if not isinstance(row.get("answer", ""), str):
         raise ValueError("'answer' must be a string")
     return messages, tools, row
@@ -113,15 +138,23 @@ def describe_prompts(dataset: PromptDataset) -> str:
     """One line of counts: prompts, their tokens, dropped and bad rows."""
     stats = dataset.stats
     mean = stats["tokens"] / stats["rows"]
-    text = f"{stats['rows']:,} prompts of {mean:.1f} tokens on average, {stats['dropped']:,} dropped"
-    return text + (f", {stats['bad']:,} bad rows skipped (first: {stats['first_bad']})" if stats["bad"] else "")
+    text = (
+        f"{stats['rows']:,} prompts of {mean:.1f} tokens on average, {stats['dropped']:,} dropped"
+    )
+    return text + (
+        f", {stats['bad']:,} bad rows skipped (first: {stats['first_bad']})" if stats["bad"] else ""
+    )
 
 
 def preview_prompts(dataset: PromptDataset, tokenizer, count: int) -> str:
-    """Prompts as the model sees them, the other fields of their rows, and the counts of the file."""
+    """Prompts as the model sees them, the other fields of their rows, and the counts of the
+    file."""
     lines = []
     for number in range(min(count, len(dataset))):
         fields = {key: value for key, value in dataset.rows[number].items() if key not in TALK}
-        lines.append(f"--- prompt {number}: {len(dataset[number])} tokens, {json.dumps(fields, ensure_ascii=False)}")
+        lines.append(
+            f"--- prompt {number}: {len(dataset[number])} tokens,"
+            f" {json.dumps(fields, ensure_ascii=False)}"
+        )
         lines.append(tokenizer.decode(dataset[number]))
     return "\n".join([*lines, "--- " + describe_prompts(dataset)])

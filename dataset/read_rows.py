@@ -1,4 +1,5 @@
-"""Rows of a data file, one at a time: JSON lines, one JSON array, or plain text with a document a line."""
+"""Rows of a data file, one at a time: JSON lines, one JSON array, or plain text with a document a
+line."""
 
 import json
 from collections.abc import Iterator
@@ -7,17 +8,23 @@ from typing import BinaryIO
 
 from dataset.file_kinds import check_kind, not_utf8
 
-MAX_ROW_BYTES = 8 << 20  # a longer row is a mistake in the data; encoding it would cost gigabytes of memory
+MAX_ROW_BYTES = (
+    8 << 20
+)  # a longer row is a mistake in the data; encoding it would cost gigabytes of memory
 BLOCK = 1 << 20  # bytes read at a time from a JSON array
 
-Row = tuple[int, object, str]  # line number, the parsed row, what is wrong with it ("" when nothing is)
+Row = tuple[
+    int, object, str
+]  # line number, the parsed row, what is wrong with it ("" when nothing is)
 
 
 def read_rows(path: Path) -> Iterator[tuple[Row, int]]:
-    """Yield ((line, row, fault), bytes read so far). A row is parsed JSON, or a str for `.txt`. BOM and CRLF are fine.
+    """Yield ((line, row, fault), bytes read so far). A row is parsed JSON, or a str for `.txt`. BOM
+    and CRLF are fine.
 
     Raises:
-        ValueError: the file is of another kind (`file: what it is, how to convert it`); a JSON array that cannot be
+        ValueError: the file is of another kind (`file: what it is, how to convert it`); a JSON
+        array that cannot be
             read on (`file:line: reason`).
     """
     check_kind(path, "lines" if path.suffix == ".txt" else "rows")
@@ -34,11 +41,14 @@ def read_rows(path: Path) -> Iterator[tuple[Row, int]]:
 
 
 def too_long(size: int) -> str:
-    return f"row of more than {size / 2**20:.0f} MB, the limit is {MAX_ROW_BYTES >> 20} MB; split it"
+    return (
+        f"row of more than {size / 2**20:.0f} MB, the limit is {MAX_ROW_BYTES >> 20} MB; split it"
+    )
 
 
 def lone_surrogate(row: object, text: str) -> str:
-    """What is wrong with a row that spells half a character: no encoding can hold it, whatever is made of the row.
+    """What is wrong with a row that spells half a character: no encoding can hold it, whatever is
+    made of the row.
 
     Args:
         row: what JSON made of `text`; a str of UTF-8 is fine.
@@ -48,7 +58,10 @@ def lone_surrogate(row: object, text: str) -> str:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        return f"a lone surrogate \\u{ord(error.object[error.start]):04x} in it, which is half a character and no text"
+        return (
+            f"a lone surrogate \\u{ord(error.object[error.start]):04x} in it, which is half a"
+            " character and no text"
+        )
     return ""
 
 
@@ -91,7 +104,9 @@ def read_array(file: BinaryIO, path: Path) -> Iterator[tuple[Row, int]]:
         block = file.read(BLOCK)
         raw = rest + block
         cut = len(raw)
-        while cut and cut > len(raw) - 4 and raw[cut - 1] & 0xC0 == 0x80:  # do not cut a character in two
+        while (
+            cut and cut > len(raw) - 4 and raw[cut - 1] & 0xC0 == 0x80
+        ):  # do not cut a character in two
             cut -= 1
         if block and cut and raw[cut - 1] >= 0xC0:
             cut -= 1
@@ -104,7 +119,9 @@ def read_array(file: BinaryIO, path: Path) -> Iterator[tuple[Row, int]]:
             fault_line = line + text.count("\n", at) + raw.count(b"\n", 0, error.start)
             offset = file.tell() - len(rest) - len(raw) + error.start
             bad = f"byte 0x{raw[error.start]:02x} at offset {offset}"
-            raise ValueError(f"{path}:{fault_line}: {bad} is not UTF-8; {not_utf8(path, offset)}") from None
+            raise ValueError(
+                f"{path}:{fault_line}: {bad} is not UTF-8; {not_utf8(path, offset)}"
+            ) from None
         while True:
             begin = at
             while at < len(text) and text[at] in " \t\r\n,[" and not (text[at] == "[" and opened):
@@ -116,23 +133,32 @@ def read_array(file: BinaryIO, path: Path) -> Iterator[tuple[Row, int]]:
                 while not behind and (block := file.read(BLOCK)):
                     behind = block.strip()
                 if behind:
-                    raise ValueError(f"{path}:{line}: broken JSON: text behind the end of the array")
+                    raise ValueError(
+                        f"{path}:{line}: broken JSON: text behind the end of the array"
+                    )
                 return
             try:
                 row, end = decoder.raw_decode(text, at)
-                # A number could go on in the next block; an object or a string is complete when it ends.
+                # A number could go on in the next block; an object or a string is complete when it
+                # ends.
                 if end == len(text) and block and not isinstance(row, dict | str | list):
                     break
             except (ValueError, RecursionError) as error:
                 if block and len(text) - at <= MAX_ROW_BYTES:
                     break  # perhaps only cut off: read on
                 if len(text) - at > MAX_ROW_BYTES:
-                    raise ValueError(f"{path}:{line}: {too_long(len(text) - at)}, or broken JSON") from None
+                    raise ValueError(
+                        f"{path}:{line}: {too_long(len(text) - at)}, or broken JSON"
+                    ) from None
                 if at >= len(text):
-                    raise ValueError(f"{path}:{line}: broken JSON: the array does not end with ]") from None
+                    raise ValueError(
+                        f"{path}:{line}: broken JSON: the array does not end with ]"
+                    ) from None
                 pos = getattr(error, "pos", at)
                 fault_line = line + text.count("\n", at, pos)
-                raise ValueError(f"{path}:{fault_line}: broken JSON: {getattr(error, 'msg', error)}") from None
+                raise ValueError(
+                    f"{path}:{fault_line}: broken JSON: {getattr(error, 'msg', error)}"
+                ) from None
             yield (line, row, lone_surrogate(row, text[at:end])), file.tell()
             line += text.count("\n", at, end)
             at = end

@@ -1,7 +1,9 @@
-"""Processes that read data ahead of training, and that end with the process that they read for, however that ends.
+"""Processes that read data ahead of training, and that end with the process that they read for,
+however that ends.
 
-A signal to the job reaches them, too: Ctrl-C, a launcher's, a scheduler's. The step that is being made still needs
-their rows, so they start, and stay, with signals blocked. That takes multiprocessing its way to end them, SIGTERM.
+A signal to the job reaches them, too: Ctrl-C, a launcher's, a scheduler's. The step that is being
+made still needs their rows, so they start, and stay, with signals blocked. That takes
+multiprocessing its way to end them, SIGTERM.
 """
 
 import atexit
@@ -31,7 +33,8 @@ def read(dataset: Dataset, batches: Iterable, collate: Callable, num_workers: in
         num_workers=num_workers,
         worker_init_fn=end_with_parent,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # DataLoader would draw a seed from the generator that dropout uses
+        # DataLoader would draw a seed from the generator that dropout uses
+        generator=torch.Generator(),
     )
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
@@ -52,8 +55,11 @@ def end_with_parent(reader: int) -> None:
 
 @atexit.register
 def kill_readers() -> None:
-    """Before multiprocessing's exit handler, which would send them SIGTERM and wait for them without end."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report every one of them as a fault
+    """Before multiprocessing's exit handler, which would send them SIGTERM and wait for them
+    without end."""
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # DataLoader's handler would report every one of them as a fault
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

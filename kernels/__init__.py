@@ -1,8 +1,9 @@
-"""Faster ways to compute what model/ computes, put in from outside. Without this folder all runs, slower.
+"""Faster ways to compute what model/ computes, put in from outside. Without this folder all runs,
+slower.
 
-`apply` replaces the class of a module by a subclass of it: parameters, names and state dict stay. Each
-replacement falls back to the plain one at call time where it cannot work: for tensors of another dtype
-or device, spread over processes (DTensor), or traced by torch.compile.
+`apply` replaces the class of a module by a subclass of it: parameters, names and state dict stay.
+Each replacement falls back to the plain one at call time where it cannot work: for tensors of
+another dtype or device, spread over processes (DTensor), or traced by torch.compile.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
-"""torch.compile, block by block: where it wins, and that a resumed run has the same compiled code."""
+"""torch.compile, block by block: where it wins, and that a resumed run has the same compiled
+code."""
 
 import functools
 import os
@@ -16,7 +17,8 @@ from model.weights import open_to_others
 
 
 def uncompiled(function: Callable) -> Callable:
-    """Have torch.compile call a function as it is. torch.compiler.disable loads the compiler: 2 s."""
+    """Have torch.compile call a function as it is. torch.compiler.disable loads the compiler: 2
+    s."""
     opaque = torch._disable_dynamo(function)
 
     @functools.wraps(function)
@@ -29,8 +31,8 @@ def uncompiled(function: Callable) -> Callable:
 def compiler_works(device: torch.device, dtype: str) -> bool:
     """Whether torch.compile can be had on a device, and wins in this dtype.
 
-    Measured with benchmarks/speed: on a CPU (Xeon, Sapphire Rapids) the C++ of this folder is faster, on
-    an H200 float32 gains nothing.
+    Measured with benchmarks/speed: on a CPU (Xeon, Sapphire Rapids) the C++ of this folder is
+    faster, on an H200 float32 gains nothing.
     """
     if device.type == "cpu" or dtype == "float32":
         return False
@@ -43,7 +45,8 @@ def compile_blocks(model: nn.Module) -> None:
     """Have blocks compiled when first called, for any length: eight of one shape are compiled once.
 
     Raises:
-        ValueError: others can write where torch keeps what it has compiled, and would have it run here.
+        ValueError: others can write where torch keeps what it has compiled, and would have it run
+        here.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # no public name
 

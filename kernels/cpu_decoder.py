@@ -1,8 +1,9 @@
 """Generation on a CPU: the forward pass of lm.py without gradients, with weights prepared once.
 
-There is so little to compute in a step that reading the weights, the number of operations and of passes
-over memory decide. So matrices that read the same vector are joined, the gains of the norms are part of
-the matrices behind them, weights are cast and laid out once, and a layer is three calls of C++.
+There is so little to compute in a step that reading the weights, the number of operations and of
+passes over memory decide. So matrices that read the same vector are joined, the gains of the norms
+are part of the matrices behind them, weights are cast and laid out once, and a layer is three calls
+of C++.
 """
 
 import math
@@ -147,7 +148,8 @@ class CpuDecoder(Decoder):
         return self.logits(x)[: len(lens)]
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x (R, dim) float32 -> queries, keys and values, side by side (R, all heads * head_dim)."""
+        """x (R, dim) float32 -> queries, keys and values, side by side (R, all heads *
+        head_dim)."""
         heads = self.config.n_heads + 2 * self.config.n_kv_heads
         out = torch.empty(len(x), heads * self.config.head_dim, dtype=self.dtype)
         self.functions.project(x, weight, out, *x.shape, out.size(1), self.config.norm_eps)

@@ -9,8 +9,8 @@ from kernels.linear import CACHED, FastLinear, sum_of_products
 from model.layout import autocast_dtype
 from model.lm import Head
 
-# Logits that exist at once, 64 or 72 MiB in float32. The figures of benchmarks/results are with these:
-# xeon_amx.json and h200.json, parts training and head_memory of benchmarks/speed.
+# Logits that exist at once, 64 or 72 MiB in float32. The figures of benchmarks/results are with
+# these: xeon_amx.json and h200.json, parts training and head_memory of benchmarks/speed.
 CHUNK = {"cpu": 16 * 2**20, "cuda": 18 * 2**20}
 LEAST_TOKENS = 64  # fewer would not be worth a pass over the weights
 
@@ -31,8 +31,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         targets: (K,) int64.
 
     Returns: float32 scalar, to be differentiated once.
-    Source: the gradient softmax - one_hot of Bishop, Pattern Recognition and Machine Learning (2006),
-    eq. 4.109, taken in the forward pass as in Hsu et al., Liger Kernel (2024), section 3.2.
+    Source: the gradient softmax - one_hot of Bishop, Pattern Recognition and Machine Learning
+    (2006), eq. 4.109, taken in the forward pass as in Hsu et al., Liger Kernel (2024), section 3.2.
     """
     return LinearCrossEntropyFunction.apply(x, weight, targets, torch.is_grad_enabled())
 

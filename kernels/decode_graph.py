@@ -1,7 +1,7 @@
 """Generation on a GPU: the forward pass of a step is recorded once as a CUDA graph, and replayed.
 
-The step of a small model is hundreds of operations that take microseconds each, faster than a host can
-start them. A CUDA graph starts all of them at once.
+The step of a small model is hundreds of operations that take microseconds each, faster than a host
+can start them. A CUDA graph starts all of them at once.
 """
 
 import math
@@ -16,8 +16,9 @@ from model.layout import Layout, rotary_angles
 
 # cuDNN's, which is as fast on an H200, takes a tenth of a second to prepare each new shape.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# Tokens of a row by which a recording is longer than the last one. The figures of benchmarks/results
-# are with it and with `prefill_tokens`: h200.json, part generation of benchmarks/speed.
+# Tokens of a row by which a recording is longer than the last one. The figures of
+# benchmarks/results are with it and with `prefill_tokens`: h200.json, part generation of
+# benchmarks/speed.
 STEP = 128
 # Weights that are read in float32; all other matrices are cast once for all steps.
 UNCAST = ("embed_tokens.weight", "mlp.gate.weight")

@@ -1,4 +1,5 @@
-"""Mixture of experts: the router in one pass; rows sorted by expert, and one grouped product for all."""
+"""Mixture of experts: the router in one pass; rows sorted by expert, and one grouped product for
+all."""
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from model.layout import autocast_dtype
 from model.lm import Experts, MoE, Router
 
 # The rows of an expert are filled up to a multiple of so many. A product of few rows is rounded in
-# another way (MKL: fewer than 4 a thread), so the routing of one document would change its neighbours'
-# logits by 1e-6.
+# another way (MKL: fewer than 4 a thread), so the routing of one document would change its
+# neighbours' logits by 1e-6.
 ROW_BLOCK = 16
 
 
@@ -82,7 +83,8 @@ class FastExperts(Experts):
 
         Returns:
             (M, dim), those of each expert one behind the other, filled up to a multiple of `block`;
-            (E,) int32, where each expert's end; (N * k,) int64, which of them are those of each token.
+            (E,) int32, where each expert's end; (N * k,) int64, which of them are those of each
+            token.
         """
         experts, (tokens, k) = len(self.down_proj), choice.shape
         if block > 1:  # a CPU prepares products by their shape
@@ -111,7 +113,8 @@ class FastExperts(Experts):
 
 
 class DispatchFunction(torch.autograd.Function):
-    """x (N, dim) -> the tokens at the rows of experts, (M, dim). The gradient is gathered, not scattered.
+    """x (N, dim) -> the tokens at the rows of experts, (M, dim). The gradient is gathered, not
+    scattered.
 
     Args:
         token: (M,) int64: whose row it is; any token where a row only fills up.

@@ -8,11 +8,11 @@ from kernels import native
 from model.layout import autocast_dtype
 from model.recompute import EXPENSIVE
 
-# Numbers in float32 that a core keeps in its cache from one pass over them to the next: 2 MiB, the L2
-# of a Xeon with AMX.
+# Numbers in float32 that a core keeps in its cache from one pass over them to the next: 2 MiB, the
+# L2 of a Xeon with AMX.
 CACHED = 2**19
-# Rows for which weight @ x.T beats x @ weight.T in float32. The figures of benchmarks/results are with
-# these: xeon_amx.json, part generation of benchmarks/speed.
+# Rows for which weight @ x.T beats x @ weight.T in float32. The figures of benchmarks/results are
+# with these: xeon_amx.json, part generation of benchmarks/speed.
 FEW_ROWS = range(8, 129)
 
 
@@ -38,7 +38,8 @@ def products(dtype: torch.dtype) -> native.Library | None:
 
 
 class LinearFunction(torch.autograd.Function):
-    """x @ weight.T by linear.cpp. The gradient of the weight is summed in float32 and not rounded."""
+    """x @ weight.T by linear.cpp. The gradient of the weight is summed in float32 and not
+    rounded."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,9 +119,10 @@ def sum_of_products(total: Tensor, a: Tensor, b: Tensor, add: bool = False) -> N
 def length_step(tokens: int, weight: Tensor) -> int:
     """Of what the lengths of rows should be a multiple, around so many tokens.
 
-    oneDNN prepares bfloat16 products by their shape, which takes milliseconds for every new one, and
-    rows of documents hardly ever have the same length. With the step returned they grow by 3 % at most,
-    and there are 32 lengths between one power of two and the next. linear.cpp prepares nothing: 1.
+    oneDNN prepares bfloat16 products by their shape, which takes milliseconds for every new one,
+    and rows of documents hardly ever have the same length. With the step returned they grow by 3 %
+    at most, and there are 32 lengths between one power of two and the next. linear.cpp prepares
+    nothing: 1.
     """
     whole = type(weight) is nn.Parameter  # not spread over processes, which keep their own lengths
     if not whole or weight.device.type != "cpu" or autocast_dtype(weight) != torch.bfloat16:

@@ -1,4 +1,5 @@
-"""RMSNorm, and RMSNorm of the residual stream with what a branch adds to it, in one pass over memory."""
+"""RMSNorm, and RMSNorm of the residual stream with what a branch adds to it, in one pass over
+memory."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,5 @@
-"""What distillation needs of the models: a student and a teacher whose logits exist for a chunk of tokens at a time."""
+"""What distillation needs of the models: a student and a teacher whose logits exist for a chunk of
+tokens at a time."""
 
 import math
 
@@ -12,7 +13,8 @@ from model.weights import load_model, newest_weights
 
 
 class LateHead(nn.Linear):
-    """A head that hands the hidden states on, so that a model ends with them; others multiply with its weight later."""
+    """A head that hands the hidden states on, so that a model ends with them; others multiply with
+    its weight later."""
 
     def __init__(self, head: nn.Linear):
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
@@ -23,24 +25,40 @@ class LateHead(nn.Linear):
 
 
 class Student(MiniMindLM):
-    """MiniMindLM whose forward pass ends in the losses of distillation; its names and weights are the same.
+    """MiniMindLM whose forward pass ends in the losses of distillation; its names and weights are
+    the same.
 
     Args:
-        teacher: from `load_teacher`; is not a part of the student: nothing wraps, moves, trains or saves it.
-        kl, temperature: see `divergence`.
-        chunk: tokens whose logits exist at once, in the forward pass and once more in the backward pass.
+        teacher: from `load_teacher`; is not a part of the student: nothing wraps, moves, trains or
+        saves it. kl, temperature: see `divergence`.
+        chunk: tokens whose logits exist at once, in the forward pass and once more in the backward
+        pass.
     """
 
-    def __init__(self, config, teacher, kl: str, temperature: float, gradient_checkpointing=0, chunk: int = 512):
+    def __init__(
+        self,
+        config,
+        teacher,
+        kl: str,
+        temperature: float,
+        gradient_checkpointing=0,
+        chunk: int = 512,
+    ):
         super().__init__(config, gradient_checkpointing)
         self.lm_head = LateHead(self.lm_head)
-        self.distillation, self.chunk = (teacher, kl, temperature), chunk  # in a tuple a module is no submodule
+        self.distillation, self.chunk = (
+            (teacher, kl, temperature),
+            chunk,
+        )  # in a tuple a module is no submodule
 
-    def forward(self, input_ids: Tensor, doc_lens: list[int], at: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Cross-entropy and divergence from the teacher, each summed over some tokens, and the auxiliary loss.
+    def forward(
+        self, input_ids: Tensor, doc_lens: list[int], at: Tensor, targets: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Cross-entropy and divergence from the teacher, each summed over some tokens, and the
+        auxiliary loss.
 
-        Both models run up to their last hidden states. Logits are made of those for a chunk of tokens at a time and
-        dropped; the backward pass makes them once more.
+        Both models run up to their last hidden states. Logits are made of those for a chunk of
+        tokens at a time and dropped; the backward pass makes them once more.
 
         Args:
             input_ids, doc_lens: as in MiniMindLM.
@@ -49,7 +67,9 @@ class Student(MiniMindLM):
         """
         teacher, *how = self.distillation
         with torch.no_grad():
-            theirs = teacher(input_ids, doc_lens=doc_lens, logits_at=at).logits  # (K, the teacher's dim)
+            theirs = teacher(
+                input_ids, doc_lens=doc_lens, logits_at=at
+            ).logits  # (K, the teacher's dim)
         out = super().forward(input_ids, doc_lens=doc_lens, logits_at=at)
 
         def losses(own: Tensor, theirs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,24 +78,30 @@ class Student(MiniMindLM):
             return ce, divergence(logits, F.linear(theirs, teacher.lm_head.weight), *how).sum()
 
         sums = []
-        for begin in range(0, max(1, len(at)), self.chunk):  # without a token, too: every rank exchanges
+        for begin in range(
+            0, max(1, len(at)), self.chunk
+        ):  # without a token, too: every rank exchanges
             parts = [values[begin : begin + self.chunk] for values in (out.logits, theirs, targets)]
             sums.append(checkpoint(losses, *parts, use_reentrant=False, preserve_rng_state=False))
         return *map(sum, zip(*sums, strict=True)), out.aux_loss
 
 
 def divergence(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Tensor:
-    """How far the student's distribution is from the teacher's, token by token, times temperature^2.
+    """How far the student's distribution is from the teacher's, token by token, times
+    temperature^2.
 
-    With P the teacher and Q the student: 'forward' KL(P, Q), 'reverse' KL(Q, P), 'js' (KL(P, M) + KL(Q, M)) / 2 where
-    M = (P + Q) / 2. Gradients through softmax(logits / T) shrink as 1 / T^2; the factor T^2 undoes that, so that a
-    weight beside the cross-entropy means the same at every temperature.
+    With P the teacher and Q the student: 'forward' KL(P, Q), 'reverse' KL(Q, P), 'js' (KL(P, M) +
+    KL(Q, M)) / 2 where M = (P + Q) / 2. Gradients through softmax(logits / T) shrink as 1 / T^2;
+    the factor T^2 undoes that, so that a weight beside the cross-entropy means the same at every
+    temperature.
 
     Args: student, teacher: logits (k, vocab), in any dtype. Returns: (k,) float32.
-    Source: Hinton et al., Distilling the Knowledge in a Neural Network (2015), section 2; Agarwal et al., On-Policy
-    Distillation (GKD, 2024), section 2, generalised JSD with beta = 1/2.
+    Source: Hinton et al., Distilling the Knowledge in a Neural Network (2015), section 2; Agarwal
+    et al., On-Policy Distillation (GKD, 2024), section 2, generalised JSD with beta = 1/2.
     """
-    log_q, log_p = ((logits.float() / temperature).log_softmax(dim=-1) for logits in (student, teacher))
+    log_q, log_p = (
+        (logits.float() / temperature).log_softmax(dim=-1) for logits in (student, teacher)
+    )
     if kind == "forward":
         value = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     elif kind == "reverse":
@@ -100,9 +126,16 @@ def load_teacher(weight: str, out_dir: str, vocab_size: int, max_seq_len: int) -
     with torch.random.fork_rng(devices=[]):  # the student starts as it would without a teacher
         teacher = load_model(path)
     if teacher.config.vocab_size != vocab_size:
-        sizes = f"a vocabulary of {teacher.config.vocab_size}, the student's tokenizer has {vocab_size}"
-        raise ValueError(f"--teacher_weight {path}: it has {sizes}; both must have the same tokenizer")
+        sizes = (
+            f"a vocabulary of {teacher.config.vocab_size}, the student's tokenizer has {vocab_size}"
+        )
+        raise ValueError(
+            f"--teacher_weight {path}: it has {sizes}; both must have the same tokenizer"
+        )
     if teacher.config.max_seq_len < max_seq_len:
-        raise ValueError(f"--max_seq_len {max_seq_len}: the context of the teacher is {teacher.config.max_seq_len}")
+        raise ValueError(
+            f"--max_seq_len {max_seq_len}: the context of the teacher is"
+            f" {teacher.config.max_seq_len}"
+        )
     teacher.lm_head = LateHead(teacher.lm_head)
     return teacher.requires_grad_(False)

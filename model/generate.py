@@ -1,4 +1,5 @@
-"""Generation: the cache of keys and values, batches of prompts, drawing tokens, text as it comes."""
+"""Generation: the cache of keys and values, batches of prompts, drawing tokens, text as it
+comes."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -81,11 +82,13 @@ class Decoder:
         self.model, self.cache = model, cache
 
     def step(self, token: Tensor) -> Tensor:
-        """token (R,) int64, one for each row of the cache -> the logits behind it, (R, vocab) float32."""
+        """token (R,) int64, one for each row of the cache -> the logits behind it, (R, vocab)
+        float32."""
         return self.model(token.unsqueeze(1), cache=self.cache).logits.squeeze(1).float()
 
     def read(self, ids: Tensor, lens: list[int], last: Tensor) -> Tensor:
-        """Prompts packed into ids (1, N), the places of their last tokens -> logits (prompts, vocab)."""
+        """Prompts packed into ids (1, N), the places of their last tokens -> logits (prompts,
+        vocab)."""
         return self.model(ids, doc_lens=lens, logits_at=last, cache=self.cache).logits.float()
 
 
@@ -99,7 +102,8 @@ def generate_batch(
     samples: int = 1,
     batch_size: int = 64,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Complete prompts token by token. A completion that has ended leaves its slot to the next prompt.
+    """Complete prompts token by token. A completion that has ended leaves its slot to the next
+    prompt.
 
     Prompts are read in packs without padding, once for all their samples.
 
@@ -107,7 +111,8 @@ def generate_batch(
         model: a MiniMindLM.
         prompts: token ids; prompt p has the rows p * samples to (p + 1) * samples - 1.
         limits: the most tokens for each prompt; with them it fits the model's max_seq_len.
-        sampler: (logits (R, vocab) float32, row (R,), position (R,)) -> (R,) int64: the tokens at these
+        sampler: (logits (R, vocab) float32, row (R,), position (R,)) -> (R,) int64: the tokens at
+        these
             positions of these rows' completions. Rows are in no order.
         eos_token_id: ends a completion.
         batch_size: prompts that are worked on at once.
@@ -170,7 +175,8 @@ def generate_batch(
 def read_prompts(
     decoder: Decoder, cache: KVCache, prompts: list[list[int]], rows: Tensor
 ) -> Tensor:
-    """Fill rows (copies, prompts) of the cache; returns the logits behind each, (prompts, vocab)."""
+    """Fill rows (copies, prompts) of the cache; returns the logits behind each, (prompts,
+    vocab)."""
     logits, begin, device = [], 0, cache.kv.device
     while begin < len(prompts):
         end, tokens = begin, 0
@@ -198,9 +204,11 @@ def make_sampler(
     repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Sampler:
-    """The sampler of `generate_batch`: `sample`, after a penalty on the tokens of prompt and completion.
+    """The sampler of `generate_batch`: `sample`, after a penalty on the tokens of prompt and
+    completion.
 
-    Source: Keskar et al., CTRL (2019), section 4.1, with the sign rule that keeps a penalty a penalty.
+    Source: Keskar et al., CTRL (2019), section 4.1, with the sign rule that keeps a penalty a
+    penalty.
     """
 
     def sampler(logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
@@ -269,7 +277,8 @@ def stream(
         attention_mask: (B, T) 0/1, needed where there is padding.
         max_new_tokens: at most so many; generation also ends when the context is full.
         eos_token_id: ends a row; a row that has ended yields eos until all have.
-        sampling: temperature, top_k, top_p, generator: see `sample`. repetition_penalty: > 1 lowers the
+        sampling: temperature, top_k, top_p, generator: see `sample`. repetition_penalty: > 1 lowers
+        the
             logits of tokens already in the context; 1: off.
 
     Yields: (B,) int64, the next token of every row.
@@ -298,9 +307,9 @@ def stream_text(
 ) -> Iterator[str]:
     """The reply to a prompt, a piece per token, up to the end token, which is left out.
 
-    A character whose bytes are spread over several tokens comes with its last one, the pieces before
-    are empty: the reply so far is decoded as a whole, and what is new waits while its end is not yet a
-    character.
+    A character whose bytes are spread over several tokens comes with its last one, the pieces
+    before are empty: the reply so far is decoded as a whole, and what is new waits while its end is
+    not yet a character.
 
     Args:
         model: a MiniMindLM.

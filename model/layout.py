@@ -1,4 +1,5 @@
-"""Layout: what one forward pass knows about its tokens besides their ids. It is the same in all layers."""
+"""Layout: what one forward pass knows about its tokens besides their ids. It is the same in all
+layers."""
 
 from dataclasses import dataclass
 
@@ -11,8 +12,8 @@ from torch import Tensor
 class Layout:
     """Positions, masks and document borders of B rows of T tokens.
 
-    A packed row (B = 1) holds documents one behind the other; padding behind them counts as one more
-    document. Without packing each row is a document of its own.
+    A packed row (B = 1) holds documents one behind the other; padding behind them counts as one
+    more document. Without packing each row is a document of its own.
     """
 
     cos: Tensor  # (B, T, 1, head_dim / 2) float32, of the rotary angle at each token's position
@@ -29,7 +30,8 @@ class Layout:
 
 
 def rotary_angles(config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cosine and sine of the angles of RoPE, (B, T, 1, head_dim / 2) float32."""
+    """positions (B, T) -> cosine and sine of the angles of RoPE, (B, T, 1, head_dim / 2)
+    float32."""
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequency = 1.0 / config.rope_theta ** (pairs / config.head_dim)
     angle = positions[:, :, None, None].float() * frequency

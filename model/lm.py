@@ -1,10 +1,10 @@
 """MiniMindLM: a small decoder-only language model, dense or mixture of experts, in plain PyTorch.
 
-RMSNorm, rotary positions, grouped-query attention with QK-norm, SwiGLU, tied embeddings. Architecture,
-parameter names and logits are those of transformers' `Qwen3ForCausalLM` and, without shared experts,
-`Qwen3MoeForCausalLM`.
+RMSNorm, rotary positions, grouped-query attention with QK-norm, SwiGLU, tied embeddings.
+Architecture, parameter names and logits are those of transformers' `Qwen3ForCausalLM` and, without
+shared experts, `Qwen3MoeForCausalLM`.
 
-Shapes: B rows of T tokens, C = dim, D = head_dim, H query heads, H_kv key and value heads, E experts.
+Shapes: B rows, T tokens, C = dim, D = head_dim, H query heads, H_kv KV heads, E experts.
 """
 
 import math
@@ -45,7 +45,8 @@ class RMSNorm(nn.Module):
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x[i], x[i + D/2]) of x (B, T, H, D) by the angle of their position.
 
-    Source: Su et al., RoFormer (2021), eq. 34, in the half-split layout of Llama's and Qwen's weights.
+    Source: Su et al., RoFormer (2021), eq. 34, in the half-split layout of Llama's and Qwen's
+    weights.
     """
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -161,11 +162,12 @@ class MoE(nn.Module):
     """Top-k routing over experts, plus shared experts that see every token. No token is dropped.
 
     The load-balancing loss is taken per document and averaged over documents by their tokens. Taken
-    over whatever shares a batch it would change with the batch's layout; per document it is a sum over
-    documents, like the cross-entropy, and any split into micro-batches and ranks gives one gradient.
+    over whatever shares a batch it would change with the batch's layout; per document it is a sum
+    over documents, like the cross-entropy, and any split into micro-batches and ranks gives one
+    gradient.
 
-    Source: Fedus et al., Switch Transformers (2021), eq. 4-6, E * sum_e f_e P_e, with the scope of a
-    sequence as in DeepSeek-V2 (2024), eq. 23-25. It is 1 when the routing is even.
+    Source: Fedus et al., Switch Transformers (2021), eq. 4-6, E * sum_e f_e P_e, with the scope of
+    a sequence as in DeepSeek-V2 (2024), eq. 23-25. It is 1 when the routing is even.
     """
 
     def __init__(self, config: LMConfig):

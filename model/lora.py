@@ -1,7 +1,8 @@
 """LoRA: low-rank updates of frozen linear layers, and the adapter files that hold them.
 
-An adapter is NAME.pth, a plain state dict of the low-rank factors alone (`...q_proj.lora_A`, `...q_proj.lora_B`), with
-NAME.json beside it: the LMConfig of the base model, and under "lora" the settings with a hash of the base weights.
+An adapter is NAME.pth, a plain state dict of the low-rank factors alone (`...q_proj.lora_A`,
+`...q_proj.lora_B`), with NAME.json beside it: the LMConfig of the base model, and under "lora" the
+settings with a hash of the base weights.
 """
 
 import json
@@ -20,8 +21,10 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class LoRALinear(nn.Linear):
     """W x + alpha / rank * B A dropout(x), where W is frozen.
 
-    B starts at zero, so the layer starts as the one that it replaces. Names of the base weights stay as they are.
-    Source: Hu et al., LoRA (2021), eq. 3, and section 4.1 for the start and the factor alpha / rank.
+    B starts at zero, so the layer starts as the one that it replaces. Names of the base weights
+    stay as they are.
+    Source: Hu et al., LoRA (2021), eq. 3, and section 4.1 for the start and the factor alpha /
+    rank.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
@@ -37,11 +40,14 @@ class LoRALinear(nn.Linear):
         return F.linear(x, self.weight) + self.scale * F.linear(low, self.lora_B)
 
 
-def add_lora(model: MiniMindLM, targets: list[str] | None, rank: int, alpha: float, dropout: float) -> dict:
+def add_lora(
+    model: MiniMindLM, targets: list[str] | None, rank: int, alpha: float, dropout: float
+) -> dict:
     """Freeze the model and give the targets a low-rank update, the only thing that then trains.
 
-    Targets are linear layers inside the blocks: attention, the MLP, a shared expert of a mixture of experts. Its routed
-    experts are stacked tensors without a layer of their own: they, like embedding, head and router, cannot be targets.
+    Targets are linear layers inside the blocks: attention, the MLP, a shared expert of a mixture of
+    experts. Its routed experts are stacked tensors without a layer of their own: they, like
+    embedding, head and router, cannot be targets.
 
     Args:
         targets: names of layers, `q_proj`; None: those of TARGETS that the model has.
@@ -58,16 +64,29 @@ def add_lora(model: MiniMindLM, targets: list[str] | None, rank: int, alpha: flo
         raise ValueError(f"--lora_alpha {alpha}: must be positive")
     if not 0 <= dropout < 1:
         raise ValueError(f"--lora_dropout {dropout}: must lie in [0, 1)")
-    layers: dict[str, list[tuple[nn.Module, nn.Linear]]] = {}  # name -> (what holds it, the layer) in every block
+    layers: dict[
+        str, list[tuple[nn.Module, nn.Linear]]
+    ] = {}  # name -> (what holds it, the layer) in every block
     for block in blocks(model):
         for parent in block.modules():
             for name, layer in parent.named_children():
                 if isinstance(layer, nn.Linear) and not isinstance(layer, Router):
                     layers.setdefault(name, []).append((parent, layer))
-    chosen = [name for name in TARGETS if name in layers] if targets is None else list(dict.fromkeys(targets))
+    chosen = (
+        [name for name in TARGETS if name in layers]
+        if targets is None
+        else list(dict.fromkeys(targets))
+    )
     if missing := [name for name in chosen if name not in layers]:
-        moe = "; routed experts are stacked tensors, which LoRA does not reach" if model.config.use_moe else ""
-        raise ValueError(f"--lora_targets {' '.join(missing)}: the blocks of this model have {' '.join(layers)}{moe}")
+        moe = (
+            "; routed experts are stacked tensors, which LoRA does not reach"
+            if model.config.use_moe
+            else ""
+        )
+        raise ValueError(
+            f"--lora_targets {' '.join(missing)}: the blocks of this model have"
+            f" {' '.join(layers)}{moe}"
+        )
     settings = {"rank": rank, "alpha": float(alpha), "dropout": dropout, "targets": chosen}
     settings["base_sha256"] = hash_weights(model.state_dict())
     model.requires_grad_(False)
@@ -79,7 +98,9 @@ def add_lora(model: MiniMindLM, targets: list[str] | None, rank: int, alpha: flo
 
 def adapter_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of a state dict that an adapter file holds."""
-    return {name: value for name, value in state_dict.items() if name.endswith((".lora_A", ".lora_B"))}
+    return {
+        name: value for name, value in state_dict.items() if name.endswith((".lora_A", ".lora_B"))
+    }
 
 
 def adapter_json(config: LMConfig, settings: dict) -> str:
@@ -94,20 +115,28 @@ def read_adapter(path: str | Path) -> tuple[LMConfig, dict, dict[str, Tensor]]:
     """
     path = Path(path)
     if not path.with_suffix(".json").is_file():
-        raise ValueError(f"{path.with_suffix('.json')}: missing; it holds the settings of the adapter {path.name}")
+        raise ValueError(
+            f"{path.with_suffix('.json')}: missing; it holds the settings of the adapter"
+            f" {path.name}"
+        )
     try:
         shape = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         settings = shape.pop("lora")
         config = LMConfig(**shape)
-        settings = {key: settings[key] for key in ("rank", "alpha", "dropout", "targets", "base_sha256")}
+        settings = {
+            key: settings[key] for key in ("rank", "alpha", "dropout", "targets", "base_sha256")
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = "it has no LoRA settings" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path.with_suffix('.json')}: not the configuration of an adapter ({reason})") from None
+        raise ValueError(
+            f"{path.with_suffix('.json')}: not the configuration of an adapter ({reason})"
+        ) from None
     return config, settings, read_tensors(path)
 
 
 def merge_adapter(model: MiniMindLM, path: str | Path) -> None:
-    """Add an adapter to the weights of its base model: W + alpha / rank * B A. The model is then one without LoRA.
+    """Add an adapter to the weights of its base model: W + alpha / rank * B A. The model is then
+    one without LoRA.
 
     Raises:
         ValueError: not an adapter; it was trained on other weights, or does not fit the model.
@@ -117,24 +146,44 @@ def merge_adapter(model: MiniMindLM, path: str | Path) -> None:
     shape = own.keys() - {"dropout", "max_seq_len", "aux_loss_alpha"}
     if differing := sorted(name for name in shape if own[name] != theirs[name]):
         what = ", ".join(f"{name} {theirs[name]}, here {own[name]}" for name in differing)
-        raise ValueError(f"{path}: an adapter for a model of another shape: {what}; name its base with --weight")
+        raise ValueError(
+            f"{path}: an adapter for a model of another shape: {what}; name its base with --weight"
+        )
     state = model.state_dict()
     if hash_weights(state) != settings["base_sha256"]:
-        raise ValueError(f"{path}: an adapter for another base: it was trained on other weights; name those")
+        raise ValueError(
+            f"{path}: an adapter for another base: it was trained on other weights; name those"
+        )
     layers = sorted({name.rpartition(".lora_")[0] for name in tensors})
-    wanted = sorted(name.removesuffix(".weight") for name in state if name.split(".")[-2] in settings["targets"])
+    wanted = sorted(
+        name.removesuffix(".weight") for name in state if name.split(".")[-2] in settings["targets"]
+    )
     if layers != wanted or len(tensors) != 2 * len(layers):
-        raise ValueError(f"{path}: its tensors are not those of the layers {' '.join(settings['targets'])}")
+        raise ValueError(
+            f"{path}: its tensors are not those of the layers {' '.join(settings['targets'])}"
+        )
     for layer in layers:
-        A, B, weight = tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"], state[f"{layer}.weight"]
-        if (*B.shape, *A.shape) != (len(weight), settings["rank"], settings["rank"], weight.size(1)):
+        A, B, weight = (
+            tensors[f"{layer}.lora_A"],
+            tensors[f"{layer}.lora_B"],
+            state[f"{layer}.weight"],
+        )
+        if (*B.shape, *A.shape) != (
+            len(weight),
+            settings["rank"],
+            settings["rank"],
+            weight.size(1),
+        ):
             shapes = f"rank {settings['rank']}, B {tuple(B.shape)} and A {tuple(A.shape)}"
-            raise ValueError(f"{path}: {layer} is {tuple(weight.shape)}, which does not fit {shapes}")
+            raise ValueError(
+                f"{path}: {layer} is {tuple(weight.shape)}, which does not fit {shapes}"
+            )
         weight += settings["alpha"] / settings["rank"] * (B @ A)  # in the model itself
 
 
 def write_peft(path: str | Path, folder: str | Path, base: str) -> None:
-    """Write an adapter as the folder that `peft.PeftModel.from_pretrained` loads onto the exported base model.
+    """Write an adapter as the folder that `peft.PeftModel.from_pretrained` loads onto the exported
+    base model.
 
     Args:
         path: of the adapter.
@@ -147,10 +196,23 @@ def write_peft(path: str | Path, folder: str | Path, base: str) -> None:
     from safetensors.torch import save_file
 
     _, settings, tensors = read_adapter(path)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none"}
-    config |= {"r": settings["rank"], "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"]}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "bias": "none",
+    }
+    config |= {
+        "r": settings["rank"],
+        "lora_alpha": settings["alpha"],
+        "lora_dropout": settings["dropout"],
+    }
     config |= {"target_modules": settings["targets"], "inference_mode": True}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    named = {f"base_model.model.{name}.weight": value.contiguous() for name, value in tensors.items()}
+    (Path(folder) / "adapter_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
+    named = {
+        f"base_model.model.{name}.weight": value.contiguous() for name, value in tensors.items()
+    }
     save_file(named, Path(folder) / "adapter_model.safetensors")

@@ -1,4 +1,5 @@
-"""Gradient checkpointing: activations that are computed anew in the backward pass instead of kept for it."""
+"""Gradient checkpointing: activations that are computed anew in the backward pass instead of kept
+for it."""
 
 import functools
 

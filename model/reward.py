@@ -1,6 +1,8 @@
-"""RewardModel: the decoder of MiniMindLM with a head that gives numbers, not words: a reward, or a critic's values.
+"""RewardModel: the decoder of MiniMindLM with a head that gives numbers, not words: a reward, or a
+critic's values.
 
-Parameter names and scores are those of transformers' `Qwen3ForSequenceClassification` with one label.
+Parameter names and scores are those of transformers' `Qwen3ForSequenceClassification` with one
+label.
 """
 
 import json
@@ -18,7 +20,8 @@ from model.weights import load_weights
 
 @dataclass
 class RewardConfig(LMConfig):
-    """Shape of a reward model. Its JSON has `head`, which no language model's has: none is taken for the other."""
+    """Shape of a reward model. Its JSON has `head`, which no language model's has: none is taken
+    for the other."""
 
     tie_embeddings: bool = False  # there is no language head that the embedding could be
     head: str = "score"
@@ -30,14 +33,18 @@ class RewardOutput(NamedTuple):  # a tuple: DDP finds the tensors in it
 
 
 class ScoreHead(nn.Linear):
-    """x (K, dim) -> (K,) float32, whatever the dtype of x: rewards are compared by differences that bfloat16 loses.
+    """x (K, dim) -> (K,) float32, whatever the dtype of x: rewards are compared by differences that
+    bfloat16 loses.
 
-    Each row is a product and a sum of its own: a matrix product would round it by how many rows there are.
+    Each row is a product and a sum of its own: a matrix product would round it by how many rows
+    there are.
     """
 
     def __init__(self, dim: int):
         super().__init__(dim, 1, bias=False)
-        nn.init.zeros_(self.weight)  # every text starts with the score 0, every pair with the loss ln 2
+        nn.init.zeros_(
+            self.weight
+        )  # every text starts with the score 0, every pair with the loss ln 2
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -47,8 +54,8 @@ class ScoreHead(nn.Linear):
 class RewardModel(MiniMindLM):
     """A score for each document, at its last token, or a value for each of any tokens.
 
-    The score of a document does not depend on what else is in the row. Give it conversations up to and including the
-    <|im_end|> of the answer, as training does (there X ends with it).
+    The score of a document does not depend on what else is in the row. Give it conversations up to
+    and including the <|im_end|> of the answer, as training does (there X ends with it).
     """
 
     def __init__(self, config: LMConfig, gradient_checkpointing: int = 0):
@@ -68,8 +75,9 @@ class RewardModel(MiniMindLM):
         Args:
             input_ids: (B, T) int64.
             attention_mask: (B, T) 0/1; 0 marks padding, on either side.
-            doc_lens: lengths of the documents packed into the one row (B = 1); tokens behind them are padding.
-            values_at: (K,) int64, positions in the flattened (B * T); default: the last token of each document, or
+            doc_lens: lengths of the documents packed into the one row (B = 1); tokens behind them
+            are padding. values_at: (K,) int64, positions in the flattened (B * T); default: the
+            last token of each document, or
                 without doc_lens of each row. An empty one is fine: no scores.
 
         Raises:
@@ -82,24 +90,31 @@ class RewardModel(MiniMindLM):
 
 
 class ActorCritic(nn.Module):
-    """A policy and the critic of its tokens as one module: one strategy, one optimizer, one checkpoint."""
+    """A policy and the critic of its tokens as one module: one strategy, one optimizer, one
+    checkpoint."""
 
     def __init__(self, actor: MiniMindLM, critic: RewardModel):
         super().__init__()
         self.actor, self.critic = actor, critic
 
     def forward(self, X: Tensor, doc_lens: list[int], at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(K, vocab) logits and (K,) values at the places `at` (K,) of a packed row X (1, N); the auxiliary loss."""
+        """(K, vocab) logits and (K,) values at the places `at` (K,) of a packed row X (1, N); the
+        auxiliary loss."""
         out = self.actor(X, doc_lens=doc_lens, logits_at=at)
         valued = self.critic(X, doc_lens=doc_lens, values_at=at)
         return out.logits, valued.scores, out.aux_loss + valued.aux_loss
 
 
-def last_tokens(input_ids: Tensor, attention_mask: Tensor | None, doc_lens: list[int] | None) -> Tensor:
-    """(K,) int64: where the last token of each document, or of each row, stands in the flattened input."""
+def last_tokens(
+    input_ids: Tensor, attention_mask: Tensor | None, doc_lens: list[int] | None
+) -> Tensor:
+    """(K,) int64: where the last token of each document, or of each row, stands in the flattened
+    input."""
     (B, T), device = input_ids.shape, input_ids.device
     if doc_lens is not None:
-        return torch.tensor([end - 1 for end in accumulate(doc_lens)], dtype=torch.int64, device=device)
+        return torch.tensor(
+            [end - 1 for end in accumulate(doc_lens)], dtype=torch.int64, device=device
+        )
     last = torch.full((B,), T - 1, device=device)
     if attention_mask is not None:
         last = (attention_mask.bool() * torch.arange(T, device=device)).amax(dim=1)
@@ -110,19 +125,27 @@ def load_reward_model(path: str | Path) -> RewardModel:
     """The reward model in a weights file, on the CPU, float32, in evaluation mode.
 
     Raises:
-        ValueError: there is none, it is a language model, or the two files do not fit; one line that names the file.
+        ValueError: there is none, it is a language model, or the two files do not fit; one line
+        that names the file.
     """
     path = Path(path)
     config_path = path.with_suffix(".json")
-    for needed, what in ((path, "no such weights file"), (config_path, "missing; it holds the model's shape")):
+    for needed, what in (
+        (path, "no such weights file"),
+        (config_path, "missing; it holds the model's shape"),
+    ):
         if not needed.is_file():
-            raise ValueError(f"{needed}: {what}; trainer/train_reward.py writes a reward model, .pth and .json")
+            raise ValueError(
+                f"{needed}: {what}; trainer/train_reward.py writes a reward model, .pth and .json"
+            )
     try:
         is_reward = json.loads(config_path.read_text(encoding="utf-8")).get("head") == "score"
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{config_path}: not a model configuration ({error})") from None
     if not is_reward:
-        raise ValueError(f"{path}: a language model, not a reward model; trainer/train_reward.py makes one")
+        raise ValueError(
+            f"{path}: a language model, not a reward model; trainer/train_reward.py makes one"
+        )
     model = RewardModel(RewardConfig.from_json(config_path))
     load_weights(model, path)
     return model.eval()

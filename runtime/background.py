@@ -17,7 +17,9 @@ _thread: dict = {"rests": False}
 def later(job: Callable, *args) -> None:
     """Have the writing thread call job(*args) behind everything it was given before."""
     if "thread" not in _thread:
-        _thread["thread"] = threading.Thread(target=work, daemon=True)  # a fault must not wait for it
+        _thread["thread"] = threading.Thread(
+            target=work, daemon=True
+        )  # a fault must not wait for it
         _thread["thread"].start()
     _jobs.put((job, args))
 
@@ -42,14 +44,17 @@ def finish() -> None:
 
 
 def share_cores(rests: bool) -> None:
-    """Say whether training needs the cores, as it does where it runs on the CPU: then the thread rests in between."""
+    """Say whether training needs the cores, as it does where it runs on the CPU: then the thread
+    rests in between."""
     _thread["rests"] = rests
 
 
 def pause() -> None:
-    """In the writing thread, between two pieces of work: rest in proportion to the last one, unless somebody waits.
+    """In the writing thread, between two pieces of work: rest in proportion to the last one, unless
+    somebody waits.
 
-    What the thread takes of the cores training lacks, whatever their priorities; so a save is spread over many steps.
+    What the thread takes of the cores training lacks, whatever their priorities; so a save is
+    spread over many steps.
     """
     if _thread["rests"]:
         _hurry.wait((time.thread_time() - _thread["rested"]) * (1 / SHARE - 1))
@@ -57,7 +62,8 @@ def pause() -> None:
 
 
 def work() -> None:
-    try:  # the lowest priority, for this thread alone: training has the processor whenever it wants it
+    # The lowest priority, for this thread alone: training has the processor whenever it wants it
+    try:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
     except (AttributeError, OSError):
         pass

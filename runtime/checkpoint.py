@@ -1,8 +1,9 @@
 """What a checkpoint holds, and saving it while training goes on.
 
-Tensors are saved under the names of the parameters (`optimizer.NAME.exp_avg` for what belongs to one), and each process
-saves what it holds, in the format of torch.distributed.checkpoint: so a checkpoint loads under another strategy and on
-another number of processes. A save copies the tensors and leaves the rest to a thread, which takes its time.
+Tensors are saved under the names of the parameters (`optimizer.NAME.exp_avg` for what belongs to
+one), and each process saves what it holds, in the format of torch.distributed.checkpoint: so a
+checkpoint loads under another strategy and on another number of processes. A save copies the
+tensors and leaves the rest to a thread, which takes its time.
 """
 
 import copy
@@ -18,36 +19,48 @@ from torch import Tensor, nn
 from runtime import background, safe_load, store
 from runtime.background import later, pause, wait
 from runtime.device import is_sharded
+from runtime.distributed.parallel import gather_objects, unwrap, world
 from runtime.identity import LAST_STEP, check_identity, identity_of
 from runtime.optim import Muon
-from runtime.parallel import gather_objects, unwrap, world
 from runtime.store import save_file
 
 # Without a process group is what we mean.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+)
 
 __all__ = ["save_run", "find_run", "load_run", "later", "wait", "save_file", "identity_of"]
 
 
 RUN = ("progress", "identity", "rng")  # what run.pt has, at least
-_shared: dict = {}  # the stager or the places of the copies, the process group of the writing thread
+# The stager or the places of the copies, the process group of the writing thread
+_shared: dict = {}
 
 
 def rescue() -> None:
-    """In a process that is about to end with a fault: finish what it writes, if it needs no other process for that."""
+    """In a process that is about to end with a fault: finish what it writes, if it needs no other
+    process for that."""
     if "group" not in _shared:
         background.finish()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Save
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def save_run(
-    folder: Path, keep: int, model, optimizer, scaler, progress: dict, identity: dict, own_tensors: bool = False
+    folder: Path,
+    keep: int,
+    model,
+    optimizer,
+    scaler,
+    progress: dict,
+    identity: dict,
+    own_tensors: bool = False,
 ) -> None:
-    """Begin to save a checkpoint of the whole run. Every rank calls it at the same step; `wait` says how it went.
+    """Begin to save a checkpoint of the whole run. Every rank calls it at the same step; `wait`
+    says how it went.
 
     Rank 0 writes what all ranks have; where the strategy shards, every rank writes its own.
 
@@ -56,7 +69,8 @@ def save_run(
         keep: checkpoints that stay.
         progress: counters, with `step`.
         identity: what `identity.check_identity` compares at a resume.
-        own_tensors: ranks hold other tensors than rank 0, as in a pipeline; what several hold is written once.
+        own_tensors: ranks hold other tensors than rank 0, as in a pipeline; what several hold is
+        written once.
 
     Raises:
         OSError: the save before this one failed.
@@ -71,11 +85,19 @@ def save_run(
     if sharded and "group" not in _shared:  # of its own: training uses the default one meanwhile
         _shared["group"] = dist.new_group(backend="gloo")
     if sharded or world()[0] == 0:
-        later(write, folder / "checkpoints", keep, copies(tensors), run, _shared["group"] if sharded else None)
+        later(
+            write,
+            folder / "checkpoints",
+            keep,
+            copies(tensors),
+            run,
+            _shared["group"] if sharded else None,
+        )
 
 
 def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as they are now, in the memory of the CPU; the place is the same at every save."""
+    """The tensors as they are now, in the memory of the CPU; the place is the same at every
+    save."""
     if any(map(is_sharded, tensors.values())):
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -90,13 +112,17 @@ def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: places[name] for name in tensors}
 
 
-def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict, group: dist.ProcessGroup | None) -> None:
+def write(
+    folder: Path, keep: int, tensors: dict[str, Tensor], run: dict, group: dist.ProcessGroup | None
+) -> None:
     """Write a checkpoint: all processes of `group` together, or this one alone."""
     import torch.distributed.checkpoint as dcp  # here, as it takes a second
     from torch.distributed.checkpoint.api import CheckpointException
 
     class Leisurely(dcp.DefaultSavePlanner):
-        def resolve_data(self, item):  # is called for a tensor, or a part of one, before it is written
+        def resolve_data(
+            self, item
+        ):  # is called for a tensor, or a part of one, before it is written
             pause()
             return super().resolve_data(item)
 
@@ -108,8 +134,16 @@ def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict, group:
         if group is not None:
             dist.barrier(group)
         writer = dcp.FileSystemWriter(building)
-        dcp.save(tensors, storage_writer=writer, planner=Leisurely(), process_group=group, no_dist=group is None)
-        mine = {path.name: store.describe(path, pause) for path in building.glob(f"__{world()[0]}_*")}
+        dcp.save(
+            tensors,
+            storage_writer=writer,
+            planner=Leisurely(),
+            process_group=group,
+            no_dist=group is None,
+        )
+        mine = {
+            path.name: store.describe(path, pause) for path in building.glob(f"__{world()[0]}_*")
+        }
         everyones = [None] * group.size() if group is not None and first else None
         if group is not None:
             dist.gather_object(mine, everyones, group=group)
@@ -125,10 +159,11 @@ def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict, group:
 
 
 def save_weights(path: Path, state_dict: dict[str, Tensor], config: str, part: str = "") -> None:
-    """Have the weights written whole, as a plain state dict, and their configuration beside them; for all ranks.
+    """Have the weights written whole, as a plain state dict, and their configuration beside them;
+    for all ranks.
 
-    Sharded tensors are read back from the checkpoint of the `save_run` before this call: putting them together here
-    would keep every rank from training.
+    Sharded tensors are read back from the checkpoint of the `save_run` before this call: putting
+    them together here would keep every rank from training.
 
     Args:
         path: of the weights, `out/full_sft_512.pth`.
@@ -136,12 +171,23 @@ def save_weights(path: Path, state_dict: dict[str, Tensor], config: str, part: s
         part: of several models in one only that whose names begin so, without this beginning.
     """
     if world()[0] == 0:
-        state_dict = {name[len(part) :]: value for name, value in state_dict.items() if name.startswith(part)}
+        state_dict = {
+            name[len(part) :]: value for name, value in state_dict.items() if name.startswith(part)
+        }
         later(save_file, path.with_suffix(".json"), config)
         if any(map(is_sharded, state_dict.values())):
-            later(write_saved_weights, path, {name: value.shape for name, value in state_dict.items()}, part)
+            later(
+                write_saved_weights,
+                path,
+                {name: value.shape for name, value in state_dict.items()},
+                part,
+            )
         else:
-            later(write_weights, path, {name: value.to("cpu", copy=True) for name, value in state_dict.items()})
+            later(
+                write_weights,
+                path,
+                {name: value.to("cpu", copy=True) for name, value in state_dict.items()},
+            )
 
 
 def write_saved_weights(path: Path, shapes: dict[str, torch.Size], part: str) -> None:
@@ -161,7 +207,8 @@ def write_saved_weights(path: Path, shapes: dict[str, torch.Size], part: str) ->
 
 
 def write_weights(path: Path, state_dict: dict[str, Tensor]) -> None:
-    """Write whole tensors of the CPU; a head that equals the embedding is tied to it, and is saved once."""
+    """Write whole tensors of the CPU; a head that equals the embedding is tied to it, and is saved
+    once."""
     head = state_dict.get("lm_head.weight")
     if head is not None and torch.equal(head, state_dict["model.embed_tokens.weight"]):
         state_dict["lm_head.weight"] = state_dict["model.embed_tokens.weight"]
@@ -183,7 +230,8 @@ def parts_of(optimizer) -> list[torch.optim.Optimizer]:
 
 
 def states_of(model: nn.Module, optimizer) -> dict[str, tuple[Tensor, dict, dict]]:
-    """Name -> (parameter, its optimizer state, its options), for the parameters whose state this process holds."""
+    """Name -> (parameter, its optimizer state, its options), for the parameters whose state this
+    process holds."""
     names, found = {p: name for name, p in unwrap(model).named_parameters()}, {}
     for part in parts_of(optimizer):
         part = getattr(part, "optim", part)  # ZeroRedundancyOptimizer holds one for its share
@@ -193,21 +241,29 @@ def states_of(model: nn.Module, optimizer) -> dict[str, tuple[Tensor, dict, dict
 
 
 def run_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
-    """Everything large that training changes: parameters under `model.NAME`, what the optimizer keeps for them under
-    `optimizer.NAME.KEY`. Frozen parameters come from where they came from at the start."""
-    tensors = {f"model.{name}": p.detach() for name, p in unwrap(model).named_parameters() if p.requires_grad}
+    """Everything large that training changes: parameters under `model.NAME`, what the optimizer
+    keeps for them under `optimizer.NAME.KEY`. Frozen parameters come from where they came from at
+    the start."""
+    tensors = {
+        f"model.{name}": p.detach()
+        for name, p in unwrap(model).named_parameters()
+        if p.requires_grad
+    }
     for name, (_, state, _) in states_of(model, optimizer).items():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
     return tensors
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Load
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def find_run(folder: Path, source: str, identity: dict, accept: bool) -> tuple[Path | None, dict[str, list]]:
-    """The checkpoint that `--resume` means, on every rank, None for a new run; and what differs from it.
+def find_run(
+    folder: Path, source: str, identity: dict, accept: bool
+) -> tuple[Path | None, dict[str, list]]:
+    """The checkpoint that `--resume` means, on every rank, None for a new run; and what differs
+    from it.
 
     Args:
         folder: the run's, `out/full_sft_512`.
@@ -216,7 +272,8 @@ def find_run(folder: Path, source: str, identity: dict, accept: bool) -> tuple[P
         accept: --resume_with_changes: it may differ.
 
     Raises:
-        ValueError: on every rank: no valid checkpoint, one of another run, or one that another node does not see.
+        ValueError: on every rank: no valid checkpoint, one of another run, or one that another node
+        does not see.
     """
     found, changes, problem = None, {}, ""
     if world()[0] == 0:
@@ -227,16 +284,25 @@ def find_run(folder: Path, source: str, identity: dict, accept: bool) -> tuple[P
             if found is not None:
                 run = safe_load.load(found / "run.pt", *RUN)
                 last = run["progress"].get("total_steps", identity[LAST_STEP])
-                changes = check_identity({LAST_STEP: last} | run["identity"], identity, found, accept)
+                changes = check_identity(
+                    {LAST_STEP: last} | run["identity"], identity, found, accept
+                )
         except ValueError as error:
             problem = str(error)
     found, changes, problem = gather_objects((found, changes, problem))[0]
     if problem:
         raise ValueError(problem)
     if found is not None:
-        blind = [rank for rank, sees in enumerate(gather_objects((found / store.MANIFEST).exists())) if not sees]
+        blind = [
+            rank
+            for rank, sees in enumerate(gather_objects((found / store.MANIFEST).exists()))
+            if not sees
+        ]
         if blind:
-            raise ValueError(f"--resume: rank {blind[0]} does not see {found}: --out_dir must lie on shared storage")
+            raise ValueError(
+                f"--resume: rank {blind[0]} does not see {found}: --out_dir must lie on shared"
+                " storage"
+            )
     return found, changes
 
 
@@ -260,7 +326,9 @@ def load_tensors(reader, model, optimizer) -> None:
 
     saved = reader.read_metadata().state_dict_metadata
     for name, (p, state, options) in states_of(model, optimizer).items():
-        for key in [key.rpartition(".")[2] for key in saved if key.rpartition(".")[0] == f"optimizer.{name}"]:
+        for key in [
+            key.rpartition(".")[2] for key in saved if key.rpartition(".")[0] == f"optimizer.{name}"
+        ]:
             like = saved[f"optimizer.{name}.{key}"]
             if like.size == p.shape:
                 state[key] = torch.zeros_like(p, memory_format=torch.preserve_format).detach()
@@ -273,13 +341,21 @@ def load_tensors(reader, model, optimizer) -> None:
 def restore(found: Path | None, scaler: torch.amp.GradScaler | None = None) -> dict:
     """Put back what is small in a checkpoint, scaler and generators, and say so.
 
-    On another number of ranks the generators cannot be those of before; they then go on from the current seed.
+    On another number of ranks the generators cannot be those of before; they then go on from the
+    current seed.
 
     Returns:
         The counters that were saved; zeros for a new run.
     """
     if found is None:
-        return {"step": 0, "epoch": 0, "step_in_epoch": 0, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
+        return {
+            "step": 0,
+            "epoch": 0,
+            "step_in_epoch": 0,
+            "tokens": 0,
+            "skipped": 0,
+            "skipped_in_a_row": 0,
+        }
     run = safe_load.load(found / "run.pt", *RUN)
     rank, world_size = world()
     with safe_load.reading(found / "run.pt"):
@@ -295,7 +371,11 @@ def restore(found: Path | None, scaler: torch.amp.GradScaler | None = None) -> d
 def rng_state() -> dict:
     """State of this rank's generators, as plain data and tensors."""
     kind, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

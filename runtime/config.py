@@ -1,10 +1,10 @@
 """The YAML file of `--config` as command-line flags.
 
-Its keys are names of flags or the names that other stacks have for them. Every key is obeyed or refused with the
-reason, none is ignored: a key that does nothing would be believed to do something.
+Its keys are names of flags or the names that other stacks have for them. Every key is obeyed or
+refused with the reason, none is ignored: a key that does nothing would be believed to do something.
 
-Values are the text that stands in the file, and the flag says what it means: YAML alone would make a number of the name
-007, a truth value of the name on, and a text of the number 5e-4.
+Values are the text that stands in the file, and the flag says what it means: YAML alone would make
+a number of the name 007, a truth value of the name on, and a text of the number 5e-4.
 """
 
 import difflib
@@ -18,7 +18,13 @@ import yaml
 from runtime.launcher import read_launch
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("model", "kernels", "dataset", "runtime", "trainer")  # folders whose files decide how a run goes
+CODE = (
+    "model",
+    "kernels",
+    "dataset",
+    "runtime",
+    "trainer",
+)  # folders whose files decide how a run goes
 
 # The names that configuration files of other projects use for our flags, and for the keys below.
 ALIASES = {
@@ -90,7 +96,8 @@ class Entry:
 
     Attributes:
         key: as it stands there; with its section where ALIASES has it so.
-        value: text, a list of texts, or None for null, which is as if the key did not stand there; {} for a section
+        value: text, a list of texts, or None for null, which is as if the key did not stand there;
+        {} for a section
             that lies too deep.
         place: `--config FILE:LINE`, for messages.
     """
@@ -110,7 +117,8 @@ def config_path(argv: list[str]) -> str | None:
 
 
 def read_config(path: str) -> list[Entry]:
-    """What a YAML file says, in its order; two levels of sections such as `training:` are looked through.
+    """What a YAML file says, in its order; two levels of sections such as `training:` are looked
+    through.
 
     A file that does not exist where you stand is looked for in configs/, too.
 
@@ -121,7 +129,12 @@ def read_config(path: str) -> list[Entry]:
     try:
         if not here.exists() and shipped.is_file():
             here = shipped
-        if here.exists() and not here.is_file() and not here.is_dir() and not path.startswith("/dev/fd/"):
+        if (
+            here.exists()
+            and not here.is_file()
+            and not here.is_dir()
+            and not path.startswith("/dev/fd/")
+        ):
             raise ValueError(f"--config {path}: not a file")
         content = yaml.compose(here.read_text(encoding="utf-8"), yaml.SafeLoader)
         if content is None or content.tag == "tag:yaml.org,2002:null":  # nothing, or comments alone
@@ -158,10 +171,12 @@ def pairs_of(
     """Name -> (key, value) of a mapping; of `<<: *other`, what is in `other` comes first.
 
     Args:
-        known: mapping -> its pairs, of those that were asked for before; None while they are worked out.
+        known: mapping -> its pairs, of those that were asked for before; None while they are worked
+        out.
 
     Raises:
-        ValueError: a key stands there twice, or is no word; `<<` does not name a mapping, or names one that it is in.
+        ValueError: a key stands there twice, or is no word; `<<` does not name a mapping, or names
+        one that it is in.
     """
     if mapping in known:
         return known[mapping]
@@ -205,15 +220,18 @@ def text_of(node: yaml.Node, levels: int = 2) -> str | list | dict | None:
 
 
 def config_to_argv(argv: list[str], parser) -> list[str]:
-    """The YAML file of `--config` as command-line flags, to stand before the real ones, which then win.
+    """The YAML file of `--config` as command-line flags, to stand before the real ones, which then
+    win.
 
     Args:
         argv: the command line, with or without `--config FILE`.
         parser: the ArgumentParser that knows the flags.
 
     Raises:
-        ValueError: names file, line and key. As `read_config`; an unknown key, with the nearest known one; a value that
-            the flag does not take, or that is not obeyed, with the reason; two keys that contradict each other.
+        ValueError: names file, line and key. As `read_config`; an unknown key, with the nearest
+        known one; a value that
+            the flag does not take, or that is not obeyed, with the reason; two keys that contradict
+            each other.
     """
     path = config_path(argv)
     if path is None:
@@ -261,7 +279,10 @@ def flag_values(content: list[Entry], flags: dict) -> dict[str, Entry]:
         other = of_name.setdefault(name, entry)
         if other.value != entry.value:
             both = "" if name == other.key == entry.key else f"; both mean {name}"
-            same = f"{other.key}: {other.value} and {entry.key}: {entry.value} contradict each other{both}"
+            same = (
+                f"{other.key}: {other.value} and {entry.key}: {entry.value} contradict each"
+                f" other{both}"
+            )
             raise entry.error(same)
     if precisions and (dtype := choose_dtype(precisions)):
         values["dtype"] = replace(next(iter(precisions.values())), value=dtype)
@@ -269,7 +290,8 @@ def flag_values(content: list[Entry], flags: dict) -> dict[str, Entry]:
 
 
 def flag_value(name: str, entry: Entry, action) -> bool | str | list[str]:
-    """The value of a flag: a switch is true or false, a list has texts, all else is a text that the flag takes.
+    """The value of a flag: a switch is true or false, a list has texts, all else is a text that the
+    flag takes.
 
     Args:
         action: of the parser; None for a key that is no flag.
@@ -283,7 +305,8 @@ def flag_value(name: str, entry: Entry, action) -> bool | str | list[str]:
 
 
 def checked(name: str, entry: Entry, value: object, action) -> str:
-    """One value as the text that argparse takes for it; numbers are written one way, so that they can be compared."""
+    """One value as the text that argparse takes for it; numbers are written one way, so that they
+    can be compared."""
     if not isinstance(value, str):
         raise entry.error(
             f"{entry.key} takes one value, found {'a section' if value == {} else value}"
@@ -329,8 +352,9 @@ def refuse_deepspeed(name: str, entry: Entry, flags: dict) -> None:
         return
     if name == "strategy" and entry.value == "deepspeed":
         raise entry.error(
-            "strategy deepspeed is an engine with a script of its own: start main.py or scripts/run_distributed.py "
-            "with this file, or trainer/train_sft_deepspeed.py; without DeepSpeed: strategy zero1, zero2 or zero3"
+            "strategy deepspeed is an engine with a script of its own: start main.py or"
+            " scripts/run_distributed.py with this file, or trainer/engines/train_sft_deepspeed.py;"
+            " without DeepSpeed: strategy zero1, zero2 or zero3"
         )
     if name == "deepspeed_config":
         raise entry.error(
@@ -339,7 +363,8 @@ def refuse_deepspeed(name: str, entry: Entry, flags: dict) -> None:
 
 
 def adapt(values: dict[str, Entry], argv: list[str]) -> dict[str, Entry]:
-    """The values for this script on this machine, started as it was: what is about launchers, engines and backends."""
+    """The values for this script on this machine, started as it was: what is about launchers,
+    engines and backends."""
     values = dict(values)
     if "ddp" in values and values["ddp"].value and not read_launch().launched:
         print(
@@ -368,12 +393,16 @@ def check_fixed(entry: Entry, obeyed: tuple, why: str) -> None:
     if isinstance(obeyed[0], bool) and isinstance(asked, str):
         asked = SWITCH.get(asked.lower())
     if asked not in (obeyed if isinstance(obeyed[0], bool) else [str(value) for value in obeyed]):
-        remedy = f"write {str(obeyed[0]).lower() if isinstance(obeyed[0], bool) else obeyed[0]}, or leave it out"
+        remedy = (
+            f"write {str(obeyed[0]).lower() if isinstance(obeyed[0], bool) else obeyed[0]}, or"
+            " leave it out"
+        )
         raise entry.error(f"{entry.key}: {entry.value} cannot be had: {why}; {remedy}")
 
 
 def choose_dtype(given: dict[str, Entry]) -> str | None:
-    """The --dtype that is asked for; None where fp16 is false and nothing else is said: no default is float16.
+    """The --dtype that is asked for; None where fp16 is false and nothing else is said: no default
+    is float16.
 
     Args:
         given: entries of PRECISIONS.
@@ -391,8 +420,8 @@ def choose_dtype(given: dict[str, Entry]) -> str | None:
     if not left:
         said = ", ".join(f"{entry.key}: {entry.value}" for entry in given.values())
         raise next(reversed(given.values())).error(
-            f"{said}: no precision fits; dtype is float32, float16 or bfloat16, mixed_precision no, fp16 or bf16, "
-            "and one of fp16 and bf16 may be true"
+            f"{said}: no precision fits; dtype is float32, float16 or bfloat16, mixed_precision no,"
+            " fp16 or bf16, and one of fp16 and bf16 may be true"
         )
     if len(left) == 1:
         return left[0]

@@ -1,4 +1,5 @@
-"""What a device is good at, in which order it sums, what it holds of a tensor, and the memory of a process."""
+"""What a device is good at, in which order it sums, what it holds of a tensor, and the memory of a
+process."""
 
 import ctypes
 import os
@@ -10,7 +11,8 @@ from torch import Tensor
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of the fastest matrix products of a device: many CPUs emulate bfloat16, a hundred times slower."""
+    """The dtype of the fastest matrix products of a device: many CPUs emulate bfloat16, a hundred
+    times slower."""
     fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
@@ -22,10 +24,11 @@ def dtype_of(dtype: str | None, device: torch.device) -> str:
 
 @contextmanager
 def one_order(device: torch.device) -> Iterator[None]:
-    """Have a GPU sum in the same order every time: a run that goes on is bit-identical to one that never stopped.
+    """Have a GPU sum in the same order every time: a run that goes on is bit-identical to one that
+    never stopped.
 
-    Some kernels, that of the gradient of attention first, else add in the order in which their threads arrive. A CPU
-    has none of these.
+    Some kernels, that of the gradient of attention first, else add in the order in which their
+    threads arrive. A CPU has none of these.
     """
     if device.type != "cuda":
         yield
@@ -42,7 +45,8 @@ def one_order(device: torch.device) -> Iterator[None]:
 def keep_memory() -> None:
     """Have this process keep the memory that a step frees, up to 32 MiB a piece, for the next step.
 
-    Linux would set it to zero, page by page, to give it again. Other C libraries than GNU's stay as they are.
+    Linux would set it to zero, page by page, to give it again. Other C libraries than GNU's stay as
+    they are.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):

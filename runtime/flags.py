@@ -1,7 +1,8 @@
-"""What values flags may have, for all scripts in one place. Needs no package until a model's size is asked for.
+"""What values flags may have, for all scripts in one place. Needs no package until a model's size
+is asked for.
 
-A number that makes no sense is refused before anything is read, built or written: a run that cannot be would else end
-in the middle, in the words of a library, or never.
+A number that makes no sense is refused before anything is read, built or written: a run that cannot
+be would else end in the middle, in the words of a library, or never.
 """
 
 import math
@@ -110,7 +111,8 @@ BOUNDS = {
 
 
 def usage_error(message: str) -> None:
-    """What `parser.error` of every script is set to: one line, without argparse's screen of usage."""
+    """What `parser.error` of every script is set to: one line, without argparse's screen of
+    usage."""
     raise ValueError(f"{shortened(message, 300)}; --help lists the flags")
 
 
@@ -176,18 +178,21 @@ def check_name(name: str, text: str) -> None:
     ).isprintable()  # without the bytes of an encoding that is not UTF-8
     if text in ("", ".", "..") or "/" in text or not legible:
         raise ValueError(
-            f"--{name} {text!r}: must be a file's name, without a folder: --out_dir says where it lies"
+            f"--{name} {text!r}: must be a file's name, without a folder: --out_dir says where it"
+            " lies"
         )
     if len(os.fsencode(text)) > 200:  # of 255, as other files are named after it
         raise ValueError(
-            f"--{name} {text[:20]}...: has {len(os.fsencode(text))} bytes, a file's name may have 200"
+            f"--{name} {text[:20]}...: has {len(os.fsencode(text))} bytes, a file's name may"
+            " have 200"
         )
 
 
 def check_model(args: dict) -> None:
-    """ValueError: sizes that do not fit together, or blocks whose weights are larger than this machine's memory."""
+    """ValueError: sizes that do not fit together, or blocks whose weights are larger than this
+    machine's memory."""
     from model.lm import LMConfig  # here: scripts without a model do without torch
-    from runtime.memory import GIB, machine_memory, matrix_count
+    from runtime.distributed.memory import GIB, machine_memory, matrix_count
 
     config = LMConfig.from_flags(args, vocab_size=1)  # that is the tokenizer's, and not yet known
     size, launched = 4 * matrix_count(config), read_launch()
@@ -195,5 +200,8 @@ def check_model(args: dict) -> None:
     if size > memory > 0:
         shape = " ".join(f"--{name} {args[name]}" for name in ("dim", "n_layers"))
         moe = f" --n_experts {args['n_experts']}" if args["use_moe"] else ""
-        need = f"{size / GIB:,.0f} GiB of weights, more than the {memory / GIB:,.0f} GiB of memory here"
+        need = (
+            f"{size / GIB:,.0f} GiB of weights, more than the {memory / GIB:,.0f} GiB of memory"
+            " here"
+        )
         raise ValueError(f"{shape}{moe}: the model has {need}: take a smaller one")

@@ -1,4 +1,5 @@
-"""The one door to kernels/. Everything runs without that folder, too, and with MINIMIND_KERNELS=off."""
+"""The one door to kernels/. Everything runs without that folder, too, and with
+MINIMIND_KERNELS=off."""
 
 import os
 from pathlib import Path
@@ -57,7 +58,8 @@ def report() -> str:
 
 
 def fingerprint(device: torch.device, dtype: str) -> str:
-    """The kernels that a run in this process uses: those of all processes of a job must be the same."""
+    """The kernels that a run in this process uses: those of all processes of a job must be the
+    same."""
     if not in_use():
         return "off"
     import kernels

@@ -16,21 +16,33 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runtime import checkpoint, heartbeat, kernel_loader
+from runtime import checkpoint, kernel_loader
 from runtime.config import CODE, ROOT, config_to_argv
 from runtime.device import dtype_of, keep_memory
-from runtime.flags import check_flags, usage_error  # noqa: F401  # for the scripts, with what else they start by
+from runtime.distributed import heartbeat
+from runtime.flags import check_flags, usage_error  # noqa: F401  # for the scripts
 from runtime.identity import sample_hash
 from runtime.launcher import is_quiet, read_launch
 from runtime.terminal import describe_error, is_usage_error, prepare_streams
 
 SOURCES = (".py", ".cpp", ".h")
-# Flags that may differ from process to process: where things lie on a machine, and what is not about the curve.
-LOCAL = ("config", "data_path", "tokenizer_dir", "cache_dir", "out_dir", "device", "num_workers", "report_to")
+# Flags that may differ from process to process: where things lie on a machine, and what is not
+# about the curve.
+LOCAL = (
+    "config",
+    "data_path",
+    "tokenizer_dir",
+    "cache_dir",
+    "out_dir",
+    "device",
+    "num_workers",
+    "report_to",
+)
 
 
 def command_line(parser) -> list[str]:
-    """What a stage script parses: the file of --config as flags, then the flags it was given, which win.
+    """What a stage script parses: the file of --config as flags, then the flags it was given, which
+    win.
 
     Left out is the `--local_rank N` that some launchers add: the environment says the same.
 
@@ -50,13 +62,14 @@ def command_line(parser) -> list[str]:
 
 
 class StopSignal:
-    """Remembers a signal to stop, so that the loop can finish its step, save and leave. The second one ends at once.
+    """Remembers a signal to stop, so that the loop can finish its step, save and leave. The second
+    one ends at once.
 
-    A first one does not, also where other ranks have said before that they stop: the launcher sends it to a rank that
-    is still saving when another one has ended.
+    A first one does not, also where other ranks have said before that they stop: the launcher sends
+    it to a rank that is still saving when another one has ended.
 
-    It hears SIGTERM and SIGINT, and SIGHUP unless that is ignored, as under nohup. A terminal that is closed sends
-    SIGHUP twice, by its shell and by the kernel.
+    It hears SIGTERM and SIGINT, and SIGHUP unless that is ignored, as under nohup. A terminal that
+    is closed sends SIGHUP twice, by its shell and by the kernel.
 
     Attributes:
         received: the signal that came to this rank, 0 while none has.
@@ -66,7 +79,11 @@ class StopSignal:
     def __init__(self) -> None:
         self.number = 0
         self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT, *([] if ignores_hangup() else [signal.SIGHUP])):
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+            *([] if ignores_hangup() else [signal.SIGHUP]),
+        ):
             signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: object) -> None:
@@ -75,29 +92,38 @@ class StopSignal:
         self.received = self.received or number
 
     def hear(self, everywhere: float) -> None:
-        """A signal to one rank is a signal to all. Args: everywhere: sum of what all ranks have received."""
+        """A signal to one rank is a signal to all. Args: everywhere: sum of what all ranks have
+        received."""
         self.number = self.number or (self.received or signal.SIGTERM if everywhere else 0)
 
 
 def ignores_hangup() -> bool:
     """Whether SIGHUP is not to end this process: nohup has it ignored.
 
-    But torchrun listens to it also under nohup, passes it on, and kills what has not ended in its shut-down time.
+    But torchrun listens to it also under nohup, passes it on, and kills what has not ended in its
+    shut-down time.
     """
-    from_torchrun = "SIGHUP" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "") and read_launch().launched
+    from_torchrun = (
+        "SIGHUP" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "") and read_launch().launched
+    )
     return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and not from_torchrun
 
 
-ONE_LINE = (ValueError, OSError, FloatingPointError, dist.DistNetworkError)  # what needs no traceback
+ONE_LINE = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    dist.DistNetworkError,
+)  # what needs no traceback
 
 
 def run(main: Callable[[], int]) -> None:
     """Run a script's main and turn its end into an exit code.
 
-    A ValueError is the user's to mend, and a file that is not there or cannot be written: one line (per machine), exit
-    code 2. A full disk, gradients that are not finite any more, or a reader that was killed: one line, exit code 1.
-    MINIMIND_DEBUG=1 shows their tracebacks. Anything else keeps its own. torchrun's summary names the rank whose error
-    came first.
+    A ValueError is the user's to mend, and a file that is not there or cannot be written: one line
+    (per machine), exit code 2. A full disk, gradients that are not finite any more, or a reader
+    that was killed: one line, exit code 1. MINIMIND_DEBUG=1 shows their tracebacks. Anything else
+    keeps its own. torchrun's summary names the rank whose error came first.
     """
     code, usage = 1, False
     prepare_streams()
@@ -130,15 +156,17 @@ def run(main: Callable[[], int]) -> None:
             checkpoint.rescue()
         if code not in (1, 2):  # after a fault the silence of this rank tells the others
             heartbeat.stop()
-        if dist.is_initialized() and code != 1:  # after a fault the others may wait inside a collective
+        if (
+            dist.is_initialized() and code != 1
+        ):  # after a fault the others may wait inside a collective
             dist.destroy_process_group()
     sys.stdout.flush()
     sys.exit(2 if usage else code)
 
 
 def leave_together() -> None:
-    """Wait until all ranks are here: torchrun takes the first that a signal has stopped for one that failed, and gives
-    those that still save half a minute."""
+    """Wait until all ranks are here: torchrun takes the first that a signal has stopped for one
+    that failed, and gives those that still save half a minute."""
     with contextlib.suppress(RuntimeError):  # another one failed, and says so
         dist.barrier()
 
@@ -150,16 +178,23 @@ def start_heartbeat(minutes: float) -> timedelta:
 
 def is_timeout(error: Exception) -> bool:
     """Whether it is gloo's, or a store's, for ranks that did not come."""
-    return isinstance(error, RuntimeError) and re.search("(?i)timed out waiting|wait timeout", str(error)) is not None
+    return (
+        isinstance(error, RuntimeError)
+        and re.search("(?i)timed out waiting|wait timeout", str(error)) is not None
+    )
 
 
 def report(error: Exception, text: str) -> None:
-    """Leave the error where torchrun looks for it. Its summary shows the earliest, in whole seconds.
+    """Leave the error where torchrun looks for it. Its summary shows the earliest, in whole
+    seconds.
 
-    A rank that lost its connection fails in the same second as the one that broke it, hence the delay.
+    A rank that lost its connection fails in the same second as the one that broke it, hence the
+    delay.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        lost = isinstance(error, RuntimeError) and re.search("onnection (closed|reset|refused)|Broken pipe", str(error))
+        lost = isinstance(error, RuntimeError) and re.search(
+            "onnection (closed|reset|refused)|Broken pipe", str(error)
+        )
         when = int(time.time()) + (5 if lost else 0)
         with contextlib.suppress(OSError), open(path, "w") as file:
             extra = {"py_callstack": text, "timestamp": str(when)}
@@ -167,14 +202,19 @@ def report(error: Exception, text: str) -> None:
 
 
 def explain(error: Exception) -> str:
-    """The error in one line; for a process group that cannot be joined or a reader that is lost, with what to do."""
+    """The error in one line; for a process group that cannot be joined or a reader that is lost,
+    with what to do."""
     if is_of_reader(error):
         return explain_reader(str(error))
     text = describe_error(error)
     if not isinstance(error, dist.DistNetworkError):
         return text
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    remedy = "the port is busy, choose another --master_port" if "EADDRINUSE" in text else "is that host reachable?"
+    remedy = (
+        "the port is busy, choose another --master_port"
+        if "EADDRINUSE" in text
+        else "is that host reachable?"
+    )
     return f"cannot join the process group at {where}: {remedy} ({text[:150]})"
 
 
@@ -185,11 +225,13 @@ def is_of_reader(error: Exception) -> bool:
 
 def explain_reader(text: str) -> str:
     """What DataLoader says about a process of --num_workers, in one line."""
-    if raised := re.match(r"Caught .*\n\w+: (.*)", text, re.DOTALL):  # the last line of its traceback
+    if raised := re.match(
+        r"Caught .*\n\w+: (.*)", text, re.DOTALL
+    ):  # the last line of its traceback
         return " ".join(raised[1].split())
     return (
-        f"a process that reads data ended: {' '.join(text.split()).rstrip('.')}; where memory ran out take fewer "
-        "--num_workers; --resume auto goes on from the last checkpoint"
+        f"a process that reads data ended: {' '.join(text.split()).rstrip('.')}; where memory ran"
+        " out take fewer --num_workers; --resume auto goes on from the last checkpoint"
     )
 
 
@@ -203,9 +245,13 @@ def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
         args: the flags; those in LOCAL may differ from process to process.
     """
     digest = hashlib.sha256()
-    files = (path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES)
+    files = (
+        path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES
+    )
     for path in sorted(files):
-        digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
+        digest.update(
+            f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes()
+        )
     same = {"code": digest.hexdigest()[:16], "torch": torch.__version__}
     if isinstance(device := args.get("device"), torch.device):
         same["kernels"] = kernel_loader.fingerprint(device, dtype_of(args.get("dtype"), device))

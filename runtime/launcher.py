@@ -1,11 +1,12 @@
-"""Which process of a job this is: a launcher says it in the environment, and only this file reads it.
+"""Which process of a job this is: a launcher says it in the environment, and only this file reads
+it.
 
 torchrun, `accelerate launch` and `deepspeed` all set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT:
-what torch needs to join a process group. Some of them alone are no launch: schedulers and job scripts
-leave such variables behind.
+what torch needs to join a process group. Some of them alone are no launch: schedulers and job
+scripts leave such variables behind.
 
-A process that a launcher started must not outlive it, whenever that is killed. It asks before the imports that take
-seconds, so this file imports no more than a few modules of Python itself.
+A process that a launcher started must not outlive it, whenever that is killed. It asks before the
+imports that take seconds, so this file imports no more than a few modules of Python itself.
 """
 
 import ctypes
@@ -62,13 +63,14 @@ def read_launch(needed_by: str = "") -> Launch:
     rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
     if rank >= world_size:
         raise ValueError(
-            f"RANK is {rank} and WORLD_SIZE {world_size} in the environment: ranks go from 0 to size - 1"
+            f"RANK is {rank} and WORLD_SIZE {world_size} in the environment: ranks go from 0 to"
+            " size - 1"
         )
     local_rank, here = numbers.get("LOCAL_RANK", 0), numbers.get("LOCAL_WORLD_SIZE", world_size)
     if local_rank >= here or here > world_size:
         raise ValueError(
-            f"LOCAL_RANK is {local_rank}, LOCAL_WORLD_SIZE {here} and WORLD_SIZE {world_size} in the environment: each "
-            "must be less than the next, the sizes may be equal"
+            f"LOCAL_RANK is {local_rank}, LOCAL_WORLD_SIZE {here} and WORLD_SIZE {world_size} in"
+            " the environment: each must be less than the next, the sizes may be equal"
         )
     port = whole_number("MASTER_PORT", 0)
     if port > 65535:
@@ -81,8 +83,8 @@ def whole_number(name: str, least: int) -> int:
     text = os.environ[name]
     if not (text.isascii() and text.isdigit() and int(text) >= least):
         raise ValueError(
-            f"{name} is {text!r} in the environment, which is no whole number from {least} on: unset it, or start with "
-            "a launcher that sets it, such as torchrun"
+            f"{name} is {text!r} in the environment, which is no whole number from {least} on:"
+            " unset it, or start with a launcher that sets it, such as torchrun"
         )
     return int(text)
 
@@ -110,19 +112,25 @@ def is_quiet() -> bool:
         return False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The life of a launcher, which is the life of what it started
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-STARTED_BY = "MINIMIND_STARTED_BY"  # to a process that we start: the id of the one that must be its parent
+STARTED_BY = (  # to a process that we start: the id of the one that must be its parent
+    "MINIMIND_STARTED_BY"
+)
 
 
 def die_with_launcher() -> None:
-    """Have this process killed when its launcher is: an orphan would train on beside the run's successor.
+    """Have this process killed when its launcher is: an orphan would train on beside the run's
+    successor.
 
-    Nothing happens where no launcher started it: a run outlives its shell. What this process starts is not meant.
+    Nothing happens where no launcher started it: a run outlives its shell. What this process starts
+    is not meant.
     """
-    watched = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ  # torchrun, DeepSpeed's launcher
+    watched = (
+        "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
+    )  # torchrun, DeepSpeed's launcher
     watched = watched and all(os.environ.get(name) for name in NEEDED)
     launcher = os.environ.pop(STARTED_BY, None)
     if launcher is None and not watched:
@@ -137,7 +145,8 @@ def die_with_launcher() -> None:
 
 
 def is_python(process: int) -> bool:
-    """Whether a process may be a launcher; process 1 is one in a container, elsewhere it takes in orphans."""
+    """Whether a process may be a launcher; process 1 is one in a container, elsewhere it takes in
+    orphans."""
     try:
         with open(f"/proc/{process}/cmdline", "rb") as file:
             return b"python" in file.read().split(b"\0")[0]
@@ -160,7 +169,8 @@ def watch_parent(parent: int) -> None:
 
 
 def become_launcher(parent: int) -> None:
-    """In a process that is about to turn into a launcher: tell its ranks its id, and end with `parent`, by SIGTERM."""
+    """In a process that is about to turn into a launcher: tell its ranks its id, and end with
+    `parent`, by SIGTERM."""
     os.environ[STARTED_BY] = str(os.getpid())
     signal_when_parent_dies(signal.SIGTERM)
     if os.getppid() != parent:

@@ -1,6 +1,8 @@
-"""Optimizers: AdamW; Muon for the matrices inside the blocks with AdamW for everything else; LAMB for large batches.
+"""Optimizers: AdamW; Muon for the matrices inside the blocks with AdamW for everything else; LAMB
+for large batches.
 
-Here stands, too, what a learning rate is multiplied by where the batch grows with the number of processes.
+Here stands, too, what a learning rate is multiplied by where the batch grows with the number of
+processes.
 """
 
 import math
@@ -23,9 +25,11 @@ def make_optimizer(
 
     Args:
         name: 'adamw', 'muon' or 'lamb'.
-        lr: peak learning rate. The same number suits AdamW and Muon, whose updates are scaled to the size of AdamW's;
+        lr: peak learning rate. The same number suits AdamW and Muon, whose updates are scaled to
+        the size of AdamW's;
             LAMB's is the share of its own norm by which a matrix moves in a step.
-        shard: ZeRO-1: every process keeps the state of some parameters, updates those, and broadcasts them.
+        shard: ZeRO-1: every process keeps the state of some parameters, updates those, and
+        broadcasts them.
             Source: Rajbhandari et al., ZeRO (2020), section 5.1.
     """
     parameters = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
@@ -45,7 +49,8 @@ def make_optimizer(
 
 
 def is_block_matrix(name: str, shape: torch.Size) -> bool:
-    """Whether a parameter is one that Muon takes: the blocks' matrices, those of stacked experts (n, out, in) as well.
+    """Whether a parameter is one that Muon takes: the blocks' matrices, those of stacked experts
+    (n, out, in) as well.
 
     The router is none: its rows are a classifier's, one for each expert.
     """
@@ -61,7 +66,8 @@ def build(kind: type, parameters: list, shard: bool, **options) -> torch.optim.O
 
 
 class Uncompiled(torch.optim.Optimizer):
-    """torch's optimizer without its guards for torch.compile, which import the compiler: two seconds of every start."""
+    """torch's optimizer without its guards for torch.compile, which import the compiler: two
+    seconds of every start."""
 
     add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
     zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
@@ -74,15 +80,19 @@ class AdamW(Uncompiled, torch.optim.AdamW):
 
 
 class OrthogonalMomentum(Uncompiled):
-    """Replaces the momentum of a matrix by the nearest orthogonal matrix, so that all directions learn at one pace.
+    """Replaces the momentum of a matrix by the nearest orthogonal matrix, so that all directions
+    learn at one pace.
 
     Stacked matrices (experts, m, n) are so many matrices.
 
-    Source: Jordan et al., Muon (2024), with Nesterov momentum; the size of an update, 0.2 sqrt(max(m, n)), as in Liu et
-    al., Muon is Scalable for LLM Training (2025), eq. 4: that of AdamW's.
+    Source: Jordan et al., Muon (2024), with Nesterov momentum; the size of an update, 0.2
+    sqrt(max(m, n)), as in Liu et al., Muon is Scalable for LLM Training (2025), eq. 4: that of
+    AdamW's.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+    def __init__(
+        self, parameters: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
+    ):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -95,10 +105,16 @@ class OrthogonalMomentum(Uncompiled):
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
                     average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                     momenta.append(p.grad.lerp(average, group["momentum"]))
-                updates = map(orthogonalise, momenta) if len(same) == 1 else orthogonalise(torch.stack(momenta))
+                updates = (
+                    map(orthogonalise, momenta)
+                    if len(same) == 1
+                    else orthogonalise(torch.stack(momenta))
+                )
                 for p, update in zip(same, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.to(p.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
+                    p.add_(
+                        update.to(p.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:]))
+                    )
 
 
 def of_one_shape(parameters: list[Tensor], most: int = 2**22) -> Iterator[list[Tensor]]:
@@ -115,16 +131,20 @@ def of_one_shape(parameters: list[Tensor], most: int = 2**22) -> Iterator[list[T
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """A matrix (m, n) with its singular values brought to about 1 (0.7 to 1.2, those near 0 part of the way).
+    """A matrix (m, n) with its singular values brought to about 1 (0.7 to 1.2, those near 0 part of
+    the way).
 
     Of stacked ones (..., m, n) each by itself.
 
     In bfloat16 where the machine multiplies it fast, in float32 elsewhere: the result is as good.
-    Source: Jordan et al., Muon (2024): a quintic Newton-Schulz iteration with coefficients for the steepest rise at 0.
+    Source: Jordan et al., Muon (2024): a quintic Newton-Schulz iteration with coefficients for the
+    steepest rise at 0.
     """
     x = matrix.to(fast_dtype(matrix.device)).reshape(-1, *matrix.shape[-2:])
     x = x.mT if x.size(-2) > x.size(-1) else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)  # the largest singular value is at most 1
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(
+        1e-7
+    )  # the largest singular value is at most 1
     for _ in range(steps):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
@@ -133,11 +153,15 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Two optimizers that act as one: `muon` on the blocks' matrices, `adamw` on everything else."""
+    """Two optimizers that act as one: `muon` on the blocks' matrices, `adamw` on everything
+    else."""
 
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
         self.parts = {"muon": muon, "adamw": adamw}
-        self.param_groups = [*muon.param_groups, *adamw.param_groups]  # the dicts themselves: a new lr reaches both
+        self.param_groups = [
+            *muon.param_groups,
+            *adamw.param_groups,
+        ]  # the dicts themselves: a new lr reaches both
 
     def step(self) -> None:
         for part in self.parts.values():
@@ -151,13 +175,20 @@ class Muon:
 class Lamb(Uncompiled):
     """Adam's update of every layer, with the length of lr times the layer's own norm.
 
-    A layer is a matrix, also each of stacked ones. Vectors, and a head with one output, which is one, take Adam's
-    update as it is; so does a layer whose norm is 0. Norms are those of whole matrices, however they are sharded.
-    Source: You et al., Large Batch Optimization for Deep Learning (2020), algorithm 2, with phi(z) = z; betas and eps
-    as there in section 4.
+    A layer is a matrix, also each of stacked ones. Vectors, and a head with one output, which is
+    one, take Adam's update as it is; so does a layer whose norm is 0. Norms are those of whole
+    matrices, however they are sharded.
+    Source: You et al., Large Batch Optimization for Deep Learning (2020), algorithm 2, with phi(z)
+    = z; betas and eps as there in section 4.
     """
 
-    def __init__(self, parameters: list, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6):
+    def __init__(
+        self,
+        parameters: list,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+    ):
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -174,7 +205,9 @@ class Lamb(Uncompiled):
                 x, gradient, m, v = map(local, (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
                 m.lerp_(gradient, 1 - beta1)
                 v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                update = (m / (1 - beta1**steps)) / ((v / (1 - beta2**steps)).sqrt_() + group["eps"])
+                update = (m / (1 - beta1**steps)) / (
+                    (v / (1 - beta2**steps)).sqrt_() + group["eps"]
+                )
                 update.add_(x, alpha=group["weight_decay"])
                 if p.numel() > max(p.shape):
                     update *= trust_ratio(p, x, update)
@@ -191,13 +224,18 @@ def trust_ratio(p: Tensor, x: Tensor, update: Tensor) -> Tensor:
     Returns:
         (..., 1, 1), for the layers of which this process holds something.
     """
-    # In float64, by rows first: the ratio is the same in every layout, see `parallel.clip_gradients`.
+    # In float64, by rows first: the ratio is the same in every layout, see
+    # `parallel.clip_gradients`.
     norms = [torch.linalg.vector_norm(t, dim=-1).double() for t in (x, update)]
     squares = torch.stack(norms).square_().sum(dim=-1)  # (2, ...)
     if is_sharded(p):
-        squares = squares.to(p.device_mesh.device_type)  # where its processes can send it from, with offload, too
+        squares = squares.to(
+            p.device_mesh.device_type
+        )  # where its processes can send it from, with offload, too
         for dim, placement in enumerate(p.placements):
-            if not placement.is_replicate() and placement.dim >= p.dim() - 2:  # else each has layers of its own
+            if (
+                not placement.is_replicate() and placement.dim >= p.dim() - 2
+            ):  # else each has layers of its own
                 dist.all_reduce(squares, group=p.device_mesh.get_group(dim))
     norm, update_norm = squares.sqrt().to(x.device, x.dtype)[..., None, None]
     return torch.where((norm > 0) & (update_norm > 0), norm / update_norm, 1.0)
@@ -208,7 +246,8 @@ def scale_lr(lr: float, scaling: str, processes: int) -> float:
 
     Args:
         scaling: 'none', 'linear' or 'sqrt'.
-    Source: Goyal et al., Accurate, Large Minibatch SGD (2017), section 2.1, for 'linear'; Malladi et al., On the SDEs
-    and Scaling Rules for Adaptive Gradient Algorithms (2022), for 'sqrt', the rule for Adam.
+    Source: Goyal et al., Accurate, Large Minibatch SGD (2017), section 2.1, for 'linear'; Malladi
+    et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms (2022), for 'sqrt', the
+    rule for Adam.
     """
     return lr * {"none": 1, "linear": processes, "sqrt": math.sqrt(processes)}[scaling]

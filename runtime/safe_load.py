@@ -1,7 +1,9 @@
-"""Reading what others may have written, a run's folder first: it holds data, and nothing in it can run code.
+"""Reading what others may have written, a run's folder first: it holds data, and nothing in it can
+run code.
 
-A pickle names the functions that build its objects, and may name any. Here it can name those of DATA, beside tensors
-and plain data. A hash in a manifest protects from accidents alone: whoever alters a file can write its hash as well.
+A pickle names the functions that build its objects, and may name any. Here it can name those of
+DATA, beside tensors and plain data. A hash in a manifest protects from accidents alone: whoever
+alters a file can write its hash as well.
 """
 
 import contextlib
@@ -21,7 +23,11 @@ from model.weights import what_is_wrong
 DATA = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "PurePosixPath", "Path"},
-    "torch": {"Size", "device", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "torch": {
+        "Size",
+        "device",
+        *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+    },
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -71,16 +77,26 @@ def load(path: str | Path, *keys: str) -> dict:
     return state
 
 
-def load_tensors(file, map_location=None, pickle_module=None, *, weights_only=None, mmap=None, **options):
+def load_tensors(
+    file, map_location=None, pickle_module=None, *, weights_only=None, mmap=None, **options
+):
     """torch.load for tensors, plain data and the names in DATA, whatever the caller asks for.
 
     Raises:
         NotData: the file holds something else.
     """
-    names = [(module, name) for module, names in DATA.items() if module in sys.modules for name in names]
-    known = [getattr(sys.modules[module], name) for module, name in names if hasattr(sys.modules[module], name)]
+    names = [
+        (module, name) for module, names in DATA.items() if module in sys.modules for name in names
+    ]
+    known = [
+        getattr(sys.modules[module], name)
+        for module, name in names
+        if hasattr(sys.modules[module], name)
+    ]
     try:
-        with torch.serialization.safe_globals([value for value in known if not isinstance(value, torch.dtype)]):
+        with torch.serialization.safe_globals(
+            [value for value in known if not isinstance(value, torch.dtype)]
+        ):
             return _load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except OSError:
         raise
@@ -104,7 +120,8 @@ def name_of(file) -> str:
 
 
 def reader(checkpoint: Path):
-    """A FileSystemReader of torch.distributed.checkpoint for tensors alone: what is none, it would unpickle.
+    """A FileSystemReader of torch.distributed.checkpoint for tensors alone: what is none, it would
+    unpickle.
 
     It raises NotData: a file holds something else; the message names it.
     """
@@ -128,7 +145,9 @@ def reader(checkpoint: Path):
             return metadata
 
         def read_data(self, plan, planner):
-            files = sorted({self.storage_data[item.storage_index].relative_path for item in plan.items})
+            files = sorted(
+                {self.storage_data[item.storage_index].relative_path for item in plan.items}
+            )
             try:
                 return super().read_data(plan, planner)
             except OSError:
@@ -141,29 +160,42 @@ def reader(checkpoint: Path):
 
 @contextlib.contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """While a checkpoint is read: what goes wrong in a library becomes a line that names the checkpoint.
+    """While a checkpoint is read: what goes wrong in a library becomes a line that names the
+    checkpoint.
 
     Raises:
         NotData: its content is not what was saved.
     """
     try:
         yield
-    except (NotData, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError):
+    except (
+        NotData,
+        OSError,
+        MemoryError,
+        torch.OutOfMemoryError,
+        torch.AcceleratorError,
+        dist.DistError,
+    ):
         raise
     except BaseException as error:
-        failures = getattr(error, "failures", {})  # of a CheckpointException, which is no Exception: rank -> its error
+        failures = getattr(
+            error, "failures", {}
+        )  # of a CheckpointException, which is no Exception: rank -> its error
         if not isinstance(error, Exception) and not failures:
             raise
         first = next(iter(failures.values()))[0] if failures else error
         if isinstance(first, NotData | OSError):
             raise first from None
         why = f"{type(first).__name__}: {what_is_wrong(first)}"
-        raise NotData(f"{checkpoint}: cannot be read, it is not what was saved there ({why})") from error
+        raise NotData(
+            f"{checkpoint}: cannot be read, it is not what was saved there ({why})"
+        ) from error
 
 
 @contextlib.contextmanager
 def restricted(checkpoint: Path) -> Iterator[None]:
-    """While another library reads a checkpoint: all that it calls torch.load and pickle for is read as data.
+    """While another library reads a checkpoint: all that it calls torch.load and pickle for is read
+    as data.
 
     Raises:
         NotData: a file holds something else, also where the library would go on without it.
@@ -182,10 +214,14 @@ def restricted(checkpoint: Path) -> Iterator[None]:
 
     places = [(torch, "load", noting(load_tensors)), (pickle, "Unpickler", Unpickler)]
     places += [(pickle, "load", noting(load_pickle))]
-    places += [(pickle, "loads", noting(lambda data, **options: load_pickle(io.BytesIO(data), **options)))]
+    places += [
+        (pickle, "loads", noting(lambda data, **options: load_pickle(io.BytesIO(data), **options)))
+    ]
     before, root = [getattr(place, name) for place, name, _ in places], logging.getLogger()
     level = root.level
-    root.setLevel(logging.ERROR)  # torch warns, with a traceback, before it raises what becomes our line
+    root.setLevel(
+        logging.ERROR
+    )  # torch warns, with a traceback, before it raises what becomes our line
     for place, name, function in places:
         setattr(place, name, function)
     try:

@@ -1,11 +1,13 @@
 """Where checkpoints lie: what is there is whole, and what is whole is found again.
 
-    checkpoints/step_00000100/.metadata, *.distcp   tensors, in the format of torch.distributed.checkpoint
-    checkpoints/step_00000100/run.pt                counters, scaler, generators, identity of the run
-    checkpoints/step_00000100/manifest.json         size and SHA-256 of every file, written last
+    checkpoints/step_00000100/.metadata, *.distcp   tensors, in the format of
+    torch.distributed.checkpoint checkpoints/step_00000100/run.pt                counters, scaler,
+    generators, identity of the run checkpoints/step_00000100/manifest.json         size and SHA-256
+    of every file, written last
 
-A checkpoint is written beside its place (`.tmp-...`), flushed to the disk and renamed, so that a reader sees all of it
-or nothing, whenever the writer dies. The newest checkpoint whose manifest holds is the one to resume from.
+A checkpoint is written beside its place (`.tmp-...`), flushed to the disk and renamed, so that a
+reader sees all of it or nothing, whenever the writer dies. The newest checkpoint whose manifest
+holds is the one to resume from.
 """
 
 import hashlib
@@ -23,7 +25,8 @@ MANIFEST = "manifest.json"
 
 
 def begin(folder: Path, step: int) -> Path:
-    """An empty place to write the checkpoint of a step to; what a killed writer left behind is removed."""
+    """An empty place to write the checkpoint of a step to; what a killed writer left behind is
+    removed."""
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
     building = folder / f".tmp-step_{step:08d}"
@@ -44,7 +47,9 @@ def finish(building: Path, step: int, files: dict[str, dict], keep: int) -> Path
     for name in files:
         if not (building / name).exists():
             raise OSError(
-                None, f"{name} of another node is not here: --out_dir must lie on storage that all nodes share"
+                None,
+                f"{name} of another node is not here: --out_dir must lie on storage that all nodes"
+                " share",
             )
     save_file(building / MANIFEST, json.dumps({"step": step, "files": files}))
     folder, place = building.parent, building.with_name(building.name.removeprefix(".tmp-"))
@@ -59,7 +64,8 @@ def finish(building: Path, step: int, files: dict[str, dict], keep: int) -> Path
 
 
 def write_state(state: dict | str, file) -> None:
-    """Write tensors (or a text) into an open file, to the disk. torch hides the OSError of a full disk: unwrap it."""
+    """Write tensors (or a text) into an open file, to the disk. torch hides the OSError of a full
+    disk: unwrap it."""
     try:
         if isinstance(state, str):
             file.write(state.encode())
@@ -69,7 +75,11 @@ def write_state(state: dict | str, file) -> None:
         os.fsync(file.fileno())
     except RuntimeError as error:
         cause = error.__cause__ or error.__context__
-        raise cause if isinstance(cause, OSError) else OSError(None, f"could not write: {error}", file.name) from None
+        raise (
+            cause
+            if isinstance(cause, OSError)
+            else OSError(None, f"could not write: {error}", file.name)
+        ) from None
 
 
 def save_file(path: Path, state: dict | str) -> None:
@@ -95,7 +105,11 @@ def save_file(path: Path, state: dict | str) -> None:
 def not_saved(folder: Path, step: int, why: str) -> OSError:
     """The error of a save that failed; says which checkpoint is still good."""
     last = next((c.name for c in list_checkpoints(folder) if not fault(c)), "")
-    advice = f"{last} is intact: make room and go on with --resume auto" if last else "none was saved before"
+    advice = (
+        f"{last} is intact: make room and go on with --resume auto"
+        if last
+        else "none was saved before"
+    )
     return OSError(f"cannot save the checkpoint of step {step} in {folder}: {why}; {advice}")
 
 
@@ -105,12 +119,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def fault(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, or an empty string: every file is there with its size and hash."""
+    """What is wrong with a checkpoint, or an empty string: every file is there with its size and
+    hash."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
         for name, expected in files.items():
             if (checkpoint / name).stat().st_size != expected["size"]:
-                return f"{name} has {(checkpoint / name).stat().st_size:,} bytes instead of {expected['size']:,}"
+                return (
+                    f"{name} has {(checkpoint / name).stat().st_size:,} bytes instead of"
+                    f" {expected['size']:,}"
+                )
             if describe(checkpoint / name) != expected:
                 return f"{name} was altered: its hash differs from the manifest's"
     except FileNotFoundError as error:
@@ -121,11 +139,13 @@ def fault(checkpoint: Path) -> str:
 
 
 def find(folder: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume` means; a line on stderr for every newer one that had to be passed over.
+    """The checkpoint that `--resume` means; a line on stderr for every newer one that had to be
+    passed over.
 
     Args:
         folder: the run's own checkpoints folder.
-        resume: 'none', 'auto' (newest valid one in `folder`, None where none was ever saved), or the path of a
+        resume: 'none', 'auto' (newest valid one in `folder`, None where none was ever saved), or
+        the path of a
             checkpoint, of a `checkpoints` folder or of a run folder.
 
     Raises:
@@ -157,7 +177,8 @@ def find(folder: Path, resume: str) -> Path | None:
 
 
 def refuse_other_shapes(folder: Path) -> None:
-    """A run that was started with another --dim or --use_moe has another folder: do not begin anew in silence.
+    """A run that was started with another --dim or --use_moe has another folder: do not begin anew
+    in silence.
 
     Raises:
         ValueError: the same stage has checkpoints under another shape, and none under this one.
@@ -167,8 +188,9 @@ def refuse_other_shapes(folder: Path) -> None:
         name = other.parent.name
         if re.fullmatch(rf"{re.escape(stage)}_\d+(_moe)?", name) and list_checkpoints(other):
             raise ValueError(
-                f"--resume auto: {folder} has no checkpoint, but {name} has: was that run meant (--dim, --use_moe)? "
-                "For a new run beside it use --resume none or another --save_weight"
+                f"--resume auto: {folder} has no checkpoint, but {name} has: was that run meant"
+                " (--dim, --use_moe)? For a new run beside it use --resume none or another"
+                " --save_weight"
             )
 
 

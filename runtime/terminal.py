@@ -1,4 +1,5 @@
-"""Text on its way to a terminal, a pipe or a log: whatever becomes of it, writing ends no run. Needs no package."""
+"""Text on its way to a terminal, a pipe or a log: whatever becomes of it, writing ends no run.
+Needs no package."""
 
 import contextlib
 import errno
@@ -16,12 +17,14 @@ MODES = {"stdin": os.O_RDONLY, "stdout": os.O_WRONLY, "stderr": os.O_WRONLY}
 def prepare_streams(encoding: str | None = None) -> None:
     """Make stdin, stdout and stderr such that no text and no reader of it ends this script.
 
-    A stream that is closed, as by `>&-`, is the null device. A character that the encoding of stdout or stderr lacks is
-    written as an escape, such as \\u4f60; what cannot be decoded on stdin reads as U+FFFD. Who reads the output may
-    leave, see `OutlivingStream`. Every script calls this first, most of them by `launch.run`.
+    A stream that is closed, as by `>&-`, is the null device. A character that the encoding of
+    stdout or stderr lacks is written as an escape, such as \\u4f60; what cannot be decoded on stdin
+    reads as U+FFFD. Who reads the output may leave, see `OutlivingStream`. Every script calls this
+    first, most of them by `launch.run`.
 
     Args:
-        encoding: of all three streams; by default it stays the one of the locale or of PYTHONIOENCODING.
+        encoding: of all three streams; by default it stays the one of the locale or of
+        PYTHONIOENCODING.
     """
     for descriptor, (name, mode) in enumerate(MODES.items()):
         if getattr(sys, name) is None:
@@ -36,8 +39,9 @@ def prepare_streams(encoding: str | None = None) -> None:
 def open_null_stream(descriptor: int, mode: int):
     """A text stream to or from nowhere.
 
-    It takes the descriptor that it stands for where that is free: the next file that is opened would get it, and all
-    that is printed by libraries, and by processes that this one starts, would be written there.
+    It takes the descriptor that it stands for where that is free: the next file that is opened
+    would get it, and all that is printed by libraries, and by processes that this one starts, would
+    be written there.
     """
     try:
         os.fstat(descriptor)
@@ -53,17 +57,20 @@ def open_null_stream(descriptor: int, mode: int):
 
 
 def end_with_reader() -> None:
-    """From here on the script ends when its output cannot be written any more: the output is all that it makes."""
+    """From here on the script ends when its output cannot be written any more: the output is all
+    that it makes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, OutlivingStream):
             stream.is_product = True
 
 
 class OutlivingStream:
-    """A text stream that takes what nobody reads any more, a terminal, a pipe or a full disk: a run has to go on.
+    """A text stream that takes what nobody reads any more, a terminal, a pipe or a full disk: a run
+    has to go on.
 
     Attributes:
-        is_product: the script ends instead, by SystemExit: quietly with code 141 (as by SIGPIPE) where the reader has
+        is_product: the script ends instead, by SystemExit: quietly with code 141 (as by SIGPIPE)
+        where the reader has
             left, with one line and code 1 where the disk is full.
     """
 
@@ -100,7 +107,8 @@ class OutlivingStream:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run the main of a script that does without torch, and turn its end into an exit code; see `launch.run`."""
+    """Run the main of a script that does without torch, and turn its end into an exit code; see
+    `launch.run`."""
     prepare_streams()
     try:
         code = main() or 0
@@ -142,5 +150,6 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def replace_surrogates(text: str) -> str:
-    """Text that UTF-8 can hold. A file name that is no UTF-8 is not such a text, and trackers refuse it."""
+    """Text that UTF-8 can hold. A file name that is no UTF-8 is not such a text, and trackers
+    refuse it."""
     return text.encode("utf-8", "replace").decode("utf-8")

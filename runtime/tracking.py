@@ -1,4 +1,5 @@
-"""What a run leaves for people to see: metrics.jsonl, training.log, args.json, a progress bar, wandb, TensorBoard.
+"""What a run leaves for people to see: metrics.jsonl, training.log, args.json, a progress bar,
+wandb, TensorBoard.
 
 Only rank 0 writes; on the other ranks every call does nothing.
 """
@@ -20,7 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime import heartbeat, kernel_loader
+from runtime import kernel_loader
+from runtime.distributed import heartbeat
 from runtime.identity import told
 from runtime.store import save_file
 from runtime.terminal import describe_error, naming, replace_surrogates
@@ -36,14 +38,22 @@ class Tracker:
         first_step: the step behind which this process began, on every rank.
     """
 
-    def __init__(self, folder: Path, args: dict, enabled: bool, found: Path | None, changes: dict | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        args: dict,
+        enabled: bool,
+        found: Path | None,
+        changes: dict | None = None,
+    ):
         """
         Args:
             folder: the run's folder, `out/full_sft_512`.
             args: flags, for args.json and wandb; `report_to` and `use_wandb` say where metrics go.
             enabled: True on rank 0.
-            found: the checkpoint that the run goes on from, None for a new run; see `keep_earlier_run`.
-            changes: what of the run's identity is another one from there on, see `identity.changes_between`.
+            found: the checkpoint that the run goes on from, None for a new run; see
+            `keep_earlier_run`. changes: what of the run's identity is another one from there on,
+            see `identity.changes_between`.
 
         Raises:
             ValueError: the folder cannot be written, or a tracker is not installed.
@@ -64,8 +74,13 @@ class Tracker:
             history = history_of(found, args, changes or {})
             kept = None if goes_on else keep_earlier_run(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            self.log_file = open(folder / "training.log", "a", encoding="utf-8", errors="backslashreplace")
-            save_file(folder / "args.json", json.dumps(args | {"history": history}, indent=2, default=str) + "\n")
+            self.log_file = open(
+                folder / "training.log", "a", encoding="utf-8", errors="backslashreplace"
+            )
+            save_file(
+                folder / "args.json",
+                json.dumps(args | {"history": history}, indent=2, default=str) + "\n",
+            )
         except OSError as error:
             text = describe_error(error).removeprefix("cannot write ")
             raise ValueError(f"--out_dir: cannot write to {text}") from None
@@ -76,10 +91,12 @@ class Tracker:
             self.print(f"--resume_with_changes: from {found.name} on {told(changes)}")
 
     def start(self, progress: dict, total_steps: int) -> None:
-        """Begin, or go on behind a checkpoint: what the files say about later steps is taken back, the run repeats it.
+        """Begin, or go on behind a checkpoint: what the files say about later steps is taken back,
+        the run repeats it.
 
         Args:
-            progress: the run's counters; `run_id`, its identity at wandb, is set here for a new run.
+            progress: the run's counters; `run_id`, its identity at wandb, is set here for a new
+            run.
         """
         progress.setdefault("run_id", secrets.token_hex(4))
         heartbeat.follow(progress)
@@ -95,12 +112,15 @@ class Tracker:
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
         if "wandb" in self.report_to:
-            self.wandb = self.attempt("wandb", start_wandb, self.folder, progress["run_id"], self.args)
+            self.wandb = self.attempt(
+                "wandb", start_wandb, self.folder, progress["run_id"], self.args
+            )
         if "tensorboard" in self.report_to:
             self.board = self.attempt("tensorboard", start_tensorboard, self.folder, step)
 
     def attempt(self, tracker: str, function: Callable, *args, **kwargs) -> object:
-        """Call a function of wandb or TensorBoard. Whatever it raises, training goes on, without that tracker."""
+        """Call a function of wandb or TensorBoard. Whatever it raises, training goes on, without
+        that tracker."""
         if tracker in self.failed:
             return None
         try:
@@ -123,26 +143,36 @@ class Tracker:
         """A line of metrics.jsonl; floats in full precision.
 
         Args:
-            metrics: holds `step`. A training line holds `total_tokens`, of which `tokens_per_sec` is made.
+            metrics: holds `step`. A training line holds `total_tokens`, of which `tokens_per_sec`
+            is made.
         """
         if not self.enabled:
             return
         if "total_tokens" in metrics:
             now, tokens = time.monotonic(), metrics["total_tokens"]
-            metrics = metrics | {"tokens_per_sec": (tokens - self.last_tokens) / max(1e-9, now - self.last_time)}
+            metrics = metrics | {
+                "tokens_per_sec": (tokens - self.last_tokens) / max(1e-9, now - self.last_time)
+            }
             self.last_time, self.last_tokens = now, tokens
         # JSON has no NaN; null keeps the file readable for every parser.
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        line = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in metrics.items()
+        }
         append(self.metrics_file, json.dumps(line) + "\n")
         step = metrics["step"]
-        values = {replace_surrogates(k): v for k, v in metrics.items() if k != "step" and v is not None}
+        values = {
+            replace_surrogates(k): v for k, v in metrics.items() if k != "step" and v is not None
+        }
         if self.wandb is not None:
             self.attempt("wandb", self.wandb.log, values, step=step)
         if self.board is not None:
             for name, value in values.items():
                 self.attempt("tensorboard", self.board.add_scalar, name, value, step)
         if "eval_loss" in metrics:
-            found = " ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_"))
+            found = " ".join(
+                f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_")
+            )
             self.print(f"step {step}/{self.total_steps} {found}")
             return
         rate = metrics["tokens_per_sec"] * metrics["supervised_tokens"] / metrics["tokens"]
@@ -155,12 +185,14 @@ class Tracker:
             per_step = (time.monotonic() - self.began) / max(1, step - self.first_step)
             left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.total_steps - step)))
             self.print(
-                f"epoch {metrics['epoch']} step {step}/{self.total_steps} loss {metrics['loss']:.4f} "
-                f"lr {metrics['lr']:.2e} grad_norm {metrics['grad_norm']:.3f} {rate:,.0f} supervised tok/s left {left}"
+                f"epoch {metrics['epoch']} step {step}/{self.total_steps} loss"
+                f" {metrics['loss']:.4f} lr {metrics['lr']:.2e} grad_norm"
+                f" {metrics['grad_norm']:.3f} {rate:,.0f} supervised tok/s left {left}"
             )
 
     def count_skipped(self, progress: dict, finite: bool, found: str) -> None:
-        """Count and report a step that was skipped because its loss or gradient was not finite. All ranks call it.
+        """Count and report a step that was skipped because its loss or gradient was not finite. All
+        ranks call it.
 
         Raises:
             FloatingPointError: the MAX_SKIPPED-th one in a row.
@@ -168,11 +200,14 @@ class Tracker:
         progress["skipped_in_a_row"] = 0 if finite else progress["skipped_in_a_row"] + 1
         progress["skipped"] += not finite
         if not finite:
-            self.print(f"step {progress['step']} skipped: {found} ({progress['skipped']} skipped so far)")
+            self.print(
+                f"step {progress['step']} skipped: {found} ({progress['skipped']} skipped so far)"
+            )
         if progress["skipped_in_a_row"] == MAX_SKIPPED:
             raise FloatingPointError(
-                f"{MAX_SKIPPED} steps in a row had no finite gradient, the run stops; its weights and checkpoints are "
-                "intact: lower --learning_rate, check the data, or use --dtype bfloat16"
+                f"{MAX_SKIPPED} steps in a row had no finite gradient, the run stops; its weights"
+                " and checkpoints are intact: lower --learning_rate, check the data, or use"
+                " --dtype bfloat16"
             )
 
     def sync(self) -> None:
@@ -194,21 +229,31 @@ class Tracker:
 
 
 def history_of(found: Path | None, args: dict, changes: dict) -> list[dict]:
-    """What args.json says about resumes with other flags: one entry each, the last one of this start.
+    """What args.json says about resumes with other flags: one entry each, the last one of this
+    start.
 
     Args:
-        found: the checkpoint that the run goes on from; what its run says of itself lies two folders above.
-        changes: name -> [before, now], of more than flags.
+        found: the checkpoint that the run goes on from; what its run says of itself lies two
+        folders above. changes: name -> [before, now], of more than flags.
     """
     if found is None:
         return []
     try:
         before = json.loads((found.parents[1] / "args.json").read_text())
         history = before.pop("history", [])
-    except (OSError, ValueError, IndexError, AttributeError):  # copied elsewhere, or torn by a full disk
+    except (
+        OSError,
+        ValueError,
+        IndexError,
+        AttributeError,
+    ):  # copied elsewhere, or torn by a full disk
         before, history = {}, []
     now = json.loads(json.dumps(args, default=str))
-    changed = {name: [before[name], now[name]] for name in now if name in before and before[name] != now[name]}
+    changed = {
+        name: [before[name], now[name]]
+        for name in now
+        if name in before and before[name] != now[name]
+    }
     changed |= {name.removeprefix("--"): values for name, values in changes.items()}
     changed = {name: values for name, values in changed.items() if not name.startswith("resume")}
     entry = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "resumed": found.name, "changed": changed}
@@ -225,9 +270,10 @@ def append(file, text: str) -> None:
 def keep_earlier_run(folder: Path) -> Path | None:
     """Move what an earlier run of this name left out of the way of a new one.
 
-    The first one goes to `{folder}.previous`, the next ones to `{folder}.previous.2` and so on; nothing is deleted.
-    Its weights go there, too, as links, and stay where they are until the new run saves its own: --from_weight may
-    name them, and a run that fails before its first save leaves them in their place.
+    The first one goes to `{folder}.previous`, the next ones to `{folder}.previous.2` and so on;
+    nothing is deleted. Its weights go there, too, as links, and stay where they are until the new
+    run saves its own: --from_weight may name them, and a run that fails before its first save
+    leaves them in their place.
 
     Returns:
         The folder that it is in now; None where there was nothing.
@@ -236,7 +282,11 @@ def keep_earlier_run(folder: Path) -> Path | None:
     others = [path for path in folder.parent.iterdir() if pattern.fullmatch(path.name)]
     weights = folder.with_name(f"{folder.name}.pth")
     is_kept = any(weights.exists() and same_file(path / weights.name, weights) for path in others)
-    beside = [path for path in (weights, weights.with_name(f"{folder.name}.json")) if path.exists() and not is_kept]
+    beside = [
+        path
+        for path in (weights, weights.with_name(f"{folder.name}.json"))
+        if path.exists() and not is_kept
+    ]
     if not folder.exists() and not beside:
         return None
     number = 1 + max((int(pattern.fullmatch(path.name)[1] or 1) for path in others), default=0)
@@ -258,7 +308,8 @@ def same_file(path: Path, other: Path) -> bool:
 
 
 def lock_run(folder: Path):
-    """Hold the run's lock as long as this process lives, so that two runs never write to one folder.
+    """Hold the run's lock as long as this process lives, so that two runs never write to one
+    folder.
 
     A run that was killed a moment ago may still be on its way out, hence the patience.
     """
@@ -275,7 +326,9 @@ def lock_run(folder: Path):
             append(lock, str(os.getpid()))
         return lock
     lock.seek(0)
-    raise ValueError(f"process {lock.read()} is writing to {folder}: stop it, or choose another --save_weight")
+    raise ValueError(
+        f"process {lock.read()} is writing to {folder}: stop it, or choose another --save_weight"
+    )
 
 
 def truncated_metrics(path: Path, step: int):
@@ -305,12 +358,17 @@ def start_tensorboard(folder: Path, step: int):
 
 
 def start_wandb(folder: Path, run_id: str, args: dict):
-    """A wandb run: online with a login and a network, else offline. Never asks and never waits long."""
+    """A wandb run: online with a login and a network, else offline. Never asks and never waits
+    long."""
     import wandb
 
     logging.getLogger("wandb").setLevel(logging.ERROR)
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb_reachable() else "offline")
-    settings = {"project": os.environ.get("WANDB_PROJECT", "minimind"), "name": folder.name, "id": run_id}
+    settings = {
+        "project": os.environ.get("WANDB_PROJECT", "minimind"),
+        "name": folder.name,
+        "id": run_id,
+    }
     settings |= {"dir": str(folder), "config": args, "resume": "allow"}
     quiet = wandb.Settings(silent=True, init_timeout=20)
     try:

@@ -1,18 +1,20 @@
 """Check that what the stage scripts repeat is the same in all of them.
 
 Reads    trainer/train_*.py (parsed, never imported)
-Command  python scripts/check_copies.py            one line per finding and exit 1, or one line and exit 0
+Command  python scripts/check_copies.py            one line per finding and exit 1, or one line and
+         exit 0
          python scripts/check_copies.py --fix      first rewrites the marked copies that differ from their original
 
-A function or class that several scripts define is the same word for word, or says why it is not. A line directly above
-the def (or its decorators) tells which:
+A function or class that several scripts define is the same word for word, or says why it is not. A
+line directly above the def (or its decorators) tells which:
 
     # Copied from trainer.train_pretrain.get_lr
     # Differs from trainer.train_pretrain.evaluate: scores pairs, not tokens
 
-The landmarks that make each script what it is (train_epoch, parse_args, main) need no such line. A flag that several
-stages have is the same in type, choices, action, nargs and help; only the default may differ. The exemption there is a
-line directly above the add_argument call: `# Differs from trainer.train_pretrain.--data_path: reason`.
+The landmarks that make each script what it is (train_epoch, parse_args, main) need no such line. A
+flag that several stages have is the same in type, choices, action, nargs and help; only the default
+may differ. The exemption there is a line directly above the add_argument call: `# Differs from
+trainer.train_pretrain.--data_path: reason`.
 """
 
 import argparse
@@ -33,14 +35,21 @@ from runtime import terminal
 from runtime.flags import check_flags as check_values
 from runtime.flags import usage_error
 
-ORIGINAL = "train_pretrain"  # the script the others are copied from: of equal definitions, its own is the first
-NOT_A_STAGE = {"train_tokenizer"}  # repeats no helper and shares no flag, but must not define a helper anew either
+# The script the others are copied from: of equal definitions, its own is the first
+ORIGINAL = "train_pretrain"
+NOT_A_STAGE = {
+    "train_tokenizer"
+}  # repeats no helper and shares no flag, but must not define a helper anew either
 LANDMARKS = {"train_epoch", "parse_args", "main"}  # what a stage is: every script has its own
 FLAG_KEYWORDS = ("type", "choices", "action", "nargs", "help")
 
 MARKER_LIKE = re.compile(r"#\s*(copied|differs)\s+from\s+trainer\b", re.IGNORECASE)
-MARKER = re.compile(r"# (?:Copied from trainer\.(\w+)\.(\w+)|Differs from trainer\.(\w+)\.((?:--)?\w+): *(\S.*))")
-MARKER_FORMS = "write '# Copied from trainer.MODULE.NAME' or '# Differs from trainer.MODULE.NAME: reason'"
+MARKER = re.compile(
+    r"# (?:Copied from trainer\.(\w+)\.(\w+)|Differs from trainer\.(\w+)\.((?:--)?\w+): *(\S.*))"
+)
+MARKER_FORMS = (
+    "write '# Copied from trainer.MODULE.NAME' or '# Differs from trainer.MODULE.NAME: reason'"
+)
 
 
 @dataclass
@@ -94,14 +103,19 @@ class Script:
         return self.path.stem
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_scripts(root: Path, findings: list[tuple]) -> dict[str, Script]:
     """Parse all scripts, by module name; the original first and what is no stage last."""
-    paths = sorted((root / "trainer").glob("train_*.py"), key=lambda p: (p.stem != ORIGINAL, p.stem in NOT_A_STAGE, p))
+    moved = {
+        path.name for path in (root / "trainer/engines").glob("train_*.py")
+    }  # their old paths lead there
+    paths = [path for path in (root / "trainer").glob("train_*.py") if path.name not in moved]
+    paths += (root / "trainer/engines").glob("train_*.py")
+    paths.sort(key=lambda path: (path.stem != ORIGINAL, path.stem in NOT_A_STAGE, path))
     scripts = {}
     for path in paths:
         script = Script(path, path.relative_to(root).as_posix())
@@ -109,18 +123,28 @@ def read_scripts(root: Path, findings: list[tuple]) -> dict[str, Script]:
         try:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
-            script.lines = source.split("\n")  # as the parser counts them, which splitlines() does not
+            script.lines = source.split(
+                "\n"
+            )  # as the parser counts them, which splitlines() does not
             markers = read_markers(script, source, findings)
         except UnicodeDecodeError as error:
             findings.append((script.label, 1, f"is not UTF-8 (byte {error.start})"))
             continue
         except (SyntaxError, ValueError) as error:
-            findings.append((script.label, getattr(error, "lineno", None) or 1, f"cannot be parsed: {error}"))
+            findings.append(
+                (script.label, getattr(error, "lineno", None) or 1, f"cannot be parsed: {error}")
+            )
             continue
         script.definitions = read_definitions(script, tree, markers)
         script.flags = read_flags(script, tree, markers)
         for line in markers:
-            findings.append((script.label, line, "marker is not directly above a top-level def or an add_argument"))
+            findings.append(
+                (
+                    script.label,
+                    line,
+                    "marker is not directly above a top-level def or an add_argument",
+                )
+            )
     return scripts
 
 
@@ -135,7 +159,9 @@ def read_markers(script: Script, source: str, findings: list[tuple]) -> dict[int
         if match is None:
             findings.append((script.label, line, f"malformed marker: {MARKER_FORMS}"))
         elif token.line[: token.start[1]].strip():
-            findings.append((script.label, line, "marker stands behind code: give it a line of its own"))
+            findings.append(
+                (script.label, line, "marker stands behind code: give it a line of its own")
+            )
         elif match[1]:
             markers[line] = Marker(line, "Copied", match[1], match[2])
         else:
@@ -143,7 +169,9 @@ def read_markers(script: Script, source: str, findings: list[tuple]) -> dict[int
     return markers
 
 
-def read_definitions(script: Script, tree: ast.Module, markers: dict[int, Marker]) -> list[Definition]:
+def read_definitions(
+    script: Script, tree: ast.Module, markers: dict[int, Marker]
+) -> list[Definition]:
     definitions = []
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -155,7 +183,8 @@ def read_definitions(script: Script, tree: ast.Module, markers: dict[int, Marker
 
 
 def last_line(lines: list[str], end: int) -> int:
-    """Return the last line of a body that the parser ends at `end`: it leaves out comments below the last statement."""
+    """Return the last line of a body that the parser ends at `end`: it leaves out comments below
+    the last statement."""
     for number, line in enumerate(lines[end:], start=end + 1):
         if line.strip() and not (line[0].isspace() and line.lstrip().startswith("#")):
             break
@@ -182,40 +211,70 @@ def read_flags(script: Script, tree: ast.Module, markers: dict[int, Marker]) -> 
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "add_argument"):
             continue
-        names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        names = [
+            arg.value
+            for arg in node.args
+            if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+        ]
         keywords = {
             keyword.arg: ast.unparse(PutInConstants().visit(keyword.value))
             for keyword in node.keywords
             if keyword.arg in FLAG_KEYWORDS
         }
         marker = markers.pop(node.lineno - 1, None)
-        flags += [Flag(script, name, node.lineno, keywords, marker) for name in names if name.startswith("--")]
+        flags += [
+            Flag(script, name, node.lineno, keywords, marker)
+            for name in names
+            if name.startswith("--")
+        ]
     return sorted(flags, key=lambda flag: flag.line)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checking
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def check_marked(scripts: dict[str, Script], findings: list[tuple]) -> list[tuple[Definition, Definition]]:
-    """Hold every marked definition against the one it names; return the copies to rewrite with their originals."""
+def check_marked(
+    scripts: dict[str, Script], findings: list[tuple]
+) -> list[tuple[Definition, Definition]]:
+    """Hold every marked definition against the one it names; return the copies to rewrite with
+    their originals."""
     outdated = []
     for definition in (d for script in scripts.values() for d in script.definitions if d.marker):
         script, marker = definition.script, definition.marker
         original = named(scripts, marker, "definitions")
         if marker.name != definition.name:
-            findings.append((script.label, marker.line, f"marker names {marker.name}, the def is {definition.name}"))
+            findings.append(
+                (
+                    script.label,
+                    marker.line,
+                    f"marker names {marker.name}, the def is {definition.name}",
+                )
+            )
         elif original is None or original.script is script:
-            findings.append((script.label, marker.line, f"marker names {marker}, which no other script has"))
+            findings.append(
+                (script.label, marker.line, f"marker names {marker}, which no other script has")
+            )
         elif original.marker and original.marker.kind == "Copied":
-            findings.append((script.label, marker.line, f"{place(original)} is itself a copy: name {original.marker}"))
+            findings.append(
+                (
+                    script.label,
+                    marker.line,
+                    f"{place(original)} is itself a copy: name {original.marker}",
+                )
+            )
         elif marker.kind == "Differs":
             if original.text == definition.text:
-                findings.append((script.label, marker.line, f"equals {place(original)}: mark it as copied"))
+                findings.append(
+                    (script.label, marker.line, f"equals {place(original)}: mark it as copied")
+                )
         elif original.text != definition.text:
             line = first_difference(definition, original)
-            message = f"{marker.name} differs from its original, {place(original)}: change it there and run with --fix"
+            message = (
+                f"{marker.name} differs from its original, {place(original)}: change it there and"
+                " run with --fix"
+            )
             findings.append((script.label, line, message))
             outdated.append((definition, original))
     return outdated
@@ -242,32 +301,50 @@ def first_difference(copy: Definition, original: Definition) -> int:
 def check_unmarked(scripts: dict[str, Script], findings: list[tuple]) -> None:
     """Find names that two scripts define without saying so."""
     owners = {}
-    for definition in (d for script in scripts.values() for d in script.definitions if not d.marker):
+    for definition in (
+        d for script in scripts.values() for d in script.definitions if not d.marker
+    ):
         owner = owners.setdefault(definition.name, definition)
         if owner.script is not definition.script and definition.name not in LANDMARKS:
             form = f"trainer.{owner.script.module}.{owner.name}"
-            message = f"{owner.name} is defined in {place(owner)} too: put '# Copied from {form}' above it, or "
+            message = (
+                f"{owner.name} is defined in {place(owner)} too: put '# Copied from {form}' above"
+                " it, or "
+            )
             message += f"'# Differs from {form}: reason', or rename it"
             findings.append((definition.script.label, definition.line, message))
 
 
 def check_flags(scripts: dict[str, Script], findings: list[tuple]) -> int:
-    """Find flags that are not the same in all stages; return how many flags several stages share."""
+    """Find flags that are not the same in all stages; return how many flags several stages
+    share."""
     owners, users = {}, defaultdict(set)
-    for flag in (f for script in scripts.values() if script.module not in NOT_A_STAGE for f in script.flags):
+    for flag in (
+        f for script in scripts.values() if script.module not in NOT_A_STAGE for f in script.flags
+    ):
         users[flag.name].add(flag.script.module)
         label, marker = flag.script.label, flag.marker
         if marker is None:
             owner = owners.setdefault(flag.name, flag)
             if owner.keywords != flag.keywords:
                 difference = flag_difference(flag, owner)
-                findings.append((label, flag.line, f"{flag.name} differs from {place(owner)}: {difference}"))
+                findings.append(
+                    (label, flag.line, f"{flag.name} differs from {place(owner)}: {difference}")
+                )
             continue
         other = named(scripts, marker, "flags")
         if marker.kind != "Differs" or marker.name != flag.name:
-            findings.append((label, marker.line, f"only '# Differs from trainer.MODULE.{flag.name}: reason' fits here"))
+            findings.append(
+                (
+                    label,
+                    marker.line,
+                    f"only '# Differs from trainer.MODULE.{flag.name}: reason' fits here",
+                )
+            )
         elif other is None or other.script is flag.script:
-            findings.append((label, marker.line, f"marker names {marker}, which no other script has"))
+            findings.append(
+                (label, marker.line, f"marker names {marker}, which no other script has")
+            )
         elif other.keywords == flag.keywords:
             findings.append((label, marker.line, f"equals {place(other)}: take the marker away"))
     return sum(len(modules) > 1 for modules in users.values())
@@ -279,13 +356,15 @@ def flag_difference(flag: Flag, other: Flag) -> str:
     for keyword in FLAG_KEYWORDS:
         here, there = (item.keywords.get(keyword, "none") for item in (flag, other))
         if here != there:
-            differences.append("help" if keyword == "help" else f"{keyword} is {here} here, {there} there")
+            differences.append(
+                "help" if keyword == "help" else f"{keyword} is {here} here, {there} there"
+            )
     return "; ".join(differences)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fixing
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def rewrite(outdated: list[tuple[Definition, Definition]]) -> None:
@@ -296,7 +375,9 @@ def rewrite(outdated: list[tuple[Definition, Definition]]) -> None:
         print(f"{place(copy)}: {copy.name} rewritten from {place(original)}")
     for path, copies in by_script.items():
         lines = list(copies[0][0].script.lines)
-        for copy, original in sorted(copies, key=lambda pair: -pair[0].first):  # from below: line numbers stay true
+        for copy, original in sorted(
+            copies, key=lambda pair: -pair[0].first
+        ):  # from below: line numbers stay true
             lines[copy.first - 1 : copy.last] = original.lines
         beside = path.with_name(path.name + ".tmp")
         beside.write_text("\n".join(lines), encoding="utf-8")
@@ -305,9 +386,18 @@ def rewrite(outdated: list[tuple[Definition, Definition]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Check that what the stage scripts repeat is the same in all of them.")
-    parser.add_argument("--fix", action="store_true", help="rewrite the marked copies from their originals")
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="folder with trainer/")
+    parser = argparse.ArgumentParser(
+        description="Check that what the stage scripts repeat is the same in all of them."
+    )
+    parser.add_argument(
+        "--fix", action="store_true", help="rewrite the marked copies from their originals"
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path(__file__).resolve().parents[1],
+        help="folder with trainer/",
+    )
     parser.error = usage_error
     args = parser.parse_args()
     check_values(vars(args))
@@ -329,9 +419,14 @@ def main() -> int:
     for label, line, message in sorted(findings):
         print(f"{label}:{line}: {message}")
     if not findings:
-        markers = (definition.marker for script in scripts.values() for definition in script.definitions)
+        markers = (
+            definition.marker for script in scripts.values() for definition in script.definitions
+        )
         copies = sum(marker is not None and marker.kind == "Copied" for marker in markers)
-        print(f"check_copies: {len(scripts)} scripts with {copies} copies and {shared_flags} shared flags agree")
+        print(
+            f"check_copies: {len(scripts)} scripts with {copies} copies and {shared_flags} shared"
+            " flags agree"
+        )
     return 1 if findings else 0
 
 

@@ -1,4 +1,5 @@
-"""What is wrong with this environment? One line per check: ok, warn or FAIL, what was found, and the remedy.
+"""What is wrong with this environment? One line per check: ok, warn or FAIL, what was found, and
+the remedy.
 
     python scripts/doctor.py                                     this machine; two processes try to talk to each other
     torchrun --nnodes 2 ... scripts/doctor.py                    all machines of the launch, and the link between them
@@ -43,69 +44,134 @@ def version_of(package: str) -> str | None:
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checks of one machine
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def check_software(args) -> list[Result]:
     python = ".".join(map(str, sys.version_info[:3]))
     known = (3, 10) <= sys.version_info[:2] <= (3, 12)
-    results = [("ok" if known else "warn", "python", python, "" if known else "tested are 3.10 to 3.12")]
+    results = [
+        ("ok" if known else "warn", "python", python, "" if known else "tested are 3.10 to 3.12")
+    ]
     for package in REQUIRED:
         found = version_of(package)
         remedy = "" if found else "pip install -r requirements.txt"
         results.append(("ok" if found else "FAIL", package, found or "not installed", remedy))
     for package in OPTIONAL:
         found = version_of(package)
-        results.append(("ok", package, found or "not installed, optional", "" if found else f"pip install {package}"))
+        results.append(
+            (
+                "ok",
+                package,
+                found or "not installed, optional",
+                "" if found else f"pip install {package}",
+            )
+        )
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    what = compiler or "none: no --compile, no deepspeed, and a CPU takes twice as long for everything"
-    remedy = "" if compiler else "install g++ and ninja, or set CXX; ds_report shows what deepspeed has"
+    what = (
+        compiler or "none: no --compile, no deepspeed, and a CPU takes twice as long for everything"
+    )
+    remedy = (
+        "" if compiler else "install g++ and ninja, or set CXX; ds_report shows what deepspeed has"
+    )
     results.append(("ok" if compiler else "warn", "C++ compiler", what, remedy))
     for path in sorted((ROOT / "configs" / "deepspeed").glob("*.json")):
         zero = json.loads(path.read_text()).get("zero_optimization", {})
         if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
             remedy = "set stage3_gather_16bit_weights_on_model_save to true"
-            results.append(("warn", path.name, "ZeRO-3 would not put the weights together when it saves", remedy))
+            results.append(
+                (
+                    "warn",
+                    path.name,
+                    "ZeRO-3 would not put the weights together when it saves",
+                    remedy,
+                )
+            )
     return results
 
 
 def check_gpus(args) -> list[Result]:
     import torch
 
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,memory.total,memory.used",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=30)
         lines = answer.stdout.strip().splitlines()
-        gpus = [[cell.strip() for cell in line.split(",")] for line in lines if line.count(",") == 3]
+        gpus = [
+            [cell.strip() for cell in line.split(",")] for line in lines if line.count(",") == 3
+        ]
     except FileNotFoundError:
         gpus = []
     except subprocess.TimeoutExpired:
-        return [("FAIL", "GPU driver", "nvidia-smi gives no answer in 30 s", "restart the machine; see dmesg")]
+        return [
+            (
+                "FAIL",
+                "GPU driver",
+                "nvidia-smi gives no answer in 30 s",
+                "restart the machine; see dmesg",
+            )
+        ]
     seen, built = torch.cuda.device_count(), torch.version.cuda
     if not gpus and not seen:
         return [("ok", "GPUs", "none: training runs on the CPU, with gloo", "")]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not seen:
-        remedy = f"CUDA_VISIBLE_DEVICES is {visible!r}: unset it" if visible is not None else "install torch with CUDA"
+        remedy = (
+            f"CUDA_VISIBLE_DEVICES is {visible!r}: unset it"
+            if visible is not None
+            else "install torch with CUDA"
+        )
         remedy = remedy if built else "install the build of torch with CUDA from pytorch.org"
-        return [("FAIL", "GPUs", f"the driver has {len(gpus)}, torch (CUDA {built or 'none'}) sees none", remedy)]
+        return [
+            (
+                "FAIL",
+                "GPUs",
+                f"the driver has {len(gpus)}, torch (CUDA {built or 'none'}) sees none",
+                remedy,
+            )
+        ]
     if args.nproc_per_node > seen:
         finding = f"{args.nproc_per_node} processes for {seen}"
-        return [("FAIL", "GPUs", finding, f"a process has a GPU of its own: --nproc_per_node {seen}")]
+        return [
+            ("FAIL", "GPUs", finding, f"a process has a GPU of its own: --nproc_per_node {seen}")
+        ]
     names = [torch.cuda.get_device_name(n) for n in range(seen)]
     driver = f", driver {gpus[0][1]}" if gpus else ""
     same = len(set(names)) == 1
-    remedy = "" if same else "a step waits for the slowest: choose equal ones by CUDA_VISIBLE_DEVICES"
+    remedy = (
+        "" if same else "a step waits for the slowest: choose equal ones by CUDA_VISIBLE_DEVICES"
+    )
     found = f"{seen} x {' + '.join(sorted(set(names)))}, CUDA {built}{driver}"
     results = [("ok" if same else "warn", "GPUs", found, remedy)]
     if len(gpus) > seen:
-        results.append(("warn", "visible GPUs", f"{seen} of {len(gpus)}: CUDA_VISIBLE_DEVICES={visible}", "meant so?"))
+        results.append(
+            (
+                "warn",
+                "visible GPUs",
+                f"{seen} of {len(gpus)}: CUDA_VISIBLE_DEVICES={visible}",
+                "meant so?",
+            )
+        )
     for number, (_, _, total, used) in enumerate(gpus):
         if total.isdigit() and used.isdigit() and int(used) > int(total) / 10:
-            remedy = f"end that process (nvidia-smi shows it), or leave GPU {number} out by CUDA_VISIBLE_DEVICES"
-            results.append(("warn", f"GPU {number} memory", f"{used} of {total} MiB are taken by others", remedy))
+            remedy = (
+                f"end that process (nvidia-smi shows it), or leave GPU {number} out by"
+                " CUDA_VISIBLE_DEVICES"
+            )
+            results.append(
+                (
+                    "warn",
+                    f"GPU {number} memory",
+                    f"{used} of {total} MiB are taken by others",
+                    remedy,
+                )
+            )
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = sum(torch.cuda.get_device_properties(n).total_memory for n in range(seen))
     few = ram < 2 * memory
@@ -119,11 +185,17 @@ def check_limits(args) -> list[Result]:
     if Path("/dev/shm").is_dir():
         size = shutil.disk_usage("/dev/shm").total
         state = "FAIL" if size < 64 * MIB else "warn" if size < GIB else "ok"
-        remedy = "" if state == "ok" else "docker run --shm-size 8g (or --ipc host); else --num_workers 0"
+        remedy = (
+            ""
+            if state == "ok"
+            else "docker run --shm-size 8g (or --ipc host); else --num_workers 0"
+        )
         results.append((state, "shared memory", f"/dev/shm has {size / GIB:.2f} GiB", remedy))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = 0 <= soft < 4096
-    results.append(("warn" if few else "ok", "open files", f"limit {soft}", f"ulimit -n {hard}" if few else ""))
+    results.append(
+        ("warn" if few else "ok", "open files", f"limit {soft}", f"ulimit -n {hard}" if few else "")
+    )
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = args.nproc_per_node
@@ -145,10 +217,21 @@ def check_disk(args) -> list[Result]:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError as error:
-        return [("FAIL", "out_dir", f"cannot write to {folder}: {error.strerror}", "choose another --out_dir")]
+        return [
+            (
+                "FAIL",
+                "out_dir",
+                f"cannot write to {folder}: {error.strerror}",
+                "choose another --out_dir",
+            )
+        ]
     free = shutil.disk_usage(folder).free
     state = "FAIL" if free < GIB else "warn" if free < 10 * GIB else "ok"
-    remedy = "" if state == "ok" else "make room: a checkpoint takes 12 bytes per parameter; see --save_total_limit"
+    remedy = (
+        ""
+        if state == "ok"
+        else "make room: a checkpoint takes 12 bytes per parameter; see --save_total_limit"
+    )
     return [(state, "disk", f"{free / GIB:.1f} GiB free in {folder}", remedy)]
 
 
@@ -159,12 +242,21 @@ def check_network(args) -> list[Result]:
         results.append(("ok", "hostname", f"{host} is {address}", ""))
     except OSError:
         remedy = f"add it to /etc/hosts, or export GLOO_SOCKET_IFNAME ({', '.join(interfaces())})"
-        results.append(("warn", "hostname", f"{host} has no address: gloo takes the loopback", remedy))
+        results.append(
+            ("warn", "hostname", f"{host} has no address: gloo takes the loopback", remedy)
+        )
     master, port = args.master_addr, args.master_port
     try:
         results.append(("ok", "master_addr", f"{master} is {socket.gethostbyname(master)}", ""))
     except OSError:
-        results.append(("FAIL", "master_addr", f"{master} has no address", "check --master_addr, /etc/hosts, DNS"))
+        results.append(
+            (
+                "FAIL",
+                "master_addr",
+                f"{master} has no address",
+                "check --master_addr, /etc/hosts, DNS",
+            )
+        )
     if read_launch().launched:
         return [*results, ("ok", "master_port", f"{port}, of this launch", "")]
     with socket.socket() as probe:
@@ -186,7 +278,10 @@ def check_variables(args) -> list[Result]:
         ("NCCL_P2P_DISABLE", "1"): "GPUs talk through the CPU: unset it unless NCCL fails without",
         ("NCCL_IB_DISABLE", "1"): "machines talk by TCP: unset it unless NCCL fails without",
         ("CUDA_LAUNCH_BLOCKING", "1"): "every kernel is waited for: for debugging only, unset it",
-        ("TORCH_DISTRIBUTED_DEBUG", "DETAIL"): "every collective is checked: for debugging only, unset it",
+        (
+            "TORCH_DISTRIBUTED_DEBUG",
+            "DETAIL",
+        ): "every collective is checked: for debugging only, unset it",
         ("NCCL_TIMEOUT", None): "neither NCCL nor torch reads it: it changes nothing, unset it",
     }
     results, known = [], set(interfaces())
@@ -196,7 +291,14 @@ def check_variables(args) -> list[Result]:
             asked = value.lstrip("=").split(",")
             exact = name.startswith("GLOO") or value.startswith("=")
             if not all(any(n == a or not exact and n.startswith(a) for n in known) for a in asked):
-                results.append(("FAIL", name, f"{value}: no such interface", f"one of {', '.join(sorted(known))}"))
+                results.append(
+                    (
+                        "FAIL",
+                        name,
+                        f"{value}: no such interface",
+                        f"one of {', '.join(sorted(known))}",
+                    )
+                )
                 continue
         if remedy or name.startswith(("NCCL_", "GLOO_")) or name == "CUDA_VISIBLE_DEVICES":
             results.append(("warn" if remedy else "ok", name, value or "(empty)", remedy))
@@ -207,23 +309,33 @@ def interfaces() -> list[str]:
     return [name for _, name in socket.if_nameindex()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Processes that talk to each other
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def describe_link(backend: str, found: dict) -> Result:
-    finding = f"{found['ranks']} processes, {found['bandwidth'] / 1e9:.2f} GB/s, {1e6 * found['latency']:.0f} us"
+    finding = (
+        f"{found['ranks']} processes, {found['bandwidth'] / 1e9:.2f} GB/s,"
+        f" {1e6 * found['latency']:.0f} us"
+    )
     if not found["right"]:
-        return "FAIL", backend, f"{finding}, but wrong sums", "bad memory or driver: find the GPU or machine by halves"
+        return (
+            "FAIL",
+            backend,
+            f"{finding}, but wrong sums",
+            "bad memory or driver: find the GPU or machine by halves",
+        )
     return "ok", backend, finding, ""
 
 
 def round_trip(backend: str, processes: int, seconds: float) -> Result:
-    from runtime.link import run_processes
+    from runtime.distributed.link import run_processes
 
     remedy = "NCCL_DEBUG=INFO shows why; try NCCL_P2P_DISABLE=1, then NCCL_IB_DISABLE=1"
-    remedy = remedy if backend == "nccl" else "a firewall on this machine, or a wrong GLOO_SOCKET_IFNAME"
+    remedy = (
+        remedy if backend == "nccl" else "a firewall on this machine, or a wrong GLOO_SOCKET_IFNAME"
+    )
     command = [sys.executable, __file__, "--probe", backend, "--timeout", str(seconds)]
     try:
         return describe_link(backend, json.loads(run_processes(command, processes, seconds)))
@@ -240,9 +352,9 @@ def check_link(args) -> list[Result]:
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Running and printing
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 LOCAL = (check_software, check_gpus, check_limits, check_disk, check_network, check_variables)
 
@@ -255,7 +367,16 @@ def limited(check: Callable, args) -> list[Result]:
         try:
             box.append(check(args))
         except Exception as error:  # whatever is broken here is what we are looking for
-            box.append([("FAIL", name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "mend that")])
+            box.append(
+                [
+                    (
+                        "FAIL",
+                        name,
+                        f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+                        "mend that",
+                    )
+                ]
+            )
 
     thread = threading.Thread(target=body, daemon=True)
     thread.start()
@@ -271,10 +392,20 @@ def show(results: list[Result]) -> None:
 
 
 def examine_launch(args) -> int:
-    """Under torchrun: the checks of every machine, whether they are alike, and the link between all processes."""
+    """Under torchrun: the checks of every machine, whether they are alike, and the link between all
+    processes."""
 
     def give_up() -> None:
-        show([("FAIL", "launch", f"not done within {args.timeout:.0f} s", "a firewall, or GLOO_SOCKET_IFNAME?")])
+        show(
+            [
+                (
+                    "FAIL",
+                    "launch",
+                    f"not done within {args.timeout:.0f} s",
+                    "a firewall, or GLOO_SOCKET_IFNAME?",
+                )
+            ]
+        )
         os._exit(1)
 
     timer = threading.Timer(args.timeout, give_up)
@@ -283,7 +414,7 @@ def examine_launch(args) -> int:
     import torch
     import torch.distributed as dist
 
-    from runtime.link import measure
+    from runtime.distributed.link import measure
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
     local = read_launch().local_rank
@@ -310,7 +441,9 @@ def examine_launch(args) -> int:
         show(together)
     dist.destroy_process_group()
     timer.cancel()
-    return int(any(state == "FAIL" for *_, results in [*everyone, (together,)] for state, *_ in results))
+    return int(
+        any(state == "FAIL" for *_, results in [*everyone, (together,)] for state, *_ in results)
+    )
 
 
 def main() -> int:
@@ -320,20 +453,28 @@ def main() -> int:
     except ValueError as error:
         show([("FAIL", "launcher", *str(error).split(": ", 1))])
         return 1
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out_dir", default=str(ROOT / "out"), help="where runs will write")
     parser.add_argument("--nproc_per_node", type=int, default=launch.local_world_size,
                         help="processes that will run on this machine")  # fmt: skip
-    parser.add_argument("--master_addr", default=os.environ.get("MASTER_ADDR", "localhost"), help="host of rank 0")
-    parser.add_argument("--master_port", type=int, default=os.environ.get("MASTER_PORT", "29500"), help="its port")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that a check may take")
+    parser.add_argument(
+        "--master_addr", default=os.environ.get("MASTER_ADDR", "localhost"), help="host of rank 0"
+    )
+    parser.add_argument(
+        "--master_port", type=int, default=os.environ.get("MASTER_PORT", "29500"), help="its port"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds that a check may take"
+    )
     parser.add_argument("--probe", choices=("gloo", "nccl"), help=argparse.SUPPRESS)
     parser.error = usage_error
     args = parser.parse_args()
     check_flags(vars(args))
     terminal.end_with_reader()
     if args.probe:
-        from runtime.link import measure_alone
+        from runtime.distributed.link import measure_alone
 
         print(json.dumps(measure_alone(args.probe, args.timeout)), flush=True)
         return 0

@@ -1,7 +1,8 @@
 """Make something else of an adapter of trainer/train_lora.py: whole weights, or a folder for peft.
 
 Reads   the adapter of --lora and the weights of --weight that it was trained on.
-Writes  plain weights with the adapter merged in (--merge), and what peft.PeftModel.from_pretrained loads (--peft).
+Writes  plain weights with the adapter merged in (--merge), and what peft.PeftModel.from_pretrained
+        loads (--peft).
 
     python scripts/export_lora.py --merge out/owl_192.pth     # then: python eval_model.py --weight owl
     python scripts/export_lora.py --peft out/owl_peft         # goes onto the exported base model
@@ -24,16 +25,28 @@ from runtime.terminal import naming
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = launch.usage_error
-    parser.add_argument("--lora", default="lora", help="the adapter: stage name (its newest), run name or path")
-    parser.add_argument("--weight", default="full_sft", help="its base model: stage name, run name or path")
+    parser.add_argument(
+        "--lora", default="lora", help="the adapter: stage name (its newest), run name or path"
+    )
+    parser.add_argument(
+        "--weight", default="full_sft", help="its base model: stage name, run name or path"
+    )
     parser.add_argument("--out_dir", default=str(ROOT / "out"), help="where both are looked for")
-    parser.add_argument("--merge", metavar="FILE.pth", help="write whole weights to this file, their shape beside it")
-    parser.add_argument("--peft", metavar="FOLDER", help="write adapter and configuration there, for peft")
+    parser.add_argument(
+        "--merge",
+        metavar="FILE.pth",
+        help="write whole weights to this file, their shape beside it",
+    )
+    parser.add_argument(
+        "--peft", metavar="FOLDER", help="write adapter and configuration there, for peft"
+    )
     args = parser.parse_args()
     launch.check_flags(vars(args))
     if not (args.merge or args.peft):
         raise ValueError("nothing to do: name a file with --merge, a folder with --peft, or both")
-    if args.merge and not (args.merge.endswith(".pth") and Path(args.merge).absolute().parent.is_dir()):
+    if args.merge and not (
+        args.merge.endswith(".pth") and Path(args.merge).absolute().parent.is_dir()
+    ):
         raise ValueError(f"--merge {args.merge}: must be a .pth file in a folder that exists")
     adapter = newest_weights(args.lora, args.out_dir, "--lora")
     base = newest_weights(args.weight, args.out_dir)

@@ -1,11 +1,13 @@
-"""Plan a run before it costs anything: memory, batch, steps, strategy, and how it scales to 1,024 devices.
+"""Plan a run before it costs anything: memory, batch, steps, strategy, and how it scales to 1,024
+devices.
 
     python scripts/plan.py --config configs/sft.yaml --devices 8 --gpu a100
     python scripts/plan.py --stage pretrain --dim 4096 --n_layers 32 --data_path none --gpu h100 --devices 64 --nodes 8
     torchrun --nproc_per_node 2 scripts/plan.py --measure
 
-Takes all flags of the stage's training script. Every figure is computed from the model's shape and the machine's, and
-every assumption is printed; --measure replaces those about this machine's compute and link by measured ones.
+Takes all flags of the stage's training script. Every figure is computed from the model's shape and
+the machine's, and every assumption is printed; --measure replaces those about this machine's
+compute and link by measured ones.
 """
 
 import argparse
@@ -32,15 +34,16 @@ import torch.nn.functional as F
 from dataset.lm_dataset import describe, load_tokenizer
 from dataset.packing import plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
-from runtime import launch, link, memory
-from runtime.scaling import Load, Machine, flops_per_token, step_cost
-from runtime.tensor_parallel import check_sizes
+from runtime import launch
+from runtime.distributed import link, memory
+from runtime.distributed.scaling import Load, Machine, flops_per_token, step_cost
+from runtime.distributed.tensor_parallel import check_sizes
 from runtime.terminal import end_with_reader
 from scripts.preflight import stage_flags
 from scripts.prepare_data import STAGES, open_data
 
-# From the vendors' data sheets: memory in GiB, dense bfloat16 TFLOPS, GB/s one way between the devices of a machine
-# (NVLink or PCIe), and Gbit/s of the network of a usual machine of 8.
+# From the vendors' data sheets: memory in GiB, dense bfloat16 TFLOPS, GB/s one way between the
+# devices of a machine (NVLink or PCIe), and Gbit/s of the network of a usual machine of 8.
 GPUS = {
     "b200": (180, 2250, 900, 3200),
     "h200": (141, 989, 450, 3200),
@@ -54,13 +57,16 @@ LARGEST = 1024  # devices in the scaling table
 PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers", "total")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measured figures
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def measure_step(config: LMConfig, args, load: Load, device: torch.device, repeats: int = 3) -> float:
-    """Tokens per second of forward and backward of this very model on this device; the median of some runs."""
+def measure_step(
+    config: LMConfig, args, load: Load, device: torch.device, repeats: int = 3
+) -> float:
+    """Tokens per second of forward and backward of this very model on this device; the median of
+    some runs."""
     model = MiniMindLM(config, args.gradient_checkpointing).to(device)
     length = min(round(load.row_tokens), config.max_seq_len)
     ids = torch.randint(config.vocab_size, (1, length * args.batch_size), device=device)
@@ -96,40 +102,63 @@ def measure(machine: Machine, config: LMConfig, load: Load, args, cuda: bool) ->
                            supervised=args.batch_size * load.longest, dtype=args.dtype)["total"]  # fmt: skip
     if need > machine.memory:
         sizes = f"needs {need / memory.GIB:.3g} GiB, free are {machine.memory / memory.GIB:.3g} GiB"
-        raise ValueError(f"--measure: a step {sizes}: measure a smaller --batch_size, or on a larger device")
+        raise ValueError(
+            f"--measure: a step {sizes}: measure a smaller --batch_size, or on a larger device"
+        )
     machine.tokens_per_sec = measure_step(config, args, load, device)
     name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    lines = [f"a device ({name}) computes {machine.tokens_per_sec:,.0f} tokens/s, measured with {ranks} processes"]
+    lines = [
+        f"a device ({name}) computes {machine.tokens_per_sec:,.0f} tokens/s, measured with {ranks}"
+        " processes"
+    ]
     if ranks == 1:
-        return [*lines, f"a device sends {machine.inside / 1e9:,.3g} GB/s inside a machine: not measured, use torchrun"]
+        return [
+            *lines,
+            (
+                f"a device sends {machine.inside / 1e9:,.3g} GB/s inside a machine: not measured,"
+                " use torchrun"
+            ),
+        ]
     found = link.measure(device)
     machine.inside, machine.latency = found["bandwidth"], found["latency"]
     machine.between = min(machine.between, machine.inside)
-    return [*lines, f"a device sends {machine.inside / 1e9:,.3g} GB/s, measured between {ranks} processes"]
+    return [
+        *lines,
+        f"a device sends {machine.inside / 1e9:,.3g} GB/s, measured between {ranks} processes",
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading and printing
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_load(stage: str, args) -> tuple[Load, str]:
-    """Means of the stage's data as the first epoch would lay it out, and a line that describes it."""
+    """Means of the stage's data as the first epoch would lay it out, and a line that describes
+    it."""
     if args.data_path == "none":
-        return Load(args.max_seq_len, args.max_seq_len, args.max_seq_len, 1.0, None), "none: every row is full"
+        return (
+            Load(args.max_seq_len, args.max_seq_len, args.max_seq_len, 1.0, None),
+            "none: every row is full",
+        )
     dataset = open_data(stage, args)
     train_rows, _ = split_rows(len(dataset), args.eval_ratio, args.seed)
     plan = plan_epoch(dataset, train_rows, args.seed, args.max_seq_len, args.packing, 1, 0, 0)
     tokens, supervised = plan.tokens[-1], plan.supervised[-1]
     longest = int(np.diff(plan.tokens[plan.starts]).max())
-    load = Load(tokens / plan.rows, longest, tokens / len(train_rows), supervised / tokens, plan.rows)
+    load = Load(
+        tokens / plan.rows, longest, tokens / len(train_rows), supervised / tokens, plan.rows
+    )
     return load, f"{args.data_path}: {describe(dataset)}"
 
 
 def table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
     """Columns aligned, numbers to the right; as Markdown with --markdown."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
+    lines = [
+        [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        for row in [header, *rows]
+    ]
     if not markdown:
         return "\n".join("  ".join(line) for line in lines)
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
@@ -145,28 +174,52 @@ def parse_args() -> tuple[argparse.Namespace, argparse.Namespace]:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
     parser.error = launch.usage_error
-    parser.add_argument("--stage", choices=STAGES, default="sft", help="whose flags and data (--data_path none: none)")
+    parser.add_argument(
+        "--stage",
+        choices=STAGES,
+        default="sft",
+        help="whose flags and data (--data_path none: none)",
+    )
     parser.add_argument("--devices", type=int, default=8, help="devices of the run")
     parser.add_argument("--nodes", type=int, default=1, help="machines that they are in")
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="whose figures count, where none are given below")
+    parser.add_argument(
+        "--gpu",
+        choices=GPUS,
+        default="h100",
+        help="whose figures count, where none are given below",
+    )
     parser.add_argument("--device_memory_gb", type=float, help="memory of a device in GiB")
     parser.add_argument("--flops_tflops", type=float, help="peak of a device in TFLOPS")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the peak that training reaches"
+    )
     parser.add_argument("--link_gbps", type=float, help="network of a machine in Gbit/s")
-    parser.add_argument("--latency_us", type=float, default=10.0, help="of a message between two devices")
-    parser.add_argument("--overlap", type=float, default=1.0, help="share of backward that hides communication")
+    parser.add_argument(
+        "--latency_us", type=float, default=10.0, help="of a message between two devices"
+    )
+    parser.add_argument(
+        "--overlap", type=float, default=1.0, help="share of backward that hides communication"
+    )
     parser.add_argument("--vocab_size", type=int, help="instead of the tokenizer's")
-    parser.add_argument("--measure", action="store_true", help="measure this machine, and under torchrun the link")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure this machine, and under torchrun the link"
+    )
     parser.add_argument("--markdown", action="store_true", help="tables for a README")
     own, rest = parser.parse_known_args()
     launch.check_flags(vars(own))
     args = stage_flags(Path(f"trainer/{STAGES[own.stage][0]}.py"), rest)
     sharers = args.tensor_parallel * args.context_parallel
-    for count, name in ((own.nodes, "--nodes"), (sharers, "--tensor_parallel x --context_parallel")):
+    for count, name in (
+        (own.nodes, "--nodes"),
+        (sharers, "--tensor_parallel x --context_parallel"),
+    ):
         if own.devices % count:
             raise ValueError(f"--devices {own.devices} is not a multiple of {name} {count}")
     if args.strategy == "dp" or (args.strategy == "zero1" and args.tensor_parallel > 1):
-        raise ValueError(f"--strategy {args.strategy}: plan ddp, zero1 (without --tensor_parallel), zero2 or zero3")
+        raise ValueError(
+            f"--strategy {args.strategy}: plan ddp, zero1 (without --tensor_parallel), zero2 or"
+            " zero3"
+        )
     if args.offload and args.strategy not in ("zero2", "zero3"):
         raise ValueError(f"--offload 1 needs --strategy zero2 or zero3, it is {args.strategy}")
     return own, args
@@ -177,7 +230,9 @@ def main() -> int:
     own, args = parse_args()
     end_with_reader()
     vocab_size = own.vocab_size or len(load_tokenizer(args.tokenizer_dir))
-    shape = {f.name: getattr(args, f.name) for f in dataclasses.fields(LMConfig) if hasattr(args, f.name)}
+    shape = {
+        f.name: getattr(args, f.name) for f in dataclasses.fields(LMConfig) if hasattr(args, f.name)
+    }
     config = LMConfig(**shape | {"vocab_size": vocab_size, "use_moe": bool(args.use_moe)})
     check_sizes(config, args.tensor_parallel)
     load, described = read_load(own.stage, args)
@@ -206,18 +261,30 @@ def main() -> int:
     step_tokens = row["rows"] * load.row_tokens
     model = f"dim {config.dim} x {config.n_layers} layers, vocabulary {vocab_size:,}"
     devices, machines = plural(own.devices, "device"), plural(own.nodes, "machine")
-    print(f"model     {model}: {memory.parameter_count(config):,} parameters, {args.dtype}, {args.optimizer}")
+    print(
+        f"model     {model}: {memory.parameter_count(config):,} parameters, {args.dtype},"
+        f" {args.optimizer}"
+    )
     print(f"machine   {devices} of {machine.memory / memory.GIB:,.3g} GiB in {machines}")
     print(f"data      {described}")
-    factors = ((args.batch_size, "row"), (row["micro"], "micro-batch"), (own.devices // sharers, "data rank"))
+    factors = (
+        (args.batch_size, "row"),
+        (row["micro"], "micro-batch"),
+        (own.devices // sharers, "data rank"),
+    )
     batch = " x ".join(plural(*factor) for factor in factors)
-    print(f"batch     {plural(row['rows'], 'row')}, about {step_tokens:,.0f} tokens per step: {batch}")
+    print(
+        f"batch     {plural(row['rows'], 'row')}, about {step_tokens:,.0f} tokens per step: {batch}"
+    )
     if load.rows is not None:
         steps = load.rows // row["rows"] if args.drop_last else -(-load.rows // row["rows"])
         total = min(args.max_steps or math.inf, steps * args.epochs)
         seconds = total * step_tokens / row["tokens_per_sec"]
         length = f"{seconds:,.3g} seconds" if seconds < 3600 else f"{seconds / 3600:,.1f} hours"
-        epoch = f"{load.rows:,} rows, {load.rows * load.row_tokens:,.0f} tokens, {plural(steps, 'step')}"
+        epoch = (
+            f"{load.rows:,} rows, {load.rows * load.row_tokens:,.0f} tokens,"
+            f" {plural(steps, 'step')}"
+        )
         print(f"run       an epoch: {epoch}; all: {plural(total, 'step')}, {length}")
     print(f"strategy  {row['reason']}\n\nMemory per device at {devices}, GiB\n")
     room, lines = memory.SAFE_SHARE * machine.memory, []
@@ -241,7 +308,16 @@ def main() -> int:
             f"{row['tokens_per_sec']:,.0f}",
         ])  # fmt: skip
     print("\nScaling; per device and step, ! does not fit\n")
-    header = ["devices", "strategy", "GiB", "rows of all", "GB sent", "compute ms", "waiting ms", "efficiency"]
+    header = [
+        "devices",
+        "strategy",
+        "GiB",
+        "rows of all",
+        "GB sent",
+        "compute ms",
+        "waiting ms",
+        "efficiency",
+    ]
     print(table([*header, "tokens/s of all"], lines, own.markdown))
 
     # 5. What all this rests on
@@ -251,7 +327,10 @@ def main() -> int:
         f"a message takes {1e6 * machine.latency:,.0f} us x log2(ranks) beside its bytes",
         f"messages but the last travel beside {machine.overlap:.0%} of {hidden}",
         f"gradients travel as float32, gathered weights as {args.dtype}",
-        f"a row has {load.row_tokens:,.0f} tokens, the longest {load.longest:,}; {load.supervised:.0%} carry loss",
+        (
+            f"a row has {load.row_tokens:,.0f} tokens, the longest {load.longest:,};"
+            f" {load.supervised:.0%} carry loss"
+        ),
         "no stragglers, no waiting for data, no time for the optimizer",
     ]
     print("\nAssumptions\n\n" + "\n".join(f"- {line}" for line in known))

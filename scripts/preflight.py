@@ -1,4 +1,5 @@
-"""What can be known to go wrong before a job starts. Each check raises a ValueError: one line that says what to do."""
+"""What can be known to go wrong before a job starts. Each check raises a ValueError: one line that
+says what to do."""
 
 import argparse
 import contextlib
@@ -16,15 +17,20 @@ import torch
 from runtime import launch
 
 MB = 1e6
-PER_PARAMETER = 16  # bytes on the disk: weights and two numbers of the optimizer in a checkpoint, weights beside it
+# Bytes on the disk: weights and two numbers of the optimizer in a checkpoint, weights beside it
+PER_PARAMETER = 16
 
 
 def check_layout(nnodes: int, node_rank: int, master_addr: str | None) -> None:
     """Numbers that cannot be together."""
     if not 0 <= node_rank < nnodes:
-        raise ValueError(f"--node_rank {node_rank}: {nnodes} nodes (--nnodes) have the numbers 0 to {nnodes - 1}")
+        raise ValueError(
+            f"--node_rank {node_rank}: {nnodes} nodes (--nnodes) have the numbers 0 to {nnodes - 1}"
+        )
     if nnodes > 1 and master_addr is None:
-        raise ValueError(f"--nnodes {nnodes} needs --master_addr, the address of node 0 as the others reach it")
+        raise ValueError(
+            f"--nnodes {nnodes} needs --master_addr, the address of node 0 as the others reach it"
+        )
     if master_addr is not None:
         try:
             socket.getaddrinfo(master_addr, None)
@@ -35,11 +41,15 @@ def check_layout(nnodes: int, node_rank: int, master_addr: str | None) -> None:
 def check_port(port: int) -> None:
     """Whether this host can listen on a port."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a run of a minute ago left does not count
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # what a run of a minute ago left does not count
         try:
             probe.bind(("", port))
         except OSError as error:
-            raise ValueError(f"--master_port {port}: {error.strerror} on this host; choose another one") from None
+            raise ValueError(
+                f"--master_port {port}: {error.strerror} on this host; choose another one"
+            ) from None
 
 
 def check_engine(engine: str) -> None:
@@ -67,15 +77,22 @@ def check_devices(flags: argparse.Namespace, nproc_per_node: int, nnodes: int) -
     gpus, cuda = torch.cuda.device_count(), flags.device.startswith("cuda")
     if nproc_per_node > gpus and (cuda or gpus and flags.device == "auto"):
         raise ValueError(
-            f"--nproc_per_node {nproc_per_node}: torch sees {gpus} GPUs on this host, each process needs one; "
-            f"take --nproc_per_node {gpus} or --device cpu"
+            f"--nproc_per_node {nproc_per_node}: torch sees {gpus} GPUs on this host, each process"
+            f" needs one; take --nproc_per_node {gpus} or --device cpu"
             if gpus
-            else f"--device {flags.device}: torch {torch.__version__} sees no GPU on this host; take --device cpu"
+            else (
+                f"--device {flags.device}: torch {torch.__version__} sees no GPU on this host; take"
+                " --device cpu"
+            )
         )
-    sizes = {name: vars(flags).get(name, 1) for name in ("tensor_parallel", "context_parallel")}  # not every script's
+    sizes = {
+        name: vars(flags).get(name, 1) for name in ("tensor_parallel", "context_parallel")
+    }  # not every script's
     if nproc_per_node * nnodes % math.prod(sizes.values()):
         asked = " x ".join(f"--{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"{nnodes} x {nproc_per_node} processes cannot be split into groups of {asked}")
+        raise ValueError(
+            f"{nnodes} x {nproc_per_node} processes cannot be split into groups of {asked}"
+        )
 
 
 def check_data(path: str) -> None:
@@ -98,7 +115,7 @@ def check_disk(flags: argparse.Namespace) -> str:
     """
     from dataset.lm_dataset import load_tokenizer  # here: they take seconds to import
     from model.lm import LMConfig
-    from runtime.memory import parameter_count
+    from runtime.distributed.memory import parameter_count
 
     config = LMConfig.from_flags(vars(flags), len(load_tokenizer(flags.tokenizer_dir)))
     one = PER_PARAMETER * parameter_count(config)
@@ -106,8 +123,14 @@ def check_disk(flags: argparse.Namespace) -> str:
     place = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if free < one:
-        raise ValueError(f"--out_dir {out_dir}: {free / MB:,.0f} MB free, one checkpoint needs {one / MB:,.0f} MB")
+        raise ValueError(
+            f"--out_dir {out_dir}: {free / MB:,.0f} MB free, one checkpoint needs"
+            f" {one / MB:,.0f} MB"
+        )
     wanted = one * (flags.save_total_limit + 1)
     if free < wanted:
-        return f"--out_dir {out_dir}: {free / MB:,.0f} MB free, the checkpoints will need {wanted / MB:,.0f} MB"
+        return (
+            f"--out_dir {out_dir}: {free / MB:,.0f} MB free, the checkpoints will need"
+            f" {wanted / MB:,.0f} MB"
+        )
     return ""

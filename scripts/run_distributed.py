@@ -1,4 +1,5 @@
-"""Start a training stage on several processes, on one machine or on many, after checking what can be known to go wrong.
+"""Start a training stage on several processes, on one machine or on many, after checking what can
+be known to go wrong.
 
     python scripts/run_distributed.py --nproc_per_node 2 --algorithm sft --config config_distributed_example.yaml
     python scripts/run_distributed.py --nproc_per_node 8 --algorithm pretrain -- --max_steps 1000 --strategy zero2
@@ -7,10 +8,11 @@ On several machines, the same command on each of them but for its number:
 
     python scripts/run_distributed.py --nproc_per_node 8 --nnodes 2 --node_rank 0 --master_addr 192.168.1.100 ...
 
-Prints the command that it runs. Flags it does not know, and all behind --, go to the stage script. Signals reach the
-training, which saves and stops. --max_restarts N starts all processes again when one has died; with --resume auto they
-go on from the last checkpoint. Processes are started by torchrun also for DeepSpeed: the deepspeed launcher kills
-processes that are still saving. The engine is that of the config file unless --engine says so.
+Prints the command that it runs. Flags it does not know, and all behind --, go to the stage script.
+Signals reach the training, which saves and stops. --max_restarts N starts all processes again when
+one has died; with --resume auto they go on from the last checkpoint. Processes are started by
+torchrun also for DeepSpeed: the deepspeed launcher kills processes that are still saving. The
+engine is that of the config file unless --engine says so.
 """
 
 import argparse
@@ -43,41 +45,69 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         own, rest = own[:at], own[at + 1 :]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = launch.usage_error
-    parser.add_argument("--nproc_per_node", type=int, help="processes on each machine (default: its GPUs, or 1)")
+    parser.add_argument(
+        "--nproc_per_node", type=int, help="processes on each machine (default: its GPUs, or 1)"
+    )
     parser.add_argument("--nnodes", type=int, default=1, help="machines")
     parser.add_argument("--node_rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--master_addr", help="address of machine 0, as the others reach it")
-    parser.add_argument("--master_port", type=int, help=f"a free port there (default: any on one machine, else {PORT})")
+    parser.add_argument(
+        "--master_port",
+        type=int,
+        help=f"a free port there (default: any on one machine, else {PORT})",
+    )
     parser.add_argument("--config", help="YAML file with the flags of the stage script")
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="sft", help="the stage")
-    parser.add_argument("--engine", choices=("torchrun", "deepspeed", "accelerate"), help="who shares the work")
-    parser.add_argument("--use_torchrun", action="store_true", help="torchrun, also where `accelerate launch` would do")
-    parser.add_argument("--max_restarts", type=int, default=0, help="times that dead processes are started again")
+    parser.add_argument(
+        "--engine", choices=("torchrun", "deepspeed", "accelerate"), help="who shares the work"
+    )
+    parser.add_argument(
+        "--use_torchrun",
+        action="store_true",
+        help="torchrun, also where `accelerate launch` would do",
+    )
+    parser.add_argument(
+        "--max_restarts", type=int, default=0, help="times that dead processes are started again"
+    )
     args, unknown = parser.parse_known_args(own)
     return args, (["--config", args.config] if args.config else []) + unknown + rest
 
 
 def local_address(master_addr: str) -> str:
-    """The address under which the other machines reach this one: that of the way to machine 0. Sends nothing."""
+    """The address under which the other machines reach this one: that of the way to machine 0.
+    Sends nothing."""
     with socket.socket(socket.getaddrinfo(master_addr, PORT)[0][0], socket.SOCK_DGRAM) as probe:
         probe.connect((master_addr, PORT))
         return probe.getsockname()[0]
 
 
 def torchrun_words(args: argparse.Namespace) -> list[str]:
-    """What stands before the stage script. Machines meet at a c10d store, so that a restarted one can join again."""
+    """What stands before the stage script. Machines meet at a c10d store, so that a restarted one
+    can join again."""
     words = ["--nproc_per_node", args.nproc_per_node, "--max_restarts", args.max_restarts]
     if args.nnodes == 1 and args.master_port is None:
         return ["-m", "torch.distributed.run", "--standalone", *words]
     address = args.master_addr or "127.0.0.1"
     words += ["--nnodes", args.nnodes, "--rdzv_backend", "c10d", "--rdzv_id", args.algorithm]
-    words += ["--rdzv_endpoint", f"{address}:{args.master_port}", "--rdzv_conf", f"is_host={args.node_rank == 0}"]
+    words += [
+        "--rdzv_endpoint",
+        f"{address}:{args.master_port}",
+        "--rdzv_conf",
+        f"is_host={args.node_rank == 0}",
+    ]
     return ["-m", "torch.distributed.run", *words, "--local_addr", local_address(address)]
 
 
 def accelerate_words(args: argparse.Namespace) -> list[str]:
     words = ["--num_processes", args.nproc_per_node * args.nnodes, "--num_machines", args.nnodes]
-    words += ["--machine_rank", args.node_rank, "--max_restarts", args.max_restarts, "--dynamo_backend", "no"]
+    words += [
+        "--machine_rank",
+        args.node_rank,
+        "--max_restarts",
+        args.max_restarts,
+        "--dynamo_backend",
+        "no",
+    ]
     words += ["--mixed_precision", "no"]  # the script's --dtype decides
     if args.nproc_per_node * args.nnodes > 1:
         words += ["--multi_gpu", "--main_process_ip", args.master_addr or "127.0.0.1"]
@@ -86,10 +116,12 @@ def accelerate_words(args: argparse.Namespace) -> list[str]:
 
 
 def run(command: list[str], variables: dict[str, str]) -> int:
-    """Run a command in a session of its own to its end, and pass signals on to it; returns the exit code.
+    """Run a command in a session of its own to its end, and pass signals on to it; returns the exit
+    code.
 
-    In its own session, so that Ctrl-C does not reach it twice: the second signal would end it before it has saved.
-    A SIGHUP that is ignored, as under nohup, stays so. When this process is killed, the command is asked to end.
+    In its own session, so that Ctrl-C does not reach it twice: the second signal would end it
+    before it has saved. A SIGHUP that is ignored, as under nohup, stays so. When this process is
+    killed, the command is asked to end.
     """
     received, process, pid = [], None, os.getpid()
 
@@ -98,7 +130,11 @@ def run(command: list[str], variables: dict[str, str]) -> int:
         if process is not None:
             process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, *([] if launch.ignores_hangup() else [signal.SIGHUP])):
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+        *([] if launch.ignores_hangup() else [signal.SIGHUP]),
+    ):
         signal.signal(number, forward)
     os.environ.update(variables)
     process = subprocess.Popen(
@@ -137,21 +173,31 @@ def main() -> int:
 
     # 3. The command
     cuda = gpus and flags.device != "cpu"
-    threads = os.environ.get("OMP_NUM_THREADS", max(1, torch.get_num_threads() // args.nproc_per_node))
+    threads = os.environ.get(
+        "OMP_NUM_THREADS", max(1, torch.get_num_threads() // args.nproc_per_node)
+    )
     variables = {"OMP_NUM_THREADS": str(threads)}
     if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
         variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVE_SECONDS)
-    if args.max_restarts:  # torchrun's own store would hand the addresses of dead processes to their successors
+    if (
+        args.max_restarts
+    ):  # torchrun's own store would hand the addresses of dead processes to their successors
         variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if launch.ignores_hangup():  # torchrun would listen to it all the same
         variables["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
     words = torchrun_words(args)
-    if engine == "accelerate" and not cuda:  # `accelerate launch --cpu` would run one process, without a word
+    if (
+        engine == "accelerate" and not cuda
+    ):  # `accelerate launch --cpu` would run one process, without a word
         variables["ACCELERATE_USE_CPU"] = "true"
     elif engine == "accelerate" and not args.use_torchrun:
         words = accelerate_words(args)
     command = [sys.executable, *map(str, words), str(script), *argv]
-    print(" ".join(f"{name}={value}" for name, value in variables.items()), shlex.join(command), flush=True)
+    print(
+        " ".join(f"{name}={value}" for name, value in variables.items()),
+        shlex.join(command),
+        flush=True,
+    )
     return run(command, variables)
 
 

@@ -1,4 +1,5 @@
-"""What all tests share: running scripts as users do, tiny models, data, and the same randomness every time."""
+"""What all tests share: running scripts as users do, tiny models, data, and the same randomness
+every time."""
 
 import json
 import os
@@ -10,7 +11,9 @@ import tempfile
 from pathlib import Path
 
 # Before torch and transformers are imported: in the tests' own process too, nothing asks a network.
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+os.environ.update(
+    HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"
+)
 
 import hypothesis
 import numpy as np
@@ -37,7 +40,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 
-LONGEST = "readme resume launcher lightning multinode pipeline accelerate deepspeed faults strategies exactness".split()
+LONGEST = (
+    "readme resume launcher lightning multinode pipeline accelerate deepspeed faults strategies"
+    " exactness".split()
+)
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -46,9 +52,9 @@ def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Running scripts
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(name="run_script", scope="session")
@@ -58,9 +64,11 @@ def _run_script():
 
 @pytest.fixture
 def start_script(tmp_path):
-    """start_script(*args, env=, nproc=, cwd=, gpu=) -> the running Popen, for tests that signal or kill it.
+    """start_script(*args, env=, nproc=, cwd=, gpu=) -> the running Popen, for tests that signal or
+    kill it.
 
-    Its output, both streams, goes to the file `process.log`. What still runs when the test ends is killed.
+    Its output, both streams, goes to the file `process.log`. What still runs when the test ends is
+    killed.
     """
     started = []
 
@@ -78,13 +86,14 @@ def start_script(tmp_path):
         kill_all(process)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models and data
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def write_jsonl(path, rows) -> Path:
-    """Write rows as JSON, one a line. A str row is written as it is, so that a test can spoil a line."""
+    """Write rows as JSON, one a line. A str row is written as it is, so that a test can spoil a
+    line."""
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +102,12 @@ def write_jsonl(path, rows) -> Path:
 
 
 def chat(question: str, answer: str) -> dict:
-    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "conversations": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 @pytest.fixture(name="write_jsonl", scope="session")
@@ -116,32 +130,59 @@ RUN_FLAGS += ["--device=cpu", "--max_seq_len=128", "--log_interval=1"]
 
 
 def conversations(count: int) -> list[dict]:
-    """Rows with very unequal masks: answers of one word behind long questions, and the other way round."""
+    """Rows with very unequal masks: answers of one word behind long questions, and the other way
+    round."""
     rows = []
     for n in range(count):
         question, answer = ("what is it " * (1 + 3 * (n % 4)), "yes " * (1 + (n * n) % 17))
-        turns = [{"role": "user", "content": f"{n} {question}"}, {"role": "assistant", "content": answer}]
+        turns = [
+            {"role": "user", "content": f"{n} {question}"},
+            {"role": "assistant", "content": answer},
+        ]
         rows.append({"conversations": turns * (1 + n % 2)})
     return rows
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """train(name, rows, *flags, nproc=) -> the run's folder; the runs of a file share data and cache.
+    """train(name, rows, *flags, nproc=) -> the run's folder; the runs of a file share data and
+    cache.
 
-    With count=True the collectives that rank 0 called are counted, in collectives.json of that folder.
+    With count=True the collectives that rank 0 called are counted, in collectives.json of that
+    folder.
     """
     folder = tmp_path_factory.mktemp("job")
-    data = {count: write_jsonl(folder / f"{count}.jsonl", conversations(count)) for count in (8, 90)}
+    data = {
+        count: write_jsonl(folder / f"{count}.jsonl", conversations(count)) for count in (8, 90)
+    }
 
-    def train(name: str, rows: int, *flags: str, nproc: int | None = None, script="train_full_sft", count=False):
+    def train(
+        name: str,
+        rows: int,
+        *flags: str,
+        nproc: int | None = None,
+        script="train_full_sft",
+        count=False,
+    ):
         out = folder / name
-        fixed = [*RUN_FLAGS, f"--data_path={data[rows]}", f"--cache_dir={folder / 'cache'}", f"--out_dir={out}"]
-        words = [*(["tests/count_collectives.py"] if count else []), f"trainer/{script}.py", *fixed, *flags]
+        fixed = [
+            *RUN_FLAGS,
+            f"--data_path={data[rows]}",
+            f"--cache_dir={folder / 'cache'}",
+            f"--out_dir={out}",
+        ]
+        words = [
+            *(["tests/count_collectives.py"] if count else []),
+            f"trainer/{script}.py",
+            *fixed,
+            *flags,
+        ]
         printed = run_ranks(*words, *(["--ddp"] if nproc else []), nproc=nproc)
         run = next(path for path in out.iterdir() if path.is_dir())
         if count:
-            (run / "collectives.json").write_text(re.search("^collectives (.*)", printed, re.MULTILINE)[1])
+            (run / "collectives.json").write_text(
+                re.search("^collectives (.*)", printed, re.MULTILINE)[1]
+            )
         return run
 
     train.folder, train.data = folder, data
@@ -154,19 +195,30 @@ def curve(run: Path) -> list[dict]:
 
 
 def check_same_run(run: Path, reference: Path, first: int = 1) -> None:
-    """The curve from step `first` on, evaluations and final weights of a run are those of the reference."""
+    """The curve from step `first` on, evaluations and final weights of a run are those of the
+    reference."""
     exact, close = ("tokens", "supervised_tokens", "lr", "epoch"), ("loss", "aux_loss", "grad_norm")
-    ours, expected = ({line["step"]: line for line in curve(path) if "loss" in line} for path in (run, reference))
+    ours, expected = (
+        {line["step"]: line for line in curve(path) if "loss" in line} for path in (run, reference)
+    )
     assert [*ours] == [*range(first, max(expected) + 1)]
     for step, line in ours.items():
         assert [line[key] for key in exact] == [expected[step][key] for key in exact]
-        assert [line[key] for key in close] == pytest.approx([expected[step][key] for key in close], rel=1e-5), step
-    evaluations = [[line["eval_loss"] for line in curve(path) if "eval_loss" in line] for path in (run, reference)]
+        assert [line[key] for key in close] == pytest.approx(
+            [expected[step][key] for key in close], rel=1e-5
+        ), step
+    evaluations = [
+        [line["eval_loss"] for line in curve(path) if "eval_loss" in line]
+        for path in (run, reference)
+    ]
     assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-5) and evaluations[0]
     weights, wanted = (torch.load(f"{path}.pth", weights_only=True) for path in (run, reference))
     assert weights.keys() == wanted.keys()
     for name, value in weights.items():
-        assert value.dtype == torch.float32 and (value - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name
+        assert (
+            value.dtype == torch.float32
+            and (value - wanted[name]).norm() <= 1e-4 * wanted[name].norm()
+        ), name
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -180,13 +232,19 @@ ENGINE_RUN = "full_sft_32_moe"
 
 @pytest.fixture(scope="module")
 def engine_flags(tmp_path_factory) -> list[str]:
-    """Data with answers of very unequal length, the last window of an epoch shorter than the others."""
+    """Data with answers of very unequal length, the last window of an epoch shorter than the
+    others."""
     folder = tmp_path_factory.mktemp("engine")
     turns = [(f"say it {n} times", "it " * (n * 7 % 40 + 1)) for n in range(1, 98)]
     rows = [{"instruction": question, "input": "", "output": answer} for question, answer in turns]
     data = write_jsonl(folder / "data.jsonl", rows)
-    flags = "--max_seq_len=64 --from_weight=none --use_moe=1 --global_batch_size=8 --batch_size=2 --epochs=2"
-    flags += f" --learning_rate=3e-3 --eval_ratio=0.05 --data_path={data} --cache_dir={folder / 'cache'}"
+    flags = (
+        "--max_seq_len=64 --from_weight=none --use_moe=1 --global_batch_size=8 --batch_size=2"
+        " --epochs=2"
+    )
+    flags += (
+        f" --learning_rate=3e-3 --eval_ratio=0.05 --data_path={data} --cache_dir={folder / 'cache'}"
+    )
     return [*RUN_FLAGS, *flags.split()]
 
 
@@ -207,7 +265,8 @@ def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with real data beside the repository; without it the test is skipped, which the summary tells."""
+    """The folder with real data beside the repository; without it the test is skipped, which the
+    summary tells."""
     if not SHARED_DATA.is_dir():
         pytest.skip("no ../shared/data beside the repository")
     return SHARED_DATA
@@ -256,7 +315,8 @@ def start_weights(tmp_path_factory, tokenizer):
 
 @pytest.fixture(autouse=True)
 def same_every_time():
-    """Every test starts with the same random state and computes with one thread, whatever ran before it."""
+    """Every test starts with the same random state and computes with one thread, whatever ran
+    before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

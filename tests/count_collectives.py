@@ -1,6 +1,6 @@
 """Run a script under the profiler and print how often rank 0 called each collective.
 
-    torchrun --nproc_per_node 2 tests/count_collectives.py SCRIPT ARGS
+torchrun --nproc_per_node 2 tests/count_collectives.py SCRIPT ARGS
 """
 
 import collections
@@ -19,6 +19,8 @@ if __name__ == "__main__":
         except SystemExit as end:
             assert not end.code, end.code
     names = (event.name for event in profile.events())  # "c10d::allreduce_", whatever the backend
-    counts = collections.Counter(name.removeprefix("c10d::") for name in names if name.startswith("c10d::"))
+    counts = collections.Counter(
+        name.removeprefix("c10d::") for name in names if name.startswith("c10d::")
+    )
     if os.environ["RANK"] == "0":
         print("collectives", json.dumps(counts))

@@ -1,6 +1,7 @@
-"""Run a script and print how often this rank exchanged gradients: by DDP, or by FSDP2 once for each block and the rest.
+"""Run a script and print how often this rank exchanged gradients: by DDP, or by FSDP2 once for each
+block and the rest.
 
-    torchrun --nproc_per_node 2 tests/count_exchanges.py SCRIPT ARGS
+torchrun --nproc_per_node 2 tests/count_exchanges.py SCRIPT ARGS
 """
 
 import runpy

@@ -1,4 +1,5 @@
-"""Running the project's scripts as users do, and forking ranks of them where only the result counts."""
+"""Running the project's scripts as users do, and forking ranks of them where only the result
+counts."""
 
 import contextlib
 import fcntl
@@ -20,9 +21,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# Name of a stage, or of the SFT job in another engine -> its script.
+STAGE_SCRIPTS = {
+    path.stem: path
+    for path in sorted([*ROOT.glob("trainer/engines/train_*.py"), *ROOT.glob("trainer/train_*.py")])
+    if path.stem != "train_tokenizer"
+    and (path.parent.name == "engines" or "train_sft" not in path.stem)
+}
+
+
+def module_of(stage: str) -> str:
+    """The dotted name of a stage's script."""
+    return ".".join(STAGE_SCRIPTS[stage].relative_to(ROOT).with_suffix("").parts)
+
 
 # What torchrun sets, and must not reach a script that a test starts without torchrun.
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def launched_as(rank: int, nproc: int, port: int = 29500) -> dict[str, str]:
@@ -39,7 +60,9 @@ def start(args, env, nproc, cwd, gpu, **streams) -> subprocess.Popen:
     command += [str(ROOT / script), *rest]
 
     tag = uuid.uuid4().hex
-    variables = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    variables = {
+        name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES
+    }
     variables.update(OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", MINIMIND_TEST_TAG=tag)
     if not gpu:
         variables["CUDA_VISIBLE_DEVICES"] = ""
@@ -55,7 +78,8 @@ def start(args, env, nproc, cwd, gpu, **streams) -> subprocess.Popen:
 
 
 def processes_of(process: subprocess.Popen, *variables: str) -> list[int]:
-    """Ids of what a script has started and is still there, older ones first; with such variables in its environment.
+    """Ids of what a script has started and is still there, older ones first; with such variables in
+    its environment.
 
     torchrun gives each rank a session of its own, so the process group is not enough: whoever carries the tag of
     `process` in its environment belongs to it.
@@ -75,21 +99,27 @@ def wait_for_end(process: subprocess.Popen, seconds: float = 240) -> None:
             handle = os.pidfd_open(left[0])
             ended = select.select([handle], [], [], seconds)[0]
             os.close(handle)
-            assert ended, f"still there: {Path(f'/proc/{left[0]}/cmdline').read_bytes().split(bytes(1))}"
+            assert ended, (
+                f"still there: {Path(f'/proc/{left[0]}/cmdline').read_bytes().split(bytes(1))}"
+            )
 
 
 def kill_all(process: subprocess.Popen) -> None:
     """Kill a script and everything it started that still runs."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-    while left := processes_of(process):  # until nothing is left that could have started another one meanwhile
+    while left := processes_of(
+        process
+    ):  # until nothing is left that could have started another one meanwhile
         for number in left:
             with contextlib.suppress(OSError):
                 os.kill(number, signal.SIGKILL)
     process.wait()
 
 
-def run_script(*args, timeout=300, env=None, nproc=None, cwd=ROOT, stdin="", gpu=False) -> subprocess.CompletedProcess:
+def run_script(
+    *args, timeout=300, env=None, nproc=None, cwd=ROOT, stdin="", gpu=False
+) -> subprocess.CompletedProcess:
     """Run a project script to its end, with one thread per process and without a network.
 
     Args:
@@ -104,8 +134,13 @@ def run_script(*args, timeout=300, env=None, nproc=None, cwd=ROOT, stdin="", gpu
     Returns:
         An object with returncode, stdout and stderr (text).
     """
-    # Files, not pipes: a process that the script leaves behind would keep a pipe open and the test waiting.
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    # Files, not pipes: a process that the script leaves behind would keep a pipe open and the test
+    # waiting.
+    with (
+        tempfile.TemporaryFile() as given,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+    ):
         given.write(stdin.encode())
         given.seek(0)
         process = start(args, env, nproc, cwd, gpu, stdin=given, stdout=out, stderr=err)
@@ -121,12 +156,15 @@ def run_script(*args, timeout=300, env=None, nproc=None, cwd=ROOT, stdin="", gpu
         stdout, stderr = (file.read().decode("utf-8", errors="replace") for file in (out, err))
     if timed_out:
         command = " ".join(process.args[1:])
-        pytest.fail(f"no end after {timeout} s: {command}\n{stdout[-3000:]}\n--- stderr\n{stderr[-3000:]}")
+        pytest.fail(
+            f"no end after {timeout} s: {command}\n{stdout[-3000:]}\n--- stderr\n{stderr[-3000:]}"
+        )
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-# Starting Python with torch takes five of the six seconds of a tiny run. Runs of which only the result counts are forks
-# of a process that has these; what launchers, signals and errors do is tested with `run_script`.
+# Starting Python with torch takes five of the six seconds of a tiny run. Runs of which only the
+# result counts are forks of a process that has these; what launchers, signals and errors do is
+# tested with `run_script`.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint",
@@ -153,18 +191,22 @@ def free_port() -> int:
 
 
 def start_ranks(*args, nproc: int | None, folder: Path, cwd=ROOT, env=None) -> list:
-    """Start a project script as nproc ranks that no launcher watches; rank N prints into the file `folder/N`."""
+    """Start a project script as nproc ranks that no launcher watches; rank N prints into the file
+    `folder/N`."""
     words = [str(ROOT / args[0]), *map(str, args[1:])]
     variables, port, processes = {"CUDA_VISIBLE_DEVICES": "", **(env or {})}, free_port(), []
     for rank in range(nproc or 1):
         own = launched_as(rank, nproc, port) if nproc else {}
-        processes.append(FORKS.Process(target=_be_script, args=(words, variables | own, folder / str(rank), cwd)))
+        processes.append(
+            FORKS.Process(target=_be_script, args=(words, variables | own, folder / str(rank), cwd))
+        )
         processes[-1].start()
     return processes
 
 
 def run_ranks(*args, nproc=None, cwd=ROOT, code=0) -> str:
-    """Run a project script to its end, as nproc ranks that no launcher watches; returns what they printed.
+    """Run a project script to its end, as nproc ranks that no launcher watches; returns what they
+    printed.
 
     All of them must end with that exit code.
     """
@@ -176,8 +218,12 @@ def run_ranks(*args, nproc=None, cwd=ROOT, code=0) -> str:
         for process in processes:
             process.kill()
         outputs = [Path(folder) / str(rank) for rank in range(len(processes))]
-        printed = "".join(output.read_text(errors="replace") for output in outputs if output.exists())
-    assert codes == [code] * len(codes), f"exit codes {codes}: {' '.join(map(str, args))}\n{printed}"
+        printed = "".join(
+            output.read_text(errors="replace") for output in outputs if output.exists()
+        )
+    assert codes == [code] * len(codes), (
+        f"exit codes {codes}: {' '.join(map(str, args))}\n{printed}"
+    )
     return printed
 
 
@@ -185,7 +231,9 @@ def on_a_terminal(script: str, *args) -> tuple[int, str]:
     """Exit code of a script, and what it shows on a terminal of 150 columns."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
-    process = start([script, *args], None, None, ROOT, False, stdin=follower, stdout=follower, stderr=follower)
+    process = start(
+        [script, *args], None, None, ROOT, False, stdin=follower, stdout=follower, stderr=follower
+    )
     os.close(follower)
     shown = b""
     with contextlib.suppress(OSError):  # raised when the other end is closed
@@ -196,7 +244,8 @@ def on_a_terminal(script: str, *args) -> tuple[int, str]:
 
 
 def wait_until(process: subprocess.Popen, condition) -> None:
-    """Wait for something that a started script does, and leave it the processor; the script must not end before."""
+    """Wait for something that a started script does, and leave it the processor; the script must
+    not end before."""
     while not condition():
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.1)
@@ -205,4 +254,7 @@ def wait_until(process: subprocess.Popen, condition) -> None:
 
 def wait_for_steps(process: subprocess.Popen, out: Path, steps: int) -> None:
     """Until the only run in the folder `out` has logged so many steps."""
-    wait_until(process, lambda: sum(p.read_bytes().count(b"\n") for p in out.glob("*/metrics.jsonl")) >= steps)
+    wait_until(
+        process,
+        lambda: sum(p.read_bytes().count(b"\n") for p in out.glob("*/metrics.jsonl")) >= steps,
+    )

@@ -1,11 +1,13 @@
 """Run a script with something going wrong on one rank: sabotage.py PHASE RANK SCRIPT ARGS
 
-PHASE: data, model, forward, rollout, clip, step, evaluation, save, end: the rank raises there (in the loop: at its
+PHASE: data, model, forward, rollout, clip, step, evaluation, save, end: the rank raises there (in
+the loop: at its
        third step);
-       reader: one of its processes of --num_workers raises; mistake: a ValueError; killed: it is ended by kill -9;
-       weight: the rank changes one of its weights behind the second step;
-       hang: the rank waits in its third step for a file that nobody writes, as on a file system that hangs;
-       nan, flip: what the rank holds of a gradient changes behind the third exchange, to NaN or to a finite number.
+       reader: one of its processes of --num_workers raises; mistake: a ValueError; killed: it is
+       ended by kill -9; weight: the rank changes one of its weights behind the second step;
+       hang: the rank waits in its third step for a file that nobody writes, as on a file system
+       that hangs; nan, flip: what the rank holds of a gradient changes behind the third exchange,
+       to NaN or to a finite number.
 A process that no launcher started is rank 0. With --max_restarts only the first attempt goes wrong.
 """
 
@@ -26,8 +28,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 import dataset.packing  # noqa: E402
 from dataset.lm_dataset import CachedDataset  # noqa: E402
 from model.lm import MiniMindLM  # noqa: E402
-from runtime import checkpoint, evaluation, parallel, rewards  # noqa: E402
+from runtime import checkpoint, evaluation
 from runtime.device import local  # noqa: E402
+from runtime.distributed import parallel
+from runtime.rl import rewards  # noqa: E402
 from runtime.tracking import Tracker  # noqa: E402
 
 PLACES = {
@@ -72,7 +76,9 @@ def sabotage(phase: str) -> None:
         elif len(calls) == at and phase == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         elif len(calls) == at and phase in GRADIENTS:
-            p = next(p for p in args[0].parameters() if p.grad is not None and local(p.grad).numel())
+            p = next(
+                p for p in args[0].parameters() if p.grad is not None and local(p.grad).numel()
+            )
             local(p.grad).view(-1)[0] = GRADIENTS[phase]
         elif len(calls) == at and phase == "hang":
             with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +93,9 @@ def sabotage(phase: str) -> None:
 
 if __name__ == "__main__":
     phase, rank, *sys.argv = sys.argv[1:]
-    if os.environ.get("RANK", "0") == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if (
+        os.environ.get("RANK", "0") == rank
+        and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    ):
         sabotage(phase)
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,7 +1,15 @@
-"""Flags of the stages behind SFT, frozen as those in test_config.py: beside SFT's, flag -> (type, choices)."""
+"""Flags of the stages behind SFT, frozen as those in test_config.py: beside SFT's, flag -> (type,
+choices)."""
 
 SHARED = {"tensor_parallel", "context_parallel"}  # a process has whole layers and whole rows
-NO_BATCHES = SHARED | {"loss_on", "cache_dir", "packing", "curriculum", "num_workers", "accumulation_steps"}
+NO_BATCHES = SHARED | {
+    "loss_on",
+    "cache_dir",
+    "packing",
+    "curriculum",
+    "num_workers",
+    "accumulation_steps",
+}
 ROLLOUTS = {
     "max_new_tokens": ("int", None),
     "temperature": ("float", None),
@@ -16,7 +24,10 @@ LATER_STAGES = {
     "train_lora": (
         SHARED | {"preview", "drop_last"},
         {
-            "optimizer": ("str", ("adamw", "muon")),  # LAMB never leaves the 0 that adapters begin at
+            "optimizer": (
+                "str",
+                ("adamw", "muon"),
+            ),  # LAMB never leaves the 0 that adapters begin at
             "lora_rank": ("int", None),
             "lora_alpha": ("float", None),
             "lora_dropout": ("float", None),

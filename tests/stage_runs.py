@@ -8,7 +8,8 @@ import torch
 from conftest import RUN_FLAGS, curve, write_jsonl
 from running import run_ranks
 
-# A model that has learned nothing gets some of this reward by chance; the same completions, the same numbers.
+# A model that has learned nothing gets some of this reward by chance; the same completions, the
+# same numbers.
 REWARD = """
 import os
 calls = []
@@ -23,12 +24,17 @@ def broken(prompts, completions, rows):
 
 
 def trainer(stage: str, folder: Path, flags: list[str]):
-    """train(name, *flags, nproc=) -> the run's folder. train.printed is what the last one printed."""
+    """train(name, *flags, nproc=) -> the run's folder. train.printed is what the last one
+    printed."""
 
     def train(name: str, *more: str, nproc: int | None = None) -> Path:
         words = [f"trainer/train_{stage}.py", *flags, f"--out_dir={folder / name}", *more]
         train.printed = run_ranks(*words, *(["--ddp"] if nproc else []), nproc=nproc)
-        return next(path for path in (folder / name).iterdir() if path.is_dir() and ".previous" not in path.name)
+        return next(
+            path
+            for path in (folder / name).iterdir()
+            if path.is_dir() and ".previous" not in path.name
+        )
 
     train.folder, train.flags = folder, flags
     return train
@@ -40,7 +46,9 @@ def prompt_runs(stage: str, folder: Path, flags: list[str], prompts: int):
             for n in range(prompts)]  # fmt: skip
     data = write_jsonl(folder / "prompts.jsonl", rows)
     (folder / "reward.py").write_text(REWARD)
-    train = trainer(stage, folder, [*flags, f"--data_path={data}", f"--reward={folder / 'reward.py'}:letters"])
+    train = trainer(
+        stage, folder, [*flags, f"--data_path={data}", f"--reward={folder / 'reward.py'}:letters"]
+    )
     done = {}
 
     def one(*more: str, name: str = "one") -> Path:
@@ -53,14 +61,30 @@ def prompt_runs(stage: str, folder: Path, flags: list[str], prompts: int):
 
 
 def pair_runs(stage: str, folder: Path, steps: int, *flags: str):
-    """A `trainer` of a stage for preference pairs. The last window of an epoch is shorter than the others."""
+    """A `trainer` of a stage for preference pairs. The last window of an epoch is shorter than the
+    others."""
     rows = [
-        {"prompt": f"say {n}", "chosen": "yes " * (1 + n * n % 11), "rejected": "no " * (1 + n * 5 % 13)}
+        {
+            "prompt": f"say {n}",
+            "chosen": "yes " * (1 + n * n % 11),
+            "rejected": "no " * (1 + n * 5 % 13),
+        }
         for n in range(57)
     ]
     data = write_jsonl(folder / "pairs.jsonl", rows)
-    fixed = [*RUN_FLAGS, f"--data_path={data}", f"--cache_dir={folder / 'cache'}", "--max_seq_len=64"]
-    fixed += ["--from_weight=none", "--global_batch_size=4", "--batch_size=2", f"--max_steps={steps}", "--epochs=9"]
+    fixed = [
+        *RUN_FLAGS,
+        f"--data_path={data}",
+        f"--cache_dir={folder / 'cache'}",
+        "--max_seq_len=64",
+    ]
+    fixed += [
+        "--from_weight=none",
+        "--global_batch_size=4",
+        "--batch_size=2",
+        f"--max_steps={steps}",
+        "--epochs=9",
+    ]
     fixed += ["--eval_ratio=0.1", "--replica_check=1", "--save_interval=5"]
     return trainer(stage, folder, [*fixed, *flags])
 
@@ -71,7 +95,9 @@ def same_metrics(run: Path, reference: Path, rel: float, abs: float) -> None:
     assert [line["step"] for line in ours] == [line["step"] for line in expected]
     for line, wanted in zip(ours, expected, strict=True):
         names = [name for name in wanted if name != "tokens_per_sec"]
-        assert [line[n] for n in names] == pytest.approx([wanted[n] for n in names], rel=rel, abs=abs), line["step"]
+        assert [line[n] for n in names] == pytest.approx(
+            [wanted[n] for n in names], rel=rel, abs=abs
+        ), line["step"]
 
 
 def same_rollouts(run: Path, reference: Path) -> None:
@@ -87,8 +113,11 @@ def same_rollouts(run: Path, reference: Path) -> None:
 
 
 def same_bits(run: Path, reference: Path, first: int = 0) -> None:
-    """Metrics from line `first` on and weights, to the last bit; only the measured speed differs."""
-    lines, wanted = ([{**line, "tokens_per_sec": 0} for line in curve(path)] for path in (run, reference))
+    """Metrics from line `first` on and weights, to the last bit; only the measured speed
+    differs."""
+    lines, wanted = (
+        [{**line, "tokens_per_sec": 0} for line in curve(path)] for path in (run, reference)
+    )
     assert lines == wanted[first:]
     weights, expected = (torch.load(f"{path}.pth", weights_only=True) for path in (run, reference))
     assert weights.keys() == expected.keys()
@@ -97,9 +126,17 @@ def same_bits(run: Path, reference: Path, first: int = 0) -> None:
 
 
 def resumed_three_times(train, *flags: str) -> Path:
-    """A run of 8 steps that saves every second one, each time as if killed two steps later than before."""
+    """A run of 8 steps that saves every second one, each time as if killed two steps later than
+    before."""
     for left in (2, 4, 6, None):  # the step behind which the run is as if killed
-        run = train("parts", *flags, "--max_steps=8", "--save_interval=2", "--save_total_limit=9", "--resume=auto")
+        run = train(
+            "parts",
+            *flags,
+            "--max_steps=8",
+            "--save_interval=2",
+            "--save_total_limit=9",
+            "--resume=auto",
+        )
         for path in (run / "checkpoints").glob("step_*") if left else []:
             if int(path.name[5:]) > left:
                 shutil.rmtree(path)

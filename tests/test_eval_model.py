@@ -16,19 +16,26 @@ from runtime import launch
 SCRIPT = "eval_model.py"
 SHAPE = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=128)
 
-# What the overfitted model knows by heart. The multi-turn row can only be answered with the first turn in view.
+# What the overfitted model knows by heart. The multi-turn row can only be answered with the first
+# turn in view.
 FACTS = {
     "hi": "Hello, you!",
     "who are you?": "I am MiniMind 你好 \U0001f469\u200d\U0001f680.",
     "你是谁": "我是 MiniMind。",
     "2+3": "5",
-    "6*7": "<think>\nsix times seven is forty two, as everybody knows who has read the book.\n</think>\n\n42",
+    "6*7": (
+        "<think>\nsix times seven is forty two, as everybody knows who has read the"
+        " book.\n</think>\n\n42"
+    ),
 }
 SECOND_TURN = ("and again?", "Hello, once more.")
 
 
 def turns(*texts: str) -> list[dict]:
-    return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 9, texts, strict=False)]
+    return [
+        {"role": role, "content": text}
+        for role, text in zip(["user", "assistant"] * 9, texts, strict=False)
+    ]
 
 
 def save(model: MiniMindLM, folder, name: str = "full_sft_64"):
@@ -53,7 +60,9 @@ def knowing(tmp_path_factory, tokenizer):
     at = mask[1:].nonzero().squeeze(1)  # the positions before the supervised ones
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(200):
-        loss = torch.nn.functional.cross_entropy(model(x, doc_lens=lens, logits_at=at).logits, x[0, at + 1])
+        loss = torch.nn.functional.cross_entropy(
+            model(x, doc_lens=lens, logits_at=at).logits, x[0, at + 1]
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -76,7 +85,8 @@ def ignorant(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(out_dir, *flags, stdin="") -> the finished script. In this process: starting one takes seconds."""
+    """run(out_dir, *flags, stdin="") -> the finished script. In this process: starting one takes
+    seconds."""
 
     def run(out_dir, *flags, stdin="") -> subprocess.CompletedProcess:
         argv = [SCRIPT, "--out_dir", out_dir, "--device", "cpu", *flags]
@@ -94,7 +104,9 @@ def run(monkeypatch, capsys):
 @pytest.fixture
 def run_apart(run_script):
     """The same in a process of its own, as a user starts it; also takes cwd= and env=."""
-    return lambda out_dir, *flags, **how: run_script(SCRIPT, "--out_dir", out_dir, "--device", "cpu", *flags, **how)
+    return lambda out_dir, *flags, **how: run_script(
+        SCRIPT, "--out_dir", out_dir, "--device", "cpu", *flags, **how
+    )
 
 
 def ok(result) -> str:
@@ -115,9 +127,9 @@ def bot_lines(output: str) -> list[str]:
     return [line.removeprefix("bot> ") for line in output.splitlines() if line.startswith("bot> ")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Replies
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_one_prompt_prints_the_reply_and_nothing_else(run_apart, knowing, tmp_path):
@@ -155,7 +167,18 @@ def test_exit_and_the_end_of_the_input_leave(run, knowing):
 
 def test_sampling_repeats_with_the_seed(run, ignorant):
     def reply(seed):
-        flags = ["--temperature", 1, "--top_k", 50, "--top_p", 0.9, "--repetition_penalty", 1.1, "--max_new_tokens", 20]
+        flags = [
+            "--temperature",
+            1,
+            "--top_k",
+            50,
+            "--top_p",
+            0.9,
+            "--repetition_penalty",
+            1.1,
+            "--max_new_tokens",
+            20,
+        ]
         return ok(run(ignorant, "--prompt", "hi", "--seed", seed, *flags))
 
     assert reply(1) == reply(1) != reply(2)
@@ -168,13 +191,29 @@ def test_half_precision_says_the_same(run, knowing, dtype):
 
 def test_system_and_thinking_enter_the_prompt(run, knowing, tokenizer):
     plain = ok(run(knowing, "--prompt", "hi", "--max_new_tokens", 8))
-    assert ok(run(knowing, "--prompt", "hi", "--max_new_tokens", 8, "--system", "Answer in verse, at length.")) != ""
-    assert ok(run(knowing, "--prompt", "hi", "--max_new_tokens", 8, "--thinking", 1)).startswith("<think>\n")
+    assert (
+        ok(
+            run(
+                knowing,
+                "--prompt",
+                "hi",
+                "--max_new_tokens",
+                8,
+                "--system",
+                "Answer in verse, at length.",
+            )
+        )
+        != ""
+    )
+    assert ok(run(knowing, "--prompt", "hi", "--max_new_tokens", 8, "--thinking", 1)).startswith(
+        "<think>\n"
+    )
     assert not plain.startswith("<think>")
 
 
 def test_a_reply_is_read_again_as_it_was_written(run, knowing, tokenizer, monkeypatch):
-    """The ids of the next prompt are those of the last one, the reply's own and the question's, whatever they spell."""
+    """The ids of the next prompt are those of the last one, the reply's own and the question's,
+    whatever they spell."""
     think, end_think, call, end_call = (tokenizer.convert_tokens_to_ids(token) for token in MARKERS)
     h, i, newline = (tokenizer.encode(text)[0] for text in ("h", "i", "\n"))
     replies = iter([
@@ -205,7 +244,16 @@ def test_raw_continues_plain_text(run, ignorant, tokenizer):
     model.load_state_dict(torch.load(ignorant / "full_sft_64.pth", weights_only=True))
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
     expected = tokenizer.decode(model.generate(ids, max_new_tokens=12)[0], skip_special_tokens=True)
-    flags = ["--raw", 1, "--prompt", prompt, "--max_new_tokens", 12, "--weight", ignorant / "full_sft_64.pth"]
+    flags = [
+        "--raw",
+        1,
+        "--prompt",
+        prompt,
+        "--max_new_tokens",
+        12,
+        "--weight",
+        ignorant / "full_sft_64.pth",
+    ]
     assert ok(run(ignorant, *flags)) == expected + "\n"
 
 
@@ -227,7 +275,9 @@ def test_what_a_user_types_never_becomes_a_control_token(run, ignorant, tokenize
 
     monkeypatch.setattr(MiniMindLM, "stream", recorded)
     control = set(tokenizer.get_added_vocab().values())
-    start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
+    start, end = (
+        tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")
+    )
 
     def check(*layout):
         assert prompts
@@ -246,16 +296,19 @@ def test_what_a_user_types_never_becomes_a_control_token(run, ignorant, tokenize
     check()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A full context
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_old_turns_are_dropped_when_the_context_is_full_and_it_says_so(run, knowing):
     filler = "please repeat: " + "word " * 12
     output = ok(run(knowing, "--max_new_tokens", 10, stdin=(filler + "\n") * 6 + "hi\n"))
     notes = [line for line in output.splitlines() if "the context is full" in line]
-    assert notes and all(re.fullmatch(r"\(the context is full: dropped the oldest \d turns?\)", note) for note in notes)
+    assert notes and all(
+        re.fullmatch(r"\(the context is full: dropped the oldest \d turns?\)", note)
+        for note in notes
+    )
     assert len(bot_lines(output)) == 7
 
 
@@ -269,14 +322,18 @@ def test_a_message_longer_than_the_context_is_refused_and_the_chat_goes_on(run, 
     assert "128" in error(run(knowing, "--prompt", "longer than that " * 100, "--raw", 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights and flags
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_without_weights_one_line_names_what_to_run(run, run_apart, tmp_path):
     message = error(run_apart(tmp_path, "--prompt", "hi"))
-    assert "no full_sft weights" in message and str(tmp_path) in message and "train_full_sft.py" in message
+    assert (
+        "no full_sft weights" in message
+        and str(tmp_path) in message
+        and "train_full_sft.py" in message
+    )
     assert "train_pretrain.py" in error(run(tmp_path, "--weight", "pretrain"))
     assert "no such file" in error(run(tmp_path, "--weight", tmp_path / "x.pth"))
 

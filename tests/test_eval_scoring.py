@@ -25,12 +25,18 @@ QUESTIONS = [
     question("who are you?", FACTS["who are you?"]),
     question("你是谁", FACTS["你是谁"]),
     question("2+3", "6"),
-    {"task": "greeting", "conversations": turns("hi", FACTS["hi"], "and again?"), "answer": SECOND_TURN[1]},
+    {
+        "task": "greeting",
+        "conversations": turns("hi", FACTS["hi"], "and again?"),
+        "answer": SECOND_TURN[1],
+    },
 ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_scoring_prints_a_table_and_writes_every_reply(run, run_apart, knowing, write_jsonl, tmp_path, batch_size):
+def test_scoring_prints_a_table_and_writes_every_reply(
+    run, run_apart, knowing, write_jsonl, tmp_path, batch_size
+):
     rows = write_jsonl(tmp_path / "held_out.jsonl", QUESTIONS)
     out = tmp_path / "replies.jsonl"
     flags = ["--eval_file", rows, "--eval_out", out, "--batch_size", batch_size, "--show_wrong", 3]
@@ -54,8 +60,16 @@ def test_scoring_prints_a_table_and_writes_every_reply(run, run_apart, knowing, 
 def test_thinking_is_not_the_answer_on_either_side(run, knowing, write_jsonl, tmp_path):
     """The model thinks unasked, for longer than twice the answer."""
     thought = FACTS["6*7"]
-    answers = ["42", thought, "<think>\nby heart\n</think>\n\n 42\n", "41", thought.replace("42", "41")]
-    rows = [question("6*7", answer) for answer in answers] + [question("2+3", "<think>\nx\n</think>\n\n5")]
+    answers = [
+        "42",
+        thought,
+        "<think>\nby heart\n</think>\n\n 42\n",
+        "41",
+        thought.replace("42", "41"),
+    ]
+    rows = [question("6*7", answer) for answer in answers] + [
+        question("2+3", "<think>\nx\n</think>\n\n5")
+    ]
     out = tmp_path / "replies.jsonl"
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     lines = ok(run(knowing, "--eval_file", path, "--eval_out", out)).splitlines()
@@ -65,8 +79,12 @@ def test_thinking_is_not_the_answer_on_either_side(run, knowing, write_jsonl, tm
     assert [reply["reply"] for reply in replies] == [thought] * 5 + ["5"]  # what the model wrote
 
 
-@pytest.mark.parametrize("reply, right", [("6x7\n</think>\n\n42", True), ("42", False)], ids=["whole", "cut off"])
-def test_with_thinking_asked_for(run, ignorant, write_jsonl, tmp_path, tokenizer, monkeypatch, reply, right):
+@pytest.mark.parametrize(
+    "reply, right", [("6x7\n</think>\n\n42", True), ("42", False)], ids=["whole", "cut off"]
+)
+def test_with_thinking_asked_for(
+    run, ignorant, write_jsonl, tmp_path, tokenizer, monkeypatch, reply, right
+):
     """<think> stands in the prompt. Thoughts that do not end are no answer."""
 
     def scripted(model, prompts, *args, **options):
@@ -74,7 +92,10 @@ def test_with_thinking_asked_for(run, ignorant, write_jsonl, tmp_path, tokenizer
             yield torch.tensor([0]), torch.tensor([at]), torch.tensor([token])
 
     monkeypatch.setattr(eval_model, "generate_batch", scripted)
-    path, out = write_jsonl(tmp_path / "rows.jsonl", [question("6*7", "42")]), tmp_path / "replies.jsonl"
+    path, out = (
+        write_jsonl(tmp_path / "rows.jsonl", [question("6*7", "42")]),
+        tmp_path / "replies.jsonl",
+    )
     ok(run(ignorant, "--eval_file", path, "--eval_out", out, "--thinking", 1))
     written = json.loads(out.read_text(encoding="utf-8"))
     assert (written["reply"], written["right"]) == (f"<think>\n{reply}", right)
@@ -88,19 +109,31 @@ def test_scoring_is_greedy_and_takes_rows_of_the_other_formats(run, knowing, wri
 
 
 def test_scoring_a_model_that_knows_nothing_ends(run, ignorant, write_jsonl, tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [question(f"how much is {n}?", f"{n}") for n in range(70)])
-    assert ok(run(ignorant, "--eval_file", path)).splitlines()[-2].split() == ["total", "70", "0", "0.0"]
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [question(f"how much is {n}?", f"{n}") for n in range(70)]
+    )
+    assert ok(run(ignorant, "--eval_file", path)).splitlines()[-2].split() == [
+        "total",
+        "70",
+        "0",
+        "0.0",
+    ]
 
 
 def test_patterns_and_turns_that_the_model_answers_itself(run, knowing, write_jsonl, tmp_path):
-    """A reply may be right in several words; of two user turns in a row the model answers the first, as in a chat."""
+    """A reply may be right in several words; of two user turns in a row the model answers the
+    first, as in a chat."""
     first, second = {"role": "user", "content": "hi"}, {"role": "user", "content": SECOND_TURN[0]}
     rows = [
         {"task": "a", "conversations": [first], "accept": ["nothing", "^HELLO,"]},
         {"task": "a", "conversations": [first], "accept": ["^you"]},
         {"task": "b", "conversations": [first, second], "accept": [re.escape(SECOND_TURN[1])]},
         {"task": "b", "conversations": [second, first, second], "answer": SECOND_TURN[1]},
-        {"task": "b", "conversations": turns("hi", FACTS["hi"], SECOND_TURN[0]), "answer": SECOND_TURN[1]},
+        {
+            "task": "b",
+            "conversations": turns("hi", FACTS["hi"], SECOND_TURN[0]),
+            "answer": SECOND_TURN[1],
+        },
     ]
     path, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "replies.jsonl"
     ok(run(knowing, "--eval_file", path, "--eval_out", out))
@@ -116,17 +149,29 @@ BAD_ROWS = {
     "no conversation": ({"task": "a", "answer": "b"}, "conversations"),
     "no answer": ({"task": "a", "conversations": turns("hi")}, "'answer'"),
     "an answer that is no text": (question("hi", 5), "'answer'"),
-    "no pattern": ({"conversations": turns("hi"), "accept": []}, "'accept' must be a list of regular expressions"),
-    "a pattern that is none": ({"conversations": turns("hi"), "accept": ["(a"]}, "'(a' is no regular expression"),
+    "no pattern": (
+        {"conversations": turns("hi"), "accept": []},
+        "'accept' must be a list of regular expressions",
+    ),
+    "a pattern that is none": (
+        {"conversations": turns("hi"), "accept": ["(a"]},
+        "'(a' is no regular expression",
+    ),
     "an answer and patterns": (question("hi", "a", accept=["a"]), "'answer' or 'accept', not both"),
     "turns that are too long together": (
         {"conversations": [{"role": "user", "content": "word " * 60}] * 3, "accept": ["x"]},
         "context of the model is 128",
     ),
     "a task that is no text": (question("hi", "x", task=[1]), "'task'"),
-    "the answer in the conversation": ({"conversations": turns("hi", "yes"), "answer": "yes"}, "last turn"),
+    "the answer in the conversation": (
+        {"conversations": turns("hi", "yes"), "answer": "yes"},
+        "last turn",
+    ),
     "unknown role": ({"conversations": [{"role": "boss", "content": "hi"}], "answer": "x"}, "role"),
-    "null content": ({"conversations": [{"role": "user", "content": None}], "answer": "x"}, "content"),
+    "null content": (
+        {"conversations": [{"role": "user", "content": None}], "answer": "x"},
+        "content",
+    ),
     "half a surrogate pair": (json.dumps(question("hi", "\ud800")), "surrogate"),
     "too long": (question("word " * 500, "x"), "context of the model is 128"),
 }
@@ -154,9 +199,13 @@ def test_files_that_cannot_be_scored(run, knowing, write_jsonl, tmp_path):
     assert f"{latin}:2: byte 0xe9" in error(run(knowing, "--eval_file", latin))
     packed = tmp_path / "rows.jsonl.gz"
     packed.write_bytes(gzip.compress(json.dumps(QUESTIONS[0]).encode()))
-    assert f"{packed}: this is compressed with gzip: gzip -dc" in error(run(knowing, "--eval_file", packed))
+    assert f"{packed}: this is compressed with gzip: gzip -dc" in error(
+        run(knowing, "--eval_file", packed)
+    )
     rows = write_jsonl(tmp_path / "rows.jsonl", QUESTIONS)
-    assert "--eval_out" in error(run(knowing, "--eval_file", rows, "--eval_out", tmp_path / "no" / "folder.jsonl"))
+    assert "--eval_out" in error(
+        run(knowing, "--eval_file", rows, "--eval_out", tmp_path / "no" / "folder.jsonl")
+    )
     assert "--eval_out" in error(run(knowing, "--eval_file", rows, "--eval_out", tmp_path))
 
 
@@ -171,7 +220,8 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_output_that_cannot_be_written_is_noticed_first(run, write_jsonl, tmp_path, name):
-    """Before the model is loaded: there is none here. Permissions alone do not tell, root has all of them."""
+    """Before the model is loaded: there is none here. Permissions alone do not tell, root has all
+    of them."""
     path, reason = OUTPUTS[name]
     rows, out = write_jsonl(tmp_path / "rows.jsonl", QUESTIONS), tmp_path / path
     message = error(run(tmp_path, "--eval_file", rows, "--eval_out", out))
@@ -185,7 +235,11 @@ def test_an_output_is_tried_without_leaving_anything(run, ignorant, write_jsonl,
     error(run(ignorant, "--eval_file", broken, "--eval_out", out))
     assert out.read_text() == "before\n" and set(tmp_path.iterdir()) == {rows, out, broken}
     ok(run(ignorant, "--eval_file", rows, "--eval_out", out))
-    assert json.loads(out.read_text())["line"] == 1 and set(tmp_path.iterdir()) == {rows, out, broken}
+    assert json.loads(out.read_text())["line"] == 1 and set(tmp_path.iterdir()) == {
+        rows,
+        out,
+        broken,
+    }
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path):

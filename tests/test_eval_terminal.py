@@ -26,7 +26,8 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / SCRIPT), *map(str, args)],
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env={**os.environ, "TERM": "dumb"},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
+            # A shell's `&` has it ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(slave)
         self.seen = b""
@@ -77,7 +78,9 @@ def test_ctrl_c_stops_the_reply_and_twice_leaves(tmp_path, tokenizer):
     """A model with a long context that never ends its reply."""
     model = MiniMindLM(LMConfig(vocab_size=len(tokenizer), **{**SHAPE, "max_seq_len": 100_000}))
     path = save(model, tmp_path)
-    terminal = Terminal("--weight", path, "--device", "cpu", "--max_new_tokens", 50_000, "--temperature", 1)
+    terminal = Terminal(
+        "--weight", path, "--device", "cpu", "--max_new_tokens", 50_000, "--temperature", 1
+    )
     terminal.wait_for("you> ")
     terminal.type("hi\n")
     terminal.wait_for("bot> ")
@@ -89,7 +92,9 @@ def test_ctrl_c_stops_the_reply_and_twice_leaves(tmp_path, tokenizer):
     terminal.interrupt()
     terminal.wait_for("(stopped)")
     terminal.wait_for("you> ")
-    while terminal.process.poll() is None:  # between the prompt and the reading behind it, Python misses a signal
+    while (
+        terminal.process.poll() is None
+    ):  # between the prompt and the reading behind it, Python misses a signal
         terminal.interrupt()
         with contextlib.suppress(subprocess.TimeoutExpired):
             terminal.process.wait(5)

@@ -1,4 +1,5 @@
-"""The rules of the house: which way imports go, what a stage script holds, what files may contain."""
+"""The rules of the house: which way imports go, what a stage script holds, what files may
+contain."""
 
 import ast
 import graphlib
@@ -8,41 +9,70 @@ import sys
 import tokenize
 
 import pytest
-from running import ROOT
+from running import ROOT, STAGE_SCRIPTS
 
-# What a folder must not know: data flows dataset -> trainer -> out, with model and runtime below the trainer.
+# What a folder must not know: data flows dataset -> trainer -> out, with model and runtime below
+# the trainer.
 ABOVE = {"trainer", "scripts", "benchmarks", "tests", "eval_model", "main"}
 MUST_NOT_IMPORT = {
     "model": ABOVE | {"runtime", "kernels"},
     "dataset": ABOVE | {"runtime", "kernels"},
     "kernels": ABOVE | {"runtime", "dataset"},
     "runtime": ABOVE,
-    "trainer": ABOVE,  # each script stands alone: what two of them need is a marked copy, or belongs to runtime
+    # Each script stands alone: what two of them need is a marked copy, or belongs to runtime
+    "trainer": ABOVE,
 }
-# What training may import at start: the four packages of requirements.txt, and what comes with them.
+# What training may import at start: the four packages of requirements.txt, and what comes with
+# them.
 PACKAGES = {"torch", "transformers", "numpy", "wandb", "tokenizers", "safetensors", "tqdm", "yaml"}
 
-HELPERS = ["init_distributed_mode", "get_lr", "setup_seed", "is_main_process", "Logger", "save_weights"]
+HELPERS = [
+    "init_distributed_mode",
+    "get_lr",
+    "setup_seed",
+    "is_main_process",
+    "Logger",
+    "save_weights",
+]
 LANDMARKS = [*HELPERS, "train_epoch", "parse_args", "main"]
 
 # Built from parts, so that this file passes its own test.
-MACHINE_PATH = re.compile(r"(?<![\w.:/})>*~-])/(?:" + "|".join(["work", "root", "home"]) + r")(?![\w-])")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/})>*~-])/(?:" + "|".join(["work", "root", "home"]) + r")(?![\w-])"
+)
 
 
 def project_files() -> list[str]:
     """Tracked files and those that would be tracked, relative to ROOT."""
-    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
     try:
-        names = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.split("\0")
+        names = subprocess.run(
+            command, capture_output=True, encoding="utf-8", check=True
+        ).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):  # a download without git
-        parts = [path.relative_to(ROOT).parts for path in ROOT.rglob("*") if "__pycache__" not in path.parts]
-        names = ["/".join(p) for p in parts if p[0] not in (".git", ".venv", "out", "wandb")] + ["out/README.md"]
+        parts = [
+            path.relative_to(ROOT).parts
+            for path in ROOT.rglob("*")
+            if "__pycache__" not in path.parts
+        ]
+        names = ["/".join(p) for p in parts if p[0] not in (".git", ".venv", "out", "wandb")] + [
+            "out/README.md"
+        ]
     return sorted(name for name in set(names) if (ROOT / name).is_file())
 
 
 FILES = project_files()
 PYTHON = [name for name in FILES if name.endswith(".py")]
-STAGES = [name for name in PYTHON if re.fullmatch(r"trainer/train_(?!tokenizer)\w+\.py", name)]
+STAGES = [path.relative_to(ROOT).as_posix() for path in STAGE_SCRIPTS.values()]
 
 
 def parse(name: str) -> ast.Module:
@@ -81,10 +111,14 @@ def test_imports_make_no_circle(of):
     for module, name in modules.items():
         for _, target in imported_modules(parse(name), name):
             parts = target.split(".")
-            known = next((m for n in range(len(parts), 0, -1) if (m := ".".join(parts[:n])) in modules), None)
+            known = next(
+                (m for n in range(len(parts), 0, -1) if (m := ".".join(parts[:n])) in modules), None
+            )
             if known is None:
                 continue
-            ends = (module, known) if of == "modules" else (module.split(".")[0], known.split(".")[0])
+            ends = (
+                (module, known) if of == "modules" else (module.split(".")[0], known.split(".")[0])
+            )
             if ends[0] != ends[1]:
                 graph.setdefault(ends[0], set()).add(ends[1])
     try:
@@ -101,7 +135,9 @@ def test_training_needs_the_four_packages_only():
         if name.split("/")[0] not in ours:
             continue
         tree = parse(name)
-        for node in ast.walk(tree):  # what runs when the module is imported: everything but bodies of functions
+        for node in ast.walk(
+            tree
+        ):  # what runs when the module is imported: everything but bodies of functions
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 node.body = []
         for line, module in imported_modules(tree, name):
@@ -123,7 +159,12 @@ def test_no_flags_in_runtime():
 
 
 def test_no_star_imports():
-    wrong = [f"{n}:{line}" for n in PYTHON for line, module in imported_modules(parse(n), n) if module.endswith("*")]
+    wrong = [
+        f"{n}:{line}"
+        for n in PYTHON
+        for line, module in imported_modules(parse(n), n)
+        if module.endswith("*")
+    ]
     assert not wrong, f"name what you import: {wrong}"
 
 
@@ -144,17 +185,28 @@ def test_scripts_that_a_launcher_starts_watch_it_before_they_import_much(name):
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     asks = next(n for n, line in enumerate(lines) if line.startswith("die_with_launcher()"))
     early = [line for line in lines[:asks] if line.startswith(("import ", "from "))]
-    modules = [line.split()[1].split(".")[0] for line in early if line.split()[1] != "runtime.launcher"]
+    modules = [
+        line.split()[1].split(".")[0] for line in early if line.split()[1] != "runtime.launcher"
+    ]
     assert set(modules) <= set(sys.stdlib_module_names)
 
 
 def test_the_folder_of_runs_is_there_and_git_keeps_its_readme_alone():
     assert "out/README.md" in FILES
-    ignored = ["out/full_sft_512.pth", "out/full_sft_512.json", "out/full_sft_512/metrics.jsonl", "out/cache/x"]
+    ignored = [
+        "out/full_sft_512.pth",
+        "out/full_sft_512.json",
+        "out/full_sft_512/metrics.jsonl",
+        "out/cache/x",
+    ]
     done = subprocess.run(
-        ["git", "-C", str(ROOT), "check-ignore", "out/README.md", *ignored], capture_output=True, text=True
+        ["git", "-C", str(ROOT), "check-ignore", "out/README.md", *ignored],
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 128 or done.stdout.splitlines() == ignored  # 128: a download without git
+    assert (
+        done.returncode == 128 or done.stdout.splitlines() == ignored
+    )  # 128: a download without git
 
 
 def test_no_machine_paths():
@@ -163,7 +215,10 @@ def test_no_machine_paths():
         content = (ROOT / name).read_bytes()
         if b"\0" not in content:
             text = content.decode("utf-8", errors="replace")
-            wrong += [f"{name}:{text.count(chr(10), 0, m.start()) + 1}: {m[0]}" for m in MACHINE_PATH.finditer(text)]
+            wrong += [
+                f"{name}:{text.count(chr(10), 0, m.start()) + 1}: {m[0]}"
+                for m in MACHINE_PATH.finditer(text)
+            ]
     assert not wrong, "these exist on one machine only: " + ", ".join(wrong[:20])
 
 
@@ -173,20 +228,27 @@ def test_comments_and_names_are_ascii(name):
     with open(ROOT / name, "rb") as file:
         tokens = list(tokenize.tokenize(file.readline))
     tokens = [token for token in tokens if token.type in (tokenize.COMMENT, tokenize.NAME)]
-    wrong = [f"{name}:{token.start[0]}: {token.string}" for token in tokens if not token.string.isascii()]
+    wrong = [
+        f"{name}:{token.start[0]}: {token.string}" for token in tokens if not token.string.isascii()
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 def test_the_model_is_plain():
-    """It names no device and no compiler, and whatever is faster is put in from outside, behind one door."""
+    """It names no device and no compiler, and whatever is faster is put in from outside, behind one
+    door."""
     text = (ROOT / "model/lm.py").read_text(encoding="utf-8")
     assert not re.search("cpu|cuda|compil|triton|ctypes", text, re.IGNORECASE)
     assert len(text.splitlines()) <= 350
-    assert not [name for name in FILES if name.startswith("model/") and name.endswith((".cpp", ".h", ".cu"))]
+    assert not [
+        name for name in FILES if name.startswith("model/") and name.endswith((".cpp", ".h", ".cu"))
+    ]
     doors = {
         name
         for name in PYTHON
-        if name.startswith(("runtime/", "trainer/", "dataset/", "scripts/", "eval_model.py", "main.py"))
+        if name.startswith(
+            ("runtime/", "trainer/", "dataset/", "scripts/", "eval_model.py", "main.py")
+        )
         for _, module in imported_modules(parse(name), name)
         if module.split(".")[0] == "kernels"
     }

@@ -1,4 +1,5 @@
-"""Run a stage script and print, at every wait for its writer, the hash of all weights that do not train.
+"""Run a stage script and print, at every wait for its writer, the hash of all weights that do not
+train.
 
 torchrun --nproc_per_node 2 tests/watch_frozen.py SCRIPT ARGS
 """
@@ -7,7 +8,8 @@ import runpy
 import sys
 
 from model.weights import hash_weights
-from runtime import checkpoint, parallel
+from runtime import checkpoint
+from runtime.distributed import parallel
 
 wrap, wait, wrapped = parallel.wrap, checkpoint.wait, []
 

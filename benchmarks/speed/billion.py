@@ -1,6 +1,8 @@
-"""Pretraining steps of a dense model of a billion parameters on a GPU: model FLOP utilisation, and memory.
+"""Pretraining steps of a dense model of a billion parameters on a GPU: model FLOP utilisation, and
+memory.
 
-Documents of 4,096 tokens, all of which are predicted, in bfloat16. The limit is the best matrix product of the step.
+Documents of 4,096 tokens, all of which are predicted, in bfloat16. The limit is the best matrix
+product of the step.
 """
 
 import statistics
@@ -10,10 +12,17 @@ from common import autocast, figure, matrix_peak, model_of, seconds_of, step_flo
 from training import Loop
 
 from kernels.compiling import compile_blocks
-from runtime import parallel
-from runtime.memory import estimate
+from runtime.distributed import parallel
+from runtime.distributed.memory import estimate
 
-SHAPE = {"dim": 2048, "n_layers": 22, "n_heads": 16, "n_kv_heads": 4, "vocab_size": 32768, "max_seq_len": 4096}
+SHAPE = {
+    "dim": 2048,
+    "n_layers": 22,
+    "n_heads": 16,
+    "n_kv_heads": 4,
+    "vocab_size": 32768,
+    "max_seq_len": 4096,
+}
 DOCUMENTS = 8  # of a step
 VARIANTS = {  # what is compiled, the level of gradient checkpointing
     "eager": (False, 0),
@@ -29,7 +38,9 @@ def pretrain(loop: Loop, ids: torch.Tensor) -> None:
     everywhere = torch.arange(len(Y), device=loop.device)
     with parallel.sync_gradients(loop.model, True):
         with autocast(loop.device, loop.dtype):
-            out = loop.model(X, doc_lens=[X.size(1) // len(ids)] * len(ids), logits_at=everywhere, targets=Y)
+            out = loop.model(
+                X, doc_lens=[X.size(1) // len(ids)] * len(ids), logits_at=everywhere, targets=Y
+            )
         (out.loss / len(Y)).backward()
 
 
@@ -47,7 +58,10 @@ def measure(args) -> list[dict]:
         for _ in range(3):
             loop.step(ids)
         torch.cuda.reset_peak_memory_stats()
-        turns = [seconds_of(lambda loop=loop, ids=ids: loop.step(ids), device) for _ in range(2 + 2 * args.rounds)]
+        turns = [
+            seconds_of(lambda loop=loop, ids=ids: loop.step(ids), device)
+            for _ in range(2 + 2 * args.rounds)
+        ]
         memory, seconds = torch.cuda.max_memory_allocated(), statistics.median(turns)
         flops = step_flops(model.config, [length] * DOCUMENTS, tokens) / seconds
         limit = matrix_peak(device, "bfloat16", tokens, model.config)
@@ -55,11 +69,27 @@ def measure(args) -> list[dict]:
         rate = f"{flops / 1e12:.0f} of {limit / 1e12:.0f} TFLOP/s, {tokens / seconds:,.0f} tokens/s"
         least = 0.5 if compiled else None
         lines.append(figure(f"{what}: model FLOP utilisation", flops / limit, least, detail=rate))
-        load = {"tokens": tokens, "supervised": tokens, "dtype": "bfloat16", "gradient_checkpointing": level}
+        load = {
+            "tokens": tokens,
+            "supervised": tokens,
+            "dtype": "bfloat16",
+            "gradient_checkpointing": level,
+        }
         guess = estimate(model.config, "ddp", data_ranks=1, **load)["total"]
         detail = f"{memory / 2**30:.1f} GiB"
-        lines.append(figure(f"{what}: peak memory / runtime/memory.py", memory / guess, detail=detail))
-        print("\n".join(f"  {line['what']}: {line['value']:.3f}; {line['detail']}" for line in lines[-2:]), flush=True)
+        lines.append(
+            figure(
+                f"{what}: peak memory / runtime/distributed/memory.py",
+                memory / guess,
+                detail=detail,
+            )
+        )
+        print(
+            "\n".join(
+                f"  {line['what']}: {line['value']:.3f}; {line['detail']}" for line in lines[-2:]
+            ),
+            flush=True,
+        )
         del model, loop
         torch.cuda.empty_cache()
     return lines

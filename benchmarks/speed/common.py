@@ -1,4 +1,5 @@
-"""What the measurements of speed share: models, rows of data, the clock, and how a figure is written down."""
+"""What the measurements of speed share: models, rows of data, the clock, and how a figure is
+written down."""
 
 import statistics
 import sys
@@ -22,10 +23,19 @@ TOKENIZER = ROOT / "model/minimind_tokenizer"
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # X, Y, loss mask of a row
 
 
-def figure(what: str, value: float, least: float | None = None, most: float | None = None, detail: str = "") -> dict:
+def figure(
+    what: str, value: float, least: float | None = None, most: float | None = None, detail: str = ""
+) -> dict:
     """A line of the table: a ratio or share, and the bound it has to keep."""
     kept = (least is None or value >= least) and (most is None or value <= most)
-    return {"what": what, "value": value, "least": least, "most": most, "kept": kept, "detail": detail}
+    return {
+        "what": what,
+        "value": value,
+        "least": least,
+        "most": most,
+        "kept": kept,
+        "detail": detail,
+    }
 
 
 def dtypes(device: torch.device) -> list[str]:
@@ -34,7 +44,9 @@ def dtypes(device: torch.device) -> list[str]:
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
-    return nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
+    return (
+        nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
+    )
 
 
 def sync(device: torch.device) -> None:
@@ -56,7 +68,8 @@ def warm_seconds(work: Callable, device: torch.device) -> float:
 
 
 def in_turn(variants: dict[str, Callable], turns: Iterable) -> dict[str, list[float]]:
-    """What each variant makes of each turn: one after the other, so that a slow minute meets all of them."""
+    """What each variant makes of each turn: one after the other, so that a slow minute meets all of
+    them."""
     results: dict[str, list[float]] = {name: [] for name in variants}
     for turn in turns:
         for name, measure in variants.items():
@@ -67,14 +80,18 @@ def in_turn(variants: dict[str, Callable], turns: Iterable) -> dict[str, list[fl
 
 def ratio(results: dict[str, list[float]], name: str, base: str) -> float:
     """Median of the ratios of two variants, round by round."""
-    return statistics.median(ours / theirs for ours, theirs in zip(results[name], results[base], strict=True))
+    return statistics.median(
+        ours / theirs for ours, theirs in zip(results[name], results[base], strict=True)
+    )
 
 
 def model_of(device: torch.device, **shape) -> MiniMindLM:
     """A model with the kernels that a stage has; MINIMIND_KERNELS=off: without."""
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(**shape)).to(device)
-    apply_kernels(model, torch.device(device), "float32")  # and those of other dtypes when they are called
+    apply_kernels(
+        model, torch.device(device), "float32"
+    )  # and those of other dtypes when they are called
     return model
 
 
@@ -93,7 +110,8 @@ def qwen(config: LMConfig):
 
 
 def samples_of(paths: list[str], max_seq_len: int, vocab_size: int | None = None) -> list[Sample]:
-    """The rows of some SFT files, shuffled. Token ids of another vocabulary are as good for measuring speed."""
+    """The rows of some SFT files, shuffled. Token ids of another vocabulary are as good for
+    measuring speed."""
     tokenizer = load_tokenizer(TOKENIZER)
     datasets = [SFTDataset(path, tokenizer, max_seq_len) for path in paths]
     samples = [dataset[row] for dataset in datasets for row in range(len(dataset))]
@@ -101,8 +119,11 @@ def samples_of(paths: list[str], max_seq_len: int, vocab_size: int | None = None
     return [samples[row] for row in order]
 
 
-def random_prompts(count: int, generator: torch.Generator) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
-    """Prompts of 16 to 256 tokens; the same padded on the left, and where that is tokens: (count, longest) int64."""
+def random_prompts(
+    count: int, generator: torch.Generator
+) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
+    """Prompts of 16 to 256 tokens; the same padded on the left, and where that is tokens: (count,
+    longest) int64."""
     lens = torch.randint(16, 257, (count,), generator=generator)
     width = int(lens.max())
     mask = (torch.arange(width) >= width - lens.unsqueeze(1)).long()
@@ -124,19 +145,30 @@ def matrix_peak(device: torch.device, dtype: str, tokens: int, config: LMConfig)
         best = max(best, 2 * m * k * n / warm_seconds(lambda a=a, b=b: a @ b.T, device))
         if device.type == "cpu" and products(kind):  # our own, which may be faster
             out, b = a.new_empty(m, n), b.float()
-            best = max(best, 2 * m * k * n / warm_seconds(lambda a=a, b=b, out=out: multiply(out, a, b.T), device))
+            best = max(
+                best,
+                2
+                * m
+                * k
+                * n
+                / warm_seconds(lambda a=a, b=b, out=out: multiply(out, a, b.T), device),
+            )
     return best
 
 
 def step_flops(config: LMConfig, lens: list[int], heads: int) -> float:
-    """Floating-point operations of the products in a forward and backward pass; attention counts its triangle.
+    """Floating-point operations of the products in a forward and backward pass; attention counts
+    its triangle.
 
     Args:
         lens: tokens of each document.
         heads: tokens that the head works on.
-    Source: Chowdhery et al., PaLM (2022), appendix B: model FLOPs, without anything that is computed anew.
+    Source: Chowdhery et al., PaLM (2022), appendix B: model FLOPs, without anything that is
+    computed anew.
     """
     attention = config.dim * config.head_dim * (2 * config.n_heads + 2 * config.n_kv_heads)
     matrices = config.n_layers * (attention + 3 * config.dim * config.hidden_dim)
-    triangles = sum(n * (n + 1) / 2 for n in lens) * config.n_layers * config.n_heads * config.head_dim
+    triangles = (
+        sum(n * (n + 1) / 2 for n in lens) * config.n_layers * config.n_heads * config.head_dim
+    )
     return 6 * (sum(lens) * matrices + heads * config.vocab_size * config.dim) + 12 * triangles

@@ -1,12 +1,24 @@
-"""Rollouts as GRPO writes them: sampled completions with their log-probabilities, against transformers' generate.
+"""Rollouts as GRPO writes them: sampled completions with their log-probabilities, against
+transformers' generate.
 
-A prompt gets 8 completions of one length. transformers only draws; it is not asked for log-probabilities.
+A prompt gets 8 completions of one length. transformers only draws; it is not asked for
+log-probabilities.
 """
 
 import torch
-from common import autocast, dtypes, figure, in_turn, model_of, qwen, random_prompts, ratio, seconds_of
+from common import (
+    autocast,
+    dtypes,
+    figure,
+    in_turn,
+    model_of,
+    qwen,
+    random_prompts,
+    ratio,
+    seconds_of,
+)
 
-from runtime import rollout
+from runtime.rl import rollout
 
 PROMPTS, SAMPLES, NEW = 32, 8, 256
 SHAPES = {"26 M": {"dim": 512, "n_layers": 8}, "104 M": {"dim": 768, "n_layers": 16}}
@@ -14,7 +26,10 @@ SHAPES = {"26 M": {"dim": 512, "n_layers": 8}, "104 M": {"dim": 768, "n_layers":
 
 def measure(args) -> list[dict]:
     device = torch.device(args.device)
-    return [compare(label, shape, device, dtypes(device)[-1], args.rounds) for label, shape in SHAPES.items()]
+    return [
+        compare(label, shape, device, dtypes(device)[-1], args.rounds)
+        for label, shape in SHAPES.items()
+    ]
 
 
 def compare(label: str, shape: dict, device: torch.device, kind: str, rounds: int) -> dict:
@@ -25,15 +40,31 @@ def compare(label: str, shape: dict, device: torch.device, kind: str, rounds: in
     ids, mask = ids.to(device), mask.to(device)
 
     def ours(step: int) -> None:
-        options = {"batch_size": PROMPTS, "max_new_tokens": NEW, "temperature": 1.0, "end": -1, "seed": 0, "step": step}
+        options = {
+            "batch_size": PROMPTS,
+            "max_new_tokens": NEW,
+            "temperature": 1.0,
+            "end": -1,
+            "seed": 0,
+            "step": step,
+        }
         numbers = list(range(PROMPTS))
-        rollout.generate(model, prompts, numbers, SAMPLES, **options, autocast=autocast(device, kind))
+        rollout.generate(
+            model, prompts, numbers, SAMPLES, **options, autocast=autocast(device, kind)
+        )
 
     @torch.inference_mode()
     def peer(step: int) -> None:
-        options = {"do_sample": True, "top_k": 0, "num_return_sequences": SAMPLES, "pad_token_id": 0}
+        options = {
+            "do_sample": True,
+            "top_k": 0,
+            "num_return_sequences": SAMPLES,
+            "pad_token_id": 0,
+        }
         with autocast(device, kind):
-            theirs.generate(ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=None, **options)
+            theirs.generate(
+                ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=None, **options
+            )
 
     works = {"ours": lambda step: seconds_of(lambda: ours(step), device)}
     works["transformers"] = lambda step: seconds_of(lambda: peer(step), device)
@@ -41,5 +72,8 @@ def compare(label: str, shape: dict, device: torch.device, kind: str, rounds: in
         work(0)
     times = in_turn(works, range(rounds))
     detail = f"{PROMPTS * SAMPLES * NEW / min(times['ours']):,.0f} tokens/s"
-    what = f"rollouts, {label}, {PROMPTS} prompts x {SAMPLES} of {NEW} new, {kind}: tokens/s / transformers"
+    what = (
+        f"rollouts, {label}, {PROMPTS} prompts x {SAMPLES} of {NEW} new, {kind}: tokens/s /"
+        " transformers"
+    )
     return figure(what, 1 / ratio(times, "ours", "transformers"), detail=detail)

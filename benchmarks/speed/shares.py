@@ -1,12 +1,22 @@
-"""Where the time goes, in the steps that the other parts compare: the profile behind the distance to a limit.
+"""Where the time goes, in the steps that the other parts compare: the profile behind the distance
+to a limit.
 
-Shares of the time that operations themselves take, by what they do. Beside them the rate of the products of a training
-step, each alone and repeated, so that its factors lie in the cache: with anything else for nothing, a step could reach
-that share of the best product and no more.
+Shares of the time that operations themselves take, by what they do. Beside them the rate of the
+products of a training step, each alone and repeated, so that its factors lie in the cache: with
+anything else for nothing, a step could reach that share of the best product and no more.
 """
 
 import torch
-from common import autocast, dtypes, figure, matrix_peak, model_of, samples_of, supervised, warm_seconds
+from common import (
+    autocast,
+    dtypes,
+    figure,
+    matrix_peak,
+    model_of,
+    samples_of,
+    supervised,
+    warm_seconds,
+)
 from experts import MOE, SHAPE
 from torch.profiler import ProfilerActivity, profile, record_function
 from training import ROWS, Loop, ours
@@ -19,8 +29,15 @@ from runtime.device import keep_memory
 
 KINDS = {  # the first that the name of an operation, or of a function of kernels/*.cpp, contains
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "native::att"),
-    "matrix products": ("aten::mm", "addmm", "_grouped_mm", "native::linear", "router_logits",
-                        "native::project", "native::mlp"),  # of generation, with what stands between them
+    "matrix products": (
+        "aten::mm",
+        "addmm",
+        "_grouped_mm",
+        "native::linear",
+        "router_logits",
+        "native::project",
+        "native::mlp",
+    ),  # of generation, with what stands between them
     "optimizer": ("adamw",),
     "fused passes": ("CompiledFxGraph", "native::"),
     "other passes over memory, calls": ("",),
@@ -44,7 +61,9 @@ def shares(what: str, work, device: torch.device) -> list[dict]:
     spent = dict.fromkeys(KINDS, 0.0)
     for event in record.key_averages():
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        spent[next(kind for kind, names in KINDS.items() if any(name in event.key for name in names))] += own
+        spent[
+            next(kind for kind, names in KINDS.items() if any(name in event.key for name in names))
+        ] += own
     total = sum(spent.values())
     return [figure(f"{what}: share of {kind}", own / total) for kind, own in spent.items() if own]
 
@@ -58,13 +77,19 @@ def products_alone(config, tokens: int, targets: int, dtype: str, device: torch.
     shapes = [(tokens, width, out, config.n_layers * times) for width, out, times in sizes]
     shapes.append((targets, config.dim, config.vocab_size, 1))
     for rows, width, out, times in shapes:
-        x, w, g = (torch.randn(*size, device=device) for size in ((rows, width), (out, width), (rows, out)))
-        cast = device.type != "cpu" or not products(kind) or out == config.vocab_size  # other weights: by the product
+        x, w, g = (
+            torch.randn(*size, device=device) for size in ((rows, width), (out, width), (rows, out))
+        )
+        cast = (
+            device.type != "cpu" or not products(kind) or out == config.vocab_size
+        )  # other weights: by the product
         x, w, g = x.to(kind), w.to(kind) if cast else w, g.to(kind)
         for product in ((torch.empty_like(g), x, w.T), (torch.empty_like(x), g, w)):
             seconds += times * warm_seconds(lambda product=product: multiply(*product), device)
         total = torch.empty(out, width, device=device)
-        seconds += times * warm_seconds(lambda x=x, g=g, total=total: sum_of_products(total, g, x), device)
+        seconds += times * warm_seconds(
+            lambda x=x, g=g, total=total: sum_of_products(total, g, x), device
+        )
         flops += times * 6 * rows * width * out
     return flops / seconds
 
@@ -86,7 +111,9 @@ def measure(args) -> list[dict]:
         lines += shares(f"{what}, {fast}", lambda loop=loop: loop(rows), device)
     tokens, targets = sum(len(X) for X, _, _ in rows) // STEPS, supervised(rows) // STEPS
     config = model_of(torch.device("cpu"), **SHAPE).config
-    alone = products_alone(config, tokens, targets, fast, device) / matrix_peak(device, fast, tokens, config)
+    alone = products_alone(config, tokens, targets, fast, device) / matrix_peak(
+        device, fast, tokens, config
+    )
     lines.append(figure(f"SFT step, {fast}: products alone / matrix-product peak", alone))
     return lines + [line for kind in dtypes(device) for line in decoding(kind, device)]
 

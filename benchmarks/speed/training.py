@@ -1,10 +1,11 @@
 """SFT steps of this project and of its peers on the same rows: supervised tokens per second.
 
-The classical loop pads every row to max_seq_len, computes logits for all tokens, and waits for the loss of every
-micro-batch. TRL's SFTTrainer runs padding-free and packed, transformers' Trainer pads to the longest row of a batch,
-grouped by length; both with a fused AdamW. LitGPT is its model in its own loop's form: padded to the longest row, its
-chunked cross-entropy. All have the same shape of model, the same rows, and as many rows (or their tokens) per step:
-16, in padded micro-batches of 4, or on a GPU what --step_rows says, in micro-batches of a quarter.
+The classical loop pads every row to max_seq_len, computes logits for all tokens, and waits for the
+loss of every micro-batch. TRL's SFTTrainer runs padding-free and packed, transformers' Trainer pads
+to the longest row of a batch, grouped by length; both with a fused AdamW. LitGPT is its model in
+its own loop's form: padded to the longest row, its chunked cross-entropy. All have the same shape
+of model, the same rows, and as many rows (or their tokens) per step: 16, in padded micro-batches of
+4, or on a GPU what --step_rows says, in micro-batches of a quarter.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ from common import (
 
 from dataset.lm_dataset import SFTDataset, load_tokenizer
 from kernels.compiling import compile_blocks
-from runtime import parallel
+from runtime.distributed import parallel
 from runtime.optim import make_optimizer
 from trainer.train_full_sft import sft_loss
 
@@ -88,7 +89,9 @@ def classical(loop: Loop, rows: list[Sample]) -> None:
         X, Y, mask = (t.to(loop.device) for t in padded(part, loop.model.config.max_seq_len))
         with autocast(loop.device, loop.dtype):
             logits = loop.model(X).logits
-            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), Y.view(-1), reduction="none").view(Y.size())
+            loss = F.cross_entropy(
+                logits.view(-1, logits.size(-1)), Y.view(-1), reduction="none"
+            ).view(Y.size())
             loss = (loss * mask).sum() / mask.sum() / (len(rows) / loop.micro_rows)
         loss.backward()
         loss.item()
@@ -99,7 +102,10 @@ def litgpt(loop: Loop, rows: list[Sample]) -> None:
 
     for at in range(0, len(rows), loop.micro_rows):
         part = rows[at : at + loop.micro_rows]
-        X, Y, _ = (t.to(loop.device) for t in padded(part, max(len(sample[0]) for sample in part), ignore=-100))
+        X, Y, _ = (
+            t.to(loop.device)
+            for t in padded(part, max(len(sample[0]) for sample in part), ignore=-100)
+        )
         with autocast(loop.device, loop.dtype):
             logits = loop.model(X, lm_head_chunk_size=128)
             loss = chunked_cross_entropy(logits, Y, chunk_size=128) / (len(rows) / loop.micro_rows)
@@ -126,8 +132,11 @@ def tokens_per_second(work, rows: list[Sample]) -> float:
     return supervised(rows) / work(rows)
 
 
-def trainer_seconds(kind: str, config, device, dtype: str, options: dict, rows: list[Sample]) -> float:
-    """Seconds that TRL's SFTTrainer or transformers' Trainer takes for one pass over the rows, start-up apart."""
+def trainer_seconds(
+    kind: str, config, device, dtype: str, options: dict, rows: list[Sample]
+) -> float:
+    """Seconds that TRL's SFTTrainer or transformers' Trainer takes for one pass over the rows,
+    start-up apart."""
     import transformers
     from datasets import Dataset
 
@@ -145,7 +154,8 @@ def trainer_seconds(kind: str, config, device, dtype: str, options: dict, rows: 
 
     table = {"input_ids": [[*X.tolist(), int(Y[-1])] for X, Y, _ in rows]}
     table["labels"] = [
-        [-100, *(y if m else -100 for y, m in zip(Y.tolist(), mask.tolist(), strict=True))] for _, Y, mask in rows
+        [-100, *(y if m else -100 for y, m in zip(Y.tolist(), mask.tolist(), strict=True))]
+        for _, Y, mask in rows
     ]
     torch.manual_seed(0)
     common = {
@@ -161,21 +171,28 @@ def trainer_seconds(kind: str, config, device, dtype: str, options: dict, rows: 
 
             flags = SFTConfig(folder, **{"max_length": config.max_seq_len + 1, **common, **options})
             tokenizer = load_tokenizer(TOKENIZER).loaded
-            trainer = SFTTrainer(model, flags, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
+            trainer = SFTTrainer(
+                model, flags, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
+            )
         else:
             data = data.add_column("length", [len(ids) for ids in table["input_ids"]])
 
             def collate(batch):
                 width = max(len(row["input_ids"]) for row in batch)
                 fill = {"input_ids": 0, "labels": -100}
-                parts = {k: [row[k] + [v] * (width - len(row[k])) for row in batch] for k, v in fill.items()}
+                parts = {
+                    k: [row[k] + [v] * (width - len(row[k])) for row in batch]
+                    for k, v in fill.items()
+                }
                 parts["attention_mask"] = [
                     [1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in batch
                 ]
                 return {key: torch.tensor(value) for key, value in parts.items()}
 
             flags = transformers.TrainingArguments(folder, **common, **options)
-            trainer = transformers.Trainer(model, flags, data_collator=collate, train_dataset=data, callbacks=[Clock()])
+            trainer = transformers.Trainer(
+                model, flags, data_collator=collate, train_dataset=data, callbacks=[Clock()]
+            )
         trainer.train()
     return clock[-1] - clock[0]
 
@@ -208,10 +225,17 @@ def measure(args) -> list[dict]:
     return lines
 
 
-def compare(label: str, shape: dict, samples: list[Sample], device: torch.device, args) -> list[dict]:
+def compare(
+    label: str, shape: dict, samples: list[Sample], device: torch.device, args
+) -> list[dict]:
     config, kinds, rows = model_of("cpu", **shape).config, dtypes(device), args.step_rows
-    loops = {f"classical {kind}": Loop(model_of(device, **shape), device, kind, classical, rows) for kind in kinds}
-    loops |= {f"ours {kind}": Loop(model_of(device, **shape), device, kind, ours, rows) for kind in kinds}
+    loops = {
+        f"classical {kind}": Loop(model_of(device, **shape), device, kind, classical, rows)
+        for kind in kinds
+    }
+    loops |= {
+        f"ours {kind}": Loop(model_of(device, **shape), device, kind, ours, rows) for kind in kinds
+    }
     fast = kinds[-1]
     if args.compile:
         model = model_of(device, **shape)
@@ -222,15 +246,26 @@ def compare(label: str, shape: dict, samples: list[Sample], device: torch.device
     works = dict(loops)
     settings = trl_settings(rows, device)
     trainers = {name: ("trl", options) for name, options in settings.items()}
-    trainers["Trainer"] = ("trainer", {**settings["TRL, plain"], "train_sampling_strategy": "group_by_length"})
+    trainers["Trainer"] = (
+        "trainer",
+        {**settings["TRL, plain"], "train_sampling_strategy": "group_by_length"},
+    )
     for name, (which, options) in trainers.items():
-        works[f"{name} {fast}"] = functools.partial(trainer_seconds, which, config, device, fast, options)
+        works[f"{name} {fast}"] = functools.partial(
+            trainer_seconds, which, config, device, fast, options
+        )
     variants = {name: functools.partial(tokens_per_second, work) for name, work in works.items()}
     print(f"{label}: supervised tokens/s", flush=True)
     count = rows * args.steps
-    turns = [[samples[(turn * count + n) % len(samples)] for n in range(count)] for turn in range(args.rounds)]
-    by_length = sorted((sample for turn in turns for sample in turn), key=lambda sample: len(sample[0]))
-    # Warms up, too. A compiled block is compiled for short, middling and long rows: sums of many numbers are nested.
+    turns = [
+        [samples[(turn * count + n) % len(samples)] for n in range(count)]
+        for turn in range(args.rounds)
+    ]
+    by_length = sorted(
+        (sample for turn in turns for sample in turn), key=lambda sample: len(sample[0])
+    )
+    # Warms up, too. A compiled block is compiled for short, middling and long rows: sums of many
+    # numbers are nested.
     sizes = (turns[0][:rows], by_length[:rows], by_length[-rows:])
     compiling = {name: sum(map(loop, sizes)) for name, loop in loops.items()}
     for name in trainers:  # kernels that are prepared once
@@ -240,22 +275,42 @@ def compare(label: str, shape: dict, samples: list[Sample], device: torch.device
     tokens = sum(lens) * rows // len(trained)
     limit = matrix_peak(device, fast, tokens, config)
     rates = in_turn(variants, turns)
-    limit = max(limit, matrix_peak(device, fast, tokens, config))  # the machine may have been slow at one of the two
+    limit = max(
+        limit, matrix_peak(device, fast, tokens, config)
+    )  # the machine may have been slow at one of the two
 
-    best = max((f"ours {fast}", f"ours compiled {fast}"), key=lambda n: statistics.median(rates.get(n, [0.0])))
-    peer = max((n for n in rates if n.startswith("TRL")), key=lambda n: ratio(rates, n, "classical float32"))
+    best = max(
+        (f"ours {fast}", f"ours compiled {fast}"),
+        key=lambda n: statistics.median(rates.get(n, [0.0])),
+    )
+    peer = max(
+        (n for n in rates if n.startswith("TRL")),
+        key=lambda n: ratio(rates, n, "classical float32"),
+    )
     flops = step_flops(config, lens, supervised(trained)) / supervised(trained)
-    wanted = {"classical float32": 9.0, peer: 2.5} | ({f"classical {fast}": 4.5} if fast != "float32" else {})
-    lines = [figure(f"SFT {label}: {best} / {name}", ratio(rates, best, name), least) for name, least in wanted.items()]
+    wanted = {"classical float32": 9.0, peer: 2.5} | (
+        {f"classical {fast}": 4.5} if fast != "float32" else {}
+    )
+    lines = [
+        figure(f"SFT {label}: {best} / {name}", ratio(rates, best, name), least)
+        for name, least in wanted.items()
+    ]
     lines += [figure(f"SFT {label}: {best} / {name}", ratio(rates, best, name))
               for name in rates if name not in wanted and not name.startswith("ours")]  # fmt: skip
     done = statistics.median(rates[best]) * flops
     detail = f"{done / 1e9:.0f} of {limit / 1e9:.0f} GFLOP/s"
     lines.append(
-        figure(f"SFT {label}: model FLOP rate / matrix-product peak, {best}", done / limit, 0.7, detail=detail)
+        figure(
+            f"SFT {label}: model FLOP rate / matrix-product peak, {best}",
+            done / limit,
+            0.7,
+            detail=detail,
+        )
     )
     if args.compile:
         first = compiling[f"ours compiled {fast}"] - compiling[f"ours {fast}"]
         eager = ratio(rates, f"ours compiled {fast}", f"ours {fast}")
-        lines.append(figure(f"SFT {label}: compiled / eager", eager, detail=f"compiling took {first:.0f} s"))
+        lines.append(
+            figure(f"SFT {label}: compiled / eager", eager, detail=f"compiling took {first:.0f} s")
+        )
     return lines

@@ -1,4 +1,5 @@
-"""Kernels that only a GPU shows: attention, recorded steps. Where there is none all are skipped, aloud."""
+"""Kernels that only a GPU shows: attention, recorded steps. Where there is none all are skipped,
+aloud."""
 
 import pytest
 import torch
@@ -25,24 +26,36 @@ def layout_of(lens: torch.Tensor, device: torch.device) -> Layout:
 def test_attention_of_all_documents_at_once_is_that_of_each(dtype):
     generator = torch.Generator().manual_seed(0)
     lens = torch.tensor([70, 5, 0, 300, 1])
-    q, k, v, upstream = (torch.randn(1, heads, 376, 16, generator=generator).to(dtype) for heads in (6, 2, 2, 6))
+    q, k, v, upstream = (
+        torch.randn(1, heads, 376, 16, generator=generator).to(dtype) for heads in (6, 2, 2, 6)
+    )
     ours = [t.cuda().requires_grad_() for t in (q, k, v)]
     exact = [t.double().requires_grad_() for t in (q, k, v)]
-    out, expected = (attention.document_attention(*t, layout_of(lens, t[0].device)) for t in (ours, exact))
+    out, expected = (
+        attention.document_attention(*t, layout_of(lens, t[0].device)) for t in (ours, exact)
+    )
     out.backward(upstream.cuda())
     expected.backward(upstream.double())
     pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]
     for mine, theirs in pairs:
-        assert mine.dtype == dtype and (mine.cpu().double() - theirs).norm() < ACCURACY[dtype] * theirs.norm()
+        assert (
+            mine.dtype == dtype
+            and (mine.cpu().double() - theirs).norm() < ACCURACY[dtype] * theirs.norm()
+        )
 
 
 def test_gradient_of_attention_is_the_same_every_time():
     layout = layout_of(torch.tensor([3000, 700, 0]), torch.device("cuda"))
     for dtype in ACCURACY:
-        q, k, v = (torch.randn(1, heads, 3700, 64, dtype=dtype, device="cuda").requires_grad_() for heads in (4, 2, 2))
+        q, k, v = (
+            torch.randn(1, heads, 3700, 64, dtype=dtype, device="cuda").requires_grad_()
+            for heads in (4, 2, 2)
+        )
         with one_order(q.device):
             outs = (attention.document_attention(q, k, v, layout) for _ in "12")
-            once, again = (torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in outs)
+            once, again = (
+                torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in outs
+            )
         assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
@@ -71,7 +84,13 @@ def test_recorded_steps_complete_prompts_as_a_cpu_does(monkeypatch):
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
 def test_recorded_logits_are_those_of_the_model(use_moe):
     torch.manual_seed(0)
-    model = MiniMindLM(LMConfig(**SIZES, max_seq_len=256, use_moe=use_moe, n_shared_experts=int(use_moe))).cuda().eval()
+    model = (
+        MiniMindLM(
+            LMConfig(**SIZES, max_seq_len=256, use_moe=use_moe, n_shared_experts=int(use_moe))
+        )
+        .cuda()
+        .eval()
+    )
     kernels.apply(model, torch.device("cuda"), torch.bfloat16)
     caches = [KVCache(model.config, 5, 64, torch.device("cuda"), torch.bfloat16) for _ in range(2)]
     held = torch.tensor([7, 0, 33, 21, 1])

@@ -1,4 +1,5 @@
-"""How C++ is compiled and called: what does not fit is an error, and a failure to compile is not silent."""
+"""How C++ is compiled and called: what does not fit is an error, and a failure to compile is not
+silent."""
 
 import os
 import re
@@ -161,7 +162,10 @@ def test_the_switch(anew, monkeypatch):
 
 def test_kernels_import_without_a_compiler_for_cuda_and_quickly():
     """What only a GPU or torch.compile needs is not loaded on a CPU."""
-    code = "import sys, kernels; print([m for m in ('torch._dynamo', 'kernels.decode_graph') if m in sys.modules])"
+    code = (
+        "import sys, kernels; print([m for m in ('torch._dynamo', 'kernels.decode_graph') if m in"
+        " sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -186,7 +190,9 @@ def test_compiled_code_that_others_can_have_written_is_not_run(tmp_path, monkeyp
         library.chmod(0o666)
         native.library.cache_clear()
         native.library("ops.cpp", torch.float32)
-        assert loaded[-1] == str(library) and library.stat().st_mode & 0o777 != 0o666, "compiled anew in its place"
+        assert loaded[-1] == str(library) and library.stat().st_mode & 0o777 != 0o666, (
+            "compiled anew in its place"
+        )
     finally:
         native.library.cache_clear(), native.is_private.cache_clear()
     assert capfd.readouterr().err.count("can be written by others") == 1

@@ -20,7 +20,10 @@ DIM, VOCAB = 32, 700
 def small_chunks(monkeypatch):
     monkeypatch.setitem(cross_entropy.CHUNK, "cpu", 8 * VOCAB)
     monkeypatch.setattr(cross_entropy, "LEAST_TOKENS", 4)
-    for module in (linear, cross_entropy):  # of a chunk's 8 rows; gradients of weights come in two pieces
+    for module in (
+        linear,
+        cross_entropy,
+    ):  # of a chunk's 8 rows; gradients of weights come in two pieces
         monkeypatch.setattr(module, "CACHED", 3 * VOCAB)
 
 
@@ -39,7 +42,9 @@ def test_loss_and_gradients_are_those_of_cross_entropy(tokens):
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     expected = F.cross_entropy(F.linear(*exact), targets, reduction="sum")
     (3 * expected).backward()
-    assert cross_entropy.linear_cross_entropy(x, weight, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert cross_entropy.linear_cross_entropy(x, weight, targets).item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
     for ours, theirs in zip(gradients, (exact[0].grad, exact[1].grad), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
@@ -78,7 +83,11 @@ def test_logits_exist_for_a_chunk_of_tokens_only():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            sizes.extend(
+                t.numel()
+                for t in torch.utils._pytree.tree_leaves(out)
+                if isinstance(t, torch.Tensor)
+            )
             return out
 
     with Watch():
@@ -102,7 +111,8 @@ def test_rms_norm_and_its_gradients_are_those_of_the_definition(shape):
     x[..., 0, :] = 0  # a row without a direction
     upstream = torch.randn(shape, generator=generator)
     ours, exact = (
-        [t.to(kind, copy=True).requires_grad_() for t in (x, weight)] for kind in (torch.float32, torch.float64)
+        [t.to(kind, copy=True).requires_grad_() for t in (x, weight)]
+        for kind in (torch.float32, torch.float64)
     )
     y = rms_norm(*ours)
     expected = exact[0] * (exact[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * exact[1]
@@ -125,7 +135,9 @@ def test_the_rotation_is_that_of_complex_numbers_and_its_gradient_the_inverse(dt
     a, b = x.detach().float().chunk(2, dim=-1)
     turned = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
     accuracy = {"rtol": 0, "atol": 1e-6 if dtype == torch.float32 else 0.05}
-    torch.testing.assert_close(y.detach().float(), torch.cat((turned.real, turned.imag), dim=-1), **accuracy)
+    torch.testing.assert_close(
+        y.detach().float(), torch.cat((turned.real, turned.imag), dim=-1), **accuracy
+    )
     y.backward(y.detach())
     torch.testing.assert_close(x.grad, x.detach(), **accuracy)
 
@@ -164,7 +176,9 @@ def test_attention_and_its_gradients_are_near_those_in_float64(dtype, most, size
 @pytest.mark.parametrize("dtype, most", KINDS, ids=str)
 def test_attention_to_a_document_does_not_depend_on_its_neighbours(dtype, most):
     inputs = heads_of(dtype, 16)
-    for together, alone in zip(attended(*inputs), attended(*(t[:, :, :70] for t in inputs), LENS[:1]), strict=True):
+    for together, alone in zip(
+        attended(*inputs), attended(*(t[:, :, :70] for t in inputs), LENS[:1]), strict=True
+    ):
         assert torch.equal(together[:, :, :70], alone)
 
 
@@ -172,7 +186,10 @@ def test_attention_to_a_document_does_not_depend_on_its_neighbours(dtype, most):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rms_norm_in_bfloat16_is_that_of_the_definition(dtype, size):
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, 5, size, generator=generator).to(dtype), torch.randn(size, generator=generator)
+    x, weight = (
+        torch.randn(2, 5, size, generator=generator).to(dtype),
+        torch.randn(size, generator=generator),
+    )
     x[0, 0] = 0
     upstream = torch.randn(2, 5, size, generator=generator).bfloat16()
     ours, exact = ([t.to(d, copy=True).requires_grad_() for t, d in zip((x, weight), kinds, strict=True)]
@@ -185,22 +202,32 @@ def test_rms_norm_in_bfloat16_is_that_of_the_definition(dtype, size):
     assert y.dtype == torch.bfloat16 and ours[0].grad.dtype == dtype
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-6)
     torch.testing.assert_close(ours[1].grad.double(), exact[1].grad, rtol=1e-4, atol=1e-4)
-    accuracy = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
+    accuracy = (
+        {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
+    )
     torch.testing.assert_close(ours[0].grad[0, 1:].double(), exact[0].grad[0, 1:], **accuracy)
     low = weight.bfloat16().requires_grad_()  # as FSDP2 and DeepSpeed hand them over
     with torch.autocast("cpu", torch.bfloat16):
         rms_norm(x, low).backward(upstream)
-    assert low.grad.dtype == torch.bfloat16 and (low.grad - exact[1].grad).norm() < 0.02 * exact[1].grad.norm()
+    assert (
+        low.grad.dtype == torch.bfloat16
+        and (low.grad - exact[1].grad).norm() < 0.02 * exact[1].grad.norm()
+    )
 
 
 @pytest.mark.parametrize("low", [False, True], ids=["products in float32", "in bfloat16"])
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("branch", [None, torch.float32, torch.bfloat16], ids=str)
 def test_a_branch_and_the_norm_meet_in_one_stream(stream, branch, low):
-    """Values and gradients, with both results in use and with the norm alone; the stream is not contiguous."""
+    """Values and gradients, with both results in use and with the norm alone; the stream is not
+    contiguous."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4, 7, 40, generator=generator)
-    inputs = [rows[0].T.to(stream).T, *([] if branch is None else [rows[1].to(branch)]), torch.linspace(-2, 2, 40)]
+    inputs = [
+        rows[0].T.to(stream).T,
+        *([] if branch is None else [rows[1].to(branch)]),
+        torch.linspace(-2, 2, 40),
+    ]
     for by_total, by_norm in ((rows[2], rows[3]), (torch.zeros(7, 40), rows[3])):
         ours = [t.clone().requires_grad_() for t in inputs]
         exact = [t.double().requires_grad_() for t in inputs]
@@ -211,9 +238,19 @@ def test_a_branch_and_the_norm_meet_in_one_stream(stream, branch, low):
         (loss + (total * by_total).sum() if by_total.any() else loss).backward()
         expected = sum(exact[:-1])
         mean = expected.square().mean(-1, keepdim=True)
-        ((expected * by_total).sum() + (expected * (mean + 1e-6).rsqrt() * exact[-1] * by_norm).sum()).backward()
-        most = 1e-6 if {stream, total.dtype, normed.dtype, branch or stream} == {torch.float32} else 2**-7
-        for mine, theirs in [(total, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]:
+        (
+            (expected * by_total).sum()
+            + (expected * (mean + 1e-6).rsqrt() * exact[-1] * by_norm).sum()
+        ).backward()
+        most = (
+            1e-6
+            if {stream, total.dtype, normed.dtype, branch or stream} == {torch.float32}
+            else 2**-7
+        )
+        for mine, theirs in [
+            (total, expected),
+            *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True)),
+        ]:
             assert (mine - theirs).norm() <= most * theirs.norm()
         assert all(t.grad.dtype == t.dtype for t in ours)
 
@@ -222,13 +259,20 @@ def test_a_branch_and_the_norm_meet_in_one_stream(stream, branch, low):
 def test_swiglu_and_its_gradients_are_those_of_the_definition(dtype, most):
     """Also where an exponential vanishes or would overflow, and a number that is none stays one."""
     generator = torch.Generator().manual_seed(0)
-    gate = torch.cat([torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-30])]).to(dtype)
+    gate = torch.cat(
+        [torch.linspace(-120, 120, 4001), torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-30])]
+    ).to(dtype)
     up, upstream = (torch.randn(len(gate), generator=generator).to(dtype) for _ in range(2))
-    ours, exact = ([t.to(d, copy=True).requires_grad_() for t in (gate, up)] for d in (dtype, torch.float64))
+    ours, exact = (
+        [t.to(d, copy=True).requires_grad_() for t in (gate, up)] for d in (dtype, torch.float64)
+    )
     y, expected = pointwise.swiglu(*ours), F.silu(exact[0]) * exact[1]
     y.backward(upstream)
     expected.backward(upstream.double())
-    for mine, theirs in [(y, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]:
+    for mine, theirs in [
+        (y, expected),
+        *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True)),
+    ]:
         torch.testing.assert_close(mine, theirs.to(dtype), rtol=10 * most, atol=1e-6)
     assert pointwise.swiglu(torch.full((3,), torch.nan, dtype=dtype), up[:3]).isnan().all()
 
@@ -262,7 +306,9 @@ def test_without_a_compiler_torch_computes_the_same(dtype, most, monkeypatch):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
             targets = tokens[0].roll(-1)
-            loss = model(tokens, doc_lens=lens, logits_at=torch.arange(len(targets)), targets=targets).loss
+            loss = model(
+                tokens, doc_lens=lens, logits_at=torch.arange(len(targets)), targets=targets
+            ).loss
         loss.backward()
         return [loss.detach(), *(p.grad for p in model.parameters())]
 
@@ -279,19 +325,25 @@ def test_a_linear_layer_is_the_product_of_rounded_factors(tokens, shape, dtype):
     """Sizes at the edges of what is multiplied at once, and such as linear.cpp does not take."""
     generator = torch.Generator().manual_seed(0)
     layer = linear.FastLinear(shape[1], shape[0], bias=False, dtype=dtype)
-    x, upstream = (torch.randn(2, tokens, n, generator=generator).bfloat16() for n in reversed(shape))
+    x, upstream = (
+        torch.randn(2, tokens, n, generator=generator).bfloat16() for n in reversed(shape)
+    )
     x = x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
         layer(x).sum().backward()  # a gradient without strides of its own
     x.grad = layer.weight.grad = None
     y.backward(upstream)
-    rows, weight, grad = (t.detach().bfloat16().flatten(0, -2).double() for t in (x, layer.weight, upstream))
+    rows, weight, grad = (
+        t.detach().bfloat16().flatten(0, -2).double() for t in (x, layer.weight, upstream)
+    )
     exact = rows @ weight.T, grad @ weight, grad.T @ rows
     for ours, theirs in zip((y, x.grad, layer.weight.grad), exact, strict=True):
         assert (ours.flatten(0, -2).double() - theirs).norm() <= 2**-8 * theirs.norm()
     if linear.products(torch.bfloat16) and dtype == torch.float32:
-        assert (layer.weight.grad.double() - exact[2]).norm() <= 1e-6 * exact[2].norm()  # not rounded
+        assert (layer.weight.grad.double() - exact[2]).norm() <= 1e-6 * exact[
+            2
+        ].norm()  # not rounded
     layer.weight.requires_grad_(False)
     before, x.grad = x.grad, None
     with torch.autocast("cpu", torch.bfloat16):

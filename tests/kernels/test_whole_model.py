@@ -1,4 +1,5 @@
-"""What holds for the plain model holds with kernels: the same tests, run on a model that has them."""
+"""What holds for the plain model holds with kernels: the same tests, run on a model that has
+them."""
 
 import pytest
 import test_generation
@@ -10,7 +11,9 @@ import kernels
 from kernels import compiling
 
 for module in (test_model, test_generation):
-    globals().update({name: test for name, test in vars(module).items() if name.startswith("test_")})
+    globals().update(
+        {name: test for name, test in vars(module).items() if name.startswith("test_")}
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +46,9 @@ def test_compiled_equals_eager_and_is_not_compiled_again_for_new_lengths(kind, b
 
     random = torch.get_rng_state()
     compiling.compile_now(model, torch.device("cpu"), "float32", documents=6, longest=16)
-    assert all(p.grad is None for p in model.parameters()) and torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in model.parameters()) and torch.equal(
+        torch.get_rng_state(), random
+    )
     graphs = counter.frame_count
     assert graphs > 0
     for lens in ([5, 9], [7, 8, 20], [30, 1], [50, 2, 9, 1], [40, 40], [11] * 5, [3, 90], [6, 8]):

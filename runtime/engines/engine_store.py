@@ -1,0 +1,91 @@
+"""Checkpoints in another engine's own format, in our store: each is whole, or it is not there.
+
+    checkpoints/step_00000100/engine          what the engine wrote: a file or a folder
+    checkpoints/step_00000100/run.pt          counters, scaler, generators, identity of the run
+    checkpoints/step_00000100/manifest.json   size and SHA-256 of every file, written last
+
+An engine's files are read by that engine alone; the identity of the run names it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from runtime import checkpoint, store
+from runtime.device import is_sharded
+from runtime.distributed.parallel import gather_objects, world
+
+
+def save(
+    folder: Path,
+    keep: int,
+    progress: dict,
+    identity: dict,
+    write: Callable[[Path], None],
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Save a checkpoint of the whole run. Every rank calls it at the same step; training waits.
+
+    Args:
+        folder: the run's, `out/full_sft_512`.
+        keep: checkpoints that stay.
+        progress: counters, with `step`.
+        identity: what `identity.check_identity` compares at a resume; names the engine.
+        write: has the engine write at a place, where it makes a file or a folder; is called on
+        every rank. scaler: None where the engine saves its own.
+
+    Raises:
+        OSError: it could not be written, or the weights before it; says which checkpoint is still
+        good.
+    """
+    checkpoint.wait()
+    folder, step, first = folder / "checkpoints", progress["step"], world()[0] == 0
+    building = folder / f".tmp-step_{step:08d}"
+    run = {
+        "progress": progress,
+        "identity": identity,
+        "scaler": scaler.state_dict() if scaler else {},
+    }
+    run["rng"] = gather_objects(checkpoint.rng_state())
+    try:
+        if first:
+            store.begin(folder, step)
+        barrier()
+        write(building / "engine")
+        barrier()
+        if first:
+            store.save_file(building / "run.pt", run)
+            paths = (path for path in sorted(building.rglob("*")) if path.is_file())
+            store.finish(
+                building,
+                step,
+                {str(path.relative_to(building)): store.seal(path) for path in paths},
+                keep,
+            )
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if first:
+            store.clean(folder)
+        raise store.not_saved(folder, step, checkpoint.reason(error)) from error
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def whole_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict on the CPU with every tensor whole, on rank 0; elsewhere empty. Every rank
+    calls it.
+
+    One tensor at a time is put together, so that no other process ever holds the whole model.
+    """
+    whole = {}
+    for name, value in state_dict.items():
+        value = value.full_tensor() if is_sharded(value) else value
+        if world()[0] == 0:
+            whole[name] = value.to("cpu", copy=True)
+    return whole
