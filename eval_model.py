@@ -31,21 +31,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from dataset.chat_format import (
-    IM_END,
-    THINK,
-    ChatCoder,
-    chat_coder,
-    decode_reply,
-    detect_format,
-    encode_chat,
-    encode_prompt,
-    final_answer,
-    normalise_row,
-)
-from dataset.chat_rows import present
+from dataset.chat_format import IM_END, THINK, ChatCoder, chat_coder, encode_chat
+from dataset.chat_rows import detect_format, normalise_row, present
 from dataset.lm_dataset import load_tokenizer
 from dataset.read_rows import read_rows
+from dataset.replies import decode_reply, encode_prompt, final_answer
 from model.generate import generate_batch, make_sampler, stream_text
 from model.lm import MiniMindLM
 from model.lora import merge_adapter

@@ -8,15 +8,10 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from dataset.chat_format import (
-    chat_coder,
-    detect_format,
-    encode_prompt,
-    final_answer,
-    normalise_row,
-    turn_text,
-)
+from dataset.chat_format import chat_coder
+from dataset.chat_rows import detect_format, normalise_row
 from dataset.read_rows import read_rows
+from dataset.replies import encode_prompt, final_answer, turn_text
 
 # Fields of a row that are the prompt.
 TALK = ("conversations", "messages", "instruction", "input", "output", "history", "system")

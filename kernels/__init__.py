@@ -15,7 +15,7 @@ from kernels import native
 from kernels.attention import FastAttention
 from kernels.cross_entropy import FastHead
 from kernels.experts import FastExperts, FastMoE, FastRouter
-from kernels.linear import FastLinear, pad_row, products
+from kernels.linear import FastLinear, keep_products, pad_row, products
 from kernels.norm import FastBlock, FastRMSNorm
 from kernels.pointwise import FastSwiGLU
 from model import lm
@@ -105,6 +105,8 @@ def apply(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[st
         if language_model.make_decoder is None and device.type == "cpu":
             language_model.register_forward_pre_hook(pad_row, with_kwargs=True)
         language_model.make_decoder = decoder
+        if language_model.gradient_checkpointing:
+            keep_products()
     found = available(device, dtype)
     if not any(isinstance(module, lm.MoE) for module in model.modules()):
         found = {name: why for name, why in found.items() if name not in ("router", "experts")}

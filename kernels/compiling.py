@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from model.lm import MiniMindLM, blocks
+from model.permissions import open_to_others
 from model.recompute import recompute
-from model.weights import open_to_others
 
 
 def uncompiled(function: Callable) -> Callable:

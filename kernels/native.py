@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.weights import open_to_others
+from model.permissions import open_to_others
 
 FOLDER = Path(__file__).parent
 CACHE = FOLDER / "__pycache__"  # where Python keeps what it has compiled

@@ -71,8 +71,7 @@ class LMConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LMConfig":
-        """Read the JSON beside a weights file. ValueError: it is not one of ours; names the
-        file."""
+        """Read the JSON beside a weights file. ValueError: it is not one of ours; names it."""
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except (TypeError, ValueError) as error:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.lm import LMConfig, MiniMindLM, Router, blocks
-from model.weights import hash_weights, read_tensors
+from model.tensor_file import read_tensors
+from model.weights import hash_weights
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import eval_model
-from dataset.chat_format import MARKERS, chat_coder, encode_chats, encode_prompt
+from dataset.chat_format import MARKERS, chat_coder, encode_chats
+from dataset.replies import encode_prompt
 from model.lm import LMConfig, MiniMindLM
 from runtime import launch
 

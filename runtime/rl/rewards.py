@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.chat_format import IM_END, decode_reply, final_answer
+from dataset.chat_format import IM_END
+from dataset.replies import decode_reply, final_answer
 from model.reward import RewardModel, load_reward_model
 from runtime.distributed.parallel import data_world, gather_objects, sum_over_ranks
 from runtime.kernel_loader import apply_kernels

@@ -352,6 +352,8 @@ def test_a_linear_layer_is_the_product_of_rounded_factors(tokens, shape, dtype):
 
 
 def test_selective_checkpointing_keeps_products():
+    linear.keep_products()
+
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             counts[-1] += op in recompute.EXPENSIVE

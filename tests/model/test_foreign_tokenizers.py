@@ -28,7 +28,9 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from dataset.chat_format import CHAT_TEMPLATE, chat_coder, encode_chat, plain_encoder
+from dataset.chat_format import chat_coder, encode_chat
+from dataset.chat_template import CHAT_TEMPLATE
+from dataset.tokenizer import plain_encoder
 
 
 def foreign(
