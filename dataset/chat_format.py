@@ -123,13 +123,6 @@ def encode_chats(
     return encode_segments([render(messages, tools, loss_on) for messages, tools in chats], coder)
 
 
-def encode_chat(
-    messages: list[dict], tools: list[dict] | None, coder: ChatCoder, loss_on: str = "all"
-):
-    """Encode one conversation: (ids, mask), see `encode_chats`."""
-    return encode_chats([(messages, tools)], coder, loss_on)[0]
-
-
 def encode_segments(
     rendered: list[list[tuple[str, bool, bool]]], coder: ChatCoder
 ) -> list[tuple[list[int], list[int]]]:

@@ -16,13 +16,6 @@ ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool",
 }  # fmt: skip
 
-FORMATS = {
-    "minimind": '{"conversations": [{"role", "content"}, ...]}',
-    "sharegpt": '{"conversations": [{"from", "value"}, ...]}',
-    "alpaca": '{"instruction", "input", "output"}',
-    "openai": '{"messages": [{"role", "content"}, ...]}',
-}
-
 SPECIAL = frozenset(
     "system system_prompt system_message tools functions tool_choice tool_calls function_call"
     " reasoning_content reasoning thinking weight train loss mask loss_mask loss_weight"
@@ -44,8 +37,9 @@ def detect_format(row: object) -> str:
         return "sharegpt" if is_sharegpt(turns[:1]) else "minimind"
     if "instruction" in row or "output" in row:
         return "alpaca"
-    accepted = "; ".join(FORMATS.values())
-    raise ValueError(f"unknown schema, keys found: {key_list(row)}; accepted: {accepted}")
+    from dataset.row_faults import wrong_schema
+
+    raise wrong_schema(row)
 
 
 def is_sharegpt(turns: list) -> bool:
@@ -75,8 +69,9 @@ def normalise_row(
     row = present(check_row(row))
     key = {"openai": "messages", "alpaca": "output"}.get(fmt, "conversations")
     if key not in row or (fmt == "alpaca" and "instruction" not in row):
-        like = f"not a row of the {fmt} format like the first, {FORMATS[fmt]}"
-        raise ValueError(f"{like}; keys found: {key_list(row)}")
+        from dataset.row_faults import wrong_schema
+
+        raise wrong_schema(row, fmt)
     if fmt == "alpaca":
         from dataset.alpaca import normalise_alpaca
 
@@ -146,7 +141,3 @@ def check_turns(turns: object, key: str) -> list:
     if not turns:
         raise ValueError(f"empty conversation ({key!r} has no turns)")
     return turns
-
-
-def key_list(row: dict) -> str:
-    return ", ".join(map(repr, list(row)[:10])) or "none"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.token_cache import open_cache
-from dataset.tokenizer import LazyTokenizer, load_tokenizer  # noqa: F401  # for the scripts
+from dataset.token_cache import describe_tokenizer, open_cache
+from dataset.tokenizer import load_tokenizer  # noqa: F401  # for the scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE_DIR = ROOT / "out" / "cache"
@@ -58,10 +58,7 @@ class CachedDataset(Dataset):
         curriculum: str,
     ):
         cache_dir = Path(cache_dir or CACHE_DIR)
-        if isinstance(tokenizer, LazyTokenizer):
-            backend = tokenizer.describe(cache_dir)
-        else:
-            backend = tokenizer.backend_tokenizer.to_str()
+        backend = describe_tokenizer(tokenizer, cache_dir)
         self.cache = open_cache(
             Path(data_path),
             cache_dir,

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,9 @@ def read_rows(path: Path) -> Iterator[tuple[Row, int]]:
             array that cannot be read on (`file:line: reason`).
     """
     is_text = path.suffix == ".txt"
-    head = read_head(path)
+    # To open a pipe would wait for whoever writes to it.
+    with open(path if path.is_file() else os.devnull, "rb") as file:
+        head = file.read(HEAD)
     if not head or not is_as_expected(head, is_text) or path.suffix in (".csv", ".tsv"):
         from dataset.file_kinds import check_kind
 
@@ -40,13 +43,6 @@ def read_rows(path: Path) -> Iterator[tuple[Row, int]]:
         else:
             file.seek(start)
             yield from read_lines(file, path)
-
-
-def read_head(path: Path) -> bytes:
-    if not path.is_file():  # to open a pipe would wait for whoever writes to it
-        return b""
-    with open(path, "rb") as file:
-        return file.read(HEAD)
 
 
 def is_as_expected(head: bytes, is_text: bool) -> bool:

@@ -9,9 +9,17 @@ from dataset.chat_format import (
     THINK,
     ChatCoder,
     assistant_segments,
+    encode_chats,
     encode_segments,
     render,
 )
+
+
+def encode_chat(
+    messages: list[dict], tools: list[dict] | None, coder: ChatCoder, loss_on: str = "all"
+) -> tuple[list[int], list[int]]:
+    """Encode one conversation: (ids, mask), see `encode_chats`."""
+    return encode_chats([(messages, tools)], coder, loss_on)[0]
 
 
 def encode_prompt(

@@ -1,6 +1,13 @@
-"""What can be wrong with a row before anybody looks at its fields."""
+"""Faults of rows, in words."""
 
 import json
+
+FORMATS = {
+    "minimind": '{"conversations": [{"role", "content"}, ...]}',
+    "sharegpt": '{"conversations": [{"from", "value"}, ...]}',
+    "alpaca": '{"instruction", "input", "output"}',
+    "openai": '{"messages": [{"role", "content"}, ...]}',
+}
 
 
 def too_long(size: int, limit: int) -> str:
@@ -17,3 +24,13 @@ def find_surrogate(row: object) -> str:
         half = f"\\u{ord(error.object[error.start]):04x}"
         return f"a lone surrogate {half} in it, which is half a character and no text"
     return ""
+
+
+def wrong_schema(row: dict, fmt: str | None = None) -> ValueError:
+    """A row is of no known format, or not of the one that the first row has."""
+    found = ", ".join(map(repr, list(row)[:10])) or "none"
+    if fmt:
+        like = f"not a row of the {fmt} format like the first, {FORMATS[fmt]}"
+        return ValueError(f"{like}; keys found: {found}")
+    accepted = "; ".join(FORMATS.values())
+    return ValueError(f"unknown schema, keys found: {found}; accepted: {accepted}")

@@ -18,11 +18,13 @@ import os
 import sys
 import zlib
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from dataset.checksums import array_checksum, dict_checksum, recall, remember
+from dataset.tokenizer import LazyTokenizer
 
 VERSION = 2  # raise it when the meaning of the cached arrays changes
 ALTERED = "altered"  # a file in a cache that says: build it again
@@ -138,6 +140,30 @@ def file_hash(path: Path, cache_dir: Path) -> str:
             digest.update(block)
     remember(memo, {"identity": identity, "sha256": digest.hexdigest()})
     return digest.hexdigest()
+
+
+def describe_tokenizer(tokenizer, cache_dir: Path) -> str:
+    """All that encoding depends on, as text.
+
+    Of a `LazyTokenizer` it is remembered in cache_dir while its files and the libraries stay, so
+    that a start with a warm cache does not load it.
+    """
+    if not isinstance(tokenizer, LazyTokenizer):
+        return tokenizer.backend_tokenizer.to_str()
+    files = sorted(tokenizer.folder.iterdir())
+    parts = [version(name).encode() for name in ("transformers", "tokenizers")]
+    parts += [path.read_bytes() for path in files if path.suffix in (".json", ".txt")]
+    memo = cache_dir / f"tokenizer_{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.json"
+    known = recall(memo)
+    if known is None:
+        known = {"size": len(tokenizer), "text": tokenizer.backend_tokenizer.to_str()}
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            remember(memo, known)
+        except OSError:  # what cannot be written is loaded next time, too
+            pass
+    tokenizer.size = known["size"]
+    return known["text"]
 
 
 def open_cache(

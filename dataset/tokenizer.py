@@ -1,16 +1,12 @@
 """The tokenizer of a run: loaded late, and without its control tokens where it encodes text."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from tokenizers import Tokenizer
-
-from dataset.checksums import recall, remember
 
 
 class LazyTokenizer:
@@ -21,7 +17,7 @@ class LazyTokenizer:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.size = None
+        self.size = None  # the vocabulary's, where it is known without loading
 
     @functools.cached_property
     def loaded(self):
@@ -41,23 +37,6 @@ class LazyTokenizer:
 
     def __len__(self) -> int:
         return self.size or len(self.loaded)
-
-    def describe(self, cache_dir: Path) -> str:
-        """All that encoding depends on, as text; kept in cache_dir while files and libraries stay."""
-        files = sorted(path for path in self.folder.iterdir() if path.suffix in (".json", ".txt"))
-        parts = [version(name).encode() for name in ("transformers", "tokenizers")]
-        parts += [path.read_bytes() for path in files]
-        path = cache_dir / f"tokenizer_{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.json"
-        known = recall(path)
-        if known is None:
-            known = {"size": len(self.loaded), "text": self.loaded.backend_tokenizer.to_str()}
-            try:
-                cache_dir.mkdir(parents=True, exist_ok=True)
-                remember(path, known)
-            except OSError:  # what cannot be written is loaded next time, too
-                pass
-        self.size = known["size"]
-        return known["text"]
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> LazyTokenizer:

@@ -11,7 +11,6 @@ from kernels.compiling import uncompiled
 from kernels.linear import length_step, multiply, products, sum_of_products
 from kernels.native import round_up
 from kernels.pointwise import swiglu
-from model.layout import autocast_dtype
 from model.lm import Experts, MoE, Router
 
 # The rows of an expert are filled up to a multiple of so many. A product of few rows is rounded in
@@ -68,7 +67,7 @@ class FastExperts(Experts):
         if not native.is_local(x, self.gate_up_proj):
             return super().forward(x, weight, choice)
         k = choice.size(-1)
-        flat = x.to(autocast_dtype(x)).reshape(-1, x.size(-1))  # (N, dim)
+        flat = x.to(native.autocast_dtype(x)).reshape(-1, x.size(-1))  # (N, dim)
         # A step of generation has a token for each row of its batch and no documents to keep apart.
         block = 1 if x.size(1) == 1 else ROW_BLOCK
         rows, ends, row = self.dispatch(flat, choice.reshape(-1, k), block)

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kernels import native
-from model.layout import autocast_dtype
 
 # Numbers in float32 that a core keeps in its cache from one pass over them to the next: 2 MiB, the
 # L2 of a Xeon with AMX.
@@ -21,7 +20,7 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not native.is_local_cpu_tensor(x, self.weight):
             return super().forward(x)
-        dtype, training = autocast_dtype(x), torch.is_grad_enabled()
+        dtype, training = native.autocast_dtype(x), torch.is_grad_enabled()
         if training and products(dtype) is not None:
             return LinearFunction.apply(x, self.weight, dtype)
         one_token_each = x.dim() == 3 and x.size(1) == 1 and x.size(0) in FEW_ROWS
@@ -131,7 +130,7 @@ def length_step(tokens: int, weight: Tensor) -> int:
     nothing: 1.
     """
     whole = type(weight) is nn.Parameter  # not spread over processes, which keep their own lengths
-    if not whole or weight.device.type != "cpu" or autocast_dtype(weight) != torch.bfloat16:
+    if not whole or weight.device.type != "cpu" or native.autocast_dtype(weight) != torch.bfloat16:
         return 1
     if products(torch.bfloat16) is not None and weight.size(-1) % 32 == 0:
         return 1

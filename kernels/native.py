@@ -33,6 +33,12 @@ SCALARS = {"int64_t": (int, ctypes.c_int64), "float": (float, ctypes.c_float)}
 failures: dict[str, str] = {}  # source file -> why it could not be compiled
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of x use: autocast's where it is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 @dataclass
 class Argument:
     """One argument of a C function: a tensor's `dtype`, or the Python type `scalar`."""

@@ -39,15 +39,14 @@ class LMConfig:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
             size = getattr(self, name)
             require(size >= 1, f"{name} must be at least 1, it is {size}")
-        dim, n_heads, n_kv_heads = self.dim, self.n_heads, self.n_kv_heads
+        dim, heads, kv_heads = self.dim, f"n_heads {self.n_heads}", f"n_kv_heads {self.n_kv_heads}"
         if self.head_dim is None:
-            fault = f"dim {dim} is not a multiple of n_heads {n_heads}: change one of them"
-            require(dim % n_heads == 0, fault)
-            self.head_dim = dim // n_heads
+            fault = f"dim {dim} is not a multiple of {heads}: change one of them"
+            require(dim % self.n_heads == 0, fault)
+            self.head_dim = dim // self.n_heads
         fault = f"head_dim {self.head_dim} is odd; rotary positions need an even number"
         require(self.head_dim % 2 == 0, fault)
-        fault = f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}"
-        require(n_heads % n_kv_heads == 0, fault)
+        require(self.n_heads % self.n_kv_heads == 0, f"{heads} is not a multiple of {kv_heads}")
         require(0.0 <= self.dropout < 1.0, f"dropout {self.dropout} must lie in [0, 1)")
         self.hidden_dim = self.hidden_dim or 64 * math.ceil(dim * 8 / 3 / 64)
         width = self.hidden_dim / max(1, self.n_experts_per_tok)

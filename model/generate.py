@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from model.layout import Layout, autocast_dtype
+from model.layout import Layout
 
 Sampler = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -125,7 +125,9 @@ def generate_batch(
     waiting.sort(key=lambda number: -len(prompts[number]))  # neighbours have about one length
     size = samples * min(batch_size, len(waiting))
     lengths = (len(ids) + limit for ids, limit in zip(prompts, limits, strict=True))
-    dtype = autocast_dtype(model.lm_head.weight)
+    dtype = model.lm_head.weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
     cache = KVCache(model.config, size, max(lengths, default=0), device, dtype)
     decoder = (model.make_decoder or Decoder)(model, cache)
     row, position, left = torch.zeros(3, size, dtype=torch.int64)  # of each slot, on the host

@@ -95,9 +95,3 @@ def make_layout(
         if attention_mask is not None:
             layout.doc_ids = layout.doc_ids.where(attention_mask.flatten().bool(), layout.docs)
     return layout
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of x use: autocast's where it is on, else x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -10,7 +10,7 @@ import test_eval_model
 import torch
 from test_eval_model import FACTS, SECOND_TURN, error, ok, turns
 
-import eval_model
+from runtime import scoring
 
 knowing, ignorant = test_eval_model.knowing, test_eval_model.ignorant
 run, run_apart = test_eval_model.run, test_eval_model.run_apart
@@ -91,7 +91,7 @@ def test_with_thinking_asked_for(
         for at, token in enumerate(tokenizer.encode(reply)):
             yield torch.tensor([0]), torch.tensor([at]), torch.tensor([token])
 
-    monkeypatch.setattr(eval_model, "generate_batch", scripted)
+    monkeypatch.setattr(scoring, "generate_batch", scripted)
     path, out = (
         write_jsonl(tmp_path / "rows.jsonl", [question("6*7", "42")]),
         tmp_path / "replies.jsonl",
@@ -243,5 +243,5 @@ def test_an_output_is_tried_without_leaving_anything(run, ignorant, write_jsonl,
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path):
-    assert eval_model.temporary_path(Path("/dev/null")) == Path("/dev/null")
-    assert eval_model.temporary_path(tmp_path / "new").parent == tmp_path
+    assert scoring.temporary_path(Path("/dev/null")) == Path("/dev/null")
+    assert scoring.temporary_path(tmp_path / "new").parent == tmp_path

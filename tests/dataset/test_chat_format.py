@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dataset.chat_format import chat_coder, encode_chat, encode_chats, render
+from dataset.chat_format import chat_coder, encode_chats, render
 from dataset.chat_rows import normalise_row
-from dataset.replies import encode_prompt
+from dataset.replies import encode_chat, encode_prompt
 from dataset.tokenizer import plain_encoder
 
 TOKENIZER = AutoTokenizer.from_pretrained(

@@ -11,9 +11,9 @@ from running import ROOT
 from test_foreign_tokenizers import foreign
 from transformers import AutoTokenizer
 
-from dataset.chat_format import chat_coder, encode_chat
+from dataset.chat_format import chat_coder
 from dataset.prompt_dataset import PromptDataset
-from dataset.replies import decode_reply, final_answer
+from dataset.replies import decode_reply, encode_chat, final_answer
 from runtime.rl import rewards, rollout
 
 CALL = {"name": "weather", "arguments": {"city": "北京"}}

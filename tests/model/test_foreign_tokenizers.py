@@ -28,8 +28,9 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from dataset.chat_format import chat_coder, encode_chat
+from dataset.chat_format import chat_coder
 from dataset.chat_template import CHAT_TEMPLATE
+from dataset.replies import encode_chat
 from dataset.tokenizer import plain_encoder
 
 
