@@ -1,5 +1,4 @@
-"""Prompts for reinforcement learning: rows of the four chat formats that end where the assistant is
-to speak."""
+"""Prompts for RL: rows of the four chat formats that end where the assistant is to speak."""
 
 import hashlib
 import json
@@ -18,8 +17,7 @@ TALK = ("conversations", "messages", "instruction", "input", "output", "history"
 
 
 class PromptDataset(Dataset):
-    """Prompts, and beside each the whole row it came from, whose other fields ("answer", ...) the
-    rewards are about.
+    """Prompts, each with the whole row it came from: its other fields are for the rewards.
 
     A row that ends with an assistant turn is the prompt before that turn; the turn, without its
     thinking, is its "answer", if the row has no field of that name. Prompts are few and short: they
@@ -142,8 +140,7 @@ def describe_prompts(dataset: PromptDataset) -> str:
 
 
 def preview_prompts(dataset: PromptDataset, tokenizer, count: int) -> str:
-    """Prompts as the model sees them, the other fields of their rows, and the counts of the
-    file."""
+    """Prompts as the model sees them, their rows' other fields, and the counts of the file."""
     lines = []
     for number in range(min(count, len(dataset))):
         fields = {key: value for key, value in dataset.rows[number].items() if key not in TALK}

@@ -92,7 +92,7 @@ class TokenCache:
         return np.frombuffer(self.maps[name], dtype, int(self.lengths[row]), start)
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids (n,) int64 and mask (n,) uint8 of a row; the mask says which tokens carry loss."""
+        """A row as ids (n,) int64 and mask (n,) uint8, which says what tokens carry loss."""
         self.reads += 1
         if self.reads % DROP_PAGES_EVERY == 0:  # mapped pages count as memory of this process
             for mapped in self.maps.values():

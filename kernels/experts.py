@@ -1,5 +1,4 @@
-"""Mixture of experts: the router in one pass; rows sorted by expert, and one grouped product for
-all."""
+"""Mixture of experts: a fused router, rows sorted by expert, one grouped product for all."""
 
 import torch
 import torch.nn.functional as F
@@ -112,8 +111,7 @@ class FastExperts(Experts):
 
 
 class DispatchFunction(torch.autograd.Function):
-    """x (N, dim) -> the tokens at the rows of experts, (M, dim). The gradient is gathered, not
-    scattered.
+    """Gather tokens x (N, dim) at the rows of experts, (M, dim); its gradient is gathered, too.
 
     Args:
         token: (M,) int64: whose row it is; any token where a row only fills up.
@@ -137,7 +135,7 @@ class DispatchFunction(torch.autograd.Function):
 
 @uncompiled
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
-    """x (M, in) @ weight[group].T, in the dtype of x, as `parts` tensors (M, out / parts).
+    """Product x (M, in) @ weight[group].T, in the dtype of x, as `parts` tensors (M, out / parts).
 
     Args:
         weight: (groups, out, in), in any dtype.
@@ -189,7 +187,7 @@ def grouped_mm(
     x2: Tensor | None = None,
     matrix2: Tensor | None = None,
 ) -> Tensor:
-    """x (M, K) @ matrix[group] (K, N) -> (M, N), + x2 @ matrix2[group] if there are these."""
+    """Product x (M, K) @ matrix[group] (K, N) -> (M, N), + x2 @ matrix2[group] if there are these."""
     sizes = group_sizes(x, ends)
     if sizes is None:
         out = F.grouped_mm(x, matrix, offs=ends)

@@ -36,8 +36,7 @@ def products(dtype: torch.dtype) -> native.Library | None:
 
 
 class LinearFunction(torch.autograd.Function):
-    """x @ weight.T by linear.cpp. The gradient of the weight is summed in float32 and not
-    rounded."""
+    """Product x @ weight.T by linear.cpp; the gradient of the weight is summed in float32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,7 +61,7 @@ class LinearFunction(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T as an operator that torch knows, so that `recompute` can keep its result."""
+    """Product x @ weight.T as an operator that torch knows, so that `recompute` can keep its result."""
     out = x.new_empty(*x.shape[:-1], len(weight))
     multiply(out.view(-1, len(weight)), x.reshape(-1, x.size(-1)), weight.T)
     return out
@@ -88,7 +87,7 @@ def multiply(
     x2: Tensor | None = None,
     matrix2: Tensor | None = None,
 ) -> None:
-    """out (M, N) = x (M, K) @ matrix (K, N), + x2 @ matrix2 if there are these.
+    """In place: out (M, N) = x (M, K) @ matrix (K, N), + x2 @ matrix2 if there are these.
 
     A matrix may have another dtype: in float32 it is rounded on the way, where a CPU can.
     """
@@ -106,7 +105,7 @@ def multiply(
 
 
 def sum_of_products(total: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """total (M, N) float32 = or += a.T @ b; a (K, M), b (K, N)."""
+    """In place: total (M, N) float32 = or += a.T @ b; a (K, M), b (K, N)."""
     if a.dtype == torch.float32:
         torch.addmm(total, a.T, b, beta=int(add), out=total)
     elif a.device.type == "cuda":

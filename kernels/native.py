@@ -165,8 +165,7 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> Library | None:
 
 
 def compile_and_load(command: list[str], path: Path, target: Path, *rest) -> Library:
-    """The library at `target`, compiled if it is not there; elsewhere where that cannot be
-    written."""
+    """The library at `target`, compiled if need be; elsewhere where that cannot be written."""
     folder = CACHE if is_private(CACHE) else None
     if folder and target.exists() and not open_to_others(target):
         return Library(target, *rest)
@@ -181,8 +180,7 @@ def compile_and_load(command: list[str], path: Path, target: Path, *rest) -> Lib
 
 @functools.cache
 def is_private(folder: Path) -> bool:
-    """Whether libraries can be kept in a folder, which is made; a line says so where others write
-    there."""
+    """Whether libraries can be kept in a folder, which is made; says if others write there."""
     with contextlib.suppress(OSError):
         folder.mkdir(exist_ok=True)
     if folder.is_dir() and open_to_others(folder):
@@ -196,8 +194,7 @@ def is_private(folder: Path) -> bool:
 
 @functools.cache
 def cpu_features() -> str:
-    """What tells CPUs with other instructions apart, on Linux: a folder may be shared by
-    machines."""
+    """What tells CPUs with other instructions apart, on Linux: machines may share a folder."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next((line for line in file if line.startswith(("flags", "Features"))), "")
@@ -206,8 +203,7 @@ def cpu_features() -> str:
 
 
 def is_local_cpu_tensor(*tensors: Tensor) -> bool:
-    """Whether tensors lie in this process' memory: not on a GPU, nor spread over processes
-    (DTensor)."""
+    """Whether tensors lie in this process's memory: not on a GPU, nor spread as DTensors."""
     for x in tensors:  # a loop: this is asked hundreds of times in a step
         if type(x) not in TENSORS or not x.is_cpu:
             return False
@@ -220,8 +216,7 @@ def is_local(*tensors: Tensor) -> bool:
 
 
 def functions_for(x: Tensor, dtype: torch.dtype | None = None) -> Library | None:
-    """The functions of ops.cpp for x, or for a result in another dtype; None: compute it with
-    torch."""
+    """The functions of ops.cpp for x, or a result in another dtype; None: compute it with torch."""
     if torch.compiler.is_compiling() or not is_local_cpu_tensor(x):
         return None
     return library("ops.cpp", dtype or x.dtype)

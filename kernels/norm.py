@@ -1,5 +1,4 @@
-"""RMSNorm, and RMSNorm of the residual stream with what a branch adds to it, in one pass over
-memory."""
+"""Fused RMSNorm, alone and with the addition to the residual stream before it."""
 
 import torch
 import torch.nn.functional as F

@@ -1,5 +1,4 @@
-"""Generation: the cache of keys and values, batches of prompts, drawing tokens, text as it
-comes."""
+"""Generation: KV cache, batches of prompts, sampling, streamed text."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -82,13 +81,11 @@ class Decoder:
         self.model, self.cache = model, cache
 
     def step(self, token: Tensor) -> Tensor:
-        """token (R,) int64, one for each row of the cache -> the logits behind it, (R, vocab)
-        float32."""
+        """Logits (R, vocab) float32 behind token (R,) int64, one for each row of the cache."""
         return self.model(token.unsqueeze(1), cache=self.cache).logits.squeeze(1).float()
 
     def read(self, ids: Tensor, lens: list[int], last: Tensor) -> Tensor:
-        """Prompts packed into ids (1, N), the places of their last tokens -> logits (prompts,
-        vocab)."""
+        """Logits (prompts, vocab) behind prompts packed into ids (1, N) that end at `last`."""
         return self.model(ids, doc_lens=lens, logits_at=last, cache=self.cache).logits.float()
 
 
@@ -102,8 +99,7 @@ def generate_batch(
     samples: int = 1,
     batch_size: int = 64,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Complete prompts token by token. A completion that has ended leaves its slot to the next
-    prompt.
+    """Complete prompts token by token; a finished one leaves its slot to the next prompt.
 
     Prompts are read in packs without padding, once for all their samples.
 
@@ -177,8 +173,7 @@ def generate_batch(
 def read_prompts(
     decoder: Decoder, cache: KVCache, prompts: list[list[int]], rows: Tensor
 ) -> Tensor:
-    """Fill rows (copies, prompts) of the cache; returns the logits behind each, (prompts,
-    vocab)."""
+    """Fill rows (copies, prompts) of the cache; returns the logits behind each prompt."""
     logits, begin, device = [], 0, cache.kv.device
     while begin < len(prompts):
         end, tokens = begin, 0
@@ -206,8 +201,7 @@ def make_sampler(
     repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Sampler:
-    """The sampler of `generate_batch`: `sample`, after a penalty on the tokens of prompt and
-    completion.
+    """The sampler of `generate_batch`: `sample`, with a penalty on tokens that occurred before.
 
     Source: Keskar et al., CTRL (2019), section 4.1, with the sign rule that keeps a penalty a
     penalty.

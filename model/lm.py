@@ -94,7 +94,7 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        """q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D)."""
+        """Attend: q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D)."""
         if layout.doc_lens is not None:
             return self.attend_packed(q, k, v, layout)
         options = {"attn_mask": layout.mask, "enable_gqa": True}
@@ -140,7 +140,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(n, dim, hidden_dim))
 
     def forward(self, x: Tensor, weight: Tensor, choice: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C), the weighted sum over the experts that each token chose.
+        """Of x (B, T, C) the weighted sum, (B, T, C), over the experts that each token chose.
 
         Args:
             weight: (B, T, k) float32.
@@ -193,7 +193,7 @@ class MoE(nn.Module):
         return weight, choice, self.balance_loss(probs.flatten(0, 1), choice.flatten(0, 1), layout)
 
     def balance_loss(self, probs: Tensor, choice: Tensor, layout: Layout) -> Tensor:
-        """probs (N, E), choice (N, k) -> scalar float32."""
+        """Of probs (N, E) and choice (N, k): a scalar float32."""
         if layout.doc_ids is None:
             return probs.new_zeros(())
         E = probs.size(1)
@@ -218,7 +218,7 @@ class Block(nn.Module):
         self.mlp = MoE(config) if config.use_moe else SwiGLU(config.dim, config.hidden_dim)
 
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """x (B, T, C) -> (B, T, C), and the load-balancing loss."""
+        """Of x (B, T, C) the output, (B, T, C), and the load-balancing loss."""
         x = x + self.drop(self.self_attn(self.input_layernorm(x), layout))
         out, aux_loss = self.feed_forward(self.post_attention_layernorm(x), layout)
         return x + self.drop(out), aux_loss

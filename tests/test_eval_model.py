@@ -86,8 +86,7 @@ def ignorant(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(out_dir, *flags, stdin="") -> the finished script. In this process: starting one takes
-    seconds."""
+    """The finished script, run in this process: run(out_dir, *flags, stdin="")."""
 
     def run(out_dir, *flags, stdin="") -> subprocess.CompletedProcess:
         argv = [SCRIPT, "--out_dir", out_dir, "--device", "cpu", *flags]
@@ -213,8 +212,7 @@ def test_system_and_thinking_enter_the_prompt(run, knowing, tokenizer):
 
 
 def test_a_reply_is_read_again_as_it_was_written(run, knowing, tokenizer, monkeypatch):
-    """The ids of the next prompt are those of the last one, the reply's own and the question's,
-    whatever they spell."""
+    """The next prompt: ids of the last one, the reply and the question, whatever they spell."""
     think, end_think, call, end_call = (tokenizer.convert_tokens_to_ids(token) for token in MARKERS)
     h, i, newline = (tokenizer.encode(text)[0] for text in ("h", "i", "\n"))
     replies = iter([

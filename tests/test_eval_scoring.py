@@ -121,8 +121,7 @@ def test_scoring_a_model_that_knows_nothing_ends(run, ignorant, write_jsonl, tmp
 
 
 def test_patterns_and_turns_that_the_model_answers_itself(run, knowing, write_jsonl, tmp_path):
-    """A reply may be right in several words; of two user turns in a row the model answers the
-    first, as in a chat."""
+    """A reply may be right in several words; of two user turns the model answers the first, too."""
     first, second = {"role": "user", "content": "hi"}, {"role": "user", "content": SECOND_TURN[0]}
     rows = [
         {"task": "a", "conversations": [first], "accept": ["nothing", "^HELLO,"]},
@@ -220,8 +219,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_output_that_cannot_be_written_is_noticed_first(run, write_jsonl, tmp_path, name):
-    """Before the model is loaded: there is none here. Permissions alone do not tell, root has all
-    of them."""
+    """Before the model is loaded. Permissions alone do not tell: root has all of them."""
     path, reason = OUTPUTS[name]
     rows, out = write_jsonl(tmp_path / "rows.jsonl", QUESTIONS), tmp_path / path
     message = error(run(tmp_path, "--eval_file", rows, "--eval_out", out))

@@ -1,5 +1,4 @@
-"""Data files: JSON lines, arrays and text in every shape they come in, and every fault that a row
-can have."""
+"""Data files: JSON lines, arrays and text in every shape, and every fault of a row."""
 
 import json
 
@@ -157,8 +156,7 @@ def test_bad_row_names_file_line_and_reason(sft, tmp_path, name):
 
 
 def test_the_first_of_several_faults_is_named(sft, tmp_path):
-    """Reading, checking and encoding find different faults: the order of the file decides which one
-    is told."""
+    """Reading, checking and encoding find different faults: the first in the file is told."""
     wrong_role, broken = GOOD.replace("user", "robot"), "{"
     for lines, where in (
         ([GOOD, wrong_role, broken], ":2: turn 1"),

@@ -1,5 +1,4 @@
-"""The token cache: found again by content, and whole or not there, whatever kills, races and full
-disks do."""
+"""The token cache: found by content, whole or not there, despite kills, races and full disks."""
 
 import hashlib
 import json
@@ -363,8 +362,7 @@ def test_chunks_do_not_matter(sft, tmp_path, monkeypatch):
 
 
 def test_mapped_pages_are_released(sft, monkeypatch):
-    """Pages that were read count as memory of the process: without this, an epoch would hold the
-    whole cache."""
+    """Pages that were read count as memory: without this, an epoch would hold the whole cache."""
     released = []
 
     class Recorded(mmap.mmap):

@@ -1,5 +1,4 @@
-"""What a model wrote, as text: everything that decodes sees all of it, whatever a tokenizer calls
-special."""
+"""What a model wrote, as text: all of it, whatever a tokenizer calls special."""
 
 import json
 import shutil
