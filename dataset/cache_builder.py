@@ -64,7 +64,7 @@ class CacheBuilder:
         Raises:
             ValueError: a bad row, unless they are skipped; no row left; a full disk.
         """
-        self.remove_leftovers()
+        self.remove_leftovers()  # of a build that was killed
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
         try:
             self.building.mkdir()
@@ -79,7 +79,6 @@ class CacheBuilder:
             self.remove_leftovers()
 
     def remove_leftovers(self) -> None:
-        """Of this build, or of one that was killed."""
         shutil.rmtree(self.building, ignore_errors=True)
         shutil.rmtree(self.damaged, ignore_errors=True)
 

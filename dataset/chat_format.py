@@ -113,7 +113,6 @@ def encode_chats(
 
     Args:
         chats: (messages, tools) as `normalise_row` gives them.
-        coder: from `chat_coder`.
         loss_on: 'all' assistant turns or the 'last' one.
 
     Returns:

@@ -25,10 +25,8 @@ class CachedDataset(Dataset):
     """Rows of a token cache as training samples.
 
     Args:
-        data_path: the file.
         tokenizer: a fast tokenizer, as `AutoTokenizer.from_pretrained` gives it.
-        options: all else that the tokens depend on.
-        make_encoder: makes the `cache_builder.Encoder` of the rows; called if a cache is built.
+        options, make_encoder: see `token_cache.open_cache`.
         masked: whether there are tokens without loss.
         cache_dir: where token caches live; default: out/cache.
         skip_bad: leave bad rows out and count them, instead of stopping at the first one.
@@ -143,10 +141,9 @@ class PretrainDataset(CachedDataset):
 class SFTDataset(CachedDataset):
     """Conversations: MiniMind, ShareGPT, Alpaca or OpenAI messages, as JSONL or one JSON array.
 
-    The format is detected from the first row of the file. The loss mask covers the assistant turns
-    with their <|im_end|>, but for those that say not to learn from them (weight, train or loss: 0);
-    a row that is left with no supervised token, so or by being cut at max_length, is dropped and
-    counted.
+    The format is that of the first row. The loss mask covers the assistant turns with their
+    <|im_end|>, but for those that say not to learn from them (weight, train or loss: 0); a row with
+    no supervised token within max_length is dropped and counted.
 
     Args:
         max_length: longest row in tokens.

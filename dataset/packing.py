@@ -183,10 +183,9 @@ def batches(
         from dataset.readers import read_ahead
 
         return read_ahead(dataset, documents, collate, num_workers)
-    pin = torch.cuda.is_available()
-    return (pin_memory(collate([dataset[doc] for doc in docs]), pin) for docs in documents)
-
-
-def pin_memory(batch: tuple, pin: bool) -> tuple:
-    """The batch with its tensors in page-locked memory, from where a GPU copies in parallel."""
-    return tuple(x.pin_memory() if pin and torch.is_tensor(x) else x for x in batch)
+    micro_batches = (collate([dataset[doc] for doc in docs]) for docs in documents)
+    if not torch.cuda.is_available():
+        return micro_batches
+    return (
+        tuple(x.pin_memory() if torch.is_tensor(x) else x for x in batch) for batch in micro_batches
+    )

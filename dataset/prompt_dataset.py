@@ -28,14 +28,16 @@ class PromptDataset(Dataset):
         tokenizer: a fast tokenizer.
         max_length: longest prompt with its completion, in tokens.
         max_new_tokens: longest completion; a prompt that leaves no room for it is dropped and
-        counted. skip_bad: leave bad rows out and count them.
+            counted.
+        skip_bad: leave bad rows out and count them.
 
     Attributes:
         rows: the parsed rows; each has "answer" where one is known.
         places: `file:line` of each row.
         key: hash of data, tokenizer and options, the identity of the data in checkpoints.
         lengths: (rows,) int64, tokens of a prompt with the longest completion, for
-        `packing.plan_epoch`. supervised: (rows,) int64, tokens of the longest completion.
+            `packing.plan_epoch`.
+        supervised: (rows,) int64, tokens of the longest completion.
         stats: counts of the file: rows, tokens (of the prompts), dropped, bad, first_bad.
 
     Raises:

@@ -39,8 +39,7 @@ class TokenCache:
         lengths: (rows,) int32, tokens of each row including the one that is only predicted.
         supervised: (rows,) int32, tokens of each row that carry loss.
         difficulty: (rows,) float64, the field of the curriculum; None without one.
-        checksums: (rows, 2) uint32, CRC-32 of the tokens and of the mask of each row; None in a
-            cache older than these.
+        checksums: (rows, 2) uint32, CRC-32 of each row's tokens and mask; None in an older cache.
         stats: counts: rows, tokens, supervised, dropped, truncated, bad, first_bad.
 
     Raises:
@@ -145,8 +144,7 @@ def file_hash(path: Path, cache_dir: Path) -> str:
 def describe_tokenizer(tokenizer, cache_dir: Path) -> str:
     """All that encoding depends on, as text.
 
-    Of a `LazyTokenizer` it is remembered in cache_dir while its files and the libraries stay, so
-    that a start with a warm cache does not load it.
+    Of a `LazyTokenizer` that is remembered in cache_dir: a start with a warm cache loads none.
     """
     if not isinstance(tokenizer, LazyTokenizer):
         return tokenizer.backend_tokenizer.to_str()

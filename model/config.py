@@ -65,8 +65,7 @@ class LMConfig:
     def from_flags(cls, flags: dict, vocab_size: int) -> "LMConfig":
         """The shape that a stage script's flags describe."""
         flags = {**flags, "use_moe": bool(flags["use_moe"]), "vocab_size": vocab_size}
-        names = (field.name for field in fields(cls))
-        return cls(**{name: flags[name] for name in names if name in flags})
+        return cls(**{f.name: flags[f.name] for f in fields(cls) if f.name in flags})
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LMConfig":

@@ -73,9 +73,9 @@ class RewardModel(MiniMindLM):
             input_ids: (B, T) int64.
             attention_mask: (B, T) 0/1; 0 marks padding, on either side.
             doc_lens: lengths of the documents packed into the one row (B = 1); tokens behind them
-            are padding. values_at: (K,) int64, positions in the flattened (B * T); default: the
-            last token of each document, or
-                without doc_lens of each row. An empty one is fine: no scores.
+                are padding.
+            values_at: (K,) int64, positions in the flattened (B * T); default: the last token of
+                each document, or without doc_lens of each row. An empty one is fine: no scores.
 
         Raises:
             ValueError: a document longer than max_seq_len; a token id outside the vocabulary.
@@ -119,8 +119,7 @@ def load_reward_model(path: str | Path) -> RewardModel:
     """The reward model in a weights file, on the CPU, float32, in evaluation mode.
 
     Raises:
-        ValueError: there is none, it is a language model, or the two files do not fit; one line
-        that names the file.
+        ValueError: there is none, it is a language model, or the two files do not fit.
     """
     path = Path(path)
     config_path = path.with_suffix(".json")
