@@ -32,7 +32,7 @@ LISTED = {side for pair in WORD_PAIRS for side in pair}
 
 
 def pick(rng: random.Random, lang: str, make, held_out: bool) -> str:
-    """A made-up name or city from its own side of the split: held-out ones never are in training."""
+    """A made-up name or city from its own side of the split; training has no held-out one."""
     while True:
         value = make(rng, lang)
         if value in NAMES[lang] or held("name", value.lower()) == held_out:

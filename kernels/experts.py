@@ -187,7 +187,7 @@ def grouped_mm(
     x2: Tensor | None = None,
     matrix2: Tensor | None = None,
 ) -> Tensor:
-    """Product x (M, K) @ matrix[group] (K, N) -> (M, N), + x2 @ matrix2[group] if there are these."""
+    """Of x (M, K) and matrix[group] (K, N) the product, (M, N); + x2 @ matrix2[group] if given."""
     sizes = group_sizes(x, ends)
     if sizes is None:
         out = F.grouped_mm(x, matrix, offs=ends)
