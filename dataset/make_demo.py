@@ -273,9 +273,8 @@ def preference_rows(
 
 def pretrain_texts(seed: str, scale: int) -> list[str]:
     rng, texts = random.Random(seed), []
-    for index, family in enumerate(
-        WORDS["families"]
-    ):  # facts, dictionary entries, what MiniMind is
+    # Facts, dictionary entries, what MiniMind is.
+    for index, family in enumerate(WORDS["families"]):
         for item in family_items(index):
             lines = [upper_first(text.format(**reply_fields(item))) for text in family["text"]]
             for _ in range(2 + scale // 2):
