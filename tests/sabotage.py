@@ -31,7 +31,7 @@ from model.lm import MiniMindLM  # noqa: E402
 from runtime import checkpoint, evaluation
 from runtime.device import local  # noqa: E402
 from runtime.distributed import parallel
-from runtime.rl import rewards  # noqa: E402
+from runtime.rl import sampler  # noqa: E402
 from runtime.tracking import Tracker  # noqa: E402
 
 PLACES = {
@@ -39,7 +39,7 @@ PLACES = {
     "model": (parallel, "wrap", 1),
     "forward": (MiniMindLM, "layout", 3),
     "hang": (MiniMindLM, "layout", 3),
-    "rollout": (rewards, "measures", 1),
+    "rollout": (sampler, "rollout_metrics", 1),
     "clip": (parallel, "clip_gradients", 3),
     "evaluation": (evaluation, "sum_over_rows", 1),
     "save": (checkpoint, "save_run", 1),
