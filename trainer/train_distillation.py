@@ -338,8 +338,7 @@ def main() -> int:
     Logger(f"{args.data_path}: {describe(dataset)}")
     train_rows, held_out = split_rows(len(dataset), args.eval_ratio, args.seed)
     data_ranks = parallel.data_world()[1]
-    global_batch = args.batch_size * args.accumulation_steps * data_ranks
-    global_batch = args.global_batch_size or global_batch
+    global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * data_ranks
     order = (args.seed, args.max_seq_len, args.packing, global_batch, 0)
     plans = functools.partial(plan_epoch, dataset, train_rows, *order)
     steps = sum(plans(epoch).steps for epoch in range(args.epochs))

@@ -137,8 +137,7 @@ def sft_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, to
     Returns:
         The summed loss, and the model's auxiliary loss (a mean over tokens), float32 scalars.
 
-    Source: Ouyang et al., InstructGPT (2022), section 3.1; the mask keeps the prompt out of the
-    loss.
+    Source: Ouyang et al., InstructGPT (2022), section 3.1; the prompt carries no loss.
     """
     # (K,) positions, found on the CPU: a GPU would have to be waited for
     positions = loss_mask.flatten().nonzero().squeeze(1)

@@ -130,8 +130,7 @@ def sft_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, to
     Returns:
         The summed loss, and the model's auxiliary loss (a mean over tokens), float32 scalars.
 
-    Source: Ouyang et al., InstructGPT (2022), section 3.1; the mask keeps the prompt out of the
-    loss.
+    Source: Ouyang et al., InstructGPT (2022), section 3.1; the prompt carries no loss.
     """
     # (K,) positions, found on the CPU: a GPU would have to be waited for
     positions = loss_mask.flatten().nonzero().squeeze(1)
@@ -324,8 +323,7 @@ def main() -> int:
         return 0
     train_rows, held_out = split_rows(len(dataset), args.eval_ratio, args.seed)
     data_ranks = parallel.data_world()[1]
-    global_batch = args.batch_size * args.accumulation_steps * data_ranks
-    global_batch = args.global_batch_size or global_batch
+    global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * data_ranks
     order = (args.seed, args.max_seq_len, args.packing, global_batch, args.drop_last)
     plans = functools.partial(plan_epoch, dataset, train_rows, *order)
     steps = sum(plans(epoch).steps for epoch in range(args.epochs))

@@ -132,8 +132,7 @@ def sft_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, to
     Returns:
         The summed loss, and the model's auxiliary loss (a mean over tokens), float32 scalars.
 
-    Source: Ouyang et al., InstructGPT (2022), section 3.1; the mask keeps the prompt out of the
-    loss.
+    Source: Ouyang et al., InstructGPT (2022), section 3.1; the prompt carries no loss.
     """
     # (K,) positions, found on the CPU: a GPU would have to be waited for
     positions = loss_mask.flatten().nonzero().squeeze(1)
@@ -285,8 +284,7 @@ def main() -> int:
     agree(launch.fingerprint(args.data_path, vars(args)))
     mesh = pipeline.make_mesh(args.device, args.pipeline_parallel, args.tensor_parallel)
     data_ranks = mesh["data"].size()
-    global_batch = args.batch_size * args.accumulation_steps * data_ranks
-    global_batch = args.global_batch_size or global_batch
+    global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * data_ranks
     micro_batches = math.ceil(global_batch / (args.batch_size * data_ranks))
     sizes = (args.pipeline_parallel, args.n_layers, micro_batches)
     pipeline.check_sizes(args.pipeline_schedule, *sizes)
