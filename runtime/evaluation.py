@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.preference_loss import METRICS
-from runtime.distributed.parallel import data_world, is_fsdp, row_split, sum_over_ranks, unwrap
+from runtime.parallel import data_world, is_fsdp, row_split, sum_over_ranks, unwrap
 
 
 def evaluate(

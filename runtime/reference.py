@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dataset.preference_dataset import PreferenceDataset, ReferencedPairs
 from model.preference_loss import answer_logps
 from model.weights import hash_weights
-from runtime.distributed.parallel import data_world, gather_objects, token_losses, world
+from runtime.parallel import data_world, gather_objects, token_losses, world
 from runtime.terminal import naming
 
 

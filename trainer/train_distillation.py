@@ -34,9 +34,7 @@ from dataset.packing import batches, plan_epoch, split_rows
 from model.distillation import Student, load_teacher
 from model.lm import LMConfig
 from model.weights import hash_weights, start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree, check_replicas
+from runtime import checkpoint, launch, parallel
 from runtime.evaluation import sum_over_rows
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
@@ -215,8 +213,8 @@ def train_epoch(
             tracker.log(
                 {"step": step, "eval_loss": eval_ce, "eval_kl": eval_kl}
             )  # the first as in SFT
-        stop.hear(stopping)
-        check_replicas(model, step, args.replica_check)
+        stop.sync_stop(stopping)
+        parallel.check_replicas(model, step, args.replica_check)
         if stopping or done or args.save_interval and step % args.save_interval == 0:
             save()
         if stopping or done:
@@ -400,7 +398,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 
@@ -440,7 +438,7 @@ def main() -> int:
     )
     apply_kernels(teacher, args.device, dtype)
     same = {"the weights of --teacher_weight": hash_weights(teacher.state_dict())}
-    agree(same)
+    parallel.assert_same_on_all_ranks(same)
     config = LMConfig.from_flags(vars(args), vocab_size=len(tokenizer))
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"

@@ -34,9 +34,7 @@ from dataset.preference_dataset import open_pairs, preview_pairs
 from model.lm import LMConfig, MiniMindLM
 from model.preference_loss import METRICS, choose_beta, choose_loss
 from model.weights import start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree, check_replicas
+from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate_pairs
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
@@ -217,8 +215,8 @@ def train_epoch(
         if len(held_out[1]) and (done or args.eval_interval and step % args.eval_interval == 0):
             how = (args.batch_size, autocast, args.device)
             tracker.log({"step": step} | evaluate_pairs(loss_of, model, *held_out, *how))
-        stop.hear(stopping)
-        check_replicas(model, step, args.replica_check)
+        stop.sync_stop(stopping)
+        parallel.check_replicas(model, step, args.replica_check)
         if stopping or done or args.save_interval and step % args.save_interval == 0:
             save()
         if stopping or done:
@@ -419,7 +417,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 

@@ -32,9 +32,7 @@ from dataset.lm_dataset import SFTDataset, describe, load_tokenizer, preview
 from dataset.packing import batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree, check_replicas
+from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
@@ -202,8 +200,8 @@ def train_epoch(
         if len(held_out) and (done or args.eval_interval and step % args.eval_interval == 0):
             rows = (held_out, args.batch_size, autocast, args.device)
             tracker.log({"step": step, "eval_loss": evaluate(sft_loss, model, dataset, *rows)})
-        stop.hear(stopping)
-        check_replicas(model, step, args.replica_check)
+        stop.sync_stop(stopping)
+        parallel.check_replicas(model, step, args.replica_check)
         if stopping or done or args.save_interval and step % args.save_interval == 0:
             save()
         if stopping or done:
@@ -382,7 +380,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(
         args.device, args.strategy, args.context_parallel, args.tensor_parallel, bool(args.offload)
     )

@@ -39,9 +39,7 @@ from dataset.packing import plan_epoch, split_rows
 from dataset.prompt_dataset import PromptDataset, describe_prompts, preview_prompts
 from model.lm import LMConfig, MiniMindLM
 from model.weights import hash_weights, start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree, check_replicas
+from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.rl import rewards, rollout
@@ -330,8 +328,8 @@ def train_epoch(
                     for name, total in zip(names, sums, strict=True)
                 }
                 tracker.log(metrics | found | {"total_tokens": progress["tokens"]})
-            check_replicas(model, step, args.replica_check)
-            stop.hear(stopping)
+            parallel.check_replicas(model, step, args.replica_check)
+            stop.sync_stop(stopping)
 
         # 7. Between two rollouts: show samples, evaluate, save
         progress["step_in_epoch"] += 1
@@ -554,7 +552,7 @@ def main() -> int:
         b if a is None else a for a, b in ((args.clip_low, low), (args.clip_high, high))
     )
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 

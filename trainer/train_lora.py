@@ -34,9 +34,7 @@ from dataset.packing import batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.lora import adapter_json, adapter_tensors, add_lora
 from model.weights import start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree, check_replicas
+from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
@@ -205,8 +203,8 @@ def train_epoch(
         if len(held_out) and (done or args.eval_interval and step % args.eval_interval == 0):
             rows = (held_out, args.batch_size, autocast, args.device)
             tracker.log({"step": step, "eval_loss": evaluate(sft_loss, model, dataset, *rows)})
-        stop.hear(stopping)
-        check_replicas(model, step, args.replica_check)
+        stop.sync_stop(stopping)
+        parallel.check_replicas(model, step, args.replica_check)
         if stopping or done or args.save_interval and step % args.save_interval == 0:
             save()
         if stopping or done:
@@ -389,7 +387,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 
@@ -432,7 +430,7 @@ def main() -> int:
     Logger(start_weights(model, args.from_weight, "full_sft", args.out_dir, suffix))
     lora = add_lora(model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
     args.lora_targets, same = lora["targets"], {"the weights of --from_weight": lora["base_sha256"]}
-    agree(same)
+    parallel.assert_same_on_all_ranks(same)
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | same
     found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
 

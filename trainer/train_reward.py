@@ -35,9 +35,7 @@ from model.lm import LMConfig
 from model.preference_loss import METRICS, bradley_terry, summed
 from model.reward import RewardConfig, RewardModel
 from model.weights import start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree, check_replicas
+from runtime import checkpoint, launch, parallel
 from runtime.evaluation import evaluate_pairs
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
@@ -209,8 +207,8 @@ def train_epoch(
         if len(held_out[1]) and (done or args.eval_interval and step % args.eval_interval == 0):
             how = (args.batch_size, autocast, args.device)
             tracker.log({"step": step} | evaluate_pairs(reward_loss, model, *held_out, *how))
-        stop.hear(stopping)
-        check_replicas(model, step, args.replica_check)
+        stop.sync_stop(stopping)
+        parallel.check_replicas(model, step, args.replica_check)
         if stopping or done or args.save_interval and step % args.save_interval == 0:
             save()
         if stopping or done:
@@ -380,7 +378,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 

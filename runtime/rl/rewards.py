@@ -23,8 +23,8 @@ from torch import Tensor
 
 from dataset.chat_format import IM_END, decode_reply, final_answer
 from model.reward import RewardModel, load_reward_model
-from runtime.distributed.parallel import data_world, gather_objects, sum_over_ranks
 from runtime.kernel_loader import apply_kernels
+from runtime.parallel import data_world, gather_objects, sum_over_ranks
 from runtime.rl.rollout import Rollout, generate
 
 THINKING = r"<think>\n.*?\n</think>\n\n.+"  # the layout of a reply that thinks first

@@ -39,10 +39,8 @@ from dataset.lm_dataset import SFTDataset, describe, load_tokenizer, preview
 from dataset.packing import batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
-from runtime import checkpoint, launch
+from runtime import checkpoint, launch, parallel
 from runtime.device import dtype_of
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree, check_replicas
 from runtime.engines import deepspeed_config, deepspeed_engine
 from runtime.evaluation import evaluate
 from runtime.kernel_loader import apply_kernels
@@ -126,8 +124,8 @@ def save_weights(model, config: LMConfig, path: Path) -> None:
     if is_main_process():  # the names are the module's; of tied weights the optimizer has one
         embedding = whole.get("model.embed_tokens.weight")
         state_dict = {name: whole.get(name, embedding) for name in model.module.state_dict()}
-        checkpoint.later(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
-        checkpoint.later(checkpoint.save_file, path, state_dict)
+        checkpoint.submit(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
+        checkpoint.submit(checkpoint.save_file, path, state_dict)
 
 
 # Copied from trainer.train_full_sft.sft_loss
@@ -213,8 +211,8 @@ def train_epoch(args, plan, dataset, held_out, model, tracker, progress, stop, s
         if len(held_out) and (done or args.eval_interval and step % args.eval_interval == 0):
             rows = (held_out, args.batch_size, nullcontext(), args.device)
             tracker.log({"step": step, "eval_loss": evaluate(sft_loss, model, dataset, *rows)})
-        stop.hear(stopping)
-        check_replicas(model, step, args.replica_check)
+        stop.sync_stop(stopping)
+        parallel.check_replicas(model, step, args.replica_check)
         if stopping or done or args.save_interval and step % args.save_interval == 0:
             save()
         if stopping or done:
@@ -385,7 +383,7 @@ def main() -> int:
     )  # without it, too: `deepspeed` is always a launcher
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     setup_seed(args.seed)
     world_size = parallel.world()[1]
     global_batch = deepspeed_config.check(args.deepspeed, args, world_size)

@@ -35,9 +35,7 @@ from dataset.lm_dataset import SFTDataset, describe, load_tokenizer, preview
 from dataset.packing import batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree, check_replicas
+from runtime import checkpoint, launch, parallel
 from runtime.engines import pipeline
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
@@ -118,8 +116,8 @@ def save_weights(model: pipeline.Pipeline, config: LMConfig, path: Path) -> None
     for all ranks."""
     state_dict = model.whole_tensors(model.module.state_dict())
     if is_main_process():
-        checkpoint.later(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
-        checkpoint.later(checkpoint.save_file, path, state_dict)
+        checkpoint.submit(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
+        checkpoint.submit(checkpoint.save_file, path, state_dict)
 
 
 # Copied from trainer.train_full_sft.sft_loss
@@ -207,8 +205,8 @@ def train_epoch(
                     "eval_loss": model.evaluate(sft_loss, dataset, held_out, args.batch_size),
                 }
             )
-        stop.hear(stopping)
-        check_replicas(model.module, step, args.replica_check)
+        stop.sync_stop(stopping)
+        parallel.check_replicas(model.module, step, args.replica_check)
         if stopping or done or args.save_interval and step % args.save_interval == 0:
             save()
         if stopping or done:
@@ -383,7 +381,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     mesh = pipeline.make_mesh(args.device, args.pipeline_parallel, args.tensor_parallel)
     global_batch = (
         args.global_batch_size or args.batch_size * args.accumulation_steps * mesh["data"].size()
