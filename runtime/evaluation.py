@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from runtime.distributed.parallel import data_world, is_fsdp, row_split, sum_over_ranks, unwrap
+from runtime.parallel import data_world, is_fsdp, row_split, sum_over_ranks, unwrap
 from runtime.run import Run
 
 

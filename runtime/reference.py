@@ -14,7 +14,7 @@ from torch import nn
 
 from dataset.preference_dataset import PreferenceDataset, ReferencedPairs
 from model.preference_loss import logps_of
-from runtime.distributed.parallel import data_world, gather_objects, world
+from runtime.parallel import data_world, gather_objects, world
 from runtime.terminal import naming
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime import checkpoint
-from runtime.distributed.replicas import check_replicas
+from runtime import checkpoint, parallel
 from runtime.launch import StopSignal
 from runtime.tracking import Tracker
 
@@ -78,13 +77,13 @@ class Run:
             stopping: sum of the signals that the ranks have received.
         """
         self.progress["step_in_epoch"] += 1
-        self.stop.hear(stopping)
+        self.stop.sync_stop(stopping)
         self.check_replicas()
         return self.save_if_due(stopping)
 
     def check_replicas(self) -> None:
         """Stop where ranks that must hold the same weights do not, every --replica_check steps."""
-        check_replicas(self.model, self.step, self.args.replica_check)
+        parallel.check_replicas(self.model, self.step, self.args.replica_check)
 
     def save_if_due(self, stopping: float, steps: int = 1) -> bool:
         """Save every --save_interval steps, at the end, on a signal. True: leave the loop.

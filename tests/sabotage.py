@@ -28,9 +28,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 import dataset.packing  # noqa: E402
 from dataset.lm_dataset import CachedDataset  # noqa: E402
 from model.lm import MiniMindLM  # noqa: E402
-from runtime import checkpoint, evaluation
+from runtime import checkpoint, evaluation, parallel
 from runtime.device import local  # noqa: E402
-from runtime.distributed import parallel
 from runtime.rl import sampler  # noqa: E402
 from runtime.tracking import Tracker  # noqa: E402
 

@@ -8,8 +8,7 @@ import runpy
 import sys
 
 from model.weights import hash_weights
-from runtime import checkpoint
-from runtime.distributed import parallel
+from runtime import checkpoint, parallel
 
 wrap, wait, wrapped = parallel.wrap, checkpoint.wait, []
 

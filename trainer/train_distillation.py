@@ -35,9 +35,7 @@ from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.distillation import Student, load_teacher
 from model.lm import LMConfig
 from model.weights import hash_weights, start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree
+from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
@@ -324,7 +322,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 
@@ -358,7 +356,7 @@ def main() -> int:
     teacher = load_teacher(args.teacher_weight, args.out_dir, *teacher_size).to(args.device)
     apply_kernels(teacher, args.device, dtype)
     teacher_weights = {"the weights of --teacher_weight": hash_weights(teacher.state_dict())}
-    agree(teacher_weights)
+    parallel.assert_same_on_all_ranks(teacher_weights)
     config = LMConfig.from_flags(vars(args), vocab_size=len(tokenizer))
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"

@@ -36,9 +36,7 @@ from dataset.preference_dataset import open_pairs, preview_pairs
 from model.lm import LMConfig, MiniMindLM
 from model.preference_loss import METRICS, bradley_terry, logps_of, sum_metrics
 from model.weights import hash_weights, start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree
+from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
@@ -380,7 +378,7 @@ def main() -> int:
     launch.check_flags(vars(args))
     check_loss(args)
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 

@@ -34,9 +34,7 @@ from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.lora import adapter_json, adapter_tensors, add_lora
 from model.weights import start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree
+from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
@@ -285,7 +283,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 
@@ -324,7 +322,7 @@ def main() -> int:
     lora = add_lora(model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
     args.lora_targets = lora["targets"]
     base = {"the weights of --from_weight": lora["base_sha256"]}
-    agree(base)
+    parallel.assert_same_on_all_ranks(base)
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | base
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
 

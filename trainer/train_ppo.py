@@ -42,9 +42,7 @@ from dataset.prompt_dataset import PromptDataset, describe_prompts
 from model.lm import LMConfig, MiniMindLM
 from model.reward import ActorCritic, RewardConfig, RewardModel
 from model.weights import hash_weights, start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree
+from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.rl.rewards import load_rewards
@@ -328,7 +326,7 @@ def train_epoch(run: Run, plan: Plan, sampler: Sampler, reference, held_out: np.
             means = [total / max(1, batch.supervised) for total in sums]
             run.log_step(metrics | dict(zip(names, means, strict=True)) | rollout_means)
             run.check_replicas()
-            run.stop.hear(stopping)
+            run.stop.sync_stop(stopping)
 
         # 6. Between two rollouts: show samples, evaluate, save
         run.progress["step_in_epoch"] += 1
@@ -438,7 +436,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 

@@ -32,9 +32,7 @@ from dataset.lm_dataset import PretrainDataset, describe, load_tokenizer
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree
+from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
@@ -274,7 +272,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     sizes = (args.context_parallel, args.tensor_parallel)
     parallel.make_mesh(args.device, args.strategy, *sizes, bool(args.offload))
     setup_seed(args.seed)

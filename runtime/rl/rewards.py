@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dataset.chat_format import decode_reply, final_answer
-from runtime.distributed.parallel import gather_objects
+from runtime.parallel import gather_objects
 from runtime.rl.rollout import Rollout
 
 THINKING = r"<think>\n.*?\n</think>\n\n.+"  # the layout of a reply that thinks first

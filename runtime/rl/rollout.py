@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dataset.packing import Plan
 from model.generate import generate_batch
 from model.lm import MiniMindLM
+from runtime import parallel
 from runtime.device import is_sharded
-from runtime.distributed import parallel
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dataset.chat_format import IM_END
 from dataset.prompt_dataset import PromptDataset
-from runtime.distributed.parallel import data_world, sum_over_ranks
+from runtime.parallel import data_world, sum_over_ranks
 from runtime.rl.rewards import Reward, compute_rewards, texts_of
 from runtime.rl.rollout import Rollout, generate, whole_copy
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import RUN_FLAGS, conversations, curve, write_jsonl
 from running import ROOT, STAGE_SCRIPTS, processes_of, run_ranks
 
-from runtime.distributed import parallel
-from runtime.distributed.parallel import agree_on_step
+from runtime import parallel
+from runtime.parallel import agree_on_step
 
 
 @pytest.fixture(scope="module")

@@ -174,7 +174,7 @@ def test_changed_flags_are_refused_by_name_or_accepted_and_remembered(begin, tmp
 MEDDLING = f"""import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from runtime import checkpoint
-from runtime.distributed import replicas
+from runtime import parallel
 calls = []
 def meddle(place, name, at, number):
     original = getattr(place, name)
@@ -230,6 +230,6 @@ def test_a_signal_behind_the_last_step_of_an_epoch_is_heard_in_the_next(meddled,
     """Its step had been agreed on already, without the signal: no save would follow, and other
     ranks would go on."""
     flags = ["--max_steps=0", "--epochs=3", "--batch_size=4", "--save_interval=0"]
-    printed = meddled('meddle(replicas, "check_replicas", 5, 15)', *flags, code=143)
+    printed = meddled('meddle(parallel, "check_replicas", 5, 15)', *flags, code=143)
     assert "stopped by signal 15 at step 6" in printed
     assert (tmp_path / "out/full_sft_32/checkpoints/step_00000006/manifest.json").exists()

@@ -33,10 +33,8 @@ from dataset.lm_dataset import SFTDataset, describe, load_tokenizer
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
-from runtime import checkpoint, launch
+from runtime import checkpoint, launch, parallel
 from runtime.device import one_order
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree
 from runtime.engines import accelerated, engine_store
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
@@ -113,8 +111,8 @@ def save_weights(accelerator, model: torch.nn.Module, config: LMConfig, path: Pa
     """Write `model.module.state_dict()` in float32, and the shape as JSON; all ranks call it."""
     state_dict = engine_store.whole_tensors(accelerated.whole_weights(accelerator, model))
     if is_main_process():
-        checkpoint.later(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
-        checkpoint.later(checkpoint.write_weights, path, state_dict)
+        checkpoint.submit(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
+        checkpoint.submit(checkpoint.write_weights, path, state_dict)
 
 
 # Copied from trainer.train_full_sft.sft_loss
@@ -284,7 +282,7 @@ def main() -> int:
     launch.check_flags(vars(args))
     accelerated.check_launch(args)
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     accelerator = accelerated.start(args, run_dir)

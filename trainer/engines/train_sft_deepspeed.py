@@ -37,10 +37,8 @@ from dataset.lm_dataset import SFTDataset, describe, load_tokenizer
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
-from runtime import checkpoint, launch
+from runtime import checkpoint, launch, parallel
 from runtime.device import dtype_of
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree
 from runtime.engines import deepspeed_config, deepspeed_engine
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
@@ -119,8 +117,8 @@ def save_weights(model, config: LMConfig, path: Path) -> None:
     if is_main_process():  # the names are the module's; of tied weights the optimizer has one
         embedding = whole.get("model.embed_tokens.weight")
         state_dict = {name: whole.get(name, embedding) for name in model.module.state_dict()}
-        checkpoint.later(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
-        checkpoint.later(checkpoint.save_file, path, state_dict)
+        checkpoint.submit(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
+        checkpoint.submit(checkpoint.save_file, path, state_dict)
 
 
 # Copied from trainer.train_full_sft.sft_loss
@@ -289,7 +287,7 @@ def main() -> int:
     args.ddp = args.ddp or read_launch().launched
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     setup_seed(args.seed)
     world_size = parallel.world()[1]
     global_batch = deepspeed_config.check(args.deepspeed, args, world_size)

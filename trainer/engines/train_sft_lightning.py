@@ -32,9 +32,7 @@ from dataset.lm_dataset import SFTDataset, describe, load_tokenizer
 from dataset.packing import plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree
+from runtime import checkpoint, launch, parallel
 from runtime.engines import engine_store, lightning_engine
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
@@ -112,8 +110,8 @@ def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
     state_dict = model.module.state_dict() if hasattr(model, "module") else model.state_dict()
     state_dict = engine_store.whole_tensors(state_dict)
     if is_main_process():
-        checkpoint.later(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
-        checkpoint.later(checkpoint.write_weights, path, state_dict)
+        checkpoint.submit(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
+        checkpoint.submit(checkpoint.write_weights, path, state_dict)
 
 
 # Copied from trainer.train_full_sft.sft_loss
@@ -305,7 +303,7 @@ def main() -> int:
     launch.check_flags(vars(args))
     lightning_engine.check_launch(args)
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.

@@ -34,9 +34,7 @@ from dataset.lm_dataset import SFTDataset, describe, load_tokenizer
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.weights import start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree
+from runtime import checkpoint, launch, parallel
 from runtime.engines import pipeline
 from runtime.engines.pipeline import Pipeline
 from runtime.kernel_loader import apply_kernels
@@ -114,8 +112,8 @@ def save_weights(model: Pipeline, config: LMConfig, path: Path) -> None:
     """Write the float32 weights as a state dict, and the shape as JSON; all ranks call it."""
     state_dict = model.whole_tensors(model.module.state_dict())
     if is_main_process():
-        checkpoint.later(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
-        checkpoint.later(checkpoint.save_file, path, state_dict)
+        checkpoint.submit(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
+        checkpoint.submit(checkpoint.save_file, path, state_dict)
 
 
 # Copied from trainer.train_full_sft.sft_loss
@@ -281,7 +279,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     mesh = pipeline.make_mesh(args.device, args.pipeline_parallel, args.tensor_parallel)
     data_ranks = mesh["data"].size()
     global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * data_ranks
