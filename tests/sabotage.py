@@ -1,4 +1,4 @@
-"""Run a script with something going wrong on one rank: sabotage.py PHASE RANK SCRIPT ARGS
+"""Run a script with something going wrong on one rank: sabotage.py PHASE RANK SCRIPT ARGS.
 
 PHASE: data, model, forward, rollout, clip, step, evaluation, save, end: the rank raises there (in
 the loop: at its

@@ -1,5 +1,4 @@
-"""Run a stage script and print, at every wait for its writer, the hash of all weights that do not
-train.
+"""Run a stage script; at every wait for its writer, print the hash of the frozen weights.
 
 torchrun --nproc_per_node 2 tests/watch_frozen.py SCRIPT ARGS
 """

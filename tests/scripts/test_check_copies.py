@@ -1,5 +1,4 @@
-"""scripts/check_copies.py: every kind of finding on a small tree, what --fix does, and the real
-tree."""
+"""scripts/check_copies.py: every kind of finding on a small tree, --fix, and the real tree."""
 
 import subprocess
 import sys

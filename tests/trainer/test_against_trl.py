@@ -1,5 +1,7 @@
-"""Our losses on the same numbers as TRL's own code. Skips where TRL is not installed: pip install
-trl==1.16.0"""
+"""Our losses on the same numbers as TRL's own code.
+
+Skips where TRL is not installed: pip install trl==1.16.0
+"""
 
 import functools
 import warnings
@@ -73,8 +75,7 @@ def answers():
 
 
 def dpo_of_trl(answers, loss_type: str, beta: float) -> tuple[float, dict]:
-    """Loss and metrics of DPOTrainer on these log-probabilities, its models replaced by two that
-    only hand them out."""
+    """Loss and metrics of DPOTrainer on these log-probabilities, its models replaced."""
 
     def model_of(logps):
         zeros = torch.zeros_like(logps)

@@ -1,5 +1,4 @@
-"""Distillation: divergences and their gradients, losses a chunk at a time, and runs beside a
-teacher."""
+"""Distillation: divergences and their gradients, losses by chunks, and runs beside a teacher."""
 
 import functools
 import shutil
@@ -153,8 +152,7 @@ def test_chunks_change_nothing(teacher, kind, options):
 
 
 def test_logits_exist_for_a_chunk_only(teacher):
-    """The largest tensor that autograd keeps between the passes, and the largest that either makes,
-    is a chunk's."""
+    """No tensor of logits that autograd keeps, or that a pass makes, is larger than a chunk's."""
     student = student_of(
         LMConfig(**SHAPE), load_teacher(str(teacher), "", 700, 64), "js", 1.0, chunk=4
     )

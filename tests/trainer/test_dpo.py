@@ -1,5 +1,4 @@
-"""DPO: the losses, a reference that is asked once or every time, runs on any number of processes,
-bad flags."""
+"""DPO: losses, a reference asked once or every time, runs on any number of processes, flags."""
 
 import functools
 import json
@@ -39,7 +38,7 @@ def numbers(*shape: int) -> torch.Tensor:
 
 
 def test_dpo_by_hand():
-    """beta 0.5, log-ratios 2 and -1: the margin is 1.5."""
+    """Beta 0.5, log-ratios 2 and -1: the margin is 1.5."""
     policy, reference = torch.tensor([[-3.0, -7.0]]), torch.tensor([[-5.0, -6.0]])
     losses, chosen, rejected = dpo_loss(policy, reference, 0.5, 0.0)
     assert losses.item() == pytest.approx(math.log(1 + math.exp(-1.5)), rel=1e-6)
@@ -120,8 +119,7 @@ def pairs(tokenizer, tmp_path) -> PreferenceDataset:
 
 @torch.no_grad()
 def test_log_probabilities_of_answers(model, pairs):
-    """Those of each answer alone, all its tokens with the end of turn summed; the same in whatever
-    row it stands."""
+    """Those of each answer alone, its tokens with the end of turn summed, in whatever row."""
     batch = pairs.collate([pairs[row] for row in range(6)])
     logps, lens, _ = logps_of(model, *batch, "cpu")
     for row in range(6):

@@ -1,5 +1,4 @@
-"""What goes wrong on one rank ends the job on all of them, at once, with the first error shown and
-no orphan."""
+"""What goes wrong on one rank ends the job on all, with the first error shown and no orphan."""
 
 import math
 import re
@@ -156,8 +155,7 @@ PARTS = [
 
 @pytest.fixture
 def spoil(flags, tmp_path):
-    """spoil(phase, script, its flags, exit code) -> what two ranks print when rank 1 is
-    sabotaged."""
+    """Return spoil(phase, script, flags, exit code) -> what two ranks print, one sabotaged."""
 
     def spoil(phase: str, script: str, own: str, code: int) -> str:
         if (engine := script.removeprefix("train_sft_")) in (

@@ -1,5 +1,4 @@
-"""PPO: rewards, advantages and losses by themselves, and runs that do not depend on how they are
-spread."""
+"""PPO: rewards, advantages, losses, and runs that do not depend on how they are spread."""
 
 import math
 import shutil

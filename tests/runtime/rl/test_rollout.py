@@ -1,5 +1,4 @@
-"""Rollouts and rewards: what is drawn and how probable it was, prompts from data files, what makes
-a reply good."""
+"""Rollouts and rewards: what is sampled and how probable it is, prompts of files, reward functions."""
 
 from contextlib import nullcontext
 
