@@ -78,12 +78,8 @@ class Run:
         """
         self.progress["step_in_epoch"] += 1
         self.stop.sync_stop(stopping)
-        self.check_replicas()
-        return self.save_if_due(stopping)
-
-    def check_replicas(self) -> None:
-        """Stop where ranks that must hold the same weights do not, every --replica_check steps."""
         parallel.check_replicas(self.model, self.step, self.args.replica_check)
+        return self.save_if_due(stopping)
 
     def save_if_due(self, stopping: float, steps: int = 1) -> bool:
         """Save every --save_interval steps, at the end, on a signal. True: leave the loop.

@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dataset.lm_dataset import load_tokenizer
+from dataset.lm_dataset import describe, load_tokenizer
 from dataset.packing import Plan, batches, plan_epoch
-from dataset.preference_dataset import open_pairs, preview_pairs
+from dataset.preference_dataset import open_pairs
 from model.lm import LMConfig, MiniMindLM
 from model.preference_loss import METRICS, bradley_terry, logps_of, sum_metrics
 from model.weights import hash_weights, start_weights
@@ -177,9 +177,7 @@ def simpo_loss(
     return bradley_terry(chosen - rejected - gamma, label_smoothing), chosen, rejected
 
 
-def preference_loss(
-    args: argparse.Namespace, policy: Tensor, lens: Tensor, reference: Tensor | None
-) -> Tensor:
+def preference_loss(args, policy: Tensor, lens: Tensor, reference: Tensor | None) -> Tensor:
     """The loss of --loss_type, and that of SFT on the chosen answers times --sft_weight.
 
     Args:
@@ -188,8 +186,7 @@ def preference_loss(
     Returns:
         (5,) float32, METRICS summed over the pairs.
 
-    Source: Pang et al., Iterative Reasoning Preference Optimization (2024), eq. 1, its right part,
-    for the term of SFT.
+    Source: Pang et al., Iterative Reasoning Preference Optimization (2024), eq. 1: --sft_weight.
     """
     if args.loss_type == "sigmoid":
         losses, *rewards = dpo_loss(policy, reference, args.beta, args.label_smoothing)
@@ -203,23 +200,20 @@ def preference_loss(
     return sum_metrics(losses, *rewards)
 
 
-def batch_loss(
-    args, reference, model, X, Y, loss_mask, doc_lens, *cached_and_device
-) -> tuple[Tensor, Tensor]:
+def batch_loss(args, reference, model, *batch) -> tuple[Tensor, Tensor]:
     """`preference_loss` of a batch, and the auxiliary loss, a scalar.
 
     Args:
-        reference: the frozen model; None for simpo, and where `cached` has what it says.
-        X, Y, loss_mask, doc_lens: of `PreferenceDataset.collate`.
-        cached_and_device: perhaps (P, 2) log-probabilities of the reference; the device.
+        reference: the frozen model; None for simpo, and where the batch has what it says.
+        batch: X, Y, loss_mask, doc_lens of `PreferenceDataset.collate`, perhaps (P, 2)
+            log-probabilities of the reference, and the device.
     """
-    *cached, device = cached_and_device
-    batch = (X, Y, loss_mask, doc_lens, device)
-    policy, lens, aux_loss = logps_of(model, *batch)
-    reference_logps = cached[0].to(device) if cached else None
+    *inputs, device = batch
+    policy, lens, aux_loss = logps_of(model, *inputs[:4], device)
+    reference_logps = inputs[4].to(device) if len(inputs) > 4 else None
     if reference is not None:
         with torch.no_grad():
-            reference_logps = logps_of(reference, *batch)[0]
+            reference_logps = logps_of(reference, *inputs[:4], device)[0]
     return preference_loss(args, policy, lens, reference_logps), aux_loss
 
 
@@ -387,9 +381,12 @@ def main() -> int:
     dataset, train_rows, *held_out = parallel.rank_zero_first(
         lambda: open_pairs(vars(args), tokenizer)
     )
-    Logger(preview_pairs(dataset, tokenizer, args.preview, colour=sys.stdout.isatty()))
     if args.preview:
+        from dataset.preference_dataset import preview_pairs
+
+        Logger(preview_pairs(dataset, tokenizer, args.preview, colour=sys.stdout.isatty()))
         return 0
+    Logger(f"--- {describe(dataset)}")
     data_ranks = parallel.data_world()[1]
     global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * data_ranks
     order = (args.seed, args.max_seq_len, args.packing, global_batch, 0)

@@ -324,7 +324,7 @@ def train_epoch(run: Run, plan: Plan, sampler: Sampler, reference, held_out: np.
             names = ("kl", "entropy", "clipped_low", "clipped_high", "ratio")
             means = [total / max(1, batch.supervised) for total in sums]
             run.log_step(metrics | dict(zip(names, means, strict=True)) | rollout_means)
-            run.check_replicas()
+            parallel.check_replicas(model, run.step, args.replica_check)
             run.stop.sync_stop(stopping)
 
         # 7. Between two rollouts: show samples, evaluate, save

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dataset.lm_dataset import load_tokenizer
+from dataset.lm_dataset import describe, load_tokenizer
 from dataset.packing import Plan, batches, plan_epoch
-from dataset.preference_dataset import PreferenceDataset, open_pairs, preview_pairs
+from dataset.preference_dataset import PreferenceDataset, open_pairs
 from model.lm import LMConfig
 from model.preference_loss import METRICS, bradley_terry, sum_metrics
 from model.reward import RewardConfig, RewardModel
@@ -291,9 +291,12 @@ def main() -> int:
     dataset, train_rows, *held_out = parallel.rank_zero_first(
         lambda: open_pairs(vars(args), tokenizer)
     )
-    Logger(preview_pairs(dataset, tokenizer, args.preview, colour=sys.stdout.isatty()))
     if args.preview:
+        from dataset.preference_dataset import preview_pairs
+
+        Logger(preview_pairs(dataset, tokenizer, args.preview, colour=sys.stdout.isatty()))
         return 0
+    Logger(f"--- {describe(dataset)}")
     data_ranks = parallel.data_world()[1]
     global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * data_ranks
     order = (args.seed, args.max_seq_len, args.packing, global_batch, 0)
