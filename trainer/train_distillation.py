@@ -2,8 +2,7 @@
 
 Reads  --data_path (conversations as for SFT), the weights of --teacher_weight with their .json, and
        of --from_weight.
-Writes out/distill_512.pth with its .json, and out/distill_512/: metrics.jsonl, training.log,
-checkpoints.
+Writes out/distill_512.pth with its .json, and out/distill_512/: metrics, log, checkpoints.
 
     python trainer/train_distillation.py --dim 256
     torchrun --nproc_per_node 8 trainer/train_distillation.py --ddp --dim 256

@@ -2,8 +2,7 @@
 
 Reads  --data_path (JSONL of {"text": ...}, a JSON array of them, or a .txt file with a document a
        line).
-Writes out/pretrain_512.pth with its .json, and out/pretrain_512/: metrics.jsonl, training.log,
-checkpoints.
+Writes out/pretrain_512.pth with its .json, and out/pretrain_512/: metrics, log, checkpoints.
 
     python trainer/train_pretrain.py
     torchrun --nproc_per_node 8 trainer/train_pretrain.py --ddp

@@ -2,8 +2,7 @@
 
 Reads  --data_path (pairs: chosen and rejected) and the decoder of --from_weight, a language model
        or a reward model.
-Writes out/reward_512.pth with its .json, and out/reward_512/: metrics.jsonl, training.log,
-checkpoints.
+Writes out/reward_512.pth with its .json, and out/reward_512/: metrics, log, checkpoints.
 
     python trainer/train_reward.py
     torchrun --nproc_per_node 8 trainer/train_reward.py --ddp

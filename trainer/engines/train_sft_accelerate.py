@@ -2,8 +2,7 @@
 
 Reads  --data_path (MiniMind, ShareGPT, Alpaca or OpenAI conversations) and the weights of
        --from_weight.
-Writes out/full_sft_512.pth with its .json, and out/full_sft_512/: metrics.jsonl, training.log,
-checkpoints.
+Writes out/full_sft_512.pth with its .json, and out/full_sft_512/: metrics, log, checkpoints.
 
     python trainer/engines/train_sft_accelerate.py
     accelerate launch --config_file configs/accelerate/ddp.yaml trainer/engines/train_sft_accelerate.py --ddp
@@ -119,8 +118,7 @@ def save_weights(accelerator, model: torch.nn.Module, config: LMConfig, path: Pa
 def sft_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy summed over the supervised tokens: -log p(Y[t] | X[..t]) where the mask is 1.
 
-    The head works on those tokens alone. The caller divides by their number in the whole global
-    batch.
+    The caller divides by their number in the whole global batch.
 
     Args:
         X, Y, loss_mask: (1, N) int64 on the CPU, documents one behind the other.

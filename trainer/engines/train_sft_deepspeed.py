@@ -125,8 +125,7 @@ def save_weights(model, config: LMConfig, path: Path) -> None:
 def sft_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy summed over the supervised tokens: -log p(Y[t] | X[..t]) where the mask is 1.
 
-    The head works on those tokens alone. The caller divides by their number in the whole global
-    batch.
+    The caller divides by their number in the whole global batch.
 
     Args:
         X, Y, loss_mask: (1, N) int64 on the CPU, documents one behind the other.
