@@ -19,8 +19,7 @@ SAMPLE = 1 << 20  # bytes that an encoding is told by
 
 
 def to_rows(rows: str, modules: str, before: str = "") -> str:
-    """The command that writes what the Python expression `rows` gives for the file, as JSON
-    lines."""
+    """The command that writes the Python expression `rows` for the file as JSON lines."""
     code = (
         f"import json,sys,{modules}; {before}[print(json.dumps(row,default=str)) for row in {rows}]"
     )
@@ -113,8 +112,7 @@ def check_kind(path: Path, expected: str) -> None:
 
 
 def command(advice: str, path: Path) -> str:
-    """The advice about a file, with quoted paths. What it writes is never a file that is there
-    already."""
+    """The advice about a file, with quoted paths; none that it writes to exists already."""
     names = {
         "UNPACKED": (
             path.stem
@@ -282,8 +280,7 @@ def decodes(content: bytes, encoding: str) -> bool:
 
 
 def guess_encoding(content: bytes) -> str | None:
-    """GB18030 or WINDOWS-1252 where the text reads as Chinese or as a Western language in it, else
-    None."""
+    """GB18030 or WINDOWS-1252, where the text reads as Chinese or Western in it; or None."""
     if decodes(content, "gb18030"):
         chars = [char for char in content.decode("gb18030", "ignore") if char > "\x7f"]
         # GB2312 has punctuation in its rows 1 to 3 and the frequent characters in rows 16 to 55.
@@ -309,8 +306,7 @@ def guess_encoding(content: bytes) -> str | None:
 
 
 def not_utf8(path: Path, offset: int) -> str:
-    """What to do about bytes that are not UTF-8, the first of them at `offset` of a file or soon
-    behind it."""
+    """What to do about bytes that are not UTF-8, the first at `offset` of a file or soon behind."""
     highest, sample, to_end = around(path, offset)
     others = (
         highest >= 0x80 or not sample.decode("utf-8", "ignore").isascii()

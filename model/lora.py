@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.lm import LMConfig, MiniMindLM, Router, blocks
-from model.weights import hash_weights, read_tensors
+from model.tensor_file import read_tensors
+from model.weights import hash_weights
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -135,8 +136,7 @@ def read_adapter(path: str | Path) -> tuple[LMConfig, dict, dict[str, Tensor]]:
 
 
 def merge_adapter(model: MiniMindLM, path: str | Path) -> None:
-    """Add an adapter to the weights of its base model: W + alpha / rank * B A. The model is then
-    one without LoRA.
+    """Add an adapter to the weights of its base model: W + alpha / rank * B A.
 
     Raises:
         ValueError: not an adapter; it was trained on other weights, or does not fit the model.
@@ -182,8 +182,7 @@ def merge_adapter(model: MiniMindLM, path: str | Path) -> None:
 
 
 def write_peft(path: str | Path, folder: str | Path, base: str) -> None:
-    """Write an adapter as the folder that `peft.PeftModel.from_pretrained` loads onto the exported
-    base model.
+    """Write an adapter as a folder that `peft.PeftModel.from_pretrained` loads onto its base.
 
     Args:
         path: of the adapter.

@@ -36,9 +36,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dataset.lm_dataset import load_tokenizer
 from dataset.packing import Plan, plan_epoch, split_rows
 from dataset.prompt_dataset import PromptDataset, describe_prompts
+from dataset.tokenizer import load_tokenizer
 from model.lm import LMConfig, MiniMindLM
 from model.reward import ActorCritic, RewardConfig, RewardModel
 from model.weights import hash_weights, start_weights

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
-from model.weights import open_to_others
+from model.permissions import open_to_others
 from runtime import checkpoint, parallel, safe_load, store
 from runtime.device import one_order
 from runtime.engines.deepspeed_config import OFFLOADS, curve_settings, section

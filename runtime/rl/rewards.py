@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.chat_format import decode_reply, final_answer
+from dataset.replies import decode_reply, final_answer
 from runtime.parallel import gather_objects
 from runtime.rl.rollout import Rollout
 

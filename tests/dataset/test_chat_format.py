@@ -10,15 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dataset.chat_format import (
-    chat_coder,
-    encode_chat,
-    encode_chats,
-    encode_prompt,
-    normalise_row,
-    plain_encoder,
-    render,
-)
+from dataset.chat_format import chat_coder, encode_chats, render
+from dataset.chat_rows import normalise_row
+from dataset.replies import encode_chat, encode_prompt
+from dataset.tokenizer import plain_encoder
 
 TOKENIZER = AutoTokenizer.from_pretrained(
     str(Path(__file__).resolve().parents[2] / "model" / "minimind_tokenizer")

@@ -1,5 +1,4 @@
-"""No text that is printed ends a run, in any locale: what an encoding does not have is shown as an
-escape."""
+"""No printed text ends a run, in any locale: what an encoding lacks is escaped."""
 
 import ast
 import io

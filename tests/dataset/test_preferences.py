@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import write_jsonl
 
-from dataset.chat_format import chat_coder, encode_chat
+from dataset.chat_format import chat_coder
 from dataset.lm_dataset import describe
 from dataset.packing import batches, plan_epoch
 from dataset.preference_dataset import PreferenceDataset, ReferencedPairs, open_pairs, preview_pairs
+from dataset.replies import encode_chat
 
 
 def turn(role: str, text: str) -> dict:

@@ -1,5 +1,4 @@
-"""What the estimate of memory and the choice of --compile say about a model with kernels, which is
-what runs have."""
+"""The estimate of memory and the choice of --compile for a model with kernels."""
 
 import gc
 from argparse import Namespace
@@ -68,8 +67,7 @@ def test_activations_are_what_autograd_saves(name, dtype, docs, cpp, monkeypatch
 
 
 def held_bytes(model) -> int:
-    """Bytes of the tensors that a forward pass leaves in memory, seen by Python: what checkpointing
-    holds."""
+    """Bytes of the tensors that a forward pass leaves in memory: what checkpointing holds."""
     ids = torch.randint(0, model.config.vocab_size, (1, 256))
     before = {id(thing) for thing in gc.get_objects()}
     out = model(ids, doc_lens=[128, 128], targets=ids[0, :0], logits_at=ids[0, :0])

@@ -1,5 +1,4 @@
-"""How C++ is compiled and called: what does not fit is an error, and a failure to compile is not
-silent."""
+"""How C++ is compiled and called: misfits are errors, a failed compilation is not silent."""
 
 import os
 import re

@@ -1,5 +1,4 @@
-"""What a model wrote, as text: everything that decodes sees all of it, whatever a tokenizer calls
-special."""
+"""What a model wrote, as text: all of it, whatever a tokenizer calls special."""
 
 import json
 import shutil
@@ -11,8 +10,9 @@ from running import ROOT
 from test_foreign_tokenizers import foreign
 from transformers import AutoTokenizer
 
-from dataset.chat_format import chat_coder, decode_reply, encode_chat, final_answer
+from dataset.chat_format import chat_coder
 from dataset.prompt_dataset import PromptDataset
+from dataset.replies import decode_reply, encode_chat, final_answer
 from runtime.rl import rewards, rollout
 from runtime.rl.sampler import Sampler
 

@@ -1,5 +1,4 @@
-"""Generation: the cache, batching and sampling change nothing that they should not, and do what
-they say."""
+"""Generation: cache, batching and sampling do what they say and change nothing else."""
 
 import pytest
 import torch
@@ -70,8 +69,7 @@ def test_a_batch_generates_what_each_prompt_generates_alone(kind, filler):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_equal_transformers(kind):
-    """With the mask passed: without it transformers guesses one, and takes every token 0 of the
-    prompt for padding."""
+    """With the mask passed: else transformers takes every token 0 of a prompt for padding."""
     model = build(
         **KINDS[kind], tie_embeddings=False
     )  # tied and random it would repeat its last token for ever
@@ -144,8 +142,7 @@ def test_temperature_zero_is_greedy_and_rows_are_filtered_each_by_itself():
 
 
 def test_repetition_penalty_lowers_what_was_seen_and_nothing_else():
-    """Against the rule itself: positive logits are divided, negative ones multiplied, padding does
-    not count."""
+    """Against the rule: positive logits divided, negative multiplied, padding not counted."""
     model, penalty = build(), 1.7
     x, mask = left_padded([ids(1, 20), ids(1, 6)], filler=3)
     x[1, -6:] = torch.tensor([9, 8, 9, 7, 6, 5])  # not 3, which is the filler

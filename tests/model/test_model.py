@@ -1,5 +1,4 @@
-"""The model: equal to transformers, blind to packing and padding, and clear about what does not
-fit."""
+"""The model: equal to transformers, blind to packing and padding, clear about misfits."""
 
 import math
 
@@ -151,8 +150,7 @@ def test_packed_documents_equal_each_alone(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_document_changes_its_neighbours_by_exactly_nothing(kind, dtype, shape):
-    """Also with experts, where another document's routing changes how many rows an expert
-    multiplies.
+    """Also with experts, where other documents' routing changes the rows of an expert.
 
     Without kernels that is a product of another shape, which is rounded in another way.
     """
@@ -238,8 +236,7 @@ def test_aux_loss_counts_real_tokens_in_every_layout_alike(kind):
 
 
 def test_aux_loss_by_hand():
-    """One layer: alpha x experts x sum over e of (share of the visits to e) x (mean probability of
-    e)."""
+    """One layer: alpha x experts x sum over e of share of visits x mean probability."""
     model = build(n_layers=1, aux_loss_alpha=0.5, **MOE)
     seen = []
     handle = model.model.layers[0].mlp.register_forward_pre_hook(
