@@ -16,9 +16,10 @@ def choose_strategy(config: LMConfig, dataset, args, dtype: str) -> str:
     """
     tokens = args.batch_size * args.max_seq_len
     data_ranks = data_world()[1]
-    rows = args.batch_size * args.accumulation_steps
-    if args.global_batch_size:
+    if args.global_batch_size:  # always set where there are rollouts, without --accumulation_steps
         rows = args.global_batch_size / data_ranks
+    else:
+        rows = args.batch_size * args.accumulation_steps
     least = min(gather_objects(memory.device_memory(args.device) or 0))
     strategy, reason = memory.choose_strategy(
         config,
