@@ -59,8 +59,8 @@ def normalise_row(
 
     Returns:
         messages: dicts with role (system, user, assistant, tool), content (str) and, on assistant
-            turns that have them, reasoning_content (str), tool_calls ([{"name", "arguments": dict}])
-            and loss (False: not to learn from).
+            turns that have them, reasoning_content (str), tool_calls ([{"name", "arguments"}]) and
+            loss (False: not to learn from).
         tools: list of function specs, or None.
 
     Raises:

@@ -32,7 +32,7 @@ LISTED = {side for pair in WORD_PAIRS for side in pair}
 
 
 def pick(rng: random.Random, lang: str, make, held_out: bool) -> str:
-    """A made-up name or city from its own side of the split: held-out ones never are in training."""
+    """A made-up name or city from its own side of the split; training has no held-out one."""
     while True:
         value = make(rng, lang)
         if value in NAMES[lang] or held("name", value.lower()) == held_out:
@@ -189,10 +189,11 @@ def sample_calculation(
         fields |= {"n": any_name(rng, lang), "v": any_name(rng, lang)}
         fields["t"] = expand(rng, WORDS["arithmetic"]["things"][lang])
         prompt, _ = typed(rng, template, lang, fields)
+        # A bare 12+30=? is English.
         return [
             prompt,
             working(a, b, op, lang if is_chinese(prompt) else "en"),
-        ]  # a bare 12+30=? is English
+        ]
 
 
 def sample_arithmetic(rng: random.Random, lang: str, held_out: bool) -> list[str]:
@@ -224,9 +225,8 @@ def sample_direct(rng: random.Random, lang: str, held_out: bool) -> list[str]:
     while True:
         a, b = rng.randint(100, 499), rng.randint(100, 499)
         carries = any(digit(a, place) + digit(b, place) > 9 for place in (0, 1))
-        if (
-            carries and rng.random() < 0.5
-        ):  # about half of the prompts without a carry: the model can begin with them
+        # About half of the prompts without a carry: the model can begin with them.
+        if carries and rng.random() < 0.5:
             continue
         if held("arithmetic", "+", *sorted((a, b))) == held_out:
             return [rng.choice(WORDS["rl"][lang]).format(a=a, b=b), str(a + b)]

@@ -17,6 +17,7 @@ import json
 import random
 import re
 import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -272,9 +273,8 @@ def preference_rows(
 
 def pretrain_texts(seed: str, scale: int) -> list[str]:
     rng, texts = random.Random(seed), []
-    for index, family in enumerate(
-        WORDS["families"]
-    ):  # facts, dictionary entries, what MiniMind is
+    # Facts, dictionary entries, what MiniMind is.
+    for index, family in enumerate(WORDS["families"]):
         for item in family_items(index):
             lines = [upper_first(text.format(**reply_fields(item))) for text in family["text"]]
             for _ in range(2 + scale // 2):
@@ -381,23 +381,41 @@ def make_demo(
         write_rows(out_dir / f"{name}.jsonl", rows)
 
 
+def number(kind: type, least: float, most: float) -> Callable[[str], float]:
+    """The type of a flag: a number between bounds."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text[:30]}: must lie in {least} to {most:,}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = lambda message: fail(f"{message[:300]}; --help lists the flags")
+    add, count = parser.add_argument, number(int, 0, 1_000_000)
+    add("--out_dir", type=Path, default=DEMO, help="folder the JSONL files are written to")
+    scale = "so many times the rows of SFT and drills of pretraining"
+    add("--scale", type=number(int, 1, 1000), default=1, help=scale)
+    add("--rl_prompts", type=count, default=80, help="prompts for reinforcement learning")
+    add("--pairs", type=count, default=480, help="preference pairs to train on")
+    add("--persona", type=count, default=PERSONA_ROWS, help="rows about the persona")
+    others = "share of OTHER_ROWS that go beside those"
+    add("--others", type=number(float, 0, 1), default=0.1, help=others)
+    try:
+        make_demo(**vars(parser.parse_args()))
+    except OSError as error:
+        fail(f"--out_dir: cannot write to {error.filename}: {error.strerror}")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--out_dir", type=Path, default=DEMO, help="folder the JSONL files are written to"
-    )
-    parser.add_argument(
-        "--scale",
-        type=int,
-        default=1,
-        help="so many times the rows of SFT and drills of pretraining",
-    )
-    parser.add_argument(
-        "--rl_prompts", type=int, default=80, help="prompts for reinforcement learning"
-    )
-    parser.add_argument("--pairs", type=int, default=480, help="preference pairs to train on")
-    parser.add_argument("--persona", type=int, default=PERSONA_ROWS, help="rows about the persona")
-    parser.add_argument(
-        "--others", type=float, default=0.1, help="share of OTHER_ROWS that go beside those"
-    )
-    make_demo(**vars(parser.parse_args()))
+    main()

@@ -146,7 +146,8 @@ class PairEncoder:
     def encode(self, pairs: list[list[tuple]]) -> list[tuple[list, bool]]:
         chats = [chat for pair in pairs for chat in pair]
         encoded = iter(encode_chats(chats, self.coder, loss_on="last"))
-        return [truncate(list(sides), self.max_length) for sides in zip(encoded, encoded)]  # noqa: B905
+        sides = zip(encoded, encoded, strict=True)
+        return [truncate(list(pair), self.max_length) for pair in sides]
 
 
 def normalise_pair(row: object) -> list[tuple[list[dict], list[dict] | None]]:

@@ -81,16 +81,9 @@ class PromptDataset(Dataset):
         self.supervised = np.full(len(tokens), max_new_tokens, np.int64)
         self.stats = {"rows": len(tokens), "tokens": int(tokens.sum()), "dropped": dropped}
         self.stats |= {"bad": len(bad), "first_bad": (bad or [""])[0]}
-        told = json.dumps(
-            [
-                self.prompts,
-                self.rows,
-                tokenizer.backend_tokenizer.to_str(),
-                max_length,
-                max_new_tokens,
-            ]
-        )
-        self.key = hashlib.sha256(told.encode()).hexdigest()[:32]
+        backend = tokenizer.backend_tokenizer.to_str()
+        content = json.dumps([self.prompts, self.rows, backend, max_length, max_new_tokens])
+        self.key = hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self.prompts)

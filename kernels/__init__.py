@@ -51,7 +51,7 @@ def available(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         return dict.fromkeys(("attention", "cross-entropy", "experts", "decode graph"), "")
     if device.type != "cpu":
         return {"all": f"none for the device {device.type}"}
-    found = {}
+    reasons = {}
     names = {"ops.cpp": ("norm", "rope", "swiglu", "cross-entropy", "router")}
     names["attention.cpp"] = ("attention",)
     if dtype == torch.bfloat16:
@@ -60,25 +60,25 @@ def available(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         functions = native.library(source, dtype)
         unknown = f"no C++ for {str(dtype).removeprefix('torch.')}"
         reason = "" if functions else native.failures.get(source, unknown)
-        found |= dict.fromkeys(kernels, reason)
-    if found.get("linear") == "" and products(dtype) is None:
-        found["linear"] = "this CPU has no products of bfloat16"
-    return found
+        reasons |= dict.fromkeys(kernels, reason)
+    if reasons.get("linear") == "" and products(dtype) is None:
+        reasons["linear"] = "this CPU has no products of bfloat16"
+    return reasons
 
 
-def broken(found: dict[str, str]) -> dict[str, str]:
+def broken(reasons: dict[str, str]) -> dict[str, str]:
     """Those of `available` that are missing though the device could have them."""
     hopeless = "this CPU", "none for the device"
-    return {name: why for name, why in found.items() if why and not why.startswith(hopeless)}
+    return {name: why for name, why in reasons.items() if why and not why.startswith(hopeless)}
 
 
-def summary(found: dict[str, str]) -> str:
+def summary(reasons: dict[str, str]) -> str:
     """What is in and why something is not, in a line."""
-    reasons: dict[str, list[str]] = {}
-    for name, why in found.items():
-        reasons.setdefault(why, []).append(name)
-    parts = [", ".join(reasons.pop("", ["none"]))]
-    parts += [f"without {', '.join(names)}: {why}" for why, names in reasons.items()]
+    names_of: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names_of.setdefault(why, []).append(name)
+    parts = [", ".join(names_of.pop("", ["none"]))]
+    parts += [f"without {', '.join(names)}: {why}" for why, names in names_of.items()]
     return "; ".join(parts)
 
 
@@ -102,10 +102,10 @@ def apply(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[st
         language_model.make_decoder = make_decoder
         if language_model.gradient_checkpointing:
             keep_products()
-    found = available(device, dtype)
+    reasons = available(device, dtype)
     if not any(isinstance(module, lm.MoE) for module in model.modules()):
-        found = {name: why for name, why in found.items() if name not in ("router", "experts")}
-    return found
+        reasons = {name: why for name, why in reasons.items() if name not in ("router", "experts")}
+    return reasons
 
 
 def make_decoder(model: lm.MiniMindLM, cache):

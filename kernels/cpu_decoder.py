@@ -115,9 +115,9 @@ class CpuDecoder(Decoder):
         x = self.embedding[token].float()
         width = config.n_heads * config.head_dim
         attended = torch.empty(round_up(rows, BLOCK), width, dtype=self.dtype)
-        where, sizes = (positions, cache.row_ids), (rows, cache.kv.size(2), capacity)
+        slots, sizes = (positions, cache.row_ids), (rows, cache.kv.size(2), capacity)
         for (qkv, gains, rest), kv in zip(self.layers, cache.kv, strict=True):
-            inputs = self.project(x, qkv), *gains, *self.angles, *where, *kv
+            inputs = self.project(x, qkv), *gains, *self.angles, *slots, *kv
             self.functions.attend(*inputs, attended, *sizes, config.norm_eps)
             self.mlp(x, attended, *rest)
         cache.lengths += 1

@@ -92,9 +92,8 @@ class FastExperts(Experts):
         count = visit.sum(dim=1)  # (E,)
         size = round_up(count, block)
         ends = size.cumsum(dim=0)
-        row = (
-            visit.flatten().cumsum(dim=0).view_as(visit) - 1
-        )  # among all, before any are filled up
+        # Among all, before any are filled up.
+        row = visit.flatten().cumsum(dim=0).view_as(visit) - 1
         shift = ends - size - count.cumsum(dim=0) + count
         row = ((row + shift.unsqueeze(1)) * visit).sum(dim=0)  # (N * k,)
         if x.device.type == "cpu":
@@ -187,7 +186,7 @@ def grouped_mm(
     x2: Tensor | None = None,
     matrix2: Tensor | None = None,
 ) -> Tensor:
-    """Product x (M, K) @ matrix[group] (K, N) -> (M, N), + x2 @ matrix2[group] if there are these."""
+    """Of x (M, K) and matrix[group] (K, N) the product, (M, N); + x2 @ matrix2[group] if given."""
     sizes = group_sizes(x, ends)
     if sizes is None:
         out = F.grouped_mm(x, matrix, offs=ends)

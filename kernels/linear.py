@@ -61,7 +61,7 @@ class LinearFunction(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Product x @ weight.T as an operator that torch knows, so that `recompute` can keep its result."""
+    """Product x @ weight.T as an operator of torch: `recompute` can keep its result."""
     out = x.new_empty(*x.shape[:-1], len(weight))
     multiply(out.view(-1, len(weight)), x.reshape(-1, x.size(-1)), weight.T)
     return out
@@ -73,7 +73,7 @@ OPERATORS.impl("linear", linear, "CPU")
 
 
 def keep_products() -> None:
-    """Have gradient checkpointing of level 2 keep the results of `linear`, as of torch's products."""
+    """Have gradient checkpointing of level 2 keep results of `linear`, like torch's products."""
     from model.recompute import EXPENSIVE
 
     if torch.ops.minimind.linear.default not in EXPENSIVE:

@@ -39,9 +39,7 @@ class ScoreHead(nn.Linear):
 
     def __init__(self, dim: int):
         super().__init__(dim, 1, bias=False)
-        nn.init.zeros_(
-            self.weight
-        )  # every text starts with the score 0, every pair with the loss ln 2
+        nn.init.zeros_(self.weight)  # every text has the score 0 at first, a pair the loss ln 2
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -123,22 +121,18 @@ def load_reward_model(path: str | Path) -> RewardModel:
     """
     path = Path(path)
     config_path = path.with_suffix(".json")
-    for needed, what in (
-        (path, "no such weights file"),
-        (config_path, "missing; it holds the model's shape"),
-    ):
+    faults = {path: "no such weights file", config_path: "missing; it holds the model's shape"}
+    for needed, fault in faults.items():
         if not needed.is_file():
-            raise ValueError(
-                f"{needed}: {what}; trainer/train_reward.py writes a reward model, .pth and .json"
-            )
+            advice = "trainer/train_reward.py writes a reward model, .pth and .json"
+            raise ValueError(f"{needed}: {fault}; {advice}")
     try:
         is_reward = json.loads(config_path.read_text(encoding="utf-8")).get("head") == "score"
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{config_path}: not a model configuration ({error})") from None
     if not is_reward:
-        raise ValueError(
-            f"{path}: a language model, not a reward model; trainer/train_reward.py makes one"
-        )
+        fault = "a language model, not a reward model"
+        raise ValueError(f"{path}: {fault}; trainer/train_reward.py makes one")
     model = RewardModel(RewardConfig.from_json(config_path))
     load_weights(model, path)
     return model.eval()

@@ -176,9 +176,8 @@ def test_prompt_and_answer_join_to_the_conversation():
     ids, mask = encode_chat(messages, None, CODER)
     prompt = encode_prompt(messages[:2], None, CODER)
     assert ids[: len(prompt)] == prompt and not any(mask[: len(prompt)])
-    assert (
-        all(mask[len(prompt) : -1]) and mask[-1] == 0
-    )  # the newline behind <|im_end|> carries no loss
+    # The newline behind <|im_end|> carries no loss.
+    assert all(mask[len(prompt) : -1]) and mask[-1] == 0
     thinking = encode_prompt(messages[:2], None, CODER, enable_thinking=True)
     assert ids[: len(thinking)] == thinking
 

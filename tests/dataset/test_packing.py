@@ -57,9 +57,8 @@ def test_packs_are_full_but_never_too_long(lengths, seed, epoch):
     assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
     sizes = [sum(lengths[doc] for doc in row) for row in rows]
     assert all(rows) and max(sizes) <= MAX_SEQ_LEN
-    for size, following in zip(
-        sizes, rows[1:], strict=False
-    ):  # closed only when the next one did not fit
+    # Closed only when the next one did not fit.
+    for size, following in zip(sizes, rows[1:], strict=False):
         assert size + lengths[following[0]] > MAX_SEQ_LEN
 
 

@@ -126,6 +126,7 @@ def test_killed_build_leaves_nothing_half_usable(sft, tmp_path, monkeypatch, mom
     shutil.rmtree(tmp_path / "cache")
 
     def die_midway():
+        # All is there, under the wrong name; the first is the hash.
         count, module, name = {
             "encode": (5, sft_encoder, "encode_chats"),  # some chunks are written
             "save": (2, cache_builder.np, "save"),  # the arrays are there, the counts are not
@@ -133,7 +134,7 @@ def test_killed_build_leaves_nothing_half_usable(sft, tmp_path, monkeypatch, mom
                 2,
                 cache_builder.os,
                 "replace",
-            ),  # all is there, under the wrong name; the first is the hash
+            ),
         }[moment]
         original, left = getattr(module, name), [count]
 
@@ -200,9 +201,8 @@ def test_full_disk_leaves_no_cache(sft, tmp_path):
     results = FORK.SimpleQueue()
 
     def build():
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (4096, 4096)
-        )  # a write beyond it fails as on a full disk
+        # A write beyond it fails as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
             sft(path)
         except ValueError as error:

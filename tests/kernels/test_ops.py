@@ -20,10 +20,11 @@ DIM, VOCAB = 32, 700
 def small_chunks(monkeypatch):
     monkeypatch.setitem(cross_entropy.CHUNK, "cpu", 8 * VOCAB)
     monkeypatch.setattr(cross_entropy, "LEAST_TOKENS", 4)
+    # Of a chunk's 8 rows; gradients of weights come in two pieces.
     for module in (
         linear,
         cross_entropy,
-    ):  # of a chunk's 8 rows; gradients of weights come in two pieces
+    ):
         monkeypatch.setattr(module, "CACHED", 3 * VOCAB)
 
 

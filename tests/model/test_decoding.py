@@ -154,9 +154,8 @@ def test_the_last_turn_of_a_row_is_its_answer_without_the_thinking(tokenizer, tm
     dataset = PromptDataset(path, tokenizer, 64, 16)
     answers = [row.get("answer") for row in dataset.rows]
     assert answers == ["42", "42", "42", "42", CALLED, "look\n" + CALLED, None]
-    for reply, row in zip(
-        replies[:-1], dataset.rows, strict=False
-    ):  # whoever says the reference is right
+    # Whoever says the reference is right.
+    for reply, row in zip(replies[:-1], dataset.rows, strict=False):
         assert rewards.exact([""], [decode_reply(written(reply, tokenizer), tokenizer)], [row]) == [
             1
         ]

@@ -123,9 +123,8 @@ def test_control_tokens_that_the_bpe_could_merge_are_cut_out():
             vocab_size=400, initial_alphabet=alphabet, show_progress=False
         )
         trap.train_from_iterator(["<|im_start|> <|im_end|> <think> <think>s"] * 9, trainer)
-        assert trap.encode("<|im_end|>").ids == [
-            trap.token_to_id("<|im_end|>")
-        ]  # the trap is armed
+        # The trap is armed.
+        assert trap.encode("<|im_end|>").ids == [trap.token_to_id("<|im_end|>")]
         trap.add_special_tokens(spellings)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=trap)
         coder, added = chat_coder(tokenizer), set(tokenizer.get_added_vocab().values())
