@@ -11,11 +11,36 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
-from dataset.preference_dataset import PreferenceDataset, ReferencedPairs
+from dataset.preference_dataset import PreferenceDataset
 from model.preference_loss import logps_of
 from runtime.parallel import data_world, gather_objects, world
 from runtime.terminal import naming
+
+
+class ReferencedPairs(Dataset):
+    """Pairs, and with each batch of them what a frozen model says about it.
+
+    Args:
+        logps: (pairs, 2) float32: its log-probabilities of the chosen and of the rejected answers.
+    """
+
+    def __init__(self, pairs: PreferenceDataset, logps: np.ndarray):
+        self.pairs, self.logps = pairs, torch.from_numpy(logps)
+        self.key, self.lengths, self.supervised = pairs.key, pairs.lengths, pairs.supervised
+        self.difficulty = pairs.difficulty
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, row: int) -> tuple:
+        return self.pairs[row], self.logps[row]
+
+    def collate(self, samples: list, **split) -> tuple:
+        """As `PreferenceDataset.collate`, and the log-probabilities, (P, 2) float32."""
+        logps = torch.stack([logps for _, logps in samples]) if samples else self.logps[:0]
+        return *self.pairs.collate([pair for pair, _ in samples], **split), logps
 
 
 def attach_reference(

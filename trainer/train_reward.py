@@ -290,12 +290,13 @@ def main() -> int:
     dataset, train_rows, *held_out = parallel.rank_zero_first(
         lambda: open_pairs(vars(args), tokenizer)
     )
+    counts = f"--- {describe(dataset)}"
     if args.preview:
-        from dataset.preference_dataset import preview_pairs
+        from dataset.preview import show_pairs
 
-        Logger(preview_pairs(dataset, tokenizer, args.preview, colour=sys.stdout.isatty()))
+        Logger(show_pairs(dataset, tokenizer, args.preview, sys.stdout.isatty()) + counts)
         return 0
-    Logger(f"--- {describe(dataset)}")
+    Logger(counts)
     data_ranks = parallel.data_world()[1]
     global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * data_ranks
     order = (args.seed, args.max_seq_len, args.packing, global_batch, 0)
