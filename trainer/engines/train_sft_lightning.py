@@ -374,7 +374,7 @@ def main() -> int:
         tracker=tracker,
         progress=progress,
         save=save,
-        log=functools.partial(lightning_engine.log, trainer, tracker),
+        engine_log=functools.partial(lightning_engine.log, trainer, tracker),
         stop=None,
     )
     train_epoch(run, trainer, plans, dataset, held_out, resumed)
