@@ -9,16 +9,13 @@ Turns have role and content, or from and value; roles and fields are those of ch
 """
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dataset.chat_format import chat_coder, encode_chats
 from dataset.chat_rows import add_row_fields, is_sharegpt, normalise_turns
 from dataset.checks import present
-from dataset.lm_dataset import CachedDataset, describe
+from dataset.lm_dataset import CachedDataset
 from dataset.packing import split_rows
-from dataset.preview import show_pairs
 from dataset.row_fields import refuse
 
 SIDES = ("chosen", "rejected")
@@ -84,30 +81,6 @@ class PreferenceDataset(CachedDataset):
             split, and what is returned: see `lm_dataset.CachedDataset.collate`.
         """
         return CachedDataset.collate([side for pair in samples for side in pair], **split)
-
-
-class ReferencedPairs(Dataset):
-    """Pairs, and with each batch of them what a frozen model says about it.
-
-    Args:
-        logps: (pairs, 2) float32: its log-probabilities of the chosen and of the rejected answers.
-    """
-
-    def __init__(self, pairs: PreferenceDataset, logps: np.ndarray):
-        self.pairs, self.logps = pairs, torch.from_numpy(logps)
-        self.key, self.lengths, self.supervised = pairs.key, pairs.lengths, pairs.supervised
-        self.difficulty = pairs.difficulty
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, row: int) -> tuple[tuple[Sample, Sample], Tensor]:
-        return self.pairs[row], self.logps[row]
-
-    def collate(self, samples: list, **split) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
-        """As `PreferenceDataset.collate`, and the log-probabilities, (P, 2) float32."""
-        logps = torch.stack([logps for _, logps in samples]) if samples else self.logps[:0]
-        return *self.pairs.collate([pair for pair, _ in samples], **split), logps
 
 
 def open_pairs(flags: dict, tokenizer):
@@ -243,11 +216,3 @@ def truncate(
     shorter = [(ids[:size], mask[:size]) for ids, mask in sides]
     learned = all(1 in mask for _, mask in shorter) and shorter[0] != shorter[1]
     return (shorter if learned else []), any(len(ids) > size for ids, _ in sides)
-
-
-def preview_pairs(dataset: PreferenceDataset, tokenizer, count: int, colour: bool = False) -> str:
-    """Pairs as the model sees them, and the counts of the file; see `preview.show_rows`.
-
-    With a count of 0 that is the counts alone, in a line.
-    """
-    return f"{show_pairs(dataset, tokenizer, count, colour)}--- {describe(dataset)}"
