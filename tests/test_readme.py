@@ -76,6 +76,19 @@ def test_flags_that_are_named_exist():
             assert not unknown or " " in code and code.split()[0] in PROGRAMS, f"{page}: {unknown}"
 
 
+@pytest.mark.parametrize("page", [page for page in BOTH if "/stages/" in page])
+def test_metrics_that_are_explained_exist(page):
+    folders = ("trainer", "runtime", "model")
+    sources = "".join(p.read_text("utf-8") for f in folders for p in (ROOT / f).rglob("*.py"))
+    for table in re.findall(
+        r"^\| [^|]*`metrics.jsonl`.*\n((?:\|.*\n)+)", prose(page), re.MULTILINE
+    ):
+        for row in table.splitlines()[1:]:
+            for name in re.findall(r"`(\w+)`", row.split("|")[1]):
+                found = f'"{name}"' in sources or f'"{name.removeprefix("eval_")}"' in sources
+                assert found, f"{page}: no metric {name}"
+
+
 # --------------------------------------------------------------------------------------------------
 # Links, paths and code
 # --------------------------------------------------------------------------------------------------
