@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT, run_ranks
+from running import ROOT, run_ranks, run_script
 
 ENGLISH = [
     "README.md",
@@ -87,7 +87,7 @@ def make_clone(place: Path) -> Path:
     return place
 
 
-def run_shell(line: str, clone: Path, cwd: Path, stdin: str = "") -> None:
+def run_shell(line: str, clone: Path, cwd: Path) -> None:
     """Run a command as it is written, with `python` and its neighbours being those of .venv."""
     environment = {
         **os.environ,
@@ -100,7 +100,7 @@ def run_shell(line: str, clone: Path, cwd: Path, stdin: str = "") -> None:
         shell=True,
         cwd=cwd,
         env=environment,
-        input=stdin,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=600,
@@ -125,9 +125,11 @@ def run_command(line: str, clone: Path) -> None:
     assert program in PROGRAMS, line
     if program == "bash":  # from another folder than the project's, which must not matter
         run_shell(shlex.join([program, str(clone / script), *flags]), clone, Path("/"))
-    elif program == "accelerate" or line.endswith("eval_model.py"):
-        words = [program, *arguments[:at], script, *flags]
-        run_shell(shlex.join(words), clone, clone, stdin="hello\n/exit\n")
+    elif program == "accelerate":
+        run_shell(shlex.join([program, *arguments[:at], script, *flags]), clone, clone)
+    elif line.endswith("eval_model.py"):
+        done = run_script(clone / script, cwd=clone, stdin="hello\n/exit\n")
+        assert done.returncode == 0 and done.stdout, f"{line}\n{done.stdout}\n{done.stderr}"
     else:
         ranks = None
         if program == "torchrun":
