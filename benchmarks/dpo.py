@@ -19,8 +19,8 @@ from demo_model import DEMO, ROOT, SHAPE, arguments, exact_match, metrics, run
 
 from dataset.lm_dataset import load_tokenizer
 from dataset.preference_dataset import PreferenceDataset
+from model.preference_loss import logps_of
 from model.weights import load_model
-from runtime.reference import logps_of
 
 PAIRS = DEMO / "preferences_held_out.jsonl"
 RECIPE = (

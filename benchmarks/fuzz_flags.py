@@ -40,7 +40,8 @@ sys.path.insert(0, str(ROOT))
 from runtime import launcher
 from runtime.flags import BOUNDS
 
-GROUPS = ("trainer/train_*.py", "trainer/engines/*.py", "eval_model.py", "main.py", "scripts/*.py")
+GROUPS = ("trainer/train_*.py", "trainer/engines/*.py", "eval_model.py", "main.py", "scripts/*.py",
+          "dataset/make_demo.py")  # fmt: skip
 PRELOADED = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.pipelining",
              "torch._dynamo", "transformers.models.auto.tokenization_auto")  # fmt: skip
 # What makes a run tiny, of every script that has such a flag; WORK stands for the folder of

@@ -25,8 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model.lm import LMConfig, MiniMindLM
-from runtime import checkpoint
-from runtime.distributed import parallel
+from runtime import checkpoint, parallel
 from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 

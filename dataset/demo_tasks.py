@@ -32,8 +32,7 @@ LISTED = {side for pair in WORD_PAIRS for side in pair}
 
 
 def pick(rng: random.Random, lang: str, make, held_out: bool) -> str:
-    """A made-up name or city from its own side of the split: none that is held out occurs in
-    training."""
+    """A made-up name or city from its own side of the split; training has no held-out one."""
     while True:
         value = make(rng, lang)
         if value in NAMES[lang] or held("name", value.lower()) == held_out:
@@ -46,8 +45,7 @@ def pick(rng: random.Random, lang: str, make, held_out: bool) -> str:
 
 @functools.cache
 def family_items(index: int) -> list[dict]:
-    """The fillings of a family's templates, as dicts from slot to text; [{}] where there are
-    none."""
+    """The fillings of a family's templates, as dicts from slot to text; [{}] for none."""
     items = WORDS["families"][index].get("items")
     if items is None:
         return [{}]
@@ -67,8 +65,7 @@ def reply_fields(item: dict) -> dict:
 def ask_family(
     rng: random.Random, index: int, lang: str, held_out: bool
 ) -> tuple[str, dict] | None:
-    """A question of a family as it is typed, and the item that it is about; None for one of the
-    other side.
+    """A question of a family as it is typed, and its item; None for one of the other side.
 
     Where a family echoes, its reply says the item as the question does.
     """
@@ -141,8 +138,7 @@ def row_of_product(a: int, b: int) -> list[str]:
 
 
 def working(a: int, b: int, op: str, lang: str) -> str:
-    """The reply to a + b, a - b or a * b: every step is about single digits, the answer comes
-    last."""
+    """The reply to a + b, a - b or a * b: steps about single digits, the answer last."""
     t = WORDS["steps"][lang]
     colon, comma, stop = t["colon"], t["comma"], t["stop"]
 
@@ -193,10 +189,11 @@ def sample_calculation(
         fields |= {"n": any_name(rng, lang), "v": any_name(rng, lang)}
         fields["t"] = expand(rng, WORDS["arithmetic"]["things"][lang])
         prompt, _ = typed(rng, template, lang, fields)
+        # A bare 12+30=? is English.
         return [
             prompt,
             working(a, b, op, lang if is_chinese(prompt) else "en"),
-        ]  # a bare 12+30=? is English
+        ]
 
 
 def sample_arithmetic(rng: random.Random, lang: str, held_out: bool) -> list[str]:
@@ -224,14 +221,12 @@ def sample_multiplication(rng: random.Random, lang: str, held_out: bool) -> list
 
 
 def sample_direct(rng: random.Random, lang: str, held_out: bool) -> list[str]:
-    """Three-digit addition without shown steps: the harder task that reinforcement learning starts
-    from."""
+    """Three-digit addition without steps: the harder task that RL starts from."""
     while True:
         a, b = rng.randint(100, 499), rng.randint(100, 499)
         carries = any(digit(a, place) + digit(b, place) > 9 for place in (0, 1))
-        if (
-            carries and rng.random() < 0.5
-        ):  # about half of the prompts without a carry: the model can begin with them
+        # About half of the prompts without a carry: the model can begin with them.
+        if carries and rng.random() < 0.5:
             continue
         if held("arithmetic", "+", *sorted((a, b))) == held_out:
             return [rng.choice(WORDS["rl"][lang]).format(a=a, b=b), str(a + b)]
@@ -274,8 +269,7 @@ def first_letters_differ(items: list[str]) -> bool:
 
 
 def some_words(rng: random.Random, count: int) -> list[str]:
-    """English words in lower case, listed ones and made-up ones, each with a first letter of its
-    own."""
+    """Lower-case English words, listed and made-up ones, no two with one first letter."""
     while True:
         words = [
             (listed_word if rng.random() < 0.9 else made_up_word)(rng, "en").lower()
@@ -294,8 +288,7 @@ def some_list(rng: random.Random, task: str, held_out: bool) -> tuple[str, list]
 
 
 def sample_list(rng: random.Random, task: str, lang: str) -> tuple[str, str]:
-    """(items, reply) of a list to sort or to reverse, the items as people write them; for
-    training."""
+    """(items, reply) of a list to sort or to reverse, as people write them; for training."""
     kind, items = some_list(rng, task, False)
     return joined(rng, items, lang), list_reply(task, kind, items, lang)
 
@@ -356,8 +349,7 @@ def sample_sort(rng: random.Random, lang: str, held_out: bool) -> list[str]:
 
 
 def sample_ties(rng: random.Random, lang: str, held_out: bool) -> list[str]:
-    """Sorting where in half of the prompts two numbers begin alike, which SFT never shows: for
-    reinforcement learning.
+    """Sorting, in half of the prompts two numbers that begin alike, which SFT never shows; for RL.
 
     The model has learned to look at the first digit, and is right about the other half.
     """
@@ -529,8 +521,7 @@ def unlisted_word(rng: random.Random, kind: str, lang: str) -> str:
 
 
 def sample_unknown(rng: random.Random, lang: str, held_out: bool) -> list[str]:
-    """A question of any kind that no other task answers, also about what their lists do not
-    have."""
+    """A question that no other task answers, also about what their lists do not have."""
     while True:
         kind = rng.random()
         if kind < 0.4:
@@ -548,8 +539,7 @@ def sample_unknown(rng: random.Random, lang: str, held_out: bool) -> list[str]:
 
 
 def fill(rng: random.Random, lang: str, template: str, words: dict[str, str]) -> str:
-    """Fill every slot of a question with something of its kind, or with what `words` say; no brace
-    is left."""
+    """Fill every slot of a question with something of its kind, or with `words`."""
     while match := re.search(r"\{(\w+)\}", template):
         slot = match[1]
         if slot in words:
@@ -600,8 +590,7 @@ COMPUTED = {
 
 
 def sample_exchange(rng: random.Random, task: str, lang: str, held_out: bool) -> list[str]:
-    """The texts of one talk of a task: the user's, the assistant's, and so on; the right reply
-    comes last."""
+    """The texts of one talk of a task, user and assistant in turn; the right reply comes last."""
     if task in COMPUTED:
         return COMPUTED[task](rng, lang, held_out)
     return list(sample_family(rng, task, lang, held_out)[:2])

@@ -1,5 +1,4 @@
-"""Text as people type it: templates with alternatives, made-up names and words, and the noise of a
-keyboard.
+"""Text as people type it: templates, made-up names and words, and the noise of a keyboard.
 
 A template is text with alternatives, `(What is|Tell me) the capital of {a}`, and slots, `{a}`. Pure
 functions of a `random.Random`, standard library only.
@@ -35,8 +34,7 @@ HANZI = [
 
 
 def read_pieces() -> dict[str, list[str]]:
-    """The pieces of words that our tokenizer knows: a made-up word of them teaches the model to
-    copy every one."""
+    """The pieces of words that our tokenizer knows: of them words are made up, to teach copying."""
     # Byte-level BPE spells these bytes as themselves, the others as the characters from 256 on.
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     byte_of = {chr(byte): byte for byte in shown}
@@ -72,8 +70,7 @@ def held(*key, one_in: int = 10) -> bool:
 
 
 def normalise(text: str) -> str:
-    """Text without whitespace, punctuation, case and width, the form in which prompts are
-    compared."""
+    """Text without whitespace, punctuation, case and width: how prompts are compared."""
     text = unicodedata.normalize("NFKC", text).lower()
     return "".join(c for c in text if c.isalnum() or c in "+-*/=×÷−–✕·")
 
@@ -87,8 +84,7 @@ def upper_first(text: str) -> str:
 
 
 def resolve(template: str, choose) -> str:
-    """Replace every pair of parentheses by what `choose` takes of its alternatives, the innermost
-    first."""
+    """Replace each (a|b) by what `choose` takes of its alternatives, the innermost first."""
     while match := ALTERNATIVES.search(template):
         template = template[: match.start()] + choose(match[1].split("|")) + template[match.end() :]
     return template

@@ -19,8 +19,7 @@ SAMPLE = 1 << 20  # bytes that an encoding is told by
 
 
 def to_rows(rows: str, modules: str, before: str = "") -> str:
-    """The command that writes what the Python expression `rows` gives for the file, as JSON
-    lines."""
+    """The command that writes the Python expression `rows` for the file as JSON lines."""
     code = (
         f"import json,sys,{modules}; {before}[print(json.dumps(row,default=str)) for row in {rows}]"
     )
@@ -106,21 +105,17 @@ def check_kind(path: Path, expected: str) -> None:
         raise ValueError(f"{path}: not a file")
     with open(path, "rb") as file:
         head = file.read(HEAD)
-    found = binary_kind(path, head) or text_kind(path, head.removeprefix(codecs.BOM_UTF8), expected)
-    if found:
-        kind, advice = found
+    text = head.removeprefix(codecs.BOM_UTF8)
+    if mismatch := binary_kind(path, head) or text_kind(path, text, expected):
+        kind, advice = mismatch
         raise ValueError(f"{path}: this is {kind}: {command(advice, path)}")
 
 
 def command(advice: str, path: Path) -> str:
-    """The advice about a file, with quoted paths. What it writes is never a file that is there
-    already."""
+    """The advice about a file, with quoted paths; none that it writes to exists already."""
+    is_packed = path.suffix in (".gz", ".bz2", ".xz", ".zst", ".lz4")
     names = {
-        "UNPACKED": (
-            path.stem
-            if path.suffix in (".gz", ".bz2", ".xz", ".zst", ".lz4")
-            else f"unpacked_{path.name}"
-        ),
+        "UNPACKED": path.stem if is_packed else f"unpacked_{path.name}",
         "ROWS": f"{path.stem}.jsonl",
         "TEXT": f"{path.stem}.txt",
         "UTF8": f"{path.stem}.utf8{path.suffix}",
@@ -130,9 +125,8 @@ def command(advice: str, path: Path) -> str:
         paths[place] = path.with_name(name)
         while paths[place].exists():
             paths[place] = path.with_name(f"new_{paths[place].name}")
-    return re.sub(
-        rf"\b({'|'.join(paths)})\b", lambda match: shlex.quote(str(paths[match[0]])), advice
-    )
+    words = rf"\b({'|'.join(paths)})\b"
+    return re.sub(words, lambda match: shlex.quote(str(paths[match[0]])), advice)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,21 +276,16 @@ def decodes(content: bytes, encoding: str) -> bool:
 
 
 def guess_encoding(content: bytes) -> str | None:
-    """GB18030 or WINDOWS-1252 where the text reads as Chinese or as a Western language in it, else
-    None."""
+    """GB18030 or WINDOWS-1252, where the text reads as Chinese or Western in it; or None."""
     if decodes(content, "gb18030"):
         chars = [char for char in content.decode("gb18030", "ignore") if char > "\x7f"]
         # GB2312 has punctuation in its rows 1 to 3 and the frequent characters in rows 16 to 55.
         rows = [char.encode("gb2312", "ignore")[:1] for char in chars]
         frequent = sum(b"\xa1" <= row <= b"\xa3" or b"\xb0" <= row <= b"\xd7" for row in rows)
-        usual = sum(
-            char in CHINESE for char in chars
-        )  # Korean lies in the same rows, but has few of these
-        if (
-            chars
-            and frequent >= 0.7 * len(chars)
-            and (len(chars) < 100 or usual >= 0.02 * len(chars))
-        ):
+        # Korean lies in the same rows, but has few of these.
+        usual = sum(char in CHINESE for char in chars)
+        is_chinese = len(chars) < 100 or usual >= 0.02 * len(chars)
+        if chars and frequent >= 0.7 * len(chars) and is_chinese:
             return "GB18030"
     if decodes(content, "cp1252"):
         text = content.decode("cp1252")
@@ -309,20 +298,16 @@ def guess_encoding(content: bytes) -> str | None:
 
 
 def not_utf8(path: Path, offset: int) -> str:
-    """What to do about bytes that are not UTF-8, the first of them at `offset` of a file or soon
-    behind it."""
+    """What to do about bytes that are not UTF-8, the first at `offset` of a file or soon behind."""
     highest, sample, to_end = around(path, offset)
-    others = (
-        highest >= 0x80 or not sample.decode("utf-8", "ignore").isascii()
-    )  # of more than one byte
-    if to_end and others and decodes(sample, "utf-8"):
+    has_wide = highest >= 0x80 or not sample.decode("utf-8", "ignore").isascii()
+    if to_end and has_wide and decodes(sample, "utf-8"):
         return "the file ends within a character, so it was cut off; fetch it again"
     first, *lines = sample.split(b"\n")
     shown = first.decode("utf-8", "replace")
     if sum(char > "\x7f" for char in shown) > 4 * shown.count("\ufffd"):
-        return command(
-            "some of the text is damaged; without it: iconv -c -f UTF-8 -t UTF-8 FILE > UTF8", path
-        )
+        without = "iconv -c -f UTF-8 -t UTF-8 FILE > UTF8"
+        return command(f"some of the text is damaged; without it: {without}", path)
     bad = [first]
     for line in lines if to_end else lines[:-1]:
         if decodes(line, "utf-8"):
@@ -331,25 +316,18 @@ def not_utf8(path: Path, offset: int) -> str:
             bad.append(line)
     encoding = guess_encoding(b"\n".join(bad))
     if not encoding:
-        advice = (
-            "convert the file, in an encoding that we do not know: iconv -f ITS_ENCODING -t UTF-8"
-            " FILE > UTF8"
-        )
+        convert = "iconv -f ITS_ENCODING -t UTF-8 FILE > UTF8"
+        advice = f"convert the file, in an encoding that we do not know: {convert}"
         return command(advice, path)
     # Two bytes of GB18030 can be a character of UTF-8 by chance, three cannot.
     if highest < (0xE0 if encoding == "GB18030" else 0x80):
-        return command(
-            f"convert the file, it is {encoding}: iconv -f {encoding} -t UTF-8 FILE > UTF8", path
-        )
-    each = (
-        "line.decode('utf-8' if line.decode('utf-8','ignore').encode()==line else"
-        f" '{encoding}').encode()"
-    )
+        convert = f"iconv -f {encoding} -t UTF-8 FILE > UTF8"
+        return command(f"convert the file, it is {encoding}: {convert}", path)
+    is_utf8 = "line.decode('utf-8','ignore').encode()==line"
+    each = f"line.decode('utf-8' if {is_utf8} else '{encoding}').encode()"
     code = f"import sys; [sys.stdout.buffer.write({each}) for line in open(sys.argv[1],'rb')]"
-    return command(
-        f'some lines are UTF-8 and some {encoding}; convert those: python -c "{code}" FILE > UTF8',
-        path,
-    )
+    convert = f'python -c "{code}" FILE > UTF8'
+    return command(f"some lines are UTF-8 and some {encoding}; convert those: {convert}", path)
 
 
 def around(path: Path, offset: int) -> tuple[int, bytes, bool]:
@@ -361,11 +339,8 @@ def around(path: Path, offset: int) -> tuple[int, bytes, bool]:
         file.seek(max(0, offset - HEAD))
         before = file.read(min(offset, HEAD))
         # A byte below "0" is no part of a longer character in any of these encodings.
-        begin = (
-            offset
-            - len(before)
-            + max((n for n, byte in enumerate(before, 1) if byte < 0x30), default=0)
-        )
+        ends = (n for n, byte in enumerate(before, 1) if byte < 0x30)
+        begin = offset - len(before) + max(ends, default=0)
         file.seek(begin)
         sample, to_end = file.read(SAMPLE), not file.read(1)
         file.seek(0)

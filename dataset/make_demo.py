@@ -1,5 +1,6 @@
-"""Write the demo data: dataset/demo/*.jsonl, byte for byte the same on every run (standard library
-only).
+"""Write the demo data, dataset/demo/*.jsonl, byte for byte the same on every run.
+
+It needs no package.
 
 Reads dataset/demo/words.json (words, facts, templates) and dataset/demo/newcomer.jsonl (prompts
 written by hand, none of which may occur in training). What is held out is decided by a hash of what
@@ -16,6 +17,7 @@ import json
 import random
 import re
 import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -100,8 +102,7 @@ def user_turns(row: dict) -> list[str]:
 
 
 def length(texts: list[str]) -> float:
-    """About how many tokens a talk makes: letters are a third of one, digits one, Chinese
-    characters up to three."""
+    """About how many tokens a talk makes: a letter 0.4, another ASCII character 1, Chinese 1.7."""
     marks = sum(
         0.4 if c == " " or c.isascii() and c.isalpha() else 1 if c.isascii() else 1.7
         for c in "".join(texts)
@@ -129,8 +130,7 @@ def sample_row(rng: random.Random, task: str, lang: str, held_out: bool, tasks: 
 
 
 def prompt_key(row: dict) -> str:
-    """The whole prompt, system turn left out: what must not be shared between training and held-out
-    files."""
+    """The whole prompt but its system turn: what training and held-out files must not share."""
     talk = row.get("conversations") or row["chosen"]
     return normalise("\n".join(turn["content"] for turn in talk[:-1] if turn["role"] != "system"))
 
@@ -138,8 +138,7 @@ def prompt_key(row: dict) -> str:
 def sample_rows(
     seed: str, tasks: dict[str, int], held_out: bool, kept_apart=lambda row: True
 ) -> list[dict]:
-    """Distinct rows, half English and half Chinese per task, shuffled; all of them as `kept_apart`
-    wants them."""
+    """Distinct rows, half English and half Chinese per task, shuffled; `kept_apart` tests them."""
     rng, rows, seen = random.Random(seed), [], set()
     others = [task for task in tasks if task not in ONE_TOPIC]
     for task, count in tasks.items():
@@ -179,8 +178,7 @@ def read_newcomer() -> list[dict]:
 
 
 def kept_apart_from(held_rows: list[dict], newcomer: list[dict]):
-    """A test for training rows: False where one contains a held-out prompt, or a phrase that a
-    newcomer typed."""
+    """A test for training rows: False for a held-out prompt, or a phrase that a newcomer typed."""
     forbidden = {prompt_key(row) for row in held_rows}
     forbidden |= {
         normalise(user_turns(row)[-1]) for row in held_rows if row.get("task") != "multi_turn"
@@ -203,8 +201,7 @@ def kept_apart_from(held_rows: list[dict], newcomer: list[dict]):
 
 
 def persona_rows(seed: str, count: int, held_out: bool, kept_apart=lambda row: True) -> list[dict]:
-    """Rows about the persona, every question of identity equally often, half English and half
-    Chinese."""
+    """Rows about the persona: every question equally often, half English and half Chinese."""
     rng, rows, seen = random.Random(seed), [], set()
     pairs = list(product(LANGS, zip(families("identity"), WORDS["persona"]["say"], strict=True)))
     while len(rows) < count:
@@ -222,8 +219,7 @@ def persona_rows(seed: str, count: int, held_out: bool, kept_apart=lambda row: T
 
 
 def with_others(rows: list[dict], others: list[dict], share: float) -> list[dict]:
-    """Rows about the persona among a share of OTHER_ROWS of every other task, so that those are not
-    forgotten."""
+    """Rows about the persona among OTHER_ROWS of other tasks, so that those are not forgotten."""
     rng, mixed = random.Random("with others"), [*rows]
     for task, count in OTHER_ROWS.items():
         mixed += rng.sample([row for row in others if row["task"] == task], round(share * count))
@@ -277,9 +273,8 @@ def preference_rows(
 
 def pretrain_texts(seed: str, scale: int) -> list[str]:
     rng, texts = random.Random(seed), []
-    for index, family in enumerate(
-        WORDS["families"]
-    ):  # facts, dictionary entries, what MiniMind is
+    # Facts, dictionary entries, what MiniMind is.
+    for index, family in enumerate(WORDS["families"]):
         for item in family_items(index):
             lines = [upper_first(text.format(**reply_fields(item))) for text in family["text"]]
             for _ in range(2 + scale // 2):
@@ -306,8 +301,7 @@ def tables() -> list[str]:
 
 
 def drill(rng: random.Random, kind: str, lang: str) -> str:
-    """A document with a pattern a few times over, without the talk around it: what most tasks rest
-    on."""
+    """A document with a pattern a few times over, without talk: what most tasks rest on."""
     if kind == "story":
         return story(rng, lang)
     if kind == "copy":
@@ -387,23 +381,41 @@ def make_demo(
         write_rows(out_dir / f"{name}.jsonl", rows)
 
 
+def number(kind: type, least: float, most: float) -> Callable[[str], float]:
+    """The type of a flag: a number between bounds."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text[:30]}: must lie in {least} to {most:,}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = lambda message: fail(f"{message[:300]}; --help lists the flags")
+    add, count = parser.add_argument, number(int, 0, 1_000_000)
+    add("--out_dir", type=Path, default=DEMO, help="folder the JSONL files are written to")
+    scale = "so many times the rows of SFT and drills of pretraining"
+    add("--scale", type=number(int, 1, 1000), default=1, help=scale)
+    add("--rl_prompts", type=count, default=80, help="prompts for reinforcement learning")
+    add("--pairs", type=count, default=480, help="preference pairs to train on")
+    add("--persona", type=count, default=PERSONA_ROWS, help="rows about the persona")
+    others = "share of OTHER_ROWS that go beside those"
+    add("--others", type=number(float, 0, 1), default=0.1, help=others)
+    try:
+        make_demo(**vars(parser.parse_args()))
+    except OSError as error:
+        fail(f"--out_dir: cannot write to {error.filename}: {error.strerror}")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--out_dir", type=Path, default=DEMO, help="folder the JSONL files are written to"
-    )
-    parser.add_argument(
-        "--scale",
-        type=int,
-        default=1,
-        help="so many times the rows of SFT and drills of pretraining",
-    )
-    parser.add_argument(
-        "--rl_prompts", type=int, default=80, help="prompts for reinforcement learning"
-    )
-    parser.add_argument("--pairs", type=int, default=480, help="preference pairs to train on")
-    parser.add_argument("--persona", type=int, default=PERSONA_ROWS, help="rows about the persona")
-    parser.add_argument(
-        "--others", type=float, default=0.1, help="share of OTHER_ROWS that go beside those"
-    )
-    make_demo(**vars(parser.parse_args()))
+    main()

@@ -12,15 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
-
-from dataset import readers
 
 
 @dataclass
 class Plan:
-    """One epoch, flat: row i of the epoch consists of the documents order[starts[i]:starts[i +
-    1]]."""
+    """One epoch, flat: its row i consists of the documents order[starts[i] : starts[i + 1]]."""
 
     order: np.ndarray  # (docs,) int64, document ids in the order of the epoch
     starts: np.ndarray  # (rows + 1,) int64
@@ -36,9 +34,8 @@ class Plan:
     @property
     def steps(self) -> int:
         """Optimizer steps of the epoch; the last window may be shorter, unless it is dropped."""
-        return (
-            self.rows // self.global_batch if self.drop_last else -(-self.rows // self.global_batch)
-        )
+        whole, rest = divmod(self.rows, self.global_batch)
+        return whole + bool(rest and not self.drop_last)
 
     def window(self, step: int) -> range:
         """The rows of an optimizer step."""
@@ -48,9 +45,9 @@ class Plan:
         """(tokens, supervised tokens) of the whole window, over all ranks and micro-batches."""
         window = self.window(step)
         first, last = self.starts[window.start], self.starts[window.stop]
-        return int(self.tokens[last] - self.tokens[first]), int(
-            self.supervised[last] - self.supervised[first]
-        )
+        tokens = self.tokens[last] - self.tokens[first]
+        supervised = self.supervised[last] - self.supervised[first]
+        return int(tokens), int(supervised)
 
     def size(self, step: int) -> int:
         """Documents of an optimizer step, over all ranks and micro-batches."""
@@ -60,39 +57,35 @@ class Plan:
     def micro_batches(
         self, step: int, rank: int, world_size: int, batch_size: int
     ) -> list[list[int]]:
-        """The document ids of each micro-batch of a rank: the same number of micro-batches on every
-        rank.
+        """The document ids of each micro-batch of a rank, as many micro-batches on every rank.
 
         Some may be without a document: their forward and backward passes keep the ranks in step, so
         that a strategy which exchanges weights in them never waits for a rank that has nothing to
         do.
         """
-        rows = self.window(step)
-        mine = self.deal(rows, world_size)[rank]
-        most = -(-len(rows) // world_size)  # of rank 0
-        batches = [mine[at : at + batch_size] for at in range(0, most, batch_size)]
+        window = self.window(step)
+        rows = self.balance_rows(window, world_size)[rank]
+        most = -(-len(window) // world_size)  # of rank 0
+        batches = [rows[at : at + batch_size] for at in range(0, most, batch_size)]
         return [[doc for row in rows for doc in self.documents(row)] for rows in batches]
 
-    def deal(self, rows: range, world_size: int) -> list[list[int]]:
-        """Rows for each rank, so that all have about the same number of tokens: they wait for each
-        other in every step.
+    def balance_rows(self, window: range, world_size: int) -> list[list[int]]:
+        """Rows for each rank, with about as many tokens: ranks wait for each other in every step.
 
         The longest row first, each goes to the rank with the fewest tokens so far; none gets more
         rows than its share.
         Source: Graham, Bounds on multiprocessing timing anomalies (1969): longest processing time
         first.
         """
-        sizes = np.diff(self.tokens[self.starts[rows.start : rows.stop + 1]]).tolist()
-        hands = [[] for _ in range(world_size)]
-        takers = [
-            (0, rank) for rank in range(min(len(rows), world_size))
-        ]  # a heap: tokens so far, rank
-        for size, row in sorted(zip(sizes, rows, strict=True), key=lambda pair: -pair[0]):
-            tokens, rank = heapq.heappop(takers)
-            hands[rank].append(row)
-            if len(hands[rank]) < len(rows[rank::world_size]):
-                heapq.heappush(takers, (tokens + size, rank))
-        return [sorted(hand) for hand in hands]
+        sizes = np.diff(self.tokens[self.starts[window.start : window.stop + 1]]).tolist()
+        rank_rows = [[] for _ in range(world_size)]
+        heap = [(0, rank) for rank in range(min(len(window), world_size))]  # tokens so far, rank
+        for size, row in sorted(zip(sizes, window, strict=True), key=lambda pair: -pair[0]):
+            tokens, rank = heapq.heappop(heap)
+            rank_rows[rank].append(row)
+            if len(rank_rows[rank]) < len(window[rank::world_size]):
+                heapq.heappush(heap, (tokens + size, rank))
+        return [sorted(rows) for rows in rank_rows]
 
     def documents(self, row: int) -> list[int]:
         return self.order[self.starts[row] : self.starts[row + 1]].tolist()
@@ -106,13 +99,10 @@ def split_rows(rows: int, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.
     """
     held_out = round(rows * eval_ratio)
     if eval_ratio > 0 and not 0 < held_out < rows:
-        raise ValueError(
-            f"--eval_ratio {eval_ratio} of {rows} rows holds out {held_out}, trains on"
-            f" {rows - held_out}"
-        )
-    shuffled = np.random.default_rng([seed, 2**31]).permutation(
-        rows
-    )  # a stream of its own, apart from the epochs'
+        parts = f"holds out {held_out}, trains on {rows - held_out}"
+        raise ValueError(f"--eval_ratio {eval_ratio} of {rows} rows {parts}")
+    stream = np.random.default_rng([seed, 2**31])  # apart from the epochs'
+    shuffled = stream.permutation(rows)
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
 
 
@@ -126,8 +116,7 @@ def plan_epoch(
     drop_last: int,
     epoch: int,
 ) -> Plan:
-    """Shuffle the documents, put them in the order of their difficulty if they have one, and pack
-    them.
+    """Shuffle the documents, order them by their difficulty if they have one, and pack them.
 
     With a curriculum every epoch goes from easy to hard, and equally hard documents stay shuffled.
     A window that drop_last leaves out then has the hardest ones.
@@ -138,8 +127,7 @@ def plan_epoch(
 
     Args:
         dataset: has `lengths` and `supervised`, (all documents,) int64 token counts, and may have
-        `difficulty`,
-            (all documents,) numbers.
+            `difficulty`, (all documents,) numbers.
         documents: ids of the documents to train on.
 
     Raises:
@@ -149,27 +137,25 @@ def plan_epoch(
     difficulty = getattr(dataset, "difficulty", None)
     if difficulty is not None:
         order = order[np.argsort(difficulty[order], kind="stable")]
-    if packing:
-        starts, room = [], 0
-        for place, length in enumerate(dataset.lengths[order].tolist()):
-            if length > room:
-                starts.append(place)
-                room = max_seq_len
-            room -= length
-        starts = np.array([*starts, len(order)], np.int64)
-    else:
-        starts = np.arange(len(order) + 1)
-    sums = [
-        np.concatenate([[0], np.cumsum(counts[order])])
-        for counts in (dataset.lengths, dataset.supervised)
-    ]
+    lengths, supervised = dataset.lengths[order], dataset.supervised[order]
+    starts = pack(lengths, max_seq_len) if packing else np.arange(len(order) + 1)
+    sums = (np.concatenate([[0], np.cumsum(counts)]) for counts in (lengths, supervised))
     plan = Plan(order, starts, *sums, global_batch, bool(drop_last))
     if not plan.steps:
-        raise ValueError(
-            f"--drop_last 1: {plan.rows} rows an epoch are fewer than the global batch of"
-            f" {global_batch}"
-        )
+        fewer = f"are fewer than the global batch of {global_batch}"
+        raise ValueError(f"--drop_last 1: {plan.rows} rows an epoch {fewer}")
     return plan
+
+
+def pack(lengths: np.ndarray, max_seq_len: int) -> np.ndarray:
+    """Where packs begin, (packs + 1,) int64; one is full when the next document does not fit."""
+    starts, room = [], 0
+    for n, length in enumerate(lengths.tolist()):
+        if length > room:
+            starts.append(n)
+            room = max_seq_len
+        room -= length
+    return np.array([*starts, len(lengths)], np.int64)
 
 
 def batches(
@@ -182,16 +168,24 @@ def batches(
     num_workers: int,
     split: dict | None = None,
 ) -> Iterator:
-    """The micro-batches of a rank over some optimizer steps, one after the other, as
-    `dataset.collate` makes them.
+    """The micro-batches of a rank over some optimizer steps, as `dataset.collate` makes them.
 
     Args:
         steps: windows of the plan.
         num_workers: processes that read ahead; 0 reads in this one.
         split: for `dataset.collate`, where processes share a row: part, parts and multiple.
     """
-    sampler = (
+    documents = (
         docs for step in steps for docs in plan.micro_batches(step, rank, world_size, batch_size)
     )
     collate = functools.partial(dataset.collate, **(split or {}))
-    return readers.read(dataset, sampler, collate, num_workers)
+    if num_workers:
+        from dataset.readers import read_ahead
+
+        return read_ahead(dataset, documents, collate, num_workers)
+    micro_batches = (collate([dataset[doc] for doc in docs]) for docs in documents)
+    if not torch.cuda.is_available():
+        return micro_batches
+    return (
+        tuple(x.pin_memory() if torch.is_tensor(x) else x for x in batch) for batch in micro_batches
+    )

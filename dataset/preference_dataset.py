@@ -2,24 +2,21 @@
 
     {"chosen": [turns], "rejected": [turns]}                  MiniMind: both are whole conversations
     {"prompt": ..., "chosen": ..., "rejected": ...}           each a text, a turn or a list of turns
-    {"conversations": [turns], "chosen": ..., "rejected": ...}  the same under ShareGPT's name for
-    the prompt
+    {"conversations": [turns], "chosen": ..., "rejected": ...}  ShareGPT's name for the prompt
 
 Turns have role and content, or from and value; roles and fields are those of chat rows, see
 `chat_rows.py`.
 """
 
-import functools
-
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dataset.chat_format import chat_coder, encode_chats
-from dataset.chat_rows import add_row_fields, is_sharegpt, normalise_turns, present, refuse
-from dataset.lm_dataset import CachedDataset, describe, marked
+from dataset.chat_rows import add_row_fields, is_sharegpt, normalise_turns
+from dataset.checks import present
+from dataset.lm_dataset import CachedDataset
 from dataset.packing import split_rows
+from dataset.row_fields import refuse
 
 SIDES = ("chosen", "rejected")
 SHAPES = '{"chosen": [turns], "rejected": [turns]} or {"prompt", "chosen", "rejected"}'
@@ -28,8 +25,7 @@ Sample = tuple[Tensor, Tensor, Tensor]  # X, Y, loss_mask
 
 
 class PreferenceDataset(CachedDataset):
-    """A row is a pair; the loss mask covers the last assistant turn, the answer, with its
-    <|im_end|>.
+    """A row is a pair; the loss mask covers the last turn, the answer, with its <|im_end|>.
 
     In the token cache a pair has two rows, chosen and rejected. `lengths` and `supervised` count
     the pair together, so that a pair is what an epoch shuffles and packs: its two sides always go
@@ -41,8 +37,8 @@ class PreferenceDataset(CachedDataset):
     the same (what told them apart lies beyond max_length), and where it says not to learn from it.
 
     Args:
-        data_path, tokenizer, max_length, cache_dir, skip_bad, curriculum: see
-        `lm_dataset.PretrainDataset`.
+        max_length: longest side of a pair in tokens.
+        data_path, tokenizer, cache_dir, skip_bad, curriculum: see `lm_dataset.CachedDataset`.
 
     Raises:
         ValueError: `file:line: reason` of a bad row; a missing or empty file; no usable row.
@@ -57,24 +53,13 @@ class PreferenceDataset(CachedDataset):
         skip_bad: bool = False,
         curriculum: str = "none",
     ):
-        coder = functools.cache(lambda: chat_coder(tokenizer))
-
-        def encode(rows: list[object]) -> list:
-            pairs = [checked(normalise_pair, row) for row in rows]
-            chats = [chat for pair in pairs if not isinstance(pair, ValueError) for chat in pair]
-            encoded = iter(encode_chats(chats, coder(), loss_on="last"))
-            return [
-                (
-                    pair
-                    if isinstance(pair, ValueError)
-                    else cut([next(encoded), next(encoded)], max_length)
-                )
-                for pair in pairs
-            ]
-
-        options = {"max_length": max_length}
+        settings = (True, cache_dir, skip_bad, curriculum)
         super().__init__(
-            data_path, tokenizer, options, encode, True, cache_dir, skip_bad, curriculum
+            data_path,
+            tokenizer,
+            {"max_length": max_length},
+            lambda: PairEncoder(tokenizer, max_length),
+            *settings,
         )
         if self.difficulty is not None:
             self.difficulty = self.difficulty.reshape(-1, 2).mean(axis=1)
@@ -98,46 +83,20 @@ class PreferenceDataset(CachedDataset):
         return CachedDataset.collate([side for pair in samples for side in pair], **split)
 
 
-class ReferencedPairs(Dataset):
-    """Pairs, and with each batch of them what a frozen model says about it.
-
-    Args:
-        logps: (pairs, 2) float32: its log-probabilities of the chosen and of the rejected answers.
-    """
-
-    def __init__(self, pairs: PreferenceDataset, logps: np.ndarray):
-        self.pairs, self.logps = pairs, torch.from_numpy(logps)
-        self.key, self.lengths, self.supervised = pairs.key, pairs.lengths, pairs.supervised
-        self.difficulty = pairs.difficulty
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, row: int) -> tuple[tuple[Sample, Sample], Tensor]:
-        return self.pairs[row], self.logps[row]
-
-    def collate(self, samples: list, **split) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
-        """As `PreferenceDataset.collate`, and the log-probabilities, (P, 2) float32."""
-        logps = torch.stack([logps for _, logps in samples]) if samples else self.logps[:0]
-        return *self.pairs.collate([pair for pair, _ in samples], **split), logps
-
-
 def open_pairs(flags: dict, tokenizer):
     """The pairs of a run: (pairs, rows of them to train on, held-out pairs, rows of those).
 
     Args:
         flags: of the stage: data_path, max_seq_len, cache_dir, skip_bad, curriculum, seed; held out
-        is the file
-            eval_data, or the share eval_ratio of the pairs.
+            is the file eval_data, or the share eval_ratio of the pairs.
 
     Raises:
         ValueError: as `PreferenceDataset`; both ways of holding out are asked for.
     """
     eval_data, eval_ratio = flags["eval_data"], flags["eval_ratio"]
     if eval_data and eval_ratio:
-        raise ValueError(
-            f"--eval_data {eval_data} and --eval_ratio {eval_ratio}: use one of the two"
-        )
+        both = f"--eval_data {eval_data} and --eval_ratio {eval_ratio}"
+        raise ValueError(f"{both}: use one of the two")
     options = (tokenizer, *(flags[name] for name in ("max_seq_len", "cache_dir", "skip_bad")))
     pairs = PreferenceDataset(flags["data_path"], *options, flags["curriculum"])
     train_rows, held_out = split_rows(len(pairs), eval_ratio, flags["seed"])
@@ -147,13 +106,21 @@ def open_pairs(flags: dict, tokenizer):
     return pairs, train_rows, others, np.arange(len(others))
 
 
-def checked(function, *args):
-    """What function(*args) returns, or the ValueError that it raises: encoders return the faults of
-    their rows."""
-    try:
-        return function(*args)
-    except (ValueError, RecursionError) as error:
-        return ValueError(error)
+class PairEncoder:
+    """A `cache_builder.Encoder`; the arguments are those of `PreferenceDataset`."""
+
+    def __init__(self, tokenizer, max_length: int):
+        self.coder = chat_coder(tokenizer)
+        self.max_length = max_length
+
+    def parse(self, row: object) -> list[tuple]:
+        return normalise_pair(row)
+
+    def encode(self, pairs: list[list[tuple]]) -> list[tuple[list, bool]]:
+        chats = [chat for pair in pairs for chat in pair]
+        encoded = iter(encode_chats(chats, self.coder, loss_on="last"))
+        sides = zip(encoded, encoded, strict=True)
+        return [truncate(list(pair), self.max_length) for pair in sides]
 
 
 def normalise_pair(row: object) -> list[tuple[list[dict], list[dict] | None]]:
@@ -175,25 +142,7 @@ def normalise_pair(row: object) -> list[tuple[list[dict], list[dict] | None]]:
             )
     refuse(row, {"margin": "pairs are learned without one, take the field out"})
     prompt = turns_of(row.get("prompt") or row.get("conversations") or [], "user", "prompt")
-    chats = []
-    for side in SIDES:
-        answer = turns_of(row[side], "assistant", side)
-        if answer and answer[0]["role"] in ("system", "user"):
-            answer = with_prompt(answer, prompt, side)
-        else:
-            answer = [*prompt, *answer]
-        if not answer:
-            raise ValueError(f"{side}: empty conversation")
-        messages, tools = add_row_fields(answer, row)
-        last = messages[-1]
-        if last["role"] != "assistant":
-            raise ValueError(
-                f"{side}: the last turn must be the assistant's answer, it is of role"
-                f" {last['role']}"
-            )
-        if not (last["content"].strip() or last.get("reasoning_content") or last.get("tool_calls")):
-            raise ValueError(f"{side}: the answer is empty")
-        chats.append((messages, tools))
+    chats = [normalise_side(row, prompt, side) for side in SIDES]
     (chosen, _), (rejected, _) = chats
     if chosen[-1] == rejected[-1] and chosen[:-1] == rejected[:-1]:
         raise ValueError("chosen and rejected are the same answer: there is nothing to prefer")
@@ -204,6 +153,25 @@ def normalise_pair(row: object) -> list[tuple[list[dict], list[dict] | None]]:
     if len(chosen) == 1:
         raise ValueError(f"there is no prompt before the answers; accepted: {SHAPES}")
     return chats
+
+
+def normalise_side(row: dict, prompt: list[dict], side: str) -> tuple[list[dict], list | None]:
+    """The conversation that ends with the answer of a side, and its tools."""
+    answer = turns_of(row[side], "assistant", side)
+    if answer and answer[0]["role"] in ("system", "user"):
+        answer = with_prompt(answer, prompt, side)
+    else:
+        answer = [*prompt, *answer]
+    if not answer:
+        raise ValueError(f"{side}: empty conversation")
+    messages, tools = add_row_fields(answer, row)
+    last = messages[-1]
+    if last["role"] != "assistant":
+        fault = f"the last turn must be the assistant's answer, it is of role {last['role']}"
+        raise ValueError(f"{side}: {fault}")
+    if not (last["content"].strip() or last.get("reasoning_content") or last.get("tool_calls")):
+        raise ValueError(f"{side}: the answer is empty")
+    return messages, tools
 
 
 def turns_of(part: object, role: str, name: str) -> list[dict]:
@@ -220,8 +188,7 @@ def turns_of(part: object, role: str, name: str) -> list[dict]:
 
 
 def with_prompt(whole: list[dict], prompt: list[dict], side: str) -> list[dict]:
-    """A side that is the whole conversation and repeats the prompt, but perhaps for its system
-    turn.
+    """A side that is the whole conversation and repeats the prompt, perhaps not its system turn.
 
     Raises:
         ValueError: it does not repeat it.
@@ -238,28 +205,14 @@ def with_prompt(whole: list[dict], prompt: list[dict], side: str) -> list[dict]:
     )
 
 
-def cut(
+def truncate(
     sides: list[tuple[list[int], list[int]]], max_length: int
 ) -> tuple[list[tuple[list[int], list[int]]], bool]:
-    """The (ids, mask) of both sides within max_length + 1 tokens, [] for nothing to learn from;
-    whether it cut."""
-    shorter = [(ids[: max_length + 1], mask[: max_length + 1]) for ids, mask in sides]
-    learned = all(1 in mask for _, mask in shorter) and shorter[0] != shorter[1]
-    return (shorter if learned else []), any(len(ids) > max_length + 1 for ids, _ in sides)
+    """Both sides (ids, mask) within max_length + 1 tokens, and whether one was longer.
 
-
-def preview_pairs(dataset: PreferenceDataset, tokenizer, count: int, colour: bool = False) -> str:
-    """Pairs as the model sees them, what carries loss between [[ and ]] (or in green), and the
-    counts of the file.
-
-    With a count of 0 that is the counts alone, in a line.
+    There are no sides if nothing is left to learn from.
     """
-    lines = []
-    for row in range(min(count, len(dataset))):
-        for n, side in enumerate(SIDES):
-            ids, mask = dataset.cache[2 * row + n]
-            counts = f"{len(ids) - 1} tokens, {mask[1:].sum()} supervised"
-            lines.append(
-                f"--- pair {row}, {side}: {counts}\n{marked(ids, mask, tokenizer, colour)}"
-            )
-    return "\n".join([*lines, "--- " + describe(dataset)])
+    size = max_length + 1
+    shorter = [(ids[:size], mask[:size]) for ids, mask in sides]
+    learned = all(1 in mask for _, mask in shorter) and shorter[0] != shorter[1]
+    return (shorter if learned else []), any(len(ids) > size for ids, _ in sides)

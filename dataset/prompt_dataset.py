@@ -1,5 +1,4 @@
-"""Prompts for reinforcement learning: rows of the four chat formats that end where the assistant is
-to speak."""
+"""Prompts for RL: rows of the four chat formats that end where the assistant is to speak."""
 
 import hashlib
 import json
@@ -8,23 +7,17 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from dataset.chat_format import (
-    chat_coder,
-    detect_format,
-    encode_prompt,
-    final_answer,
-    normalise_row,
-    turn_text,
-)
+from dataset.chat_format import chat_coder
+from dataset.chat_rows import detect_format, normalise_row
 from dataset.read_rows import read_rows
+from dataset.replies import encode_prompt, final_answer, turn_text
 
 # Fields of a row that are the prompt.
 TALK = ("conversations", "messages", "instruction", "input", "output", "history", "system")
 
 
 class PromptDataset(Dataset):
-    """Prompts, and beside each the whole row it came from, whose other fields ("answer", ...) the
-    rewards are about.
+    """Prompts, each with the whole row it came from: its other fields are for the rewards.
 
     A row that ends with an assistant turn is the prompt before that turn; the turn, without its
     thinking, is its "answer", if the row has no field of that name. Prompts are few and short: they
@@ -35,14 +28,16 @@ class PromptDataset(Dataset):
         tokenizer: a fast tokenizer.
         max_length: longest prompt with its completion, in tokens.
         max_new_tokens: longest completion; a prompt that leaves no room for it is dropped and
-        counted. skip_bad: leave bad rows out and count them.
+            counted.
+        skip_bad: leave bad rows out and count them.
 
     Attributes:
         rows: the parsed rows; each has "answer" where one is known.
         places: `file:line` of each row.
         key: hash of data, tokenizer and options, the identity of the data in checkpoints.
         lengths: (rows,) int64, tokens of a prompt with the longest completion, for
-        `packing.plan_epoch`. supervised: (rows,) int64, tokens of the longest completion.
+            `packing.plan_epoch`.
+        supervised: (rows,) int64, tokens of the longest completion.
         stats: counts of the file: rows, tokens (of the prompts), dropped, bad, first_bad.
 
     Raises:
@@ -86,16 +81,9 @@ class PromptDataset(Dataset):
         self.supervised = np.full(len(tokens), max_new_tokens, np.int64)
         self.stats = {"rows": len(tokens), "tokens": int(tokens.sum()), "dropped": dropped}
         self.stats |= {"bad": len(bad), "first_bad": (bad or [""])[0]}
-        told = json.dumps(
-            [
-                self.prompts,
-                self.rows,
-                tokenizer.backend_tokenizer.to_str(),
-                max_length,
-                max_new_tokens,
-            ]
-        )
-        self.key = hashlib.sha256(told.encode()).hexdigest()[:32]
+        backend = tokenizer.backend_tokenizer.to_str()
+        content = json.dumps([self.prompts, self.rows, backend, max_length, max_new_tokens])
+        self.key = hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -147,8 +135,7 @@ def describe_prompts(dataset: PromptDataset) -> str:
 
 
 def preview_prompts(dataset: PromptDataset, tokenizer, count: int) -> str:
-    """Prompts as the model sees them, the other fields of their rows, and the counts of the
-    file."""
+    """Prompts as the model sees them, their rows' other fields, and the counts of the file."""
     lines = []
     for number in range(min(count, len(dataset))):
         fields = {key: value for key, value in dataset.rows[number].items() if key not in TALK}

@@ -1,5 +1,4 @@
-"""Processes that read data ahead of training, and that end with the process that they read for,
-however that ends.
+"""Processes that read data ahead of training, and end with the process that they read for.
 
 A signal to the job reaches them, too: Ctrl-C, a launcher's, a scheduler's. The step that is being
 made still needs their rows, so they start, and stay, with signals blocked. That takes
@@ -19,12 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def read(dataset: Dataset, batches: Iterable, collate: Callable, num_workers: int) -> Iterator:
-    """The batches of a dataset, one after the other.
+def read_ahead(
+    dataset: Dataset, batches: Iterable, collate: Callable, num_workers: int
+) -> Iterator:
+    """The batches of a dataset, one after the other, read by other processes.
 
     Args:
         batches: the ids of each one's documents.
-        num_workers: processes that read ahead; 0 reads in this one.
+        num_workers: processes, at least 1.
     """
     loader = DataLoader(
         dataset,
@@ -55,11 +56,9 @@ def end_with_parent(reader: int) -> None:
 
 @atexit.register
 def kill_readers() -> None:
-    """Before multiprocessing's exit handler, which would send them SIGTERM and wait for them
-    without end."""
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # DataLoader's handler would report every one of them as a fault
+    """Before multiprocessing's exit handler, which would send SIGTERM and wait without end."""
+    # DataLoader's handler would report every one of them as a fault.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -1,5 +1,4 @@
-"""Faster ways to compute what model/ computes, put in from outside. Without this folder all runs,
-slower.
+"""Faster ways to compute what model/ computes, put in from outside; without them all runs, slower.
 
 `apply` replaces the class of a module by a subclass of it: parameters, names and state dict stay.
 Each replacement falls back to the plain one at call time where it cannot work: for tensors of
@@ -15,7 +14,7 @@ from kernels import native
 from kernels.attention import FastAttention
 from kernels.cross_entropy import FastHead
 from kernels.experts import FastExperts, FastMoE, FastRouter
-from kernels.linear import FastLinear, pad_row, products
+from kernels.linear import FastLinear, keep_products, pad_row, products
 from kernels.norm import FastBlock, FastRMSNorm
 from kernels.pointwise import FastSwiGLU
 from model import lm
@@ -52,7 +51,7 @@ def available(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         return dict.fromkeys(("attention", "cross-entropy", "experts", "decode graph"), "")
     if device.type != "cpu":
         return {"all": f"none for the device {device.type}"}
-    found = {}
+    reasons = {}
     names = {"ops.cpp": ("norm", "rope", "swiglu", "cross-entropy", "router")}
     names["attention.cpp"] = ("attention",)
     if dtype == torch.bfloat16:
@@ -61,25 +60,25 @@ def available(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         functions = native.library(source, dtype)
         unknown = f"no C++ for {str(dtype).removeprefix('torch.')}"
         reason = "" if functions else native.failures.get(source, unknown)
-        found |= dict.fromkeys(kernels, reason)
-    if found.get("linear") == "" and products(dtype) is None:
-        found["linear"] = "this CPU has no products of bfloat16"
-    return found
+        reasons |= dict.fromkeys(kernels, reason)
+    if reasons.get("linear") == "" and products(dtype) is None:
+        reasons["linear"] = "this CPU has no products of bfloat16"
+    return reasons
 
 
-def broken(found: dict[str, str]) -> dict[str, str]:
+def broken(reasons: dict[str, str]) -> dict[str, str]:
     """Those of `available` that are missing though the device could have them."""
     hopeless = "this CPU", "none for the device"
-    return {name: why for name, why in found.items() if why and not why.startswith(hopeless)}
+    return {name: why for name, why in reasons.items() if why and not why.startswith(hopeless)}
 
 
-def summary(found: dict[str, str]) -> str:
+def summary(reasons: dict[str, str]) -> str:
     """What is in and why something is not, in a line."""
-    reasons: dict[str, list[str]] = {}
-    for name, why in found.items():
-        reasons.setdefault(why, []).append(name)
-    parts = [", ".join(reasons.pop("", ["none"]))]
-    parts += [f"without {', '.join(names)}: {why}" for why, names in reasons.items()]
+    names_of: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names_of.setdefault(why, []).append(name)
+    parts = [", ".join(names_of.pop("", ["none"]))]
+    parts += [f"without {', '.join(names)}: {why}" for why, names in names_of.items()]
     return "; ".join(parts)
 
 
@@ -98,17 +97,26 @@ def apply(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[st
         if fast := replacements.get(type(module)):
             module.__class__ = fast
     for language_model in language_models(model) if replacements else ():
-        if device.type == "cuda":
-            from kernels.decode_graph import DecodeGraph as decoder
-        else:
-            from kernels.cpu_decoder import make_decoder as decoder
         if language_model.make_decoder is None and device.type == "cpu":
             language_model.register_forward_pre_hook(pad_row, with_kwargs=True)
-        language_model.make_decoder = decoder
-    found = available(device, dtype)
+        language_model.make_decoder = make_decoder
+        if language_model.gradient_checkpointing:
+            keep_products()
+    reasons = available(device, dtype)
     if not any(isinstance(module, lm.MoE) for module in model.modules()):
-        found = {name: why for name, why in found.items() if name not in ("router", "experts")}
-    return found
+        reasons = {name: why for name, why in reasons.items() if name not in ("router", "experts")}
+    return reasons
+
+
+def make_decoder(model: lm.MiniMindLM, cache):
+    """What generates with a model: a `generate.Decoder`, with the kernels of its device."""
+    if cache.kv.device.type == "cuda":
+        from kernels.decode_graph import DecodeGraph
+
+        return DecodeGraph(model, cache)
+    from kernels import cpu_decoder
+
+    return cpu_decoder.make_decoder(model, cache)
 
 
 def language_models(model: nn.Module) -> Iterator[lm.MiniMindLM]:

@@ -13,7 +13,7 @@ from model.layout import Layout
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """q (1, H, N, D), k and v (1, H_kv, N, D) -> (1, H, N, D).
+    """Attend: q (1, H, N, D), k and v (1, H_kv, N, D) -> (1, H, N, D).
 
     No work outside a document's own triangle, no mask, and no document that depends on its
     neighbours.

@@ -1,5 +1,4 @@
-"""torch.compile, block by block: where it wins, and that a resumed run has the same compiled
-code."""
+"""torch.compile, block by block: where it wins, and one compiled code for a resumed run."""
 
 import functools
 import os
@@ -12,13 +11,11 @@ import torch
 from torch import nn
 
 from model.lm import MiniMindLM, blocks
-from model.recompute import recompute
-from model.weights import open_to_others
+from model.permissions import open_to_others
 
 
 def uncompiled(function: Callable) -> Callable:
-    """Have torch.compile call a function as it is. torch.compiler.disable loads the compiler: 2
-    s."""
+    """Have torch.compile call a function as it is; torch.compiler.disable takes 2 s to load."""
     opaque = torch._disable_dynamo(function)
 
     @functools.wraps(function)
@@ -45,8 +42,7 @@ def compile_blocks(model: nn.Module) -> None:
     """Have blocks compiled when first called, for any length: eight of one shape are compiled once.
 
     Raises:
-        ValueError: others can write where torch keeps what it has compiled, and would have it run
-        here.
+        ValueError: others can write where torch keeps what it has compiled, and have it run here.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # no public name
 
@@ -83,7 +79,7 @@ def compile_now(
             with autocast:
                 layout, x = lm.layout(ids, doc_lens=lens), lm.model.embed_tokens(ids)
                 for block in lm.model.layers:
-                    x, _ = recompute(lm.gradient_checkpointing, block, x, layout)
+                    x, _ = lm.run_block(block, x, layout)
             if x.requires_grad:
                 x.sum().backward()
     model.zero_grad(set_to_none=True)

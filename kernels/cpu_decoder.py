@@ -115,9 +115,9 @@ class CpuDecoder(Decoder):
         x = self.embedding[token].float()
         width = config.n_heads * config.head_dim
         attended = torch.empty(round_up(rows, BLOCK), width, dtype=self.dtype)
-        where, sizes = (positions, cache.row_ids), (rows, cache.kv.size(2), capacity)
+        slots, sizes = (positions, cache.row_ids), (rows, cache.kv.size(2), capacity)
         for (qkv, gains, rest), kv in zip(self.layers, cache.kv, strict=True):
-            inputs = self.project(x, qkv), *gains, *self.angles, *where, *kv
+            inputs = self.project(x, qkv), *gains, *self.angles, *slots, *kv
             self.functions.attend(*inputs, attended, *sizes, config.norm_eps)
             self.mlp(x, attended, *rest)
         cache.lengths += 1
@@ -148,8 +148,7 @@ class CpuDecoder(Decoder):
         return self.logits(x)[: len(lens)]
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x (R, dim) float32 -> queries, keys and values, side by side (R, all heads *
-        head_dim)."""
+        """Project x (R, dim) float32 to queries, keys and values, (R, all heads * head_dim)."""
         heads = self.config.n_heads + 2 * self.config.n_kv_heads
         out = torch.empty(len(x), heads * self.config.head_dim, dtype=self.dtype)
         self.functions.project(x, weight, out, *x.shape, out.size(1), self.config.norm_eps)
@@ -162,6 +161,6 @@ class CpuDecoder(Decoder):
         return out
 
     def mlp(self, x: Tensor, attended: Tensor, *weights: Tensor) -> None:
-        """x (R, dim) += out(attended), and then += its MLP."""
+        """In place: x (R, dim) += out(attended), and then += its MLP."""
         sizes = len(x), attended.size(1), x.size(1), self.config.hidden_dim
         self.functions.mlp(x, attended, *weights, *sizes, self.config.norm_eps)

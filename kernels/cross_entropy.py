@@ -6,7 +6,6 @@ from torch.autograd.function import once_differentiable
 
 from kernels import native
 from kernels.linear import CACHED, FastLinear, sum_of_products
-from model.layout import autocast_dtype
 from model.lm import Head
 
 # Logits that exist at once, 64 or 72 MiB in float32. The figures of benchmarks/results are with
@@ -19,7 +18,7 @@ class FastHead(Head, FastLinear):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None or not native.is_local(x, self.weight):
             return super().forward(x, targets)
-        return linear_cross_entropy(x.to(autocast_dtype(x)), self.weight, targets)
+        return linear_cross_entropy(x.to(native.autocast_dtype(x)), self.weight, targets)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""Mixture of experts: the router in one pass; rows sorted by expert, and one grouped product for
-all."""
+"""Mixture of experts: a fused router, rows sorted by expert, one grouped product for all."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,6 @@ from kernels.compiling import uncompiled
 from kernels.linear import length_step, multiply, products, sum_of_products
 from kernels.native import round_up
 from kernels.pointwise import swiglu
-from model.layout import autocast_dtype
 from model.lm import Experts, MoE, Router
 
 # The rows of an expert are filled up to a multiple of so many. A product of few rows is rounded in
@@ -68,7 +66,7 @@ class FastExperts(Experts):
         if not native.is_local(x, self.gate_up_proj):
             return super().forward(x, weight, choice)
         k = choice.size(-1)
-        flat = x.to(autocast_dtype(x)).reshape(-1, x.size(-1))  # (N, dim)
+        flat = x.to(native.autocast_dtype(x)).reshape(-1, x.size(-1))  # (N, dim)
         # A step of generation has a token for each row of its batch and no documents to keep apart.
         block = 1 if x.size(1) == 1 else ROW_BLOCK
         rows, ends, row = self.dispatch(flat, choice.reshape(-1, k), block)
@@ -94,9 +92,8 @@ class FastExperts(Experts):
         count = visit.sum(dim=1)  # (E,)
         size = round_up(count, block)
         ends = size.cumsum(dim=0)
-        row = (
-            visit.flatten().cumsum(dim=0).view_as(visit) - 1
-        )  # among all, before any are filled up
+        # Among all, before any are filled up.
+        row = visit.flatten().cumsum(dim=0).view_as(visit) - 1
         shift = ends - size - count.cumsum(dim=0) + count
         row = ((row + shift.unsqueeze(1)) * visit).sum(dim=0)  # (N * k,)
         if x.device.type == "cpu":
@@ -113,8 +110,7 @@ class FastExperts(Experts):
 
 
 class DispatchFunction(torch.autograd.Function):
-    """x (N, dim) -> the tokens at the rows of experts, (M, dim). The gradient is gathered, not
-    scattered.
+    """Gather tokens x (N, dim) at the rows of experts, (M, dim); its gradient is gathered, too.
 
     Args:
         token: (M,) int64: whose row it is; any token where a row only fills up.
@@ -138,7 +134,7 @@ class DispatchFunction(torch.autograd.Function):
 
 @uncompiled
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
-    """x (M, in) @ weight[group].T, in the dtype of x, as `parts` tensors (M, out / parts).
+    """Product x (M, in) @ weight[group].T, in the dtype of x, as `parts` tensors (M, out / parts).
 
     Args:
         weight: (groups, out, in), in any dtype.
@@ -190,7 +186,7 @@ def grouped_mm(
     x2: Tensor | None = None,
     matrix2: Tensor | None = None,
 ) -> Tensor:
-    """x (M, K) @ matrix[group] (K, N) -> (M, N), + x2 @ matrix2[group] if there are these."""
+    """Of x (M, K) and matrix[group] (K, N) the product, (M, N); + x2 @ matrix2[group] if given."""
     sizes = group_sizes(x, ends)
     if sizes is None:
         out = F.grouped_mm(x, matrix, offs=ends)

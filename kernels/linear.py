@@ -5,8 +5,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kernels import native
-from model.layout import autocast_dtype
-from model.recompute import EXPENSIVE
 
 # Numbers in float32 that a core keeps in its cache from one pass over them to the next: 2 MiB, the
 # L2 of a Xeon with AMX.
@@ -22,7 +20,7 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not native.is_local_cpu_tensor(x, self.weight):
             return super().forward(x)
-        dtype, training = autocast_dtype(x), torch.is_grad_enabled()
+        dtype, training = native.autocast_dtype(x), torch.is_grad_enabled()
         if training and products(dtype) is not None:
             return LinearFunction.apply(x, self.weight, dtype)
         one_token_each = x.dim() == 3 and x.size(1) == 1 and x.size(0) in FEW_ROWS
@@ -38,8 +36,7 @@ def products(dtype: torch.dtype) -> native.Library | None:
 
 
 class LinearFunction(torch.autograd.Function):
-    """x @ weight.T by linear.cpp. The gradient of the weight is summed in float32 and not
-    rounded."""
+    """Product x @ weight.T by linear.cpp; the gradient of the weight is summed in float32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,7 +61,7 @@ class LinearFunction(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T as an operator that torch knows, so that `recompute` can keep its result."""
+    """Product x @ weight.T as an operator of torch: `recompute` can keep its result."""
     out = x.new_empty(*x.shape[:-1], len(weight))
     multiply(out.view(-1, len(weight)), x.reshape(-1, x.size(-1)), weight.T)
     return out
@@ -73,7 +70,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 OPERATORS = torch.library.Library("minimind", "DEF")
 OPERATORS.define("linear(Tensor x, Tensor weight) -> Tensor")
 OPERATORS.impl("linear", linear, "CPU")
-EXPENSIVE.append(torch.ops.minimind.linear.default)
+
+
+def keep_products() -> None:
+    """Have gradient checkpointing of level 2 keep results of `linear`, like torch's products."""
+    from model.recompute import EXPENSIVE
+
+    if torch.ops.minimind.linear.default not in EXPENSIVE:
+        EXPENSIVE.append(torch.ops.minimind.linear.default)
 
 
 def multiply(
@@ -83,7 +87,7 @@ def multiply(
     x2: Tensor | None = None,
     matrix2: Tensor | None = None,
 ) -> None:
-    """out (M, N) = x (M, K) @ matrix (K, N), + x2 @ matrix2 if there are these.
+    """In place: out (M, N) = x (M, K) @ matrix (K, N), + x2 @ matrix2 if there are these.
 
     A matrix may have another dtype: in float32 it is rounded on the way, where a CPU can.
     """
@@ -101,7 +105,7 @@ def multiply(
 
 
 def sum_of_products(total: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """total (M, N) float32 = or += a.T @ b; a (K, M), b (K, N)."""
+    """In place: total (M, N) float32 = or += a.T @ b; a (K, M), b (K, N)."""
     if a.dtype == torch.float32:
         torch.addmm(total, a.T, b, beta=int(add), out=total)
     elif a.device.type == "cuda":
@@ -125,7 +129,7 @@ def length_step(tokens: int, weight: Tensor) -> int:
     nothing: 1.
     """
     whole = type(weight) is nn.Parameter  # not spread over processes, which keep their own lengths
-    if not whole or weight.device.type != "cpu" or autocast_dtype(weight) != torch.bfloat16:
+    if not whole or weight.device.type != "cpu" or native.autocast_dtype(weight) != torch.bfloat16:
         return 1
     if products(torch.bfloat16) is not None and weight.size(-1) % 32 == 0:
         return 1

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.weights import open_to_others
+from model.permissions import open_to_others
 
 FOLDER = Path(__file__).parent
 CACHE = FOLDER / "__pycache__"  # where Python keeps what it has compiled
@@ -31,6 +31,12 @@ TENSORS = {Tensor, torch.nn.Parameter}
 DTYPES = {"float": torch.float32, "int64_t": torch.int64, "int32_t": torch.int32}
 SCALARS = {"int64_t": (int, ctypes.c_int64), "float": (float, ctypes.c_float)}
 failures: dict[str, str] = {}  # source file -> why it could not be compiled
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products of x use: autocast's where it is on, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 @dataclass
@@ -159,8 +165,7 @@ def library(source: str, dtype: torch.dtype, **macros: int) -> Library | None:
 
 
 def compile_and_load(command: list[str], path: Path, target: Path, *rest) -> Library:
-    """The library at `target`, compiled if it is not there; elsewhere where that cannot be
-    written."""
+    """The library at `target`, compiled if need be; elsewhere where that cannot be written."""
     folder = CACHE if is_private(CACHE) else None
     if folder and target.exists() and not open_to_others(target):
         return Library(target, *rest)
@@ -175,8 +180,7 @@ def compile_and_load(command: list[str], path: Path, target: Path, *rest) -> Lib
 
 @functools.cache
 def is_private(folder: Path) -> bool:
-    """Whether libraries can be kept in a folder, which is made; a line says so where others write
-    there."""
+    """Whether libraries can be kept in a folder, which is made; says if others write there."""
     with contextlib.suppress(OSError):
         folder.mkdir(exist_ok=True)
     if folder.is_dir() and open_to_others(folder):
@@ -190,8 +194,7 @@ def is_private(folder: Path) -> bool:
 
 @functools.cache
 def cpu_features() -> str:
-    """What tells CPUs with other instructions apart, on Linux: a folder may be shared by
-    machines."""
+    """What tells CPUs with other instructions apart, on Linux: machines may share a folder."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next((line for line in file if line.startswith(("flags", "Features"))), "")
@@ -200,8 +203,7 @@ def cpu_features() -> str:
 
 
 def is_local_cpu_tensor(*tensors: Tensor) -> bool:
-    """Whether tensors lie in this process' memory: not on a GPU, nor spread over processes
-    (DTensor)."""
+    """Whether tensors lie in this process's memory: not on a GPU, nor spread as DTensors."""
     for x in tensors:  # a loop: this is asked hundreds of times in a step
         if type(x) not in TENSORS or not x.is_cpu:
             return False
@@ -214,8 +216,7 @@ def is_local(*tensors: Tensor) -> bool:
 
 
 def functions_for(x: Tensor, dtype: torch.dtype | None = None) -> Library | None:
-    """The functions of ops.cpp for x, or for a result in another dtype; None: compute it with
-    torch."""
+    """The functions of ops.cpp for x, or a result in another dtype; None: compute it with torch."""
     if torch.compiler.is_compiling() or not is_local_cpu_tensor(x):
         return None
     return library("ops.cpp", dtype or x.dtype)

@@ -1,5 +1,4 @@
-"""RMSNorm, and RMSNorm of the residual stream with what a branch adds to it, in one pass over
-memory."""
+"""Fused RMSNorm, alone and with the addition to the residual stream before it."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import native
-from model.layout import Layout, autocast_dtype
+from model.layout import Layout
 from model.lm import Block, RMSNorm
 
 
@@ -34,7 +33,7 @@ class FastBlock(Block):
 
 def add_rms_norm(x: Tensor, branch: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
     """The residual stream x + branch, if there is one, and the norm of that."""
-    dtype, weight, functions = autocast_dtype(x), norm.weight, None
+    dtype, weight, functions = native.autocast_dtype(x), norm.weight, None
     if native.is_local_cpu_tensor(weight) and x.dtype in (dtype, torch.float32):
         functions = native.functions_for(x, dtype)
     if branch is not None and (

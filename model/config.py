@@ -39,15 +39,14 @@ class LMConfig:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
             size = getattr(self, name)
             require(size >= 1, f"{name} must be at least 1, it is {size}")
-        dim, n_heads, n_kv_heads = self.dim, self.n_heads, self.n_kv_heads
+        dim, heads, kv_heads = self.dim, f"n_heads {self.n_heads}", f"n_kv_heads {self.n_kv_heads}"
         if self.head_dim is None:
-            fault = f"dim {dim} is not a multiple of n_heads {n_heads}: change one of them"
-            require(dim % n_heads == 0, fault)
-            self.head_dim = dim // n_heads
+            fault = f"dim {dim} is not a multiple of {heads}: change one of them"
+            require(dim % self.n_heads == 0, fault)
+            self.head_dim = dim // self.n_heads
         fault = f"head_dim {self.head_dim} is odd; rotary positions need an even number"
         require(self.head_dim % 2 == 0, fault)
-        fault = f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}"
-        require(n_heads % n_kv_heads == 0, fault)
+        require(self.n_heads % self.n_kv_heads == 0, f"{heads} is not a multiple of {kv_heads}")
         require(0.0 <= self.dropout < 1.0, f"dropout {self.dropout} must lie in [0, 1)")
         self.hidden_dim = self.hidden_dim or 64 * math.ceil(dim * 8 / 3 / 64)
         width = self.hidden_dim / max(1, self.n_experts_per_tok)
@@ -66,13 +65,11 @@ class LMConfig:
     def from_flags(cls, flags: dict, vocab_size: int) -> "LMConfig":
         """The shape that a stage script's flags describe."""
         flags = {**flags, "use_moe": bool(flags["use_moe"]), "vocab_size": vocab_size}
-        names = (field.name for field in fields(cls))
-        return cls(**{name: flags[name] for name in names if name in flags})
+        return cls(**{f.name: flags[f.name] for f in fields(cls) if f.name in flags})
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LMConfig":
-        """Read the JSON beside a weights file. ValueError: it is not one of ours; names the
-        file."""
+        """Read the JSON beside a weights file. ValueError: it is not one of ours; names it."""
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except (TypeError, ValueError) as error:

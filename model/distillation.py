@@ -1,7 +1,9 @@
-"""What distillation needs of the models: a student and a teacher whose logits exist for a chunk of
-tokens at a time."""
+"""A student and a teacher whose logits exist for a chunk of tokens at a time.
 
-import math
+The losses themselves stand in trainer/train_distillation.py.
+"""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,7 @@ from model.weights import load_model, newest_weights
 
 
 class LateHead(nn.Linear):
-    """A head that hands the hidden states on, so that a model ends with them; others multiply with
-    its weight later."""
+    """A head that returns the hidden states: a model ends with them, and its weight is used later."""
 
     def __init__(self, head: nn.Linear):
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
@@ -25,37 +26,35 @@ class LateHead(nn.Linear):
 
 
 class Student(MiniMindLM):
-    """MiniMindLM whose forward pass ends in the losses of distillation; its names and weights are
-    the same.
+    """MiniMindLM whose forward pass ends in the losses of distillation; names and weights are equal.
 
     Args:
         teacher: from `load_teacher`; is not a part of the student: nothing wraps, moves, trains or
-        saves it. kl, temperature: see `divergence`.
+            saves it.
+        losses_of: (student's logits (k, vocab) float32, teacher's logits, targets (k,)) -> scalars,
+            each a loss summed over the k tokens.
         chunk: tokens whose logits exist at once, in the forward pass and once more in the backward
-        pass.
+            pass.
     """
 
     def __init__(
         self,
         config,
-        teacher,
-        kl: str,
-        temperature: float,
-        gradient_checkpointing=0,
+        teacher: MiniMindLM,
+        losses_of: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+        gradient_checkpointing: int = 0,
         chunk: int = 512,
     ):
         super().__init__(config, gradient_checkpointing)
         self.lm_head = LateHead(self.lm_head)
-        self.distillation, self.chunk = (
-            (teacher, kl, temperature),
-            chunk,
-        )  # in a tuple a module is no submodule
+        self.teacher = (teacher,)  # in a tuple a module is no submodule
+        self.losses_of = losses_of
+        self.chunk = chunk
 
     def forward(
         self, input_ids: Tensor, doc_lens: list[int], at: Tensor, targets: Tensor
     ) -> tuple[Tensor, ...]:
-        """Cross-entropy and divergence from the teacher, each summed over some tokens, and the
-        auxiliary loss.
+        """The losses, each summed over some tokens, and the auxiliary loss.
 
         Both models run up to their last hidden states. Logits are made of those for a chunk of
         tokens at a time and dropped; the backward pass makes them once more.
@@ -65,51 +64,23 @@ class Student(MiniMindLM):
             at: (K,) int64, positions in the row; there may be none.
             targets: (K,) int64, the tokens that follow there.
         """
-        teacher, *how = self.distillation
-        with torch.no_grad():
-            theirs = teacher(
-                input_ids, doc_lens=doc_lens, logits_at=at
-            ).logits  # (K, the teacher's dim)
+        (teacher,) = self.teacher
+        with torch.no_grad():  # (K, the teacher's dim)
+            teacher_states = teacher(input_ids, doc_lens=doc_lens, logits_at=at).logits
         out = super().forward(input_ids, doc_lens=doc_lens, logits_at=at)
 
-        def losses(own: Tensor, theirs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            logits = F.linear(own, self.lm_head.weight).float()  # (k, vocab)
-            ce = F.cross_entropy(logits, targets, reduction="sum")
-            return ce, divergence(logits, F.linear(theirs, teacher.lm_head.weight), *how).sum()
+        def losses(states: Tensor, teacher_states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            logits = F.linear(states, self.lm_head.weight).float()  # (k, vocab)
+            teacher_logits = F.linear(teacher_states, teacher.lm_head.weight)
+            return self.losses_of(logits, teacher_logits, targets)
 
         sums = []
-        for begin in range(
-            0, max(1, len(at)), self.chunk
-        ):  # without a token, too: every rank exchanges
-            parts = [values[begin : begin + self.chunk] for values in (out.logits, theirs, targets)]
+        # At least one chunk: without a token, too, every rank exchanges gradients
+        for begin in range(0, max(1, len(at)), self.chunk):
+            chunk = slice(begin, begin + self.chunk)
+            parts = (out.logits[chunk], teacher_states[chunk], targets[chunk])
             sums.append(checkpoint(losses, *parts, use_reentrant=False, preserve_rng_state=False))
         return *map(sum, zip(*sums, strict=True)), out.aux_loss
-
-
-def divergence(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Tensor:
-    """How far the student's distribution is from the teacher's, token by token, times
-    temperature^2.
-
-    With P the teacher and Q the student: 'forward' KL(P, Q), 'reverse' KL(Q, P), 'js' (KL(P, M) +
-    KL(Q, M)) / 2 where M = (P + Q) / 2. Gradients through softmax(logits / T) shrink as 1 / T^2;
-    the factor T^2 undoes that, so that a weight beside the cross-entropy means the same at every
-    temperature.
-
-    Args: student, teacher: logits (k, vocab), in any dtype. Returns: (k,) float32.
-    Source: Hinton et al., Distilling the Knowledge in a Neural Network (2015), section 2; Agarwal
-    et al., On-Policy Distillation (GKD, 2024), section 2, generalised JSD with beta = 1/2.
-    """
-    log_q, log_p = (
-        (logits.float() / temperature).log_softmax(dim=-1) for logits in (student, teacher)
-    )
-    if kind == "forward":
-        value = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    elif kind == "reverse":
-        value = (log_q.exp() * (log_q - log_p)).sum(dim=-1)
-    else:
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        value = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(dim=-1) / 2
-    return value * temperature**2
 
 
 def load_teacher(weight: str, out_dir: str, vocab_size: int, max_seq_len: int) -> MiniMindLM:
@@ -126,11 +97,9 @@ def load_teacher(weight: str, out_dir: str, vocab_size: int, max_seq_len: int) -
     with torch.random.fork_rng(devices=[]):  # the student starts as it would without a teacher
         teacher = load_model(path)
     if teacher.config.vocab_size != vocab_size:
-        sizes = (
-            f"a vocabulary of {teacher.config.vocab_size}, the student's tokenizer has {vocab_size}"
-        )
         raise ValueError(
-            f"--teacher_weight {path}: it has {sizes}; both must have the same tokenizer"
+            f"--teacher_weight {path}: it has a vocabulary of {teacher.config.vocab_size}, the"
+            f" student's tokenizer has {vocab_size}; both must have the same tokenizer"
         )
     if teacher.config.max_seq_len < max_seq_len:
         raise ValueError(

@@ -1,5 +1,4 @@
-"""Generation: the cache of keys and values, batches of prompts, drawing tokens, text as it
-comes."""
+"""Generation: KV cache, batches of prompts, sampling, streamed text."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from model.layout import Layout, autocast_dtype
+from model.layout import Layout
 
 Sampler = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -82,13 +81,11 @@ class Decoder:
         self.model, self.cache = model, cache
 
     def step(self, token: Tensor) -> Tensor:
-        """token (R,) int64, one for each row of the cache -> the logits behind it, (R, vocab)
-        float32."""
+        """Logits (R, vocab) float32 behind token (R,) int64, one for each row of the cache."""
         return self.model(token.unsqueeze(1), cache=self.cache).logits.squeeze(1).float()
 
     def read(self, ids: Tensor, lens: list[int], last: Tensor) -> Tensor:
-        """Prompts packed into ids (1, N), the places of their last tokens -> logits (prompts,
-        vocab)."""
+        """Logits (prompts, vocab) behind prompts packed into ids (1, N) that end at `last`."""
         return self.model(ids, doc_lens=lens, logits_at=last, cache=self.cache).logits.float()
 
 
@@ -102,8 +99,7 @@ def generate_batch(
     samples: int = 1,
     batch_size: int = 64,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Complete prompts token by token. A completion that has ended leaves its slot to the next
-    prompt.
+    """Complete prompts token by token; a finished one leaves its slot to the next prompt.
 
     Prompts are read in packs without padding, once for all their samples.
 
@@ -112,71 +108,99 @@ def generate_batch(
         prompts: token ids; prompt p has the rows p * samples to (p + 1) * samples - 1.
         limits: the most tokens for each prompt; with them it fits the model's max_seq_len.
         sampler: (logits (R, vocab) float32, row (R,), position (R,)) -> (R,) int64: the tokens at
-        these
-            positions of these rows' completions. Rows are in no order.
+            these positions of these rows' completions. Rows are in no order.
         eos_token_id: ends a completion.
         batch_size: prompts that are worked on at once.
 
     Yields:
         (row, position, token), (R,) int64 each: the next token of every row that goes on.
     """
-    device = model.lm_head.weight.device
-    waiting = [number for number, limit in enumerate(limits) if limit > 0]
-    waiting.sort(key=lambda number: -len(prompts[number]))  # neighbours have about one length
-    size = samples * min(batch_size, len(waiting))
-    lengths = (len(ids) + limit for ids, limit in zip(prompts, limits, strict=True))
-    dtype = autocast_dtype(model.lm_head.weight)
-    cache = KVCache(model.config, size, max(lengths, default=0), device, dtype)
-    decoder = (model.make_decoder or Decoder)(model, cache)
-    row, position, left = torch.zeros(3, size, dtype=torch.int64)  # of each slot, on the host
-    token, logits = torch.zeros(size, dtype=torch.int64, device=device), None
+    batch = Batch(model, prompts, limits, samples, batch_size)
     while True:
-        # 1. One more token for those that go on. An empty slot takes part, but holds nothing.
-        active = left > 0
-        if active.any():
-            cache.lengths[~active] = 0
-            logits = decoder.step(token)
-
-        # 2. Prompts for the empty slots
-        slots = (~active).nonzero().squeeze(1)
-        new, waiting = waiting[: len(slots) // samples], waiting[len(slots) // samples :]
-        if new:
-            slots = slots[: len(new) * samples].view(-1, samples)
-            first = read_prompts(decoder, cache, [prompts[number] for number in new], slots.T)
-            logits = first.new_zeros(size, first.size(1)) if logits is None else logits
-            logits[slots.flatten().to(device)] = first.repeat_interleave(samples, dim=0)
-            row[slots] = torch.tensor(new).unsqueeze(1) * samples + torch.arange(samples)
-            left[slots] = torch.tensor([limits[number] for number in new]).unsqueeze(1)
-            position[slots] = 0
-
-        # 3. The next token of each
-        slots = (left > 0).nonzero().squeeze(1)
+        batch.step()
+        batch.fill_slots()
+        slots = (batch.left > 0).nonzero().squeeze(1)
         if not len(slots):
             return
-        numbers = [part[slots].to(device, non_blocking=True) for part in (row, position)]
-        all_slots = len(slots) == size
-        on_device = slice(None) if all_slots else slots.to(device, non_blocking=True)
-        chosen = sampler(logits[on_device], *numbers)
-        yield *numbers, chosen
-        token[on_device] = chosen
-        position[slots] += 1
-        left[slots] -= 1
+        row, position = (
+            part[slots].to(batch.device, non_blocking=True) for part in (batch.row, batch.position)
+        )
+        all_slots = len(slots) == len(batch.left)
+        on_device = slice(None) if all_slots else slots.to(batch.device, non_blocking=True)
+        token = sampler(batch.logits[on_device], row, position)
+        yield row, position, token
+        batch.token[on_device] = token
+        batch.position[slots] += 1
+        batch.left[slots] -= 1
         if eos_token_id is not None:
-            left[slots[(chosen == eos_token_id).cpu()]] = 0
+            batch.left[slots[(token == eos_token_id).cpu()]] = 0
+        batch.drop_slots()
 
-        # 4. Slots that nobody will take are given up
-        slots = (left > 0).nonzero().squeeze(1)
-        if not decoder.keeps_rows and not waiting and len(slots) < size:
-            cache.keep(slots)
-            row, position, left = row[slots], position[slots], left[slots]
-            token, size = token[slots.to(device)], len(slots)
+
+class Batch:
+    """The completions that are worked on, one in each slot.
+
+    Attributes:
+        row, position, left: (slots,) int64 on the host: which completion, tokens that it has, and
+            tokens that it may still get; 0: the slot is empty.
+        token, logits: (slots,) and (slots, vocab) on the device: the last token, what follows it.
+        waiting: numbers of the prompts that have no slot yet.
+    """
+
+    def __init__(self, model, prompts, limits, samples: int, batch_size: int):
+        self.prompts, self.limits, self.samples = prompts, limits, samples
+        self.waiting = [number for number, limit in enumerate(limits) if limit > 0]
+        self.waiting.sort(key=lambda number: -len(prompts[number]))  # neighbours: one length
+        slots = samples * min(batch_size, len(self.waiting))
+        longest = max((len(ids) + n for ids, n in zip(prompts, limits, strict=True)), default=0)
+        self.device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        if torch.is_autocast_enabled(self.device.type):
+            dtype = torch.get_autocast_dtype(self.device.type)
+        self.cache = KVCache(model.config, slots, longest, self.device, dtype)
+        self.decoder = (model.make_decoder or Decoder)(model, self.cache)
+        self.row, self.position, self.left = torch.zeros(3, slots, dtype=torch.int64)
+        self.token = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        self.logits = None
+
+    def step(self) -> None:
+        """Read the last tokens. An empty slot takes part, but holds nothing."""
+        active = self.left > 0
+        if active.any():
+            self.cache.lengths[~active] = 0
+            self.logits = self.decoder.step(self.token)
+
+    def fill_slots(self) -> None:
+        """Read prompts into the empty slots."""
+        samples, slots = self.samples, (self.left == 0).nonzero().squeeze(1)
+        room = len(slots) // samples
+        new, self.waiting = self.waiting[:room], self.waiting[room:]
+        if not new:
+            return
+        slots = slots[: len(new) * samples].view(-1, samples)
+        first = read_prompts(self.decoder, self.cache, [self.prompts[n] for n in new], slots.T)
+        if self.logits is None:
+            self.logits = first.new_zeros(len(self.left), first.size(1))
+        self.logits[slots.flatten().to(self.device)] = first.repeat_interleave(samples, dim=0)
+        self.row[slots] = torch.tensor(new).unsqueeze(1) * samples + torch.arange(samples)
+        self.left[slots] = torch.tensor([self.limits[n] for n in new]).unsqueeze(1)
+        self.position[slots] = 0
+
+    def drop_slots(self) -> None:
+        """Give up the slots that no prompt will take."""
+        slots = (self.left > 0).nonzero().squeeze(1)
+        if self.decoder.keeps_rows or self.waiting or len(slots) == len(self.left):
+            return
+        self.cache.keep(slots)
+        self.row, self.position, self.left = (
+            part[slots] for part in (self.row, self.position, self.left)
+        )
+        self.token = self.token[slots.to(self.device)]
 
 
 def read_prompts(
     decoder: Decoder, cache: KVCache, prompts: list[list[int]], rows: Tensor
 ) -> Tensor:
-    """Fill rows (copies, prompts) of the cache; returns the logits behind each, (prompts,
-    vocab)."""
+    """Fill rows (copies, prompts) of the cache; returns the logits behind each prompt."""
     logits, begin, device = [], 0, cache.kv.device
     while begin < len(prompts):
         end, tokens = begin, 0
@@ -204,8 +228,7 @@ def make_sampler(
     repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Sampler:
-    """The sampler of `generate_batch`: `sample`, after a penalty on the tokens of prompt and
-    completion.
+    """The sampler of `generate_batch`: `sample`, with a penalty on tokens that occurred before.
 
     Source: Keskar et al., CTRL (2019), section 4.1, with the sign rule that keeps a penalty a
     penalty.
@@ -278,8 +301,7 @@ def stream(
         max_new_tokens: at most so many; generation also ends when the context is full.
         eos_token_id: ends a row; a row that has ended yields eos until all have.
         sampling: temperature, top_k, top_p, generator: see `sample`. repetition_penalty: > 1 lowers
-        the
-            logits of tokens already in the context; 1: off.
+            the logits of tokens already in the context; 1: off.
 
     Yields: (B,) int64, the next token of every row.
     """

@@ -1,5 +1,4 @@
-"""Layout: what one forward pass knows about its tokens besides their ids. It is the same in all
-layers."""
+"""Layout: what one forward pass knows of its tokens besides their ids, the same in all layers."""
 
 from dataclasses import dataclass
 
@@ -30,8 +29,7 @@ class Layout:
 
 
 def rotary_angles(config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cosine and sine of the angles of RoPE, (B, T, 1, head_dim / 2)
-    float32."""
+    """Positions (B, T) -> cosine and sine of RoPE's angles, (B, T, 1, head_dim / 2) float32."""
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequency = 1.0 / config.rope_theta ** (pairs / config.head_dim)
     angle = positions[:, :, None, None].float() * frequency
@@ -97,9 +95,3 @@ def make_layout(
         if attention_mask is not None:
             layout.doc_ids = layout.doc_ids.where(attention_mask.flatten().bool(), layout.docs)
     return layout
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products of x use: autocast's where it is on, else x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

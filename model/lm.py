@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from model.config import LMConfig
 from model.cross_entropy import linear_cross_entropy
 from model.layout import Layout, make_layout
-from model.recompute import recompute
 
 
 class LMOutput(NamedTuple):  # a tuple: DDP, FSDP and DeepSpeed look for tensors in those
@@ -56,9 +55,8 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tenso
     """Causal attention inside each document of a packed row; q (1, H, T, D) -> (1, H, T, D)."""
     lens = [n for n in layout.doc_lens.tolist() if n]
     documents = zip(q.split(lens, 2), k.split(lens, 2), v.split(lens, 2), strict=True)
-    outs = [
-        F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in documents
-    ]
+    options = {"is_causal": True, "enable_gqa": True}
+    outs = [F.scaled_dot_product_attention(*qkv, **options) for qkv in documents]
     return torch.cat(outs, dim=2)
 
 
@@ -96,13 +94,12 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        """q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D)."""
+        """Attend: q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D)."""
         if layout.doc_lens is not None:
             return self.attend_packed(q, k, v, layout)
+        options = {"attn_mask": layout.mask, "enable_gqa": True}
         causal = layout.mask is None and q.size(2) > 1  # a single new token sees all keys
-        return F.scaled_dot_product_attention(
-            q, k, v, layout.mask, is_causal=causal, enable_gqa=True
-        )
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, **options)
 
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         if layout.context is not None:
@@ -143,7 +140,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(n, dim, hidden_dim))
 
     def forward(self, x: Tensor, weight: Tensor, choice: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C), the weighted sum over the experts that each token chose.
+        """Of x (B, T, C) the weighted sum, (B, T, C), over the experts that each token chose.
 
         Args:
             weight: (B, T, k) float32.
@@ -196,7 +193,7 @@ class MoE(nn.Module):
         return weight, choice, self.balance_loss(probs.flatten(0, 1), choice.flatten(0, 1), layout)
 
     def balance_loss(self, probs: Tensor, choice: Tensor, layout: Layout) -> Tensor:
-        """probs (N, E), choice (N, k) -> scalar float32."""
+        """Of probs (N, E) and choice (N, k): a scalar float32."""
         if layout.doc_ids is None:
             return probs.new_zeros(())
         E = probs.size(1)
@@ -221,7 +218,7 @@ class Block(nn.Module):
         self.mlp = MoE(config) if config.use_moe else SwiGLU(config.dim, config.hidden_dim)
 
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """x (B, T, C) -> (B, T, C), and the load-balancing loss."""
+        """Of x (B, T, C) the output, (B, T, C), and the load-balancing loss."""
         x = x + self.drop(self.self_attn(self.input_layernorm(x), layout))
         out, aux_loss = self.feed_forward(self.post_attention_layernorm(x), layout)
         return x + self.drop(out), aux_loss
@@ -260,15 +257,14 @@ class MiniMindLM(nn.Module):
     """The model with its head.
 
     Attributes:
-        gradient_checkpointing: the level of `recompute`.
+        gradient_checkpointing: the level of `recompute.recompute`.
         context: set where processes share a row and each holds a part of its tokens.
         make_decoder: what generation takes instead of `generate.Decoder`, where it is set.
     """
 
     def __init__(self, config: LMConfig, gradient_checkpointing: int = 0):
         super().__init__()
-        self.config = config
-        self.gradient_checkpointing = gradient_checkpointing
+        self.config, self.gradient_checkpointing = config, gradient_checkpointing
         self.context = None
         self.make_decoder = None
         self.model = Decoder(config)
@@ -310,7 +306,7 @@ class MiniMindLM(nn.Module):
         x = self.model.embed_tokens(input_ids)  # (B, T, C)
         aux_losses = []
         for block in self.model.layers:
-            x, aux_loss = recompute(self.gradient_checkpointing, block, x, layout)
+            x, aux_loss = self.run_block(block, x, layout)
             aux_losses.append(aux_loss)
         if logits_at is not None:
             x = x.flatten(0, 1).index_select(0, logits_at)  # (K, C)
@@ -318,6 +314,13 @@ class MiniMindLM(nn.Module):
         if targets is not None:
             return LMOutput(None, aux_loss, self.lm_head(x, targets))
         return LMOutput(self.lm_head(x), aux_loss)
+
+    def run_block(self, block: Block, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        if not self.gradient_checkpointing or not block.training:
+            return block(x, layout)
+        from model.recompute import recompute
+
+        return recompute(self.gradient_checkpointing, block, x, layout)
 
     def layout(
         self,
@@ -334,17 +337,13 @@ class MiniMindLM(nn.Module):
                 raise ValueError(f"token ids {low} to {high} do not fit {entries}")
         return make_layout(self.config, input_ids, attention_mask, doc_lens, cache, self.context)
 
-    def stream(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options
-    ) -> Iterator[Tensor]:
-        """Generate token by token; see `generate.stream` for the options."""
+    def stream(self, input_ids: Tensor, *args, **options) -> Iterator[Tensor]:
+        """Generate token by token; see `generate.stream` for the arguments."""
         from model.generate import stream
 
-        return stream(self, input_ids, attention_mask, **options)
+        return stream(self, input_ids, *args, **options)
 
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options
-    ) -> Tensor:
+    def generate(self, input_ids: Tensor, *args, **options) -> Tensor:
         """The tokens of `stream` (same arguments) as one tensor (B, new) int64."""
-        tokens = list(self.stream(input_ids, attention_mask, **options))
+        tokens = list(self.stream(input_ids, *args, **options))
         return torch.stack(tokens, dim=1) if tokens else input_ids.new_zeros(len(input_ids), 0)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.lm import LMConfig, MiniMindLM, Router, blocks
-from model.weights import hash_weights, read_tensors
+from model.tensor_file import read_tensors
+from model.weights import hash_weights
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -64,29 +65,21 @@ def add_lora(
         raise ValueError(f"--lora_alpha {alpha}: must be positive")
     if not 0 <= dropout < 1:
         raise ValueError(f"--lora_dropout {dropout}: must lie in [0, 1)")
-    layers: dict[
-        str, list[tuple[nn.Module, nn.Linear]]
-    ] = {}  # name -> (what holds it, the layer) in every block
+    # name -> (what holds it, the layer) in every block
+    layers: dict[str, list[tuple[nn.Module, nn.Linear]]] = {}
     for block in blocks(model):
         for parent in block.modules():
             for name, layer in parent.named_children():
                 if isinstance(layer, nn.Linear) and not isinstance(layer, Router):
                     layers.setdefault(name, []).append((parent, layer))
-    chosen = (
-        [name for name in TARGETS if name in layers]
-        if targets is None
-        else list(dict.fromkeys(targets))
-    )
+    if targets is None:
+        targets = [name for name in TARGETS if name in layers]
+    chosen = list(dict.fromkeys(targets))
     if missing := [name for name in chosen if name not in layers]:
-        moe = (
-            "; routed experts are stacked tensors, which LoRA does not reach"
-            if model.config.use_moe
-            else ""
-        )
-        raise ValueError(
-            f"--lora_targets {' '.join(missing)}: the blocks of this model have"
-            f" {' '.join(layers)}{moe}"
-        )
+        fault = f"the blocks of this model have {' '.join(layers)}"
+        if model.config.use_moe:
+            fault += "; routed experts are stacked tensors, which LoRA does not reach"
+        raise ValueError(f"--lora_targets {' '.join(missing)}: {fault}")
     settings = {"rank": rank, "alpha": float(alpha), "dropout": dropout, "targets": chosen}
     settings["base_sha256"] = hash_weights(model.state_dict())
     model.requires_grad_(False)
@@ -98,9 +91,8 @@ def add_lora(
 
 def adapter_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of a state dict that an adapter file holds."""
-    return {
-        name: value for name, value in state_dict.items() if name.endswith((".lora_A", ".lora_B"))
-    }
+    ends = (".lora_A", ".lora_B")
+    return {name: value for name, value in state_dict.items() if name.endswith(ends)}
 
 
 def adapter_json(config: LMConfig, settings: dict) -> str:
@@ -114,29 +106,24 @@ def read_adapter(path: str | Path) -> tuple[LMConfig, dict, dict[str, Tensor]]:
         ValueError: one of the two files is missing, damaged, or not an adapter's.
     """
     path = Path(path)
-    if not path.with_suffix(".json").is_file():
-        raise ValueError(
-            f"{path.with_suffix('.json')}: missing; it holds the settings of the adapter"
-            f" {path.name}"
-        )
+    config_path = path.with_suffix(".json")
+    if not config_path.is_file():
+        fault = f"missing; it holds the settings of the adapter {path.name}"
+        raise ValueError(f"{config_path}: {fault}")
     try:
-        shape = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        shape = json.loads(config_path.read_text(encoding="utf-8"))
         settings = shape.pop("lora")
         config = LMConfig(**shape)
-        settings = {
-            key: settings[key] for key in ("rank", "alpha", "dropout", "targets", "base_sha256")
-        }
+        keys = ("rank", "alpha", "dropout", "targets", "base_sha256")
+        settings = {key: settings[key] for key in keys}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = "it has no LoRA settings" if isinstance(error, KeyError) else error
-        raise ValueError(
-            f"{path.with_suffix('.json')}: not the configuration of an adapter ({reason})"
-        ) from None
+        raise ValueError(f"{config_path}: not the configuration of an adapter ({reason})") from None
     return config, settings, read_tensors(path)
 
 
 def merge_adapter(model: MiniMindLM, path: str | Path) -> None:
-    """Add an adapter to the weights of its base model: W + alpha / rank * B A. The model is then
-    one without LoRA.
+    """Add an adapter to the weights of its base model: W + alpha / rank * B A.
 
     Raises:
         ValueError: not an adapter; it was trained on other weights, or does not fit the model.
@@ -146,44 +133,31 @@ def merge_adapter(model: MiniMindLM, path: str | Path) -> None:
     shape = own.keys() - {"dropout", "max_seq_len", "aux_loss_alpha"}
     if differing := sorted(name for name in shape if own[name] != theirs[name]):
         what = ", ".join(f"{name} {theirs[name]}, here {own[name]}" for name in differing)
-        raise ValueError(
-            f"{path}: an adapter for a model of another shape: {what}; name its base with --weight"
-        )
+        fault = f"an adapter for a model of another shape: {what}"
+        raise ValueError(f"{path}: {fault}; name its base with --weight")
     state = model.state_dict()
     if hash_weights(state) != settings["base_sha256"]:
-        raise ValueError(
-            f"{path}: an adapter for another base: it was trained on other weights; name those"
-        )
+        fault = "an adapter for another base: it was trained on other weights"
+        raise ValueError(f"{path}: {fault}; name those")
     layers = sorted({name.rpartition(".lora_")[0] for name in tensors})
     wanted = sorted(
         name.removesuffix(".weight") for name in state if name.split(".")[-2] in settings["targets"]
     )
     if layers != wanted or len(tensors) != 2 * len(layers):
-        raise ValueError(
-            f"{path}: its tensors are not those of the layers {' '.join(settings['targets'])}"
-        )
+        named = " ".join(settings["targets"])
+        raise ValueError(f"{path}: its tensors are not those of the layers {named}")
     for layer in layers:
-        A, B, weight = (
-            tensors[f"{layer}.lora_A"],
-            tensors[f"{layer}.lora_B"],
-            state[f"{layer}.weight"],
-        )
-        if (*B.shape, *A.shape) != (
-            len(weight),
-            settings["rank"],
-            settings["rank"],
-            weight.size(1),
-        ):
-            shapes = f"rank {settings['rank']}, B {tuple(B.shape)} and A {tuple(A.shape)}"
-            raise ValueError(
-                f"{path}: {layer} is {tuple(weight.shape)}, which does not fit {shapes}"
-            )
-        weight += settings["alpha"] / settings["rank"] * (B @ A)  # in the model itself
+        A, B = tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"]
+        weight, rank = state[f"{layer}.weight"], settings["rank"]
+        if (*B.shape, *A.shape) != (len(weight), rank, rank, weight.size(1)):
+            shapes = f"rank {rank}, B {tuple(B.shape)} and A {tuple(A.shape)}"
+            fault = f"{layer} is {tuple(weight.shape)}, which does not fit {shapes}"
+            raise ValueError(f"{path}: {fault}")
+        weight += settings["alpha"] / rank * (B @ A)  # in the model itself
 
 
 def write_peft(path: str | Path, folder: str | Path, base: str) -> None:
-    """Write an adapter as the folder that `peft.PeftModel.from_pretrained` loads onto the exported
-    base model.
+    """Write an adapter as a folder that `peft.PeftModel.from_pretrained` loads onto its base.
 
     Args:
         path: of the adapter.
@@ -201,17 +175,15 @@ def write_peft(path: str | Path, folder: str | Path, base: str) -> None:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "bias": "none",
-    }
-    config |= {
         "r": settings["rank"],
         "lora_alpha": settings["alpha"],
         "lora_dropout": settings["dropout"],
+        "target_modules": settings["targets"],
+        "inference_mode": True,
     }
-    config |= {"target_modules": settings["targets"], "inference_mode": True}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "adapter_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(config, indent=2) + "\n"
+    (Path(folder) / "adapter_config.json").write_text(text, encoding="utf-8")
     named = {
         f"base_model.model.{name}.weight": value.contiguous() for name, value in tensors.items()
     }

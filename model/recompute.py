@@ -1,5 +1,4 @@
-"""Gradient checkpointing: activations that are computed anew in the backward pass instead of kept
-for it."""
+"""Gradient checkpointing: activations are computed anew in the backward pass, not kept for it."""
 
 import functools
 
@@ -23,7 +22,7 @@ EXPENSIVE = [  # operators whose results level 2 keeps: matrix products and atte
 
 
 def recompute(level: int, block: nn.Module, *args) -> tuple[Tensor, ...]:
-    """block(*args), in training with less memory for activations.
+    """Call a block, in training with less memory for activations: block(*args).
 
     Args:
         level: 0 keeps all activations; 1 keeps the input of the block alone; 2 keeps the results of

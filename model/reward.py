@@ -1,5 +1,4 @@
-"""RewardModel: the decoder of MiniMindLM with a head that gives numbers, not words: a reward, or a
-critic's values.
+"""RewardModel: a decoder whose head gives numbers: a reward, or a critic's values.
 
 Parameter names and scores are those of transformers' `Qwen3ForSequenceClassification` with one
 label.
@@ -20,8 +19,7 @@ from model.weights import load_weights
 
 @dataclass
 class RewardConfig(LMConfig):
-    """Shape of a reward model. Its JSON has `head`, which no language model's has: none is taken
-    for the other."""
+    """Shape of a reward model; its JSON has `head`, which no language model's has."""
 
     tie_embeddings: bool = False  # there is no language head that the embedding could be
     head: str = "score"
@@ -33,8 +31,7 @@ class RewardOutput(NamedTuple):  # a tuple: DDP finds the tensors in it
 
 
 class ScoreHead(nn.Linear):
-    """x (K, dim) -> (K,) float32, whatever the dtype of x: rewards are compared by differences that
-    bfloat16 loses.
+    """Scores of x (K, dim), (K,) float32: rewards differ by less than bfloat16 resolves.
 
     Each row is a product and a sum of its own: a matrix product would round it by how many rows
     there are.
@@ -42,9 +39,7 @@ class ScoreHead(nn.Linear):
 
     def __init__(self, dim: int):
         super().__init__(dim, 1, bias=False)
-        nn.init.zeros_(
-            self.weight
-        )  # every text starts with the score 0, every pair with the loss ln 2
+        nn.init.zeros_(self.weight)  # every text has the score 0 at first, a pair the loss ln 2
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -76,9 +71,9 @@ class RewardModel(MiniMindLM):
             input_ids: (B, T) int64.
             attention_mask: (B, T) 0/1; 0 marks padding, on either side.
             doc_lens: lengths of the documents packed into the one row (B = 1); tokens behind them
-            are padding. values_at: (K,) int64, positions in the flattened (B * T); default: the
-            last token of each document, or
-                without doc_lens of each row. An empty one is fine: no scores.
+                are padding.
+            values_at: (K,) int64, positions in the flattened (B * T); default: the last token of
+                each document, or without doc_lens of each row. An empty one is fine: no scores.
 
         Raises:
             ValueError: a document longer than max_seq_len; a token id outside the vocabulary.
@@ -90,16 +85,14 @@ class RewardModel(MiniMindLM):
 
 
 class ActorCritic(nn.Module):
-    """A policy and the critic of its tokens as one module: one strategy, one optimizer, one
-    checkpoint."""
+    """A policy and its critic as one module: one strategy, one optimizer, one checkpoint."""
 
     def __init__(self, actor: MiniMindLM, critic: RewardModel):
         super().__init__()
         self.actor, self.critic = actor, critic
 
     def forward(self, X: Tensor, doc_lens: list[int], at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(K, vocab) logits and (K,) values at the places `at` (K,) of a packed row X (1, N); the
-        auxiliary loss."""
+        """Logits (K, vocab) and values (K,) at positions `at` of a packed row X; auxiliary loss."""
         out = self.actor(X, doc_lens=doc_lens, logits_at=at)
         valued = self.critic(X, doc_lens=doc_lens, values_at=at)
         return out.logits, valued.scores, out.aux_loss + valued.aux_loss
@@ -108,8 +101,7 @@ class ActorCritic(nn.Module):
 def last_tokens(
     input_ids: Tensor, attention_mask: Tensor | None, doc_lens: list[int] | None
 ) -> Tensor:
-    """(K,) int64: where the last token of each document, or of each row, stands in the flattened
-    input."""
+    """Positions of the last token of each document, or row, in the flattened input, (K,) int64."""
     (B, T), device = input_ids.shape, input_ids.device
     if doc_lens is not None:
         return torch.tensor(
@@ -125,27 +117,22 @@ def load_reward_model(path: str | Path) -> RewardModel:
     """The reward model in a weights file, on the CPU, float32, in evaluation mode.
 
     Raises:
-        ValueError: there is none, it is a language model, or the two files do not fit; one line
-        that names the file.
+        ValueError: there is none, it is a language model, or the two files do not fit.
     """
     path = Path(path)
     config_path = path.with_suffix(".json")
-    for needed, what in (
-        (path, "no such weights file"),
-        (config_path, "missing; it holds the model's shape"),
-    ):
+    faults = {path: "no such weights file", config_path: "missing; it holds the model's shape"}
+    for needed, fault in faults.items():
         if not needed.is_file():
-            raise ValueError(
-                f"{needed}: {what}; trainer/train_reward.py writes a reward model, .pth and .json"
-            )
+            advice = "trainer/train_reward.py writes a reward model, .pth and .json"
+            raise ValueError(f"{needed}: {fault}; {advice}")
     try:
         is_reward = json.loads(config_path.read_text(encoding="utf-8")).get("head") == "score"
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{config_path}: not a model configuration ({error})") from None
     if not is_reward:
-        raise ValueError(
-            f"{path}: a language model, not a reward model; trainer/train_reward.py makes one"
-        )
+        fault = "a language model, not a reward model"
+        raise ValueError(f"{path}: {fault}; trainer/train_reward.py makes one")
     model = RewardModel(RewardConfig.from_json(config_path))
     load_weights(model, path)
     return model.eval()

@@ -14,7 +14,7 @@ _hurry = threading.Event()  # somebody waits
 _thread: dict = {"rests": False}
 
 
-def later(job: Callable, *args) -> None:
+def submit(job: Callable, *args) -> None:
     """Have the writing thread call job(*args) behind everything it was given before."""
     if "thread" not in _thread:
         _thread["thread"] = threading.Thread(
@@ -49,7 +49,7 @@ def share_cores(rests: bool) -> None:
     _thread["rests"] = rests
 
 
-def pause() -> None:
+def throttle() -> None:
     """In the writing thread, between two pieces of work: rest in proportion to the last one, unless
     somebody waits.
 

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime import background, safe_load, store
-from runtime.background import later, pause, wait
+from runtime.background import submit, throttle, wait
 from runtime.device import is_sharded
-from runtime.distributed.parallel import gather_objects, unwrap, world
 from runtime.identity import LAST_STEP, check_identity, identity_of
 from runtime.optim import Muon
+from runtime.ranks import gather_objects, unwrap, world
 from runtime.store import save_file
 
 # Without a process group is what we mean.
@@ -29,7 +29,7 @@ warnings.filterwarnings(
     "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
 )
 
-__all__ = ["save_run", "find_run", "load_run", "later", "wait", "save_file", "identity_of"]
+__all__ = ["save_run", "find_run", "load_run", "submit", "wait", "save_file", "identity_of"]
 
 
 RUN = ("progress", "identity", "rng")  # what run.pt has, at least
@@ -37,7 +37,7 @@ RUN = ("progress", "identity", "rng")  # what run.pt has, at least
 _shared: dict = {}
 
 
-def rescue() -> None:
+def flush_on_error() -> None:
     """In a process that is about to end with a fault: finish what it writes, if it needs no other
     process for that."""
     if "group" not in _shared:
@@ -85,7 +85,7 @@ def save_run(
     if sharded and "group" not in _shared:  # of its own: training uses the default one meanwhile
         _shared["group"] = dist.new_group(backend="gloo")
     if sharded or world()[0] == 0:
-        later(
+        submit(
             write,
             folder / "checkpoints",
             keep,
@@ -119,11 +119,11 @@ def write(
     import torch.distributed.checkpoint as dcp  # here, as it takes a second
     from torch.distributed.checkpoint.api import CheckpointException
 
-    class Leisurely(dcp.DefaultSavePlanner):
+    class ThrottledPlanner(dcp.DefaultSavePlanner):
         def resolve_data(
             self, item
         ):  # is called for a tensor, or a part of one, before it is written
-            pause()
+            throttle()
             return super().resolve_data(item)
 
     step, first = run["progress"]["step"], world()[0] == 0
@@ -137,12 +137,12 @@ def write(
         dcp.save(
             tensors,
             storage_writer=writer,
-            planner=Leisurely(),
+            planner=ThrottledPlanner(),
             process_group=group,
             no_dist=group is None,
         )
         mine = {
-            path.name: store.describe(path, pause) for path in building.glob(f"__{world()[0]}_*")
+            path.name: store.describe(path, throttle) for path in building.glob(f"__{world()[0]}_*")
         }
         everyones = [None] * group.size() if group is not None and first else None
         if group is not None:
@@ -174,16 +174,16 @@ def save_weights(path: Path, state_dict: dict[str, Tensor], config: str, part: s
         state_dict = {
             name[len(part) :]: value for name, value in state_dict.items() if name.startswith(part)
         }
-        later(save_file, path.with_suffix(".json"), config)
+        submit(save_file, path.with_suffix(".json"), config)
         if any(map(is_sharded, state_dict.values())):
-            later(
+            submit(
                 write_saved_weights,
                 path,
                 {name: value.shape for name, value in state_dict.items()},
                 part,
             )
         else:
-            later(
+            submit(
                 write_weights,
                 path,
                 {name: value.to("cpu", copy=True) for name, value in state_dict.items()},
@@ -199,7 +199,7 @@ def write_saved_weights(path: Path, shapes: dict[str, torch.Size], part: str) ->
     whole = {f"model.{part}{name}": torch.empty(shape) for name, shape in shapes.items()}
     whole = {name: value for name, value in whole.items() if name in saved}
     dcp.load(whole, storage_reader=reader, no_dist=True)
-    pause()
+    throttle()
     state_dict = {name: whole.get(f"model.{part}{name}") for name in shapes}
     if state_dict.get("lm_head.weight", ...) is None:  # tied: it has no entry of its own
         state_dict["lm_head.weight"] = state_dict["model.embed_tokens.weight"]

@@ -1,7 +1,6 @@
 """How a stage script starts and ends: its command line, signals, exit codes."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -11,33 +10,16 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from runtime import checkpoint, kernel_loader
-from runtime.config import CODE, ROOT, config_to_argv
-from runtime.device import dtype_of, keep_memory
+from runtime import checkpoint
+from runtime.config import config_to_argv
+from runtime.device import keep_memory
 from runtime.distributed import heartbeat
 from runtime.flags import check_flags, usage_error  # noqa: F401  # for the scripts
-from runtime.identity import sample_hash
 from runtime.launcher import is_quiet, read_launch
 from runtime.terminal import describe_error, is_usage_error, prepare_streams
-
-SOURCES = (".py", ".cpp", ".h")
-# Flags that may differ from process to process: where things lie on a machine, and what is not
-# about the curve.
-LOCAL = (
-    "config",
-    "data_path",
-    "tokenizer_dir",
-    "cache_dir",
-    "out_dir",
-    "device",
-    "num_workers",
-    "report_to",
-)
 
 
 def command_line(parser) -> list[str]:
@@ -91,10 +73,10 @@ class StopSignal:
             os._exit(128 + number)
         self.received = self.received or number
 
-    def hear(self, everywhere: float) -> None:
-        """A signal to one rank is a signal to all. Args: everywhere: sum of what all ranks have
+    def sync_stop(self, received: float) -> None:
+        """A signal to one rank is a signal to all. Args: received: sum of what all ranks have
         received."""
-        self.number = self.number or (self.received or signal.SIGTERM if everywhere else 0)
+        self.number = self.number or (self.received or signal.SIGTERM if received else 0)
 
 
 def ignores_hangup() -> bool:
@@ -153,7 +135,7 @@ def run(main: Callable[[], int]) -> None:
             raise
     finally:
         if code == 1:
-            checkpoint.rescue()
+            checkpoint.flush_on_error()
         if code not in (1, 2):  # after a fault the silence of this rank tells the others
             heartbeat.stop()
         if (
@@ -236,27 +218,16 @@ def explain_reader(text: str) -> str:
 
 
 def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
-    """What must be the same in all processes of a job, wherever they run: name -> hash or value.
+    """What must be the same in all processes of a job: name -> hash or value; {} without others.
 
     Reads a few MB at most, however large the data is.
 
     Args:
         data_path: the file that is trained on.
-        args: the flags; those in LOCAL may differ from process to process.
+        args: the flags; some may differ from process to process.
     """
-    digest = hashlib.sha256()
-    files = (
-        path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES
-    )
-    for path in sorted(files):
-        digest.update(
-            f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes()
-        )
-    same = {"code": digest.hexdigest()[:16], "torch": torch.__version__}
-    if isinstance(device := args.get("device"), torch.device):
-        same["kernels"] = kernel_loader.fingerprint(device, dtype_of(args.get("dtype"), device))
-    if data_path is not None:
-        same["data"] = sample_hash(Path(data_path))
-    if args.get("tokenizer_dir"):
-        same["tokenizer"] = sample_hash(Path(args["tokenizer_dir"]) / "tokenizer.json")
-    return same | {f"--{name}": str(value) for name, value in args.items() if name not in LOCAL}
+    if not dist.is_initialized():
+        return {}
+    from runtime.distributed.fingerprint import fingerprint
+
+    return fingerprint(data_path, args)

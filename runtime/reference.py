@@ -1,7 +1,8 @@
-"""The frozen model that a policy is compared with: asked about every batch, or once about all
-pairs."""
+"""A frozen model's log-probabilities of all preference pairs, computed once and kept on disk.
 
-import copy
+For --cache_reference 1: training then needs no second model in memory.
+"""
+
 import hashlib
 import os
 import sys
@@ -9,128 +10,87 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import Dataset
 
-from dataset.preference_dataset import PreferenceDataset, ReferencedPairs
-from model.preference_loss import answer_logps
-from model.weights import hash_weights
-from runtime.distributed.parallel import data_world, gather_objects, token_losses, world
+from dataset.preference_dataset import PreferenceDataset
+from model.preference_loss import logps_of
+from runtime.parallel import data_world, gather_objects, world
 from runtime.terminal import naming
 
 
-def logps_of(
-    model: nn.Module, X: Tensor, Y: Tensor, loss_mask: Tensor, doc_lens: list[int], device
-) -> tuple:
-    """Log-probabilities of the answers of a batch of pairs, all in one forward pass.
+class ReferencedPairs(Dataset):
+    """Pairs, and with each batch of them what a frozen model says about it.
 
     Args:
-        X, Y, loss_mask, doc_lens: of `PreferenceDataset.collate`.
-
-    Returns:
-        Sums over the supervised tokens of each answer, and their lengths, (P, 2) float32 each,
-        chosen and rejected; the model's auxiliary loss, a mean over tokens.
-    """
-    supervised = (
-        loss_mask.flatten().nonzero().squeeze(1)
-    )  # (K,), found on the CPU: a GPU would have to be waited for
-    targets = Y.flatten()[supervised].to(device, non_blocking=True)
-    out = model(
-        X.to(device, non_blocking=True),
-        doc_lens=doc_lens,
-        logits_at=supervised.to(device, non_blocking=True),
-    )
-    return *answer_logps(token_losses(out.logits, targets), loss_mask, doc_lens), out.aux_loss
-
-
-class Reference:
-    """A copy of the policy as it is before training, or what that one said about the pairs of a
-    data set.
-
-    Attributes:
-        identity: of the weights, for `checkpoint.find_run`: a run goes on with the reference that
-        it began with.
+        logps: (pairs, 2) float32: its log-probabilities of the chosen and of the rejected answers.
     """
 
-    def __init__(self, policy: nn.Module, flags: dict, autocast, dtype: str):
-        """
-        Args:
-            policy: not wrapped, without dropout, with the weights that it starts from.
-            flags: of the stage. device, a torch.device; loss_type: simpo has no reference;
-            cache_reference: ask the
-                policy about all pairs at once, in `attach`, and make no copy; batch_size: then
-                pairs of a forward pass.
-            dtype: of the matrix products, the one of autocast.
-        """
-        self.needed, self.cached = flags["loss_type"] != "simpo", bool(flags["cache_reference"])
-        self.batch_size, self.autocast, self.device, self.dtype = (
-            flags["batch_size"],
-            autocast,
-            flags["device"],
-            dtype,
-        )
-        self.identity, self.model = {}, policy
-        if self.needed:
-            self.identity["the weights of --from_weight"] = hash_weights(policy.state_dict())
-        if self.needed and not self.cached:
-            self.model = copy.deepcopy(policy).eval().requires_grad_(False)
+    def __init__(self, pairs: PreferenceDataset, logps: np.ndarray):
+        self.pairs, self.logps = pairs, torch.from_numpy(logps)
+        self.key, self.lengths, self.supervised = pairs.key, pairs.lengths, pairs.supervised
+        self.difficulty = pairs.difficulty
 
-    @torch.no_grad()
-    def __call__(
-        self, X: Tensor, Y: Tensor, loss_mask: Tensor, doc_lens: list[int], *rest
-    ) -> Tensor | None:
-        """Log-probabilities of the answers, (P, 2) float32; where they are cached `rest` begins
-        with them."""
-        if not self.needed:
-            return None
-        return rest[0].to(self.device) if self.cached else self.ask(X, Y, loss_mask, doc_lens)
+    def __len__(self) -> int:
+        return len(self.pairs)
 
-    def ask(self, *batch) -> Tensor:
-        with self.autocast:
-            return logps_of(self.model, *batch, self.device)[0]
+    def __getitem__(self, row: int) -> tuple:
+        return self.pairs[row], self.logps[row]
 
-    def attach(self, pairs: PreferenceDataset) -> PreferenceDataset | ReferencedPairs:
-        """The pairs as this reference wants them; where it is cached, batches come with what it
-        says about them.
+    def collate(self, samples: list, **split) -> tuple:
+        """As `PreferenceDataset.collate`, and the log-probabilities, (P, 2) float32."""
+        logps = torch.stack([logps for _, logps in samples]) if samples else self.logps[:0]
+        return *self.pairs.collate([pair for pair, _ in samples], **split), logps
 
-        Every rank calls it. Each pair is computed by one rank, once: the result stays beside the
-        token cache.
-        """
-        if not self.needed or not self.cached:
-            return pairs
-        told = f"{self.identity} {pairs.key} {self.dtype} {self.device.type} {torch.__version__}"
-        path = pairs.cache.folder.with_name(
-            f"reference_{hashlib.sha256(told.encode()).hexdigest()[:32]}.npz"
-        )
-        logps = gather_objects(load(path, len(pairs)) if world()[0] == 0 else None)[0]
-        if logps is None:
-            logps = self.compute(pairs)
-            if world()[0] == 0:
-                temporary = path.with_name(f".{path.name}.{os.getpid()}")
-                with naming(temporary), open(temporary, "wb") as file:
-                    np.savez(file, logps=logps)  # a ZIP file, which has a checksum
-                os.replace(temporary, path)
-        return ReferencedPairs(pairs, logps)
 
-    @torch.no_grad()
-    def compute(self, pairs: PreferenceDataset) -> np.ndarray:
-        """(pairs, 2) float32 on every rank."""
-        rank, ranks = data_world()
-        training, mine = self.model.training, [torch.empty(0, 2)]
-        rows = range(rank, len(pairs), ranks)
-        self.model.eval()
-        for at in range(0, len(rows), self.batch_size):
-            batch = pairs.collate([pairs[row] for row in rows[at : at + self.batch_size]])
-            mine.append(self.ask(*batch).cpu())
-        self.model.train(training)
-        logps = np.empty((len(pairs), 2), np.float32)
-        for other, part in enumerate(gather_objects(torch.cat(mine).numpy())):
-            logps[other::ranks] = part
-        return logps
+def attach_reference(
+    pairs: PreferenceDataset, model: nn.Module, args, autocast, dtype: str, weights: dict[str, str]
+) -> ReferencedPairs:
+    """The pairs, whose batches come with what the model says about them. Every rank calls it.
+
+    Each pair is computed by one rank, once: the result stays beside the token cache.
+
+    Args:
+        model: the policy as it is before training, not wrapped.
+        args: the flags batch_size and device, a torch.device.
+        dtype: of the matrix products, the one of autocast.
+        weights: what tells the model's weights from others.
+    """
+    key = f"{weights} {pairs.key} {dtype} {args.device.type} {torch.__version__}"
+    name = f"reference_{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    path = pairs.cache.folder.with_name(name)
+    logps = gather_objects(load(path, len(pairs)) if world()[0] == 0 else None)[0]
+    if logps is None:
+        logps = compute(pairs, model, args, autocast)
+        if world()[0] == 0:
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            with naming(temporary), open(temporary, "wb") as file:
+                np.savez(file, logps=logps)  # a ZIP file, which has a checksum
+            os.replace(temporary, path)
+    return ReferencedPairs(pairs, logps)
+
+
+@torch.no_grad()
+def compute(pairs: PreferenceDataset, model: nn.Module, args, autocast) -> np.ndarray:
+    """(pairs, 2) float32 on every rank: log-probabilities of the chosen and rejected answers."""
+    rank, ranks = data_world()
+    rows = range(rank, len(pairs), ranks)
+    local_logps = [torch.empty(0, 2)]
+    training = model.training
+    model.eval()
+    for begin in range(0, len(rows), args.batch_size):
+        batch = pairs.collate([pairs[row] for row in rows[begin : begin + args.batch_size]])
+        with autocast:
+            local_logps.append(logps_of(model, *batch, args.device)[0].cpu())
+    model.train(training)
+    logps = np.empty((len(pairs), 2), np.float32)
+    for other, part in enumerate(gather_objects(torch.cat(local_logps).numpy())):
+        logps[other::ranks] = part
+    return logps
 
 
 def load(path: Path, pairs: int) -> np.ndarray | None:
-    """Remembered log-probabilities; None where there are none. Altered ones are told of: they are
-    computed again."""
+    """The log-probabilities in a file; None without one, or where it is damaged, which is said."""
     try:
         with np.load(path) as file:
             logps = file["logps"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model.weights import what_is_wrong
+from model.tensor_file import what_is_wrong
 
 # Module -> classes and functions that do nothing but hold data.
 DATA = {

@@ -13,8 +13,8 @@ line directly above the def (or its decorators) tells which:
 
 The landmarks that make each script what it is (train_epoch, parse_args, main) need no such line. A
 flag that several stages have is the same in type, choices, action, nargs and help; only the default
-may differ. The exemption there is a line directly above the add_argument call: `# Differs from
-trainer.train_pretrain.--data_path: reason`.
+may differ. A group's flags may be added by a short name, `add = group.add_argument`. The exemption
+there is a line directly above the call: `# Differs from trainer.train_pretrain.--data_path: reason`.
 """
 
 import argparse
@@ -37,9 +37,8 @@ from runtime.flags import usage_error
 
 # The script the others are copied from: of equal definitions, its own is the first
 ORIGINAL = "train_pretrain"
-NOT_A_STAGE = {
-    "train_tokenizer"
-}  # repeats no helper and shares no flag, but must not define a helper anew either
+# Repeats no helper and shares no flag, but must not define a helper anew either
+NOT_A_STAGE = {"train_tokenizer"}
 LANDMARKS = {"train_epoch", "parse_args", "main"}  # what a stage is: every script has its own
 FLAG_KEYWORDS = ("type", "choices", "action", "nargs", "help")
 
@@ -110,9 +109,8 @@ class Script:
 
 def read_scripts(root: Path, findings: list[tuple]) -> dict[str, Script]:
     """Parse all scripts, by module name; the original first and what is no stage last."""
-    moved = {
-        path.name for path in (root / "trainer/engines").glob("train_*.py")
-    }  # their old paths lead there
+    # The old paths of the engines' scripts lead to the new ones: they define nothing.
+    moved = {path.name for path in (root / "trainer/engines").glob("train_*.py")}
     paths = [path for path in (root / "trainer").glob("train_*.py") if path.name not in moved]
     paths += (root / "trainer/engines").glob("train_*.py")
     paths.sort(key=lambda path: (path.stem != ORIGINAL, path.stem in NOT_A_STAGE, path))
@@ -123,9 +121,7 @@ def read_scripts(root: Path, findings: list[tuple]) -> dict[str, Script]:
         try:
             source = path.read_text(encoding="utf-8")
             tree = ast.parse(source)
-            script.lines = source.split(
-                "\n"
-            )  # as the parser counts them, which splitlines() does not
+            script.lines = source.split("\n")  # as the parser counts them, unlike splitlines()
             markers = read_markers(script, source, findings)
         except UnicodeDecodeError as error:
             findings.append((script.label, 1, f"is not UTF-8 (byte {error.start})"))
@@ -138,13 +134,8 @@ def read_scripts(root: Path, findings: list[tuple]) -> dict[str, Script]:
         script.definitions = read_definitions(script, tree, markers)
         script.flags = read_flags(script, tree, markers)
         for line in markers:
-            findings.append(
-                (
-                    script.label,
-                    line,
-                    "marker is not directly above a top-level def or an add_argument",
-                )
-            )
+            message = "marker is not directly above a top-level def or an add_argument"
+            findings.append((script.label, line, message))
     return scripts
 
 
@@ -183,8 +174,7 @@ def read_definitions(
 
 
 def last_line(lines: list[str], end: int) -> int:
-    """Return the last line of a body that the parser ends at `end`: it leaves out comments below
-    the last statement."""
+    """Return the last line of a body that the parser ends at `end`, with comments below it."""
     for number, line in enumerate(lines[end:], start=end + 1):
         if line.strip() and not (line[0].isspace() and line.lstrip().startswith("#")):
             break
@@ -194,10 +184,13 @@ def last_line(lines: list[str], end: int) -> int:
 
 
 def read_flags(script: Script, tree: ast.Module, markers: dict[int, Marker]) -> list[Flag]:
-    """Collect the add_argument("--x", ...) calls, with module constants put in for their names."""
+    """Collect the flags: calls add_argument("--x", ...), or add("--x", ...) of a group's `add`.
+
+    Names of constants, of the module or of the function, are replaced by their values.
+    """
     constants = {
         target.id: node.value
-        for node in tree.body
+        for node in ast.walk(tree)
         if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Name)
@@ -209,7 +202,7 @@ def read_flags(script: Script, tree: ast.Module, markers: dict[int, Marker]) -> 
 
     flags = []
     for node in ast.walk(tree):
-        if not (isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "add_argument"):
+        if not (isinstance(node, ast.Call) and adds_argument(node.func, constants)):
             continue
         names = [
             arg.value
@@ -230,6 +223,13 @@ def read_flags(script: Script, tree: ast.Module, markers: dict[int, Marker]) -> 
     return sorted(flags, key=lambda flag: flag.line)
 
 
+def adds_argument(function: ast.expr, constants: dict[str, ast.expr]) -> bool:
+    """Whether it is `parser.add_argument`, or a name for it: `add = group.add_argument`."""
+    if isinstance(function, ast.Name):
+        function = constants.get(function.id)
+    return isinstance(function, ast.Attribute) and function.attr == "add_argument"
+
+
 # --------------------------------------------------------------------------------------------------
 # Checking
 # --------------------------------------------------------------------------------------------------
@@ -238,32 +238,21 @@ def read_flags(script: Script, tree: ast.Module, markers: dict[int, Marker]) -> 
 def check_marked(
     scripts: dict[str, Script], findings: list[tuple]
 ) -> list[tuple[Definition, Definition]]:
-    """Hold every marked definition against the one it names; return the copies to rewrite with
-    their originals."""
+    """Compare marked definitions with those they name; return (copy, original) to rewrite."""
     outdated = []
     for definition in (d for script in scripts.values() for d in script.definitions if d.marker):
         script, marker = definition.script, definition.marker
         original = named(scripts, marker, "definitions")
         if marker.name != definition.name:
-            findings.append(
-                (
-                    script.label,
-                    marker.line,
-                    f"marker names {marker.name}, the def is {definition.name}",
-                )
-            )
+            message = f"marker names {marker.name}, the def is {definition.name}"
+            findings.append((script.label, marker.line, message))
         elif original is None or original.script is script:
             findings.append(
                 (script.label, marker.line, f"marker names {marker}, which no other script has")
             )
         elif original.marker and original.marker.kind == "Copied":
-            findings.append(
-                (
-                    script.label,
-                    marker.line,
-                    f"{place(original)} is itself a copy: name {original.marker}",
-                )
-            )
+            message = f"{place(original)} is itself a copy: name {original.marker}"
+            findings.append((script.label, marker.line, message))
         elif marker.kind == "Differs":
             if original.text == definition.text:
                 findings.append(
@@ -316,8 +305,7 @@ def check_unmarked(scripts: dict[str, Script], findings: list[tuple]) -> None:
 
 
 def check_flags(scripts: dict[str, Script], findings: list[tuple]) -> int:
-    """Find flags that are not the same in all stages; return how many flags several stages
-    share."""
+    """Find flags that are not the same in all stages; return how many several stages share."""
     owners, users = {}, defaultdict(set)
     for flag in (
         f for script in scripts.values() if script.module not in NOT_A_STAGE for f in script.flags
@@ -334,13 +322,8 @@ def check_flags(scripts: dict[str, Script], findings: list[tuple]) -> int:
             continue
         other = named(scripts, marker, "flags")
         if marker.kind != "Differs" or marker.name != flag.name:
-            findings.append(
-                (
-                    label,
-                    marker.line,
-                    f"only '# Differs from trainer.MODULE.{flag.name}: reason' fits here",
-                )
-            )
+            message = f"only '# Differs from trainer.MODULE.{flag.name}: reason' fits here"
+            findings.append((label, marker.line, message))
         elif other is None or other.script is flag.script:
             findings.append(
                 (label, marker.line, f"marker names {marker}, which no other script has")
@@ -375,9 +358,8 @@ def rewrite(outdated: list[tuple[Definition, Definition]]) -> None:
         print(f"{place(copy)}: {copy.name} rewritten from {place(original)}")
     for path, copies in by_script.items():
         lines = list(copies[0][0].script.lines)
-        for copy, original in sorted(
-            copies, key=lambda pair: -pair[0].first
-        ):  # from below: line numbers stay true
+        # From below, so that line numbers stay true
+        for copy, original in sorted(copies, key=lambda pair: -pair[0].first):
             lines[copy.first - 1 : copy.last] = original.lines
         beside = path.with_name(path.name + ".tmp")
         beside.write_text("\n".join(lines), encoding="utf-8")

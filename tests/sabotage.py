@@ -1,4 +1,4 @@
-"""Run a script with something going wrong on one rank: sabotage.py PHASE RANK SCRIPT ARGS
+"""Run a script with something going wrong on one rank: sabotage.py PHASE RANK SCRIPT ARGS.
 
 PHASE: data, model, forward, rollout, clip, step, evaluation, save, end: the rank raises there (in
 the loop: at its
@@ -28,10 +28,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 import dataset.packing  # noqa: E402
 from dataset.lm_dataset import CachedDataset  # noqa: E402
 from model.lm import MiniMindLM  # noqa: E402
-from runtime import checkpoint, evaluation
+from runtime import checkpoint, evaluation, parallel
 from runtime.device import local  # noqa: E402
-from runtime.distributed import parallel
-from runtime.rl import rewards  # noqa: E402
+from runtime.rl import sampler  # noqa: E402
 from runtime.tracking import Tracker  # noqa: E402
 
 PLACES = {
@@ -39,7 +38,7 @@ PLACES = {
     "model": (parallel, "wrap", 1),
     "forward": (MiniMindLM, "layout", 3),
     "hang": (MiniMindLM, "layout", 3),
-    "rollout": (rewards, "measures", 1),
+    "rollout": (sampler, "rollout_metrics", 1),
     "clip": (parallel, "clip_gradients", 3),
     "evaluation": (evaluation, "sum_over_rows", 1),
     "save": (checkpoint, "save_run", 1),

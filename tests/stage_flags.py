@@ -1,5 +1,4 @@
-"""Flags of the stages behind SFT, frozen as those in test_config.py: beside SFT's, flag -> (type,
-choices)."""
+"""Flags of the stages behind SFT, frozen as in test_config.py: flag -> (type, choices)."""
 
 SHARED = {"tensor_parallel", "context_parallel"}  # a process has whole layers and whole rows
 NO_BATCHES = SHARED | {

@@ -24,8 +24,7 @@ def broken(prompts, completions, rows):
 
 
 def trainer(stage: str, folder: Path, flags: list[str]):
-    """train(name, *flags, nproc=) -> the run's folder. train.printed is what the last one
-    printed."""
+    """Return train(name, *flags, nproc=) -> the run's folder; train.printed is the last output."""
 
     def train(name: str, *more: str, nproc: int | None = None) -> Path:
         words = [f"trainer/train_{stage}.py", *flags, f"--out_dir={folder / name}", *more]
@@ -41,7 +40,7 @@ def trainer(stage: str, folder: Path, flags: list[str]):
 
 
 def prompt_runs(stage: str, folder: Path, flags: list[str], prompts: int):
-    """A `trainer` of a stage that learns by trying; train.one(*flags, name=) makes a run once."""
+    """A `trainer` of a stage that learns from rollouts; train.one(*flags, name=) makes a run once."""
     rows = [{"messages": [{"role": "user", "content": "say " * (1 + n % 5) + str(n)}], "answer": "aeiou t"[n % 3 :]}
             for n in range(prompts)]  # fmt: skip
     data = write_jsonl(folder / "prompts.jsonl", rows)
@@ -61,8 +60,7 @@ def prompt_runs(stage: str, folder: Path, flags: list[str], prompts: int):
 
 
 def pair_runs(stage: str, folder: Path, steps: int, *flags: str):
-    """A `trainer` of a stage for preference pairs. The last window of an epoch is shorter than the
-    others."""
+    """A `trainer` of a stage for preference pairs; the last window of an epoch is shorter."""
     rows = [
         {
             "prompt": f"say {n}",
@@ -113,8 +111,7 @@ def same_rollouts(run: Path, reference: Path) -> None:
 
 
 def same_bits(run: Path, reference: Path, first: int = 0) -> None:
-    """Metrics from line `first` on and weights, to the last bit; only the measured speed
-    differs."""
+    """Metrics from line `first` on and weights, to the last bit; only the speed differs."""
     lines, wanted = (
         [{**line, "tokens_per_sec": 0} for line in curve(path)] for path in (run, reference)
     )
@@ -126,8 +123,7 @@ def same_bits(run: Path, reference: Path, first: int = 0) -> None:
 
 
 def resumed_three_times(train, *flags: str) -> Path:
-    """A run of 8 steps that saves every second one, each time as if killed two steps later than
-    before."""
+    """A run of 8 steps that saves every second one, as if killed two steps later each time."""
     for left in (2, 4, 6, None):  # the step behind which the run is as if killed
         run = train(
             "parts",

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import eval_model
-from dataset.chat_format import MARKERS, chat_coder, encode_chats, encode_prompt
+from dataset.chat_format import MARKERS, chat_coder, encode_chats
+from dataset.replies import encode_prompt
 from model.lm import LMConfig, MiniMindLM
-from runtime import launch
+from runtime import terminal
 
 SCRIPT = "eval_model.py"
 SHAPE = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=128)
@@ -85,8 +86,7 @@ def ignorant(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(out_dir, *flags, stdin="") -> the finished script. In this process: starting one takes
-    seconds."""
+    """The finished script, run in this process: run(out_dir, *flags, stdin="")."""
 
     def run(out_dir, *flags, stdin="") -> subprocess.CompletedProcess:
         argv = [SCRIPT, "--out_dir", out_dir, "--device", "cpu", *flags]
@@ -94,7 +94,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            launch.run(eval_model.main)
+            terminal.run(eval_model.main)
         captured = capsys.readouterr()
         return subprocess.CompletedProcess(argv, end.value.code, captured.out, captured.err)
 
@@ -212,8 +212,7 @@ def test_system_and_thinking_enter_the_prompt(run, knowing, tokenizer):
 
 
 def test_a_reply_is_read_again_as_it_was_written(run, knowing, tokenizer, monkeypatch):
-    """The ids of the next prompt are those of the last one, the reply's own and the question's,
-    whatever they spell."""
+    """The next prompt: ids of the last one, the reply and the question, whatever they spell."""
     think, end_think, call, end_call = (tokenizer.convert_tokens_to_ids(token) for token in MARKERS)
     h, i, newline = (tokenizer.encode(text)[0] for text in ("h", "i", "\n"))
     replies = iter([

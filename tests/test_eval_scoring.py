@@ -10,7 +10,7 @@ import test_eval_model
 import torch
 from test_eval_model import FACTS, SECOND_TURN, error, ok, turns
 
-import eval_model
+from runtime import scoring
 
 knowing, ignorant = test_eval_model.knowing, test_eval_model.ignorant
 run, run_apart = test_eval_model.run, test_eval_model.run_apart
@@ -91,7 +91,7 @@ def test_with_thinking_asked_for(
         for at, token in enumerate(tokenizer.encode(reply)):
             yield torch.tensor([0]), torch.tensor([at]), torch.tensor([token])
 
-    monkeypatch.setattr(eval_model, "generate_batch", scripted)
+    monkeypatch.setattr(scoring, "generate_batch", scripted)
     path, out = (
         write_jsonl(tmp_path / "rows.jsonl", [question("6*7", "42")]),
         tmp_path / "replies.jsonl",
@@ -121,8 +121,7 @@ def test_scoring_a_model_that_knows_nothing_ends(run, ignorant, write_jsonl, tmp
 
 
 def test_patterns_and_turns_that_the_model_answers_itself(run, knowing, write_jsonl, tmp_path):
-    """A reply may be right in several words; of two user turns in a row the model answers the
-    first, as in a chat."""
+    """A reply may be right in several words; of two user turns the model answers the first, too."""
     first, second = {"role": "user", "content": "hi"}, {"role": "user", "content": SECOND_TURN[0]}
     rows = [
         {"task": "a", "conversations": [first], "accept": ["nothing", "^HELLO,"]},
@@ -220,8 +219,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_an_output_that_cannot_be_written_is_noticed_first(run, write_jsonl, tmp_path, name):
-    """Before the model is loaded: there is none here. Permissions alone do not tell, root has all
-    of them."""
+    """Before the model is loaded. Permissions alone do not tell: root has all of them."""
     path, reason = OUTPUTS[name]
     rows, out = write_jsonl(tmp_path / "rows.jsonl", QUESTIONS), tmp_path / path
     message = error(run(tmp_path, "--eval_file", rows, "--eval_out", out))
@@ -243,5 +241,5 @@ def test_an_output_is_tried_without_leaving_anything(run, ignorant, write_jsonl,
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path):
-    assert eval_model.temporary_path(Path("/dev/null")) == Path("/dev/null")
-    assert eval_model.temporary_path(tmp_path / "new").parent == tmp_path
+    assert scoring.temporary_path(Path("/dev/null")) == Path("/dev/null")
+    assert scoring.temporary_path(tmp_path / "new").parent == tmp_path

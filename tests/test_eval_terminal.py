@@ -92,9 +92,8 @@ def test_ctrl_c_stops_the_reply_and_twice_leaves(tmp_path, tokenizer):
     terminal.interrupt()
     terminal.wait_for("(stopped)")
     terminal.wait_for("you> ")
-    while (
-        terminal.process.poll() is None
-    ):  # between the prompt and the reading behind it, Python misses a signal
+    # Between the prompt and the reading behind it, Python misses a signal.
+    while terminal.process.poll() is None:
         terminal.interrupt()
         with contextlib.suppress(subprocess.TimeoutExpired):
             terminal.process.wait(5)

@@ -1,5 +1,4 @@
-"""Run a stage script and print, at every wait for its writer, the hash of all weights that do not
-train.
+"""Run a stage script; at every wait for its writer, print the hash of the frozen weights.
 
 torchrun --nproc_per_node 2 tests/watch_frozen.py SCRIPT ARGS
 """
@@ -8,8 +7,7 @@ import runpy
 import sys
 
 from model.weights import hash_weights
-from runtime import checkpoint
-from runtime.distributed import parallel
+from runtime import checkpoint, parallel
 
 wrap, wait, wrapped = parallel.wrap, checkpoint.wait, []
 

@@ -1,10 +1,8 @@
-"""Distillation: a student learns from the data and from the whole distribution of a teacher at
-every answer token.
+"""Distillation: a student learns from the data, and from a teacher's distribution at each token.
 
 Reads  --data_path (conversations as for SFT), the weights of --teacher_weight with their .json, and
        of --from_weight.
-Writes out/distill_512.pth with its .json, and out/distill_512/: metrics.jsonl, training.log,
-checkpoints.
+Writes out/distill_512.pth with its .json, and out/distill_512/: metrics, log, checkpoints.
 
     python trainer/train_distillation.py --dim 256
     torchrun --nproc_per_node 8 trainer/train_distillation.py --ddp --dim 256
@@ -28,43 +26,37 @@ die_with_launcher()  # before the imports, which take seconds
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 
 from dataset.lm_dataset import SFTDataset, describe, load_tokenizer
-from dataset.packing import batches, plan_epoch, split_rows
+from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.distillation import Student, load_teacher
 from model.lm import LMConfig
 from model.weights import hash_weights, start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree, check_replicas
-from runtime.evaluation import sum_over_rows
+from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
+from runtime.run import Run
 from runtime.tracking import Tracker
 
 
 # Copied from trainer.train_pretrain.init_distributed_mode
 def init_distributed_mode(args: argparse.Namespace) -> torch.device:
-    """Join the process group that torchrun describes in the environment; returns the device of this
-    process."""
+    """Join the process group that torchrun describes; returns the device of this process."""
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
     launched = read_launch(needed_by="--ddp" if args.ddp else "")
-    if args.ddp:
-        device = torch.device("cuda", launched.local_rank) if cuda else torch.device("cpu")
+    if not args.ddp and args.device not in ("auto", "cuda"):
+        device = torch.device(args.device)
     else:
-        device = torch.device(
-            ("cuda:0" if cuda else "cpu") if args.device in ("auto", "cuda") else args.device
-        )
-    if cuda and max(device.index + 1, launched.local_world_size) > torch.cuda.device_count():
-        raise ValueError(
-            f"{device} is asked for, but torch {torch.__version__} sees {torch.cuda.device_count()}"
-            " GPUs"
-        )
+        device = torch.device(f"cuda:{launched.local_rank if args.ddp else 0}" if cuda else "cpu")
+    gpus = torch.cuda.device_count()
+    if cuda and max(device.index + 1, launched.local_world_size) > gpus:
+        raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
     if args.ddp:
         timeout = launch.start_heartbeat(args.timeout)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None
-        )
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     return device
 
 
@@ -72,8 +64,10 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
 def get_lr(
     current_step: int, total_steps: int, lr: float, warmup_steps: int = 0, schedule: str = "cosine"
 ) -> float:
-    """Linear warm-up to lr, then a cosine down to lr / 10, a line down to 0, or constant; wsd:
-    constant for 90 % of the steps behind the warm-up, then a line down to 0.
+    """The learning rate of a step: a linear warm-up to lr, then what the schedule says.
+
+    cosine: down to lr / 10; linear: down to 0; constant; wsd: constant for 90 % of the steps behind
+    the warm-up, then a line down to 0.
 
     Source: Loshchilov and Hutter, SGDR (2017), eq. 5, one cycle with eta_min = lr / 10; Hu et al.,
     MiniCPM (2024), section 4, for warm-up, stable, decay, with the last tenth for the decay.
@@ -113,44 +107,87 @@ def Logger(content: str) -> None:
 
 # Copied from trainer.train_pretrain.save_weights
 def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
-    """Have the float32 weights written as a plain state dict, the model's shape as JSON beside it;
-    for all ranks."""
+    """Write the float32 weights as a state dict, and the shape as JSON; all ranks call it."""
     state_dict = model.module.state_dict() if hasattr(model, "module") else model.state_dict()
     checkpoint.save_weights(path, state_dict, config.to_json())
 
 
-def distillation_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, ...]:
-    """Cross-entropy and divergence from the teacher, each summed over the supervised tokens, and
-    the auxiliary loss.
+def divergence(student: Tensor, teacher: Tensor, kind: str, temperature: float) -> Tensor:
+    """How far the student's distribution is from the teacher's at each token, x temperature^2.
 
-    Args: X, Y, loss_mask: (1, N) int64 on the CPU, documents one behind the other; doc_lens: their
-    lengths.
-    Source: Hinton et al., Distilling the Knowledge in a Neural Network (2015), section 2; see
-    model/distillation.py.
+    With P the teacher and Q the student: 'forward' KL(P, Q), 'reverse' KL(Q, P), 'js' (KL(P, M) +
+    KL(Q, M)) / 2 where M = (P + Q) / 2. Gradients through softmax(logits / T) shrink as 1 / T^2;
+    the factor T^2 undoes that, so that a weight beside the cross-entropy means the same at every
+    temperature.
+
+    Args:
+        student, teacher: logits (k, vocab), in any dtype.
+
+    Returns:
+        (k,) float32.
+
+    Source: Hinton et al., Distilling the Knowledge in a Neural Network (2015), section 2; Agarwal
+    et al., On-Policy Distillation (GKD, 2024), section 2, generalised JSD with beta = 1/2.
     """
-    at = (
-        loss_mask.flatten().nonzero().squeeze(1)
-    )  # (K,), found on the CPU: a GPU would have to be waited for
-    X, at, targets = (tensor.to(device, non_blocking=True) for tensor in (X, at, Y.flatten()[at]))
-    return model(X, doc_lens=doc_lens, at=at, targets=targets)
+    log_q = (student.float() / temperature).log_softmax(dim=-1)
+    log_p = (teacher.float() / temperature).log_softmax(dim=-1)
+    if kind == "forward":
+        value = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    elif kind == "reverse":
+        value = (log_q.exp() * (log_q - log_p)).sum(dim=-1)
+    else:
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        value = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(dim=-1) / 2
+    return value * temperature**2
 
 
-def train_epoch(
-    args, plan, dataset, held_out, model, optimizer, scaler, autocast, tracker, progress, stop, save
-):
-    """Train from the step in `progress` to the end of the epoch, to the last step of the run, or to
-    a signal."""
-    share, windows = (
-        (*parallel.data_world(), args.batch_size),
-        range(progress["step_in_epoch"], plan.steps),
-    )
+def chunk_losses(
+    student: Tensor, teacher: Tensor, targets: Tensor, kind: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy with the data, and divergence from the teacher, each summed over k tokens.
+
+    Args:
+        student, teacher: logits (k, vocab).
+        targets: (k,) int64.
+    """
+    ce = F.cross_entropy(student, targets, reduction="sum")
+    return ce, divergence(student, teacher, kind, temperature).sum()
+
+
+def distillation_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[Tensor, Tensor, Tensor]:
+    """`chunk_losses`, summed over all supervised tokens of a batch, and the auxiliary loss.
+
+    Args:
+        X, Y, loss_mask: (1, N) int64 on the CPU, documents one behind the other.
+        doc_lens: lengths of the documents.
+    """
+    # (K,) positions, found on the CPU: a GPU would have to be waited for
+    positions = loss_mask.flatten().nonzero().squeeze(1)
+    targets = Y.flatten()[positions].to(device, non_blocking=True)
+    positions = positions.to(device, non_blocking=True)
+    X = X.to(device, non_blocking=True)
+    return model(X, doc_lens=doc_lens, at=positions, targets=targets)
+
+
+def train_epoch(run: Run, plan: Plan, dataset: SFTDataset, held_out: np.ndarray) -> None:
+    """Train to the end of the epoch, to the last step of the run, or to a signal.
+
+    Args:
+        run: the run, whose counters say where in the epoch to begin.
+        plan: the epoch's rows, an optimizer step a window.
+        held_out: (n,) rows to evaluate on; none for no evaluation.
+    """
+    args = run.args
+    model = run.model
+    optimizer = run.optimizer
+    scaler = run.scaler
+    share = (*parallel.data_world(), args.batch_size)
+    windows = range(run.progress["step_in_epoch"], plan.steps)
     loader = batches(dataset, plan, windows, *share, args.num_workers, parallel.row_split())
     for window in windows:
         # 1. Learning rate
         warmup_steps = int(args.warmup_ratio * args.total_steps)
-        lr = get_lr(
-            progress["step"], args.total_steps, args.peak_lr, warmup_steps, args.lr_schedule
-        )
+        lr = get_lr(run.step, args.total_steps, args.peak_lr, warmup_steps, args.lr_schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -163,235 +200,119 @@ def train_epoch(
         for micro in range(n_micro):
             X, Y, loss_mask, doc_lens = next(loader)
             with parallel.sync_gradients(model, micro == n_micro - 1):
-                with autocast:
-                    ce, kl, aux_loss = distillation_loss(
-                        model, X, Y, loss_mask, doc_lens, args.device
-                    )
-                ce, kl, aux_loss = (
-                    ce / supervised,
-                    kl / supervised,
-                    aux_loss * (sum(doc_lens) / tokens),
-                )
+                with run.autocast:
+                    batch = (X, Y, loss_mask, doc_lens)
+                    ce, kl, aux_loss = distillation_loss(model, *batch, args.device)
+                ce, kl = ce / supervised, kl / supervised
+                aux_loss = aux_loss * (sum(doc_lens) / tokens)
                 loss = (1 - args.kl_weight) * ce + args.kl_weight * kl
                 scaler.scale((loss + aux_loss) * parallel.replicas()).backward()
             window_sums += torch.stack((loss, ce, kl, aux_loss)).detach()
 
-        # 3. Clip and step. All ranks have each other's numbers, so all of them step or all of them
-        #    skip.
+        # 3. Clip and step. All ranks have each other's numbers: all step, or all skip.
         scaler.unscale_(optimizer)
         grad_norm = parallel.clip_gradients(model, args.grad_clip)
-        sums = parallel.agree_on_step(grad_norm, *window_sums, float(stop.received))
+        sums = parallel.agree_on_step(grad_norm, *window_sums, float(run.stop.received))
         grad_norm, loss, ce, kl, aux_loss, stopping = sums
-        finite = math.isfinite(loss + aux_loss + grad_norm)
-        if finite:
+        is_finite = math.isfinite(loss + aux_loss + grad_norm)
+        if is_finite:
             scaler.step(optimizer)
-        scaler.update(None if finite else scaler.get_scale() / 2)  # the same scale on all ranks
+        scaler.update(None if is_finite else scaler.get_scale() / 2)  # the same scale on all ranks
         optimizer.zero_grad(set_to_none=True)
 
         # 4. Count, log, evaluate, save
-        progress["step"] += 1
-        progress["step_in_epoch"] += 1
-        progress["tokens"] += tokens
-        step, done = progress["step"], progress["step"] == args.total_steps
-        tracker.count_skipped(progress, finite, f"loss {loss}, gradient norm {grad_norm}")
-        if step % args.log_interval == 0 or step == 1 or done:
-            metrics = {
-                "step": step,
-                "epoch": progress["epoch"] + 1,
-                "loss": loss,
-                "aux_loss": aux_loss,
-                "lr": lr,
-            }
-            metrics |= {"grad_norm": grad_norm, "tokens": tokens, "supervised_tokens": supervised}
-            metrics |= {"ce_loss": ce, "kl_loss": kl}
-            tracker.log(metrics | {"total_tokens": progress["tokens"]})
-        if len(held_out) and (done or args.eval_interval and step % args.eval_interval == 0):
-            sums = sum_over_rows(
-                distillation_loss, model, dataset, held_out, args.batch_size, autocast, args.device
-            )
-            eval_ce, eval_kl = (
-                total / int(dataset.supervised[held_out].sum()) for total in sums[:2]
-            )
-            tracker.log(
-                {"step": step, "eval_loss": eval_ce, "eval_kl": eval_kl}
-            )  # the first as in SFT
-        stop.hear(stopping)
-        check_replicas(model, step, args.replica_check)
-        if stopping or done or args.save_interval and step % args.save_interval == 0:
-            save()
-        if stopping or done:
+        run.count_step(tokens, is_finite, loss, grad_norm)
+        metrics = {"loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": grad_norm}
+        metrics |= {"tokens": tokens, "supervised_tokens": supervised}
+        run.log_step(metrics | {"ce_loss": ce, "kl_loss": kl})
+        if len(held_out) and run.is_due(args.eval_interval):
+            from runtime.evaluation import sum_over_rows
+
+            ce, kl, _ = sum_over_rows(run, distillation_loss, dataset, held_out)
+            count = int(dataset.supervised[held_out].sum())
+            metrics = {"step": run.step, "eval_loss": ce / count, "eval_kl": kl / count}
+            run.log(metrics)
+        if run.end_step(stopping):
             return
-    progress.update(epoch=progress["epoch"] + 1, step_in_epoch=0)
+    run.progress.update(epoch=run.progress["epoch"] + 1, step_in_epoch=0)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = launch.usage_error
     parser.add_argument("--config", help="YAML file with defaults for these flags")
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data_path", default=str(ROOT / "dataset/demo/sft.jsonl"), help="training data"
-    )
-    data.add_argument(
-        "--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder"
-    )
-    data.add_argument("--cache_dir", help="where token caches live (default: out/cache)")
-    data.add_argument(
-        "--max_seq_len",
-        type=int,
-        default=512,
-        help="longest row, and context of the model, in tokens",
-    )
-    data.add_argument(
-        "--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents"
-    )
-    data.add_argument("--curriculum", default="none", help="easy first: none, length, field:NAME")
-    data.add_argument(
-        "--loss_on", choices=("all", "last"), default="all", help="assistant turns that carry loss"
-    )
-    data.add_argument("--skip_bad", action="store_true", help="leave bad rows out and count them")
-    data.add_argument(
-        "--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation"
-    )
-    data.add_argument("--num_workers", type=int, default=0, help="processes that read data")
-    model = parser.add_argument_group("model")
-    model.add_argument("--dim", type=int, default=512, help="width")
-    model.add_argument("--n_layers", type=int, default=8, help="blocks")
-    model.add_argument("--n_heads", type=int, default=8, help="query heads")
-    model.add_argument("--n_kv_heads", type=int, default=2, help="key and value heads")
-    model.add_argument("--dropout", type=float, default=0.0, help="dropout in training")
-    model.add_argument(
-        "--use_moe", type=int, choices=(0, 1), default=0, help="1: mixture of experts"
-    )
-    model.add_argument("--n_experts", type=int, default=4, help="routed experts per layer")
-    model.add_argument("--n_experts_per_tok", type=int, default=2, help="routed experts per token")
-    model.add_argument(
-        "--n_shared_experts", type=int, default=0, help="experts that every token visits"
-    )
-    model.add_argument("--from_weight", help="stage name, path or none")
-    model.add_argument(
-        "--teacher_weight", default="full_sft", help="teacher: stage name, run name or path"
-    )
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument(
-        "--kl",
-        choices=("forward", "reverse", "js"),
-        default="forward",
-        help="divergence from teacher",
-    )
-    optim.add_argument(
-        "--kl_weight", type=float, default=0.5, help="share of the divergence in the loss, 0 to 1"
-    )
-    optim.add_argument(
-        "--kl_temperature", type=float, default=2.0, help="of both distributions in the divergence"
-    )
-    optim.add_argument("--epochs", type=int, default=1, help="passes over the data")
-    optim.add_argument(
-        "--max_steps", type=int, default=0, help="stop after so many optimizer steps (0: no limit)"
-    )
-    optim.add_argument("--batch_size", type=int, default=8, help="rows per process and micro-batch")
-    optim.add_argument(
-        "--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step"
-    )
-    optim.add_argument(
-        "--global_batch_size",
-        type=int,
-        help="rows per optimizer step (default: product of the others)",
-    )
-    optim.add_argument("--learning_rate", type=float, default=5e-4, help="peak learning rate")
-    optim.add_argument(
-        "--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up"
-    )
-    optim.add_argument(
-        "--lr_schedule",
-        choices=("cosine", "linear", "constant", "wsd"),
-        default="cosine",
-        help="learning rate behind the warm-up",
-    )
-    optim.add_argument(
-        "--lr_scaling",
-        choices=("none", "linear", "sqrt"),
-        default="none",
-        help="learning rate x data-parallel processes, or x their square root",
-    )
-    optim.add_argument(
-        "--optimizer",
-        choices=("adamw", "muon", "lamb"),
-        default="adamw",
-        help="muon: for the blocks' matrices; lamb: for large batches",
-    )
-    optim.add_argument("--weight_decay", type=float, default=0.1, help="of matrices")
-    optim.add_argument(
-        "--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no limit)"
-    )
-    optim.add_argument("--seed", type=int, default=42, help="seed of everything random")
-    system = parser.add_argument_group("machine")
-    system.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    system.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU"
-    )
-    system.add_argument("--ddp", action="store_true", help="distributed: start with torchrun")
-    system.add_argument(
-        "--timeout",
-        type=float,
-        default=30.0,
-        help="minutes without a sign of a rank that end the job",
-    )
-    system.add_argument(
-        "--strategy",
-        choices=("auto", *parallel.STRATEGIES),
-        default="auto",
-        help="how --ddp shares",
-    )
-    system.add_argument(
-        "--offload", type=int, choices=(0, 1), default=0, help="1: zero2, zero3 live in CPU memory"
-    )
-    system.add_argument(
-        "--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB"
-    )
-    system.add_argument(
-        "--replica_check", type=int, default=10, help="steps between checks of replicas (0: never)"
-    )
-    system.add_argument(
-        "--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block"
-    )
-    system.add_argument(
-        "--gradient_checkpointing",
-        type=int,
-        choices=(0, 1, 2),
-        default=0,
-        help="1: saves most memory",
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out_dir", default=str(ROOT / "out"), help="where weights and runs are written"
-    )
-    output.add_argument("--save_weight", default="distill", help="name of the run and its weights")
-    output.add_argument(
-        "--save_interval",
-        type=int,
-        default=100,
-        help="steps between checkpoints (0: only the last)",
-    )
-    output.add_argument("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
-    output.add_argument("--log_interval", type=int, default=10, help="steps between log lines")
-    output.add_argument(
-        "--eval_interval", type=int, default=0, help="steps between evaluations (0: at the end)"
-    )
-    output.add_argument(
-        "--resume", default="none", help="none, auto (newest valid checkpoint) or a path"
-    )
-    output.add_argument(
-        "--resume_with_changes", action="store_true", help="go on also where flags are others"
-    )
-    output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
-    output.add_argument(
-        "--report_to",
-        nargs="+",
-        choices=("none", "wandb", "tensorboard"),
-        default=[],
-        help="trackers",
-    )
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default=str(ROOT / "dataset/demo/sft.jsonl"), help="training data")
+    add("--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder")
+    add("--cache_dir", help="where token caches live (default: out/cache)")
+    add("--max_seq_len", type=int, default=512, help="longest row and context, in tokens")
+    add("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
+    add("--curriculum", default="none", help="easy first: none, length, field:NAME")
+    add("--loss_on", choices=("all", "last"), default="all", help="assistant turns that carry loss")
+    add("--skip_bad", action="store_true", help="leave bad rows out and count them")
+    add("--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation")
+    add("--num_workers", type=int, default=0, help="processes that read data")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--dim", type=int, default=512, help="width")
+    add("--n_layers", type=int, default=8, help="blocks")
+    add("--n_heads", type=int, default=8, help="query heads")
+    add("--n_kv_heads", type=int, default=2, help="key and value heads")
+    add("--dropout", type=float, default=0.0, help="dropout in training")
+    add("--use_moe", type=int, choices=(0, 1), default=0, help="1: mixture of experts")
+    add("--n_experts", type=int, default=4, help="routed experts per layer")
+    add("--n_experts_per_tok", type=int, default=2, help="routed experts per token")
+    add("--n_shared_experts", type=int, default=0, help="experts that every token visits")
+    add("--from_weight", help="stage name, path or none")
+    add("--teacher_weight", default="full_sft", help="teacher: stage name, run name or path")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--kl", choices=("forward", "reverse", "js"), default="forward", help="from the teacher")
+    add("--kl_weight", type=float, default=0.5, help="share of the divergence in the loss, 0 to 1")
+    add("--kl_temperature", type=float, default=2.0, help="of both distributions in the divergence")
+    add("--epochs", type=int, default=1, help="passes over the data")
+    add("--max_steps", type=int, default=0, help="stop after so many optimizer steps (0: no limit)")
+    add("--batch_size", type=int, default=8, help="rows per process and micro-batch")
+    add("--accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
+    add("--global_batch_size", type=int, help="rows per optimizer step (default: their product)")
+    add("--learning_rate", type=float, default=5e-4, help="peak learning rate")
+    add("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
+    schedules = ("cosine", "linear", "constant", "wsd")
+    add("--lr_schedule", choices=schedules, default="cosine", help="learning rate behind warm-up")
+    scalings = ("none", "linear", "sqrt")
+    add("--lr_scaling", choices=scalings, default="none", help="learning rate by data ranks")
+    optimizers = ("adamw", "muon", "lamb")
+    add("--optimizer", choices=optimizers, default="adamw", help="lamb: for large batches")
+    add("--weight_decay", type=float, default=0.1, help="of matrices")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no limit)")
+    add("--seed", type=int, default=42, help="seed of everything random")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
+    add("--ddp", action="store_true", help="distributed: start with torchrun")
+    add("--timeout", type=float, default=30.0, help="minutes of a rank's silence that end the job")
+    add("--strategy", choices=("auto", *parallel.STRATEGIES), default="auto", help="how to shard")
+    add("--offload", type=int, choices=(0, 1), default=0, help="1: zero2, zero3 live in CPU memory")
+    add("--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB")
+    add("--replica_check", type=int, default=10, help="steps between checks of replicas (0: never)")
+    add("--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block")
+    add("--gradient_checkpointing", type=int, choices=(0, 1, 2), default=0, help="1: least memory")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out_dir", default=str(ROOT / "out"), help="where weights and runs are written")
+    add("--save_weight", default="distill", help="name of the run and its weights")
+    add("--save_interval", type=int, default=100, help="steps between checkpoints (0: at the end)")
+    add("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
+    add("--log_interval", type=int, default=10, help="steps between log lines")
+    add("--eval_interval", type=int, default=0, help="steps between evaluations (0: at the end)")
+    add("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
+    add("--resume_with_changes", action="store_true", help="go on also where flags are others")
+    add("--use_wandb", action="store_true", help="same as --report_to wandb")
+    trackers = ("none", "wandb", "tensorboard")
+    add("--report_to", nargs="+", choices=trackers, default=[], help="where metrics go, too")
+
     return parser.parse_args(launch.command_line(parser))
 
 
@@ -400,7 +321,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 
@@ -413,103 +334,79 @@ def main() -> int:
     )
     Logger(f"{args.data_path}: {describe(dataset)}")
     train_rows, held_out = split_rows(len(dataset), args.eval_ratio, args.seed)
-    global_batch = (
-        args.global_batch_size
-        or args.batch_size * args.accumulation_steps * parallel.data_world()[1]
-    )
+    data_ranks = parallel.data_world()[1]
+    global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * data_ranks
     order = (args.seed, args.max_seq_len, args.packing, global_batch, 0)
     plans = functools.partial(plan_epoch, dataset, train_rows, *order)
-    args.total_steps = min(
-        args.max_steps or math.inf, sum(plans(epoch).steps for epoch in range(args.epochs))
-    )
-    args.peak_lr = scale_lr(args.learning_rate, args.lr_scaling, parallel.data_world()[1])
+    steps = sum(plans(epoch).steps for epoch in range(args.epochs))
+    args.total_steps = min(args.max_steps or math.inf, steps)
+    args.peak_lr = scale_lr(args.learning_rate, args.lr_scaling, data_ranks)
 
     # 3. Precision: float16 alone needs its gradients scaled
     dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
-    autocast = (
-        nullcontext()
-        if dtype == "float32"
-        else torch.autocast(args.device.type, getattr(torch, dtype))
-    )
+    autocast = nullcontext()
+    if dtype != "float32":
+        autocast = torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
     # 4. The teacher, and the student: new, from other weights, or from a checkpoint, whose tensors
     #    come in step 5
-    teacher = load_teacher(args.teacher_weight, args.out_dir, len(tokenizer), args.max_seq_len).to(
-        args.device
-    )
+    teacher_size = (len(tokenizer), args.max_seq_len)
+    teacher = load_teacher(args.teacher_weight, args.out_dir, *teacher_size).to(args.device)
     apply_kernels(teacher, args.device, dtype)
-    same = {"the weights of --teacher_weight": hash_weights(teacher.state_dict())}
-    agree(same)
+    teacher_weights = {"the weights of --teacher_weight": hash_weights(teacher.state_dict())}
+    parallel.assert_same_on_all_ranks(teacher_weights)
     config = LMConfig.from_flags(vars(args), vocab_size=len(tokenizer))
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
-    identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | same
-    found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
-    model = Student(config, teacher, args.kl, args.kl_temperature, args.gradient_checkpointing).to(
-        args.device
-    )
+    identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | teacher_weights
+    resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
+    losses_of = functools.partial(chunk_losses, kind=args.kl, temperature=args.kl_temperature)
+    model = Student(config, teacher, losses_of, args.gradient_checkpointing).to(args.device)
     apply_kernels(model, args.device, dtype)
-    if found is None:
+    if resumed is None:
         Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
 
-    # 5. Strategy, compile, wrap, optimizer
-    setup_seed(
-        args.seed + parallel.world()[0]
-    )  # one model everywhere, but dropout of its own on every rank
+    # 5. Strategy, compile, wrap, optimizer. Every rank has the same model, but its own dropout.
+    setup_seed(args.seed + parallel.world()[0])
     args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
     model = parallel.wrap(model, args, dtype, global_batch)
-    optimizer = make_optimizer(
-        model, args.optimizer, args.peak_lr, args.weight_decay, args.strategy == "zero1"
-    )
-    progress = checkpoint.load_run(found, model, optimizer, scaler)
+    shard = args.strategy == "zero1"
+    optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, shard)
+    progress = checkpoint.load_run(resumed, model, optimizer, scaler)
 
     # 6. Tracking
     tracker = parallel.rank_zero_first(
-        lambda: Tracker(run_dir, vars(args), is_main_process(), found, changes)
+        lambda: Tracker(run_dir, vars(args), is_main_process(), resumed, changes)
     )
     steps = f"{args.total_steps} steps of {global_batch} rows, learning rate {args.peak_lr:g}"
     tracker.print(f"{run_dir.name}: {parallel.describe(model, args, dtype)}, {steps}")
 
     def save() -> None:
         tracker.sync()
-        checkpoint.save_run(
-            run_dir, args.save_total_limit, model, optimizer, scaler, progress, identity
-        )
+        state = (model, optimizer, scaler, progress, identity)
+        checkpoint.save_run(run_dir, args.save_total_limit, *state)
         save_weights(model, config, Path(f"{run_dir}.pth"))
 
     # 7. Epochs
     tracker.start(progress, args.total_steps)
-    stop = launch.StopSignal()
-    while progress["step"] < args.total_steps and not stop.number:
-        plan = plans(progress["epoch"])
-        train_epoch(
-            args,
-            plan,
-            dataset,
-            held_out,
-            model,
-            optimizer,
-            scaler,
-            autocast,
-            tracker,
-            progress,
-            stop,
-            save,
-        )
-
-    # 8. Clean up
-    if (
-        progress["step"] == tracker.first_step
-    ):  # resumed behind the last step: the weights may be missing, or older
-        save_weights(model, config, Path(f"{run_dir}.pth"))
-    checkpoint.wait()
-    ending = (
-        f"stopped by signal {stop.number} at step {progress['step']}" if stop.number else "finished"
+    run = Run(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        autocast=autocast,
+        tracker=tracker,
+        progress=progress,
+        save=save,
     )
-    tracker.print(f"{ending}; weights in {run_dir}.pth")
-    tracker.close()
-    return 128 + stop.number if stop.number else 0
+    while not (run.is_done or run.stop.number):
+        train_epoch(run, plans(progress["epoch"]), dataset, held_out)
+
+    # 8. Clean up. Resumed behind the last step, the weights may be missing, or older.
+    if run.step == tracker.first_step:
+        save_weights(model, config, Path(f"{run_dir}.pth"))
+    return run.finish(f"weights in {run_dir}.pth")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Group relative policy optimisation (GRPO): learn from rewards which of several completions of a
-prompt are better.
+"""Group relative policy optimisation (GRPO): learn which completions of a prompt are better.
 
 Reads  --data_path (conversations that end where the assistant is to speak, "answer" and other
        fields beside them for --reward) and the weights of --from_weight.
@@ -33,18 +32,20 @@ die_with_launcher()  # before the imports, which take seconds
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from dataset.lm_dataset import load_tokenizer
-from dataset.packing import plan_epoch, split_rows
-from dataset.prompt_dataset import PromptDataset, describe_prompts, preview_prompts
+from dataset.packing import Plan, plan_epoch, split_rows
+from dataset.prompt_dataset import PromptDataset, describe_prompts
+from dataset.tokenizer import load_tokenizer
 from model.lm import LMConfig, MiniMindLM
 from model.weights import hash_weights, start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree, check_replicas
+from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
-from runtime.rl import rewards, rollout
+from runtime.rl.rewards import load_rewards
+from runtime.rl.rollout import mini_batch_rows, mini_batches, rank_prompts, score
+from runtime.rl.sampler import Sampler, rollout_metrics
+from runtime.run import Run
 from runtime.tracking import Tracker
 
 # How far the ratio of the new policy to the old one may go: [1 - low, 1 + high]. Low 1 is no limit.
@@ -59,26 +60,20 @@ CLIPS = {
 
 # Copied from trainer.train_pretrain.init_distributed_mode
 def init_distributed_mode(args: argparse.Namespace) -> torch.device:
-    """Join the process group that torchrun describes in the environment; returns the device of this
-    process."""
+    """Join the process group that torchrun describes; returns the device of this process."""
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
     launched = read_launch(needed_by="--ddp" if args.ddp else "")
-    if args.ddp:
-        device = torch.device("cuda", launched.local_rank) if cuda else torch.device("cpu")
+    if not args.ddp and args.device not in ("auto", "cuda"):
+        device = torch.device(args.device)
     else:
-        device = torch.device(
-            ("cuda:0" if cuda else "cpu") if args.device in ("auto", "cuda") else args.device
-        )
-    if cuda and max(device.index + 1, launched.local_world_size) > torch.cuda.device_count():
-        raise ValueError(
-            f"{device} is asked for, but torch {torch.__version__} sees {torch.cuda.device_count()}"
-            " GPUs"
-        )
+        device = torch.device(f"cuda:{launched.local_rank if args.ddp else 0}" if cuda else "cpu")
+    gpus = torch.cuda.device_count()
+    if cuda and max(device.index + 1, launched.local_world_size) > gpus:
+        raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
     if args.ddp:
         timeout = launch.start_heartbeat(args.timeout)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None
-        )
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     return device
 
 
@@ -86,8 +81,10 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
 def get_lr(
     current_step: int, total_steps: int, lr: float, warmup_steps: int = 0, schedule: str = "cosine"
 ) -> float:
-    """Linear warm-up to lr, then a cosine down to lr / 10, a line down to 0, or constant; wsd:
-    constant for 90 % of the steps behind the warm-up, then a line down to 0.
+    """The learning rate of a step: a linear warm-up to lr, then what the schedule says.
+
+    cosine: down to lr / 10; linear: down to 0; constant; wsd: constant for 90 % of the steps behind
+    the warm-up, then a line down to 0.
 
     Source: Loshchilov and Hutter, SGDR (2017), eq. 5, one cycle with eta_min = lr / 10; Hu et al.,
     MiniCPM (2024), section 4, for warm-up, stable, decay, with the last tenth for the decay.
@@ -127,39 +124,44 @@ def Logger(content: str) -> None:
 
 # Copied from trainer.train_pretrain.save_weights
 def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
-    """Have the float32 weights written as a plain state dict, the model's shape as JSON beside it;
-    for all ranks."""
+    """Write the float32 weights as a state dict, and the shape as JSON; all ranks call it."""
     state_dict = model.module.state_dict() if hasattr(model, "module") else model.state_dict()
     checkpoint.save_weights(path, state_dict, config.to_json())
 
 
-def group_advantages(scores: torch.Tensor, loss_type: str) -> torch.Tensor:
-    """How much better than its group each completion is: (prompts, group_size) rewards -> the same
-    shape.
+def group_advantages(rewards: Tensor, loss_type: str) -> Tensor:
+    """How much better than its group each completion is.
 
     In units of the group's standard deviation, for dr_grpo in those of the reward.
+
+    Args:
+        rewards: (prompts, group_size).
+
+    Returns:
+        (prompts, group_size).
+
     Source: Shao et al., DeepSeekMath (2024), section 4.1.2; Liu et al., Dr. GRPO (2025), section
     3.2.
     """
-    centred = scores - scores.mean(dim=1, keepdim=True)
-    return centred if loss_type == "dr_grpo" else centred / (scores.std(dim=1, keepdim=True) + 1e-4)
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if loss_type == "dr_grpo":
+        return centred
+    return centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
 
 
 def policy_terms(log_probs, old, advantages, of, lengths, loss_type: str, low: float, high: float):
-    """The loss of each token, to be weighted by `token_weights`; which ones are clipped below, and
-    which above.
+    """The loss of each token, before `token_weights`; which are clipped below, and which above.
 
     Args:
         log_probs: (K,) float32, of the tokens of some completions, with gradient.
-        old: (K,) float32, the same under the policy that wrote them.
+        old: (K,) float32, the same under the policy that they were sampled from.
         advantages: (R,) float32, of the completions.
-        of, lengths: (K,) int64, the completion of each token; (R,) int64, tokens of each
-        completion.
+        of: (K,) int64, the completion of each token.
+        lengths: (R,) int64, tokens of each completion.
 
     Source: Shao et al., DeepSeekMath (2024), eq. 3; Yu et al., DAPO (2025), eq. 8; MiniMax-M1
-    (2025), eq. 4 and 5,
-        CISPO: the clipped ratio is a weight; Zheng et al., GSPO (2025), eq. 5 and 7: one ratio for
-        all its tokens.
+    (2025), eq. 4 and 5, CISPO: the clipped ratio is a weight; Zheng et al., GSPO (2025), eq. 5 and
+    7: one ratio for all its tokens.
     """
     log_ratio, advantage = log_probs - old, advantages[of]
     if loss_type == "gspo":
@@ -173,31 +175,35 @@ def policy_terms(log_probs, old, advantages, of, lengths, loss_type: str, low: f
     return terms, (ratio < 1 - low) & (advantage < 0), (ratio > 1 + high) & (advantage > 0)
 
 
-def kl_terms(log_probs: torch.Tensor, old: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Terms whose gradient is, in expectation over tokens drawn from the old policy, that of
-    KL(policy || reference).
+def kl_terms(log_probs: Tensor, old: Tensor, reference: Tensor) -> Tensor:
+    """Terms whose gradient is, in expectation over tokens, that of KL(policy || reference).
 
     That is E_policy[(log policy - log reference) grad log policy], the other part, E_policy[grad
     log policy], being 0. The usual estimator of the value, reference / policy - 1 - log(reference /
-    policy), has the gradient of the KL the other way round. (K,) float32 each; the prefixes of the
-    tokens are taken as given.
+    policy), has the gradient of the KL the other way round. Tokens are sampled from the old policy,
+    their prefixes are taken as given.
+
+    Args:
+        log_probs, old, reference: (K,) float32.
+
     Source: Schulman, Approximating KL Divergence (2020), k2; Tang and Munos, On a few pitfalls in
-    KL divergence
-        gradient estimation for RL (2025).
+    KL divergence gradient estimation for RL (2025).
     """
     return (log_probs - old).detach().exp() * 0.5 * (log_probs - reference).square()
 
 
 def token_weights(
     of, lengths, completions: int, tokens: int, loss_type: str, max_new_tokens: int
-) -> torch.Tensor:
-    """(K,) float32, what each token counts in the loss of a mini-batch of so many completions and
-    tokens in all.
+) -> Tensor:
+    """(K,) float32, what each token counts in the loss of a mini-batch.
+
+    Args:
+        of, lengths: as in `policy_terms`.
+        completions, tokens: of the mini-batch, over all ranks.
 
     Source: Shao et al., DeepSeekMath (2024), eq. 3, the mean over completions of the mean over
-    their tokens, gspo too;
-        Liu et al., Dr. GRPO (2025), a constant for each completion; Yu et al., DAPO (2025), eq. 8,
-        a mean over tokens.
+    their tokens, gspo too; Liu et al., Dr. GRPO (2025), a constant for each completion; Yu et al.,
+    DAPO (2025), eq. 8, a mean over tokens.
     """
     if loss_type in ("grpo", "gspo"):
         return (1.0 / lengths / max(1, completions))[of]
@@ -205,338 +211,220 @@ def token_weights(
     return torch.full(of.shape, 1.0 / max(1, total), device=of.device)
 
 
-def roll_out(args, plan, window, tries, writer, step):
-    """Complete each of this rank's prompts of a window group_size times, and judge the completions.
+def roll_out(run: Run, plan: Plan, window: int, sampler: Sampler):
+    """Sample group_size completions of each of this rank's prompts of a window; with their rewards.
 
     A group whose rewards are all the same says nothing: it is in no mini-batch, nor in what a loss
     is divided by.
-    Returns: the rollout, its rewards (N, rewards), advantages (N,), the mini-batches, and what the
-    log says.
+
+    Returns:
+        The rollout, its rewards (N, rewards), the mini-batches, whose packs keep the `advantages`
+        of their completions, and what the log says.
     """
+    args = run.args
     rank, ranks = parallel.data_world()
-    numbers = rollout.own_prompts(plan, window, rank, ranks)
-    tried, scores = tries(writer, numbers, args.group_size, step)
-    groups = scores.sum(dim=1).view(-1, args.group_size)
-    flat = groups.amax(dim=1) == groups.amin(dim=1)
-    parts = rollout.shares(
-        len(numbers), len(plan.window(window)), rank, ranks, args.group_size, args.mini_batches
-    )
-    parts = [[row for row in part if not flat[row // args.group_size]] for part in parts]
-    minis = rollout.mini_batches(tried, parts, args.batch_size * args.max_seq_len)
-    found = rewards.measures(tried, scores, args.reward)
-    found["groups_without_variance"] = parallel.sum_over_ranks(flat.sum())[0] / len(
-        plan.window(window)
-    )
-    return tried, scores, group_advantages(groups, args.loss_type).flatten().float(), minis, found
+    numbers = rank_prompts(plan, window, rank, ranks)
+    policy = parallel.unwrap(run.model)
+    rollout, rewards = sampler.sample_completions(policy, numbers, args.group_size, run.step)
+    groups = rewards.sum(dim=1).view(-1, args.group_size)
+    is_flat = groups.amax(dim=1) == groups.amin(dim=1)
+    prompts = len(plan.window(window))
+    sizes = (len(numbers), prompts, rank, ranks, args.group_size, args.mini_batches)
+    parts = [
+        [row for row in part if not is_flat[row // args.group_size]]
+        for part in mini_batch_rows(*sizes)
+    ]
+    batches = mini_batches(rollout, parts, args.batch_size * args.max_seq_len)
+    advantages = group_advantages(groups, args.loss_type).flatten().float()
+    for pack in (pack for batch in batches for pack in batch.packs):
+        pack.kept["advantages"] = advantages[pack.rows].to(args.device)
+    metrics = rollout_metrics(rollout, rewards, args.reward)
+    metrics["groups_without_variance"] = parallel.sum_over_ranks(is_flat.sum())[0] / prompts
+    return rollout, rewards, batches, metrics
 
 
-def train_epoch(
-    args, plan, held_out, model, tools, optimizer, scaler, autocast, tracker, progress, stop, save
-):
-    """Train from the rollout in `progress` to the end of the epoch, to the last step of the run, or
-    to a signal."""
-    plain, (spare, reference, tries, tokenizer) = parallel.unwrap(model), tools
-    steps_each = args.updates_per_rollout * args.mini_batches
-    for window in range(progress["step_in_epoch"], plan.steps):
+def train_epoch(run: Run, plan: Plan, sampler: Sampler, reference, held_out: np.ndarray) -> None:
+    """Train to the end of the epoch, to the last step of the run, or to a signal.
+
+    Args:
+        run: the run, whose counters say at which rollout of the epoch to begin.
+        plan: the epoch's prompts, a rollout a window.
+        reference: the model of the KL divergence, None without.
+        held_out: (n,) prompts to evaluate on; none for no evaluation.
+    """
+    args = run.args
+    model = run.model
+    optimizer = run.optimizer
+    scaler = run.scaler
+    policy = parallel.unwrap(model)
+    steps_per_rollout = args.updates_per_rollout * args.mini_batches
+    limits = (args.loss_type, args.clip_low, args.clip_high)
+    for window in range(run.progress["step_in_epoch"], plan.steps):
         # 1. Rollout, rewards, advantages
-        writer = rollout.whole_copy(plain, spare)
-        tried, scores, advantages, minis, found = roll_out(
-            args, plan, window, tries, writer, progress["step"]
-        )
+        rollout, rewards, batches, rollout_means = roll_out(run, plan, window, sampler)
 
         # 2. What policy and reference say now, by the passes of the updates. For a single update
         #    that is its own.
-        with torch.no_grad(), autocast:
-            for pack in (pack for mini in minis for pack in mini.packs):
-                if steps_each > 1:
-                    pack.kept["old"] = rollout.score(plain, pack, args.temperature)[0]
+        with torch.no_grad(), run.autocast:
+            for pack in (pack for batch in batches for pack in batch.packs):
+                if steps_per_rollout > 1:
+                    pack.kept["old"] = score(policy, pack, args.temperature)[0]
                 if reference is not None:
-                    pack.kept["reference"] = rollout.score(reference, pack, args.temperature)[0]
+                    pack.kept["reference"] = score(reference, pack, args.temperature)[0]
 
-        for update in range(steps_each):
+        for update in range(steps_per_rollout):
             # 3. Learning rate
-            mini, warmup = (
-                minis[update % args.mini_batches],
-                int(args.warmup_ratio * args.total_steps),
-            )
-            lr = get_lr(progress["step"], args.total_steps, args.peak_lr, warmup, args.lr_schedule)
+            warmup_steps = int(args.warmup_ratio * args.total_steps)
+            lr = get_lr(run.step, args.total_steps, args.peak_lr, warmup_steps, args.lr_schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
             # 4. Gradients of one sum over all passes and ranks; they are averaged over ranks, hence
             #    `replicas`
-            limits = (args.loss_type, args.clip_low, args.clip_high)
-            counts = (mini.completions, mini.supervised, args.loss_type, args.max_new_tokens)
+            batch = batches[update % args.mini_batches]
+            counts = (batch.completions, batch.supervised, args.loss_type, args.max_new_tokens)
             sums = torch.zeros(7, dtype=torch.float64, device=args.device)
-            for n, pack in enumerate(mini.packs):
-                of, lengths, mine = (
-                    t.to(args.device) for t in (pack.of, pack.lengths, advantages[pack.rows])
-                )
-                with parallel.sync_gradients(model, n == len(mini.packs) - 1):
-                    with autocast:
-                        log_probs, entropy, aux_loss = rollout.score(model, pack, args.temperature)
+            for n, pack in enumerate(batch.packs):
+                of, lengths = pack.of.to(args.device), pack.lengths.to(args.device)
+                with parallel.sync_gradients(model, n == len(batch.packs) - 1):
+                    with run.autocast:
+                        log_probs, entropy, aux_loss = score(model, pack, args.temperature)
                     now = log_probs.detach()
-                    old, anchor = pack.kept.get("old", now), pack.kept.get("reference", now)
-                    terms, below, above = policy_terms(log_probs, old, mine, of, lengths, *limits)
+                    old = pack.kept.get("old", now)
+                    anchor = pack.kept.get("reference", now)
+                    advantages = pack.kept["advantages"]
+                    terms, below, above = policy_terms(
+                        log_probs, old, advantages, of, lengths, *limits
+                    )
                     if reference is not None:
                         terms = terms + args.kl_beta * kl_terms(log_probs, old, anchor)
                     loss = (terms * token_weights(of, lengths, *counts)).sum()
-                    aux_loss = aux_loss * (sum(pack.doc_lens) / max(1, mini.tokens))
+                    aux_loss = aux_loss * (sum(pack.doc_lens) / max(1, batch.tokens))
                     scaler.scale((loss + aux_loss) * parallel.replicas()).backward()
-                columns = (
-                    loss.detach(),
-                    aux_loss.detach(),
-                    now - anchor,
-                    entropy,
-                    below,
-                    above,
-                    (now - old).exp(),
-                )
+                columns = (loss.detach(), aux_loss.detach(), now - anchor, entropy)
+                columns += (below, above, (now - old).exp())
                 sums += torch.stack([column.double().sum() for column in columns])
 
-            # 5. Clip and step. All ranks have each other's numbers, so all of them step or all of
-            #    them skip.
+            # 5. Clip and step. All ranks have each other's numbers: all step, or all skip.
             scaler.unscale_(optimizer)
             grad_norm = parallel.clip_gradients(model, args.grad_clip)
-            sums = parallel.agree_on_step(grad_norm, float(stop.received), *sums)
+            sums = parallel.agree_on_step(grad_norm, float(run.stop.received), *sums)
             grad_norm, stopping, loss, aux_loss, *sums = sums
-            finite = math.isfinite(loss + aux_loss + grad_norm)
-            if finite:
+            is_finite = math.isfinite(loss + aux_loss + grad_norm)
+            if is_finite:
                 scaler.step(optimizer)
-            scaler.update(None if finite else scaler.get_scale() / 2)  # the same scale on all ranks
+            # The same scale on all ranks
+            scaler.update(None if is_finite else scaler.get_scale() / 2)
             optimizer.zero_grad(set_to_none=True)
 
             # 6. Count and log
-            progress["step"] += 1
-            progress["tokens"] += mini.tokens
-            step, done = progress["step"], progress["step"] >= args.total_steps
-            tracker.count_skipped(progress, finite, f"loss {loss}, gradient norm {grad_norm}")
-            if step % args.log_interval == 0 or step == 1 or done:
-                metrics = {
-                    "step": step,
-                    "epoch": progress["epoch"] + 1,
-                    "loss": loss,
-                    "aux_loss": aux_loss,
-                    "lr": lr,
-                }
-                metrics |= {
-                    "grad_norm": grad_norm,
-                    "tokens": max(1, mini.tokens),
-                    "supervised_tokens": mini.supervised,
-                }
-                names = ("kl", "entropy", "clipped_low", "clipped_high", "ratio")
-                metrics |= {
-                    name: total / max(1, mini.supervised)
-                    for name, total in zip(names, sums, strict=True)
-                }
-                tracker.log(metrics | found | {"total_tokens": progress["tokens"]})
-            check_replicas(model, step, args.replica_check)
-            stop.hear(stopping)
+            run.count_step(batch.tokens, is_finite, loss, grad_norm)
+            metrics = {"loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": grad_norm}
+            metrics |= {"tokens": max(1, batch.tokens), "supervised_tokens": batch.supervised}
+            names = ("kl", "entropy", "clipped_low", "clipped_high", "ratio")
+            means = [total / max(1, batch.supervised) for total in sums]
+            run.log_step(metrics | dict(zip(names, means, strict=True)) | rollout_means)
+            parallel.check_replicas(model, run.step, args.replica_check)
+            run.stop.sync_stop(stopping)
 
         # 7. Between two rollouts: show samples, evaluate, save
-        progress["step_in_epoch"] += 1
-        intervals = (args.sample_interval, args.eval_interval, args.save_interval)
-        shows, evaluates, saves = (n and step // n > (step - steps_each) // n for n in intervals)
-        if shows or step == steps_each:
-            tracker.print(
-                f"step {step} reward"
-                f" {found['reward']:.3f}\n{rewards.shown(tried, scores, tokenizer)}"
-            )
-        if len(held_out) and (done or evaluates):
-            reward = rewards.greedy_reward(tries, rollout.whole_copy(plain, spare), held_out)
-            tracker.log({"step": step, "eval_loss": -reward, "eval_reward": reward})
-        if stopping or done or saves:
-            save()
-        if stopping or done:
+        run.progress["step_in_epoch"] += 1
+        if run.has_passed(args.sample_interval, steps_per_rollout) or run.step == steps_per_rollout:
+            shown = sampler.show(rollout, rewards)
+            run.tracker.print(f"step {run.step} reward {rollout_means['reward']:.3f}\n{shown}")
+        if len(held_out) and run.is_due(args.eval_interval, steps_per_rollout):
+            reward = sampler.greedy_reward(policy, held_out)
+            run.log({"step": run.step, "eval_loss": -reward, "eval_reward": reward})
+        if run.save_if_due(stopping, steps_per_rollout):
             return
-    progress.update(epoch=progress["epoch"] + 1, step_in_epoch=0)
+    run.progress.update(epoch=run.progress["epoch"] + 1, step_in_epoch=0)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = launch.usage_error
     parser.add_argument("--config", help="YAML file with defaults for these flags")
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data_path", default=str(ROOT / "dataset/demo/rl_prompts.jsonl"), help="training data"
-    )
-    data.add_argument(
-        "--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder"
-    )
-    data.add_argument(
-        "--max_seq_len",
-        type=int,
-        default=512,
-        help="longest row, and context of the model, in tokens",
-    )
-    data.add_argument(
-        "--drop_last", type=int, choices=(0, 1), default=0, help="1: no shorter last global batch"
-    )
-    data.add_argument("--skip_bad", action="store_true", help="leave bad rows out and count them")
-    data.add_argument(
-        "--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation"
-    )
-    data.add_argument(
-        "--preview", type=int, default=0, metavar="N", help="print N samples and exit"
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument("--dim", type=int, default=512, help="width")
-    model.add_argument("--n_layers", type=int, default=8, help="blocks")
-    model.add_argument("--n_heads", type=int, default=8, help="query heads")
-    model.add_argument("--n_kv_heads", type=int, default=2, help="key and value heads")
-    model.add_argument("--dropout", type=float, default=0.0, help="dropout in training")
-    model.add_argument(
-        "--use_moe", type=int, choices=(0, 1), default=0, help="1: mixture of experts"
-    )
-    model.add_argument("--n_experts", type=int, default=4, help="routed experts per layer")
-    model.add_argument("--n_experts_per_tok", type=int, default=2, help="routed experts per token")
-    model.add_argument(
-        "--n_shared_experts", type=int, default=0, help="experts that every token visits"
-    )
-    model.add_argument("--from_weight", help="stage name, path or none")
-    tries = parser.add_argument_group("rollouts")
-    tries.add_argument("--group_size", type=int, default=8, help="completions per prompt")
-    tries.add_argument(
-        "--max_new_tokens", type=int, default=128, help="longest completion in tokens"
-    )
-    tries.add_argument(
-        "--temperature", type=float, default=1.0, help="of the rollouts, and of what is learned"
-    )
-    tries.add_argument(
-        "--reward",
-        nargs="+",
-        default=["exact"],
-        help="exact, format, FILE.py:NAME, FILE.pth; :WEIGHT",
-    )
-    tries.add_argument(
-        "--sample_interval",
-        type=int,
-        default=100,
-        help="steps between printed completions (0: never)",
-    )
-    loss = parser.add_argument_group("loss")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default=str(ROOT / "dataset/demo/rl_prompts.jsonl"), help="training data")
+    add("--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder")
+    add("--max_seq_len", type=int, default=512, help="longest row and context, in tokens")
+    add("--drop_last", type=int, choices=(0, 1), default=0, help="1: no shorter last global batch")
+    add("--skip_bad", action="store_true", help="leave bad rows out and count them")
+    add("--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation")
+    add("--preview", type=int, default=0, metavar="N", help="print N samples and exit")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--dim", type=int, default=512, help="width")
+    add("--n_layers", type=int, default=8, help="blocks")
+    add("--n_heads", type=int, default=8, help="query heads")
+    add("--n_kv_heads", type=int, default=2, help="key and value heads")
+    add("--dropout", type=float, default=0.0, help="dropout in training")
+    add("--use_moe", type=int, choices=(0, 1), default=0, help="1: mixture of experts")
+    add("--n_experts", type=int, default=4, help="routed experts per layer")
+    add("--n_experts_per_tok", type=int, default=2, help="routed experts per token")
+    add("--n_shared_experts", type=int, default=0, help="experts that every token visits")
+    add("--from_weight", help="stage name, path or none")
+
+    add = parser.add_argument_group("rollouts").add_argument
+    add("--group_size", type=int, default=8, help="completions per prompt")
+    add("--max_new_tokens", type=int, default=128, help="longest completion in tokens")
+    add("--temperature", type=float, default=1.0, help="of the rollouts, and of what is learned")
+    add("--reward", nargs="+", default=["exact"], help="exact, format, F.py:NAME, F.pth; :WEIGHT")
+    add("--sample_interval", type=int, default=100, help="steps between samples shown (0: never)")
+
+    add = parser.add_argument_group("loss").add_argument
     # Differs from trainer.train_dpo.--loss_type: other losses
-    loss.add_argument("--loss_type", choices=tuple(CLIPS), default="grpo", help="whose objective")
-    loss.add_argument(
-        "--clip_low", type=float, help="the ratio counts down to 1 - clip_low (default: see CLIPS)"
-    )
-    loss.add_argument(
-        "--clip_high", type=float, help="the ratio counts up to 1 + clip_high (default: see CLIPS)"
-    )
-    loss.add_argument(
-        "--kl_beta",
-        type=float,
-        default=0.0,
-        help="weight of the KL divergence from the start weights",
-    )
-    loss.add_argument("--updates_per_rollout", type=int, default=1, help="passes over a rollout")
-    loss.add_argument("--mini_batches", type=int, default=1, help="optimizer steps of a pass")
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--epochs", type=int, default=1, help="passes over the data")
-    optim.add_argument(
-        "--max_steps", type=int, default=0, help="stop after so many optimizer steps (0: no limit)"
-    )
-    optim.add_argument("--batch_size", type=int, default=8, help="rows per process and micro-batch")
+    add("--loss_type", choices=tuple(CLIPS), default="grpo", help="whose objective")
+    add("--clip_low", type=float, help="the ratio counts down to 1 - clip_low (default: see CLIPS)")
+    add("--clip_high", type=float, help="the ratio counts up to 1 + clip_high (default: see CLIPS)")
+    add("--kl_beta", type=float, default=0.0, help="weight of the KL from the start weights")
+    add("--updates_per_rollout", type=int, default=1, help="passes over a rollout")
+    add("--mini_batches", type=int, default=1, help="optimizer steps of a pass")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=1, help="passes over the data")
+    add("--max_steps", type=int, default=0, help="stop after so many optimizer steps (0: no limit)")
+    add("--batch_size", type=int, default=8, help="rows per process and micro-batch")
     # Differs from trainer.train_pretrain.--global_batch_size: a row is a prompt
-    optim.add_argument(
-        "--global_batch_size",
-        type=int,
-        help="prompts per rollout (default: batch_size x processes)",
-    )
-    optim.add_argument("--learning_rate", type=float, default=1e-5, help="peak learning rate")
-    optim.add_argument(
-        "--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up"
-    )
-    optim.add_argument(
-        "--lr_schedule",
-        choices=("cosine", "linear", "constant", "wsd"),
-        default="cosine",
-        help="learning rate behind the warm-up",
-    )
-    optim.add_argument(
-        "--lr_scaling",
-        choices=("none", "linear", "sqrt"),
-        default="none",
-        help="learning rate x data-parallel processes, or x their square root",
-    )
-    optim.add_argument(
-        "--optimizer",
-        choices=("adamw", "muon", "lamb"),
-        default="adamw",
-        help="muon: for the blocks' matrices; lamb: for large batches",
-    )
-    optim.add_argument("--weight_decay", type=float, default=0.1, help="of matrices")
-    optim.add_argument(
-        "--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no limit)"
-    )
-    optim.add_argument("--seed", type=int, default=42, help="seed of everything random")
-    system = parser.add_argument_group("machine")
-    system.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    system.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU"
-    )
-    system.add_argument("--ddp", action="store_true", help="distributed: start with torchrun")
-    system.add_argument(
-        "--timeout",
-        type=float,
-        default=30.0,
-        help="minutes without a sign of a rank that end the job",
-    )
-    system.add_argument(
-        "--strategy",
-        choices=("auto", *parallel.STRATEGIES),
-        default="auto",
-        help="how --ddp shares",
-    )
-    system.add_argument(
-        "--offload", type=int, choices=(0, 1), default=0, help="1: zero2, zero3 live in CPU memory"
-    )
-    system.add_argument(
-        "--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB"
-    )
-    system.add_argument(
-        "--replica_check", type=int, default=10, help="steps between checks of replicas (0: never)"
-    )
-    system.add_argument(
-        "--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block"
-    )
-    system.add_argument(
-        "--gradient_checkpointing",
-        type=int,
-        choices=(0, 1, 2),
-        default=0,
-        help="1: saves most memory",
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out_dir", default=str(ROOT / "out"), help="where weights and runs are written"
-    )
-    output.add_argument("--save_weight", default="grpo", help="name of the run and its weights")
-    output.add_argument(
-        "--save_interval",
-        type=int,
-        default=100,
-        help="steps between checkpoints (0: only the last)",
-    )
-    output.add_argument("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
-    output.add_argument("--log_interval", type=int, default=10, help="steps between log lines")
-    output.add_argument(
-        "--eval_interval", type=int, default=0, help="steps between evaluations (0: at the end)"
-    )
-    output.add_argument(
-        "--resume", default="none", help="none, auto (newest valid checkpoint) or a path"
-    )
-    output.add_argument(
-        "--resume_with_changes", action="store_true", help="go on also where flags are others"
-    )
-    output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
-    output.add_argument(
-        "--report_to",
-        nargs="+",
-        choices=("none", "wandb", "tensorboard"),
-        default=[],
-        help="trackers",
-    )
+    add("--global_batch_size", type=int, help="prompts per rollout (default: batch_size x ranks)")
+    add("--learning_rate", type=float, default=1e-5, help="peak learning rate")
+    add("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
+    schedules = ("cosine", "linear", "constant", "wsd")
+    add("--lr_schedule", choices=schedules, default="cosine", help="learning rate behind warm-up")
+    scalings = ("none", "linear", "sqrt")
+    add("--lr_scaling", choices=scalings, default="none", help="learning rate by data ranks")
+    optimizers = ("adamw", "muon", "lamb")
+    add("--optimizer", choices=optimizers, default="adamw", help="lamb: for large batches")
+    add("--weight_decay", type=float, default=0.1, help="of matrices")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no limit)")
+    add("--seed", type=int, default=42, help="seed of everything random")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
+    add("--ddp", action="store_true", help="distributed: start with torchrun")
+    add("--timeout", type=float, default=30.0, help="minutes of a rank's silence that end the job")
+    add("--strategy", choices=("auto", *parallel.STRATEGIES), default="auto", help="how to shard")
+    add("--offload", type=int, choices=(0, 1), default=0, help="1: zero2, zero3 live in CPU memory")
+    add("--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB")
+    add("--replica_check", type=int, default=10, help="steps between checks of replicas (0: never)")
+    add("--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block")
+    add("--gradient_checkpointing", type=int, choices=(0, 1, 2), default=0, help="1: least memory")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out_dir", default=str(ROOT / "out"), help="where weights and runs are written")
+    add("--save_weight", default="grpo", help="name of the run and its weights")
+    add("--save_interval", type=int, default=100, help="steps between checkpoints (0: at the end)")
+    add("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
+    add("--log_interval", type=int, default=10, help="steps between log lines")
+    add("--eval_interval", type=int, default=0, help="steps between evaluations (0: at the end)")
+    add("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
+    add("--resume_with_changes", action="store_true", help="go on also where flags are others")
+    add("--use_wandb", action="store_true", help="same as --report_to wandb")
+    trackers = ("none", "wandb", "tensorboard")
+    add("--report_to", nargs="+", choices=trackers, default=[], help="where metrics go, too")
+
     return parser.parse_args(launch.command_line(parser))
 
 
@@ -545,124 +433,114 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     if args.group_size < 2:
-        raise ValueError(
-            f"--group_size {args.group_size}: must be 2 or more, a completion is compared with its"
-            " group"
-        )
+        reason = "must be 2 or more, a completion is compared with its group"
+        raise ValueError(f"--group_size {args.group_size}: {reason}")
     low, high = CLIPS[args.loss_type]
-    args.clip_low, args.clip_high = (
-        b if a is None else a for a, b in ((args.clip_low, low), (args.clip_high, high))
-    )
+    args.clip_low = low if args.clip_low is None else args.clip_low
+    args.clip_high = high if args.clip_high is None else args.clip_high
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 
     # 2. Prompts, the plan of the epochs, and rewards
     tokenizer = load_tokenizer(args.tokenizer_dir)
-    dataset = PromptDataset(
-        args.data_path, tokenizer, args.max_seq_len, args.max_new_tokens, args.skip_bad
-    )
+    sizes = (args.max_seq_len, args.max_new_tokens)
+    dataset = PromptDataset(args.data_path, tokenizer, *sizes, args.skip_bad)
     Logger(f"{args.data_path}: {describe_prompts(dataset)}")
     if args.preview:
+        from dataset.prompt_dataset import preview_prompts
+
         Logger(preview_prompts(dataset, tokenizer, args.preview))
         return 0
     train_rows, held_out = split_rows(len(dataset), args.eval_ratio, args.seed)
-    args.global_batch_size = args.global_batch_size or args.batch_size * parallel.data_world()[1]
+    data_ranks = parallel.data_world()[1]
+    args.global_batch_size = args.global_batch_size or args.batch_size * data_ranks
     order = (args.seed, args.max_seq_len, 0, args.global_batch_size, args.drop_last)
     plans = functools.partial(plan_epoch, dataset, train_rows, *order)
-    steps_each = (
-        args.updates_per_rollout * args.mini_batches
-    )  # the last rollout is used up, whatever --max_steps says
     rollouts = sum(plans(epoch).steps for epoch in range(args.epochs))
-    args.total_steps = steps_each * min(
-        rollouts, math.ceil(args.max_steps / steps_each) or rollouts
-    )
-    args.peak_lr = scale_lr(args.learning_rate, args.lr_scaling, parallel.data_world()[1])
-    judges = rewards.load_rewards(args.reward, len(tokenizer), args.max_seq_len, args.device)
+    # The last rollout is used up, whatever --max_steps says
+    steps_per_rollout = args.updates_per_rollout * args.mini_batches
+    wanted = math.ceil(args.max_steps / steps_per_rollout) or rollouts
+    args.total_steps = steps_per_rollout * min(rollouts, wanted)
+    args.peak_lr = scale_lr(args.learning_rate, args.lr_scaling, data_ranks)
+    rewards = load_rewards(args.reward, len(tokenizer), args.max_seq_len, args.device)
 
     # 3. Precision: float16 alone needs its gradients scaled
     dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
-    autocast = (
-        nullcontext()
-        if dtype == "float32"
-        else torch.autocast(args.device.type, getattr(torch, dtype))
-    )
+    autocast = nullcontext()
+    if dtype != "float32":
+        autocast = torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
     # 4. The model, without dropout: the policy is compared with itself. The reference keeps the
     #    weights of the start.
     if args.dropout:
-        Logger(
-            f"--dropout {args.dropout} is taken as 0: a policy with dropout is not the one that"
-            " wrote the rollout"
-        )
-    config = LMConfig.from_flags({**vars(args), "dropout": 0.0}, vocab_size=len(tokenizer))
+        reason = "a policy with dropout is not the one that wrote the rollout"
+        Logger(f"--dropout {args.dropout} is taken as 0: {reason}")
+    config = LMConfig.from_flags(vars(args) | {"dropout": 0.0}, vocab_size=len(tokenizer))
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
     apply_kernels(model, args.device, dtype)
     Logger(start_weights(model, args.from_weight, "full_sft", args.out_dir, suffix))
-    reference = copy.deepcopy(model).eval().requires_grad_(False) if args.kl_beta else None
     identity = checkpoint.identity_of(vars(args), args.global_batch_size, dataset.key)
-    identity |= (
-        {"the weights of --from_weight": hash_weights(reference.state_dict())}
-        if args.kl_beta
-        else {}
-    )
-    found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
+    reference = None
+    if args.kl_beta:
+        reference = copy.deepcopy(model).eval().requires_grad_(False)
+        identity["the weights of --from_weight"] = hash_weights(reference.state_dict())
+    resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
 
-    # 5. Strategy, compile, wrap, optimizer. Sharded and compiled models leave the writing to a
-    #    plain copy.
+    # 5. Strategy, compile, wrap, optimizer. A copy generates for sharded or compiled models.
     args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
-    plain = args.strategy not in parallel.SHARDED and not args.compile
-    spare = None if plain else copy.deepcopy(model).requires_grad_(False)
+    needs_copy = args.compile or args.strategy in parallel.SHARDED
+    plain_copy = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
     model = parallel.wrap(model, args, dtype, math.inf)  # steps have any number of passes
-    optimizer = make_optimizer(
-        model, args.optimizer, args.peak_lr, args.weight_decay, args.strategy == "zero1"
-    )
-    progress = checkpoint.load_run(found, model, optimizer, scaler)
+    shard = args.strategy == "zero1"
+    optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, shard)
+    progress = checkpoint.load_run(resumed, model, optimizer, scaler)
 
     # 6. Tracking
     tracker = parallel.rank_zero_first(
-        lambda: Tracker(run_dir, vars(args), is_main_process(), found, changes)
+        lambda: Tracker(run_dir, vars(args), is_main_process(), resumed, changes)
     )
-    steps = (
-        f"{args.total_steps} steps, rollouts of {args.global_batch_size} x {args.group_size}"
-        " completions"
-    )
-    steps += f", learning rate {args.peak_lr:g}"
+    rollouts = f"rollouts of {args.global_batch_size} x {args.group_size} completions"
+    steps = f"{args.total_steps} steps, {rollouts}, learning rate {args.peak_lr:g}"
     tracker.print(f"{run_dir.name}: {parallel.describe(model, args, dtype)}, {steps}")
 
     def save() -> None:
         tracker.sync()
-        checkpoint.save_run(
-            run_dir, args.save_total_limit, model, optimizer, scaler, progress, identity
-        )
+        state = (model, optimizer, scaler, progress, identity)
+        checkpoint.save_run(run_dir, args.save_total_limit, *state)
         save_weights(model, config, Path(f"{run_dir}.pth"))
 
     # 7. Epochs
-    tries = rewards.bind(args, judges, dataset, tokenizer, autocast)
-    tools = (spare, reference, tries, tokenizer)
-    tracker.start(progress, args.total_steps)
-    stop = launch.StopSignal()
-    while progress["step"] < args.total_steps and not stop.number:
-        plan = plans(progress["epoch"])
-        how = (optimizer, scaler, autocast, tracker, progress, stop, save)
-        train_epoch(args, plan, held_out, model, tools, *how)
-
-    # 8. Clean up
-    if (
-        progress["step"] == tracker.first_step
-    ):  # resumed behind the last step: the weights may be missing, or older
-        save_weights(model, config, Path(f"{run_dir}.pth"))
-    checkpoint.wait()
-    ending = (
-        f"stopped by signal {stop.number} at step {progress['step']}" if stop.number else "finished"
+    sampler = Sampler(
+        args=args,
+        rewards=rewards,
+        dataset=dataset,
+        tokenizer=tokenizer,
+        autocast=autocast,
+        copy=plain_copy,
     )
-    tracker.print(f"{ending}; weights in {run_dir}.pth")
-    tracker.close()
-    return 128 + stop.number if stop.number else 0
+    tracker.start(progress, args.total_steps)
+    run = Run(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        autocast=autocast,
+        tracker=tracker,
+        progress=progress,
+        save=save,
+    )
+    while not (run.is_done or run.stop.number):
+        train_epoch(run, plans(progress["epoch"]), sampler, reference, held_out)
+
+    # 8. Clean up. Resumed behind the last step, the weights may be missing, or older.
+    if run.step == tracker.first_step:
+        save_weights(model, config, Path(f"{run_dir}.pth"))
+    return run.finish(f"weights in {run_dir}.pth")
 
 
 if __name__ == "__main__":

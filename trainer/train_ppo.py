@@ -1,5 +1,4 @@
-"""Proximal policy optimisation (PPO): a policy learns from rewards, a critic what to expect of
-every token.
+"""Proximal policy optimisation (PPO): a policy learns from rewards, a critic to predict them.
 
 Reads  --data_path (conversations that end where the assistant is to speak, "answer" and other
        fields beside them for --reward), the weights of --from_weight, and for the critic those of
@@ -35,44 +34,47 @@ die_with_launcher()  # before the imports, which take seconds
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from dataset.lm_dataset import load_tokenizer
-from dataset.packing import plan_epoch, split_rows
-from dataset.prompt_dataset import PromptDataset, describe_prompts, preview_prompts
+from dataset.packing import Plan, plan_epoch, split_rows
+from dataset.prompt_dataset import PromptDataset, describe_prompts
+from dataset.tokenizer import load_tokenizer
 from model.lm import LMConfig, MiniMindLM
 from model.reward import ActorCritic, RewardConfig, RewardModel
 from model.weights import hash_weights, start_weights
-from runtime import checkpoint, launch
-from runtime.distributed import parallel
-from runtime.distributed.replicas import agree, check_replicas
+from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
-from runtime.rl import rewards, rollout
+from runtime.rl.rewards import load_rewards
+from runtime.rl.rollout import (
+    Pack,
+    log_probs_of,
+    mini_batch_rows,
+    mini_batches,
+    rank_prompts,
+    score,
+)
+from runtime.rl.sampler import Sampler, rollout_metrics
+from runtime.run import Run
 from runtime.tracking import Tracker
 
 
 # Copied from trainer.train_pretrain.init_distributed_mode
 def init_distributed_mode(args: argparse.Namespace) -> torch.device:
-    """Join the process group that torchrun describes in the environment; returns the device of this
-    process."""
+    """Join the process group that torchrun describes; returns the device of this process."""
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
     launched = read_launch(needed_by="--ddp" if args.ddp else "")
-    if args.ddp:
-        device = torch.device("cuda", launched.local_rank) if cuda else torch.device("cpu")
+    if not args.ddp and args.device not in ("auto", "cuda"):
+        device = torch.device(args.device)
     else:
-        device = torch.device(
-            ("cuda:0" if cuda else "cpu") if args.device in ("auto", "cuda") else args.device
-        )
-    if cuda and max(device.index + 1, launched.local_world_size) > torch.cuda.device_count():
-        raise ValueError(
-            f"{device} is asked for, but torch {torch.__version__} sees {torch.cuda.device_count()}"
-            " GPUs"
-        )
+        device = torch.device(f"cuda:{launched.local_rank if args.ddp else 0}" if cuda else "cpu")
+    gpus = torch.cuda.device_count()
+    if cuda and max(device.index + 1, launched.local_world_size) > gpus:
+        raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
     if args.ddp:
         timeout = launch.start_heartbeat(args.timeout)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None
-        )
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     return device
 
 
@@ -80,8 +82,10 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
 def get_lr(
     current_step: int, total_steps: int, lr: float, warmup_steps: int = 0, schedule: str = "cosine"
 ) -> float:
-    """Linear warm-up to lr, then a cosine down to lr / 10, a line down to 0, or constant; wsd:
-    constant for 90 % of the steps behind the warm-up, then a line down to 0.
+    """The learning rate of a step: a linear warm-up to lr, then what the schedule says.
+
+    cosine: down to lr / 10; linear: down to 0; constant; wsd: constant for 90 % of the steps behind
+    the warm-up, then a line down to 0.
 
     Source: Loshchilov and Hutter, SGDR (2017), eq. 5, one cycle with eta_min = lr / 10; Hu et al.,
     MiniCPM (2024), section 4, for warm-up, stable, decay, with the last tenth for the decay.
@@ -121,20 +125,22 @@ def Logger(content: str) -> None:
 
 # Differs from trainer.train_pretrain.save_weights: the policy alone, without the critic
 def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
-    """Have the policy's float32 weights written as a plain state dict, its shape as JSON beside it;
-    for all ranks."""
+    """Write the policy's float32 weights as a state dict, its shape as JSON; all ranks call it."""
     state_dict = model.module.state_dict() if hasattr(model, "module") else model.state_dict()
     checkpoint.save_weights(path, state_dict, config.to_json(), part="actor.")
 
 
-def token_rewards(scores, log_probs, reference, lengths, kl_beta: float) -> torch.Tensor:
-    """(N, C) rewards: that of the completion at its last token, less kl_beta (log policy - log
-    reference) at each.
+def token_rewards(scores, log_probs, reference, lengths, kl_beta: float) -> Tensor:
+    """Rewards of tokens: -kl_beta (log policy - log reference), and at the last one the reward.
 
     Args:
         scores: (N,) rewards of the completions.
         log_probs, reference: (N, C) of the policy that wrote them and of the reference, 0 behind
-        their ends. lengths: (N,) int64, tokens of each completion, at least 1.
+            their ends.
+        lengths: (N,) int64, tokens of each completion, at least 1.
+
+    Returns:
+        (N, C).
 
     Source: Ouyang et al., InstructGPT (2022), eq. 2 without its last term; per token as in Stiennon
     et al. (2020).
@@ -143,7 +149,7 @@ def token_rewards(scores, log_probs, reference, lengths, kl_beta: float) -> torc
     return rewards.scatter_add(1, lengths.unsqueeze(1) - 1, scores.to(rewards).unsqueeze(1))
 
 
-def estimate_advantages(rewards, values, lengths, gamma: float, lam: float) -> torch.Tensor:
+def estimate_advantages(rewards, values, lengths, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimates, (N, C); behind its last token a completion is worth 0.
 
     Args:
@@ -153,7 +159,9 @@ def estimate_advantages(rewards, values, lengths, gamma: float, lam: float) -> t
     Source: Schulman et al., High-Dimensional Continuous Control Using GAE (2016), eq. 16, as its
     recursion.
     """
-    advantages, last, following = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0]), 0.0
+    advantages = torch.zeros_like(rewards)
+    last = torch.zeros_like(rewards[:, 0])
+    following = 0.0
     for t in reversed(range(rewards.size(1))):
         inside = (t < lengths).to(rewards)
         last = inside * (rewards[:, t] + gamma * following - values[:, t] + gamma * lam * last)
@@ -161,397 +169,265 @@ def estimate_advantages(rewards, values, lengths, gamma: float, lam: float) -> t
     return advantages
 
 
-def clipped_terms(log_probs, old, advantages, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The policy's loss of each token, and whether it is clipped. All (K,), log_probs with
-    gradient.
+def clipped_terms(log_probs, old, advantages, clip: float) -> tuple[Tensor, Tensor]:
+    """The policy's loss of each token, and whether it is clipped.
+
+    All are (K,) float32, log_probs with gradient.
 
     Source: Schulman et al., Proximal Policy Optimization Algorithms (2017), eq. 7.
     """
     ratio = (log_probs - old).exp()
-    kept, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    kept = ratio * advantages
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
     return -torch.minimum(kept, clipped), clipped < kept
 
 
-def value_terms(values, old, returns, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+def value_terms(values, old, returns, clip: float) -> tuple[Tensor, Tensor]:
     """The critic's loss of each token, and whether it is clipped. All (K,), values with gradient.
 
     Source: Schulman et al. (2017), eq. 9, squared error; clipped as in their code, see Engstrom et
-    al., Implementation
-        Matters in Deep Policy Gradients (2020), section 3.
+    al., Implementation Matters in Deep Policy Gradients (2020), section 3.
     """
-    kept, clipped = (
-        (values - returns).square(),
-        (old + (values - old).clamp(-clip, clip) - returns).square(),
-    )
+    kept = (values - returns).square()
+    clipped = (old + (values - old).clamp(-clip, clip) - returns).square()
     return 0.5 * torch.maximum(kept, clipped), (clipped > kept) & ((values - old).abs() > clip)
 
 
-def assess(model, pack, args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(K,) log-probabilities of a pack's completions, (K,) entropies, (K,) values, aux loss."""
-    logits, values, aux_loss = model(pack.X.to(args.device), pack.doc_lens, pack.at.to(args.device))
-    return (
-        *rollout.log_probs_of(logits, pack.targets.to(args.device), args.temperature),
-        values,
-        aux_loss,
-    )
+def whiten(advantages: Tensor, lengths: Tensor) -> Tensor:
+    """Advantages with mean 0 and variance 1 over the tokens of all ranks' completions.
 
+    Args:
+        advantages: (N, C).
+        lengths: (N,) int64.
 
-def roll_out_once(args, plan, window, tries, writer, plain, reference, autocast, step):
-    """Complete and judge the prompts of a window, estimate the advantages; all ranks together, each
-    its own prompts.
-
-    Returns: the rollout, its rewards (N, rewards), the mini-batches, and what the log says. A pack
-    keeps `old`,
-        `values`, `reference`, `advantages` and `returns` of its tokens.
+    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), and their
+    code.
     """
+    inside = torch.arange(advantages.size(1)) < lengths.unsqueeze(1)
+    local_values = advantages[inside].double()
+    count, total = parallel.sum_over_ranks(float(len(local_values)), local_values.sum())
+    mean = total / max(1.0, count)
+    squares = parallel.sum_over_ranks((local_values - mean).square().sum())[0]
+    return (advantages - mean) / math.sqrt(squares / max(1.0, count) + 1e-8) * inside
+
+
+def score_pack(model, pack: Pack, args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(K,) log-probabilities of a pack's completions, entropies and values; the auxiliary loss."""
+    logits, values, aux_loss = model(pack.X.to(args.device), pack.doc_lens, pack.at.to(args.device))
+    targets = pack.targets.to(args.device)
+    return *log_probs_of(logits, targets, args.temperature), values, aux_loss
+
+
+# Differs from trainer.train_grpo.roll_out: one completion a prompt, and a critic
+def roll_out(run: Run, plan: Plan, window: int, sampler: Sampler, reference):
+    """Sample a completion of each of this rank's prompts of a window, with rewards and advantages.
+
+    Returns:
+        The rollout, its rewards (N, rewards), the mini-batches, and what the log says. A pack keeps
+        `old`, `values`, `reference`, `advantages` and `returns` of its tokens.
+    """
+    args, model = run.args, parallel.unwrap(run.model)
     rank, ranks = parallel.data_world()
-    numbers = rollout.own_prompts(plan, window, rank, ranks)
-    tried, scores = tries(writer, numbers, 1, step)
-    parts = rollout.shares(
-        len(numbers), len(plan.window(window)), rank, ranks, 1, args.mini_batches
-    )
-    minis = rollout.mini_batches(tried, parts, args.batch_size * args.max_seq_len)
-    packs = [pack for mini in minis for pack in mini.packs]
-    padded = {name: torch.zeros(tried.log_probs.shape) for name in ("old", "values", "reference")}
-    with torch.no_grad(), autocast:
+    numbers = rank_prompts(plan, window, rank, ranks)
+    rollout, rewards = sampler.sample_completions(model.actor, numbers, 1, run.step)
+    sizes = (len(numbers), len(plan.window(window)), rank, ranks, 1, args.mini_batches)
+    budget = args.batch_size * args.max_seq_len
+    batches = mini_batches(rollout, mini_batch_rows(*sizes), budget)
+    packs = [pack for batch in batches for pack in batch.packs]
+    padded = {name: torch.zeros(rollout.log_probs.shape) for name in ("old", "values", "reference")}
+    with torch.no_grad(), run.autocast:
         for pack in packs:
-            pack.kept["old"], _, pack.kept["values"], _ = assess(plain, pack, args)
+            pack.kept["old"], _, pack.kept["values"], _ = score_pack(model, pack, args)
             pack.kept["reference"] = pack.kept["old"]
             if reference is not None:
-                pack.kept["reference"] = rollout.score(reference, pack, args.temperature)[0]
+                pack.kept["reference"] = score(reference, pack, args.temperature)[0]
             for name, values in padded.items():
                 pack.put(pack.kept[name], values)
-    rewarded = token_rewards(
-        scores.sum(dim=1), padded["old"], padded["reference"], tried.lengths, args.kl_beta
-    )
-    advantages = estimate_advantages(
-        rewarded, padded["values"], tried.lengths, args.gamma, args.gae_lambda
-    )
-    returns, advantages = advantages + padded["values"], rollout.whiten(advantages, tried.lengths)
+    lengths = rollout.lengths
+    log_probs = (padded["old"], padded["reference"])
+    per_token = token_rewards(rewards.sum(dim=1), *log_probs, lengths, args.kl_beta)
+    values = padded["values"]
+    advantages = estimate_advantages(per_token, values, lengths, args.gamma, args.gae_lambda)
+    returns = advantages + values
+    advantages = whiten(advantages, lengths)
     for pack in packs:
         pack.kept["advantages"] = pack.tokens_of(advantages).float().to(args.device)
         pack.kept["returns"] = pack.tokens_of(returns).to(args.device)
-    return tried, scores, minis, rewards.measures(tried, scores, args.reward)
+    return rollout, rewards, batches, rollout_metrics(rollout, rewards, args.reward)
 
 
-def train_epoch(
-    args, plan, held_out, model, tools, optimizer, scaler, autocast, tracker, progress, stop, save
-):
-    """Train from the rollout in `progress` to the end of the epoch, to the last step of the run, or
-    to a signal."""
-    plain, (spare, reference, tries, tokenizer) = parallel.unwrap(model), tools
-    steps_each = args.ppo_epochs * args.mini_batches
-    for window in range(progress["step_in_epoch"], plan.steps):
+def train_epoch(run: Run, plan: Plan, sampler: Sampler, reference, held_out: np.ndarray) -> None:
+    """Train to the end of the epoch, to the last step of the run, or to a signal.
+
+    Args:
+        run: the run, whose counters say at which rollout of the epoch to begin.
+        plan: the epoch's prompts, a rollout a window.
+        reference: the model of the KL divergence, None without.
+        held_out: (n,) prompts to evaluate on; none for no evaluation.
+    """
+    args = run.args
+    model = run.model
+    optimizer = run.optimizer
+    scaler = run.scaler
+    policy = parallel.unwrap(model).actor
+    steps_per_rollout = args.ppo_epochs * args.mini_batches
+    for window in range(run.progress["step_in_epoch"], plan.steps):
         # 1. Rollout, rewards, advantages
-        writer = rollout.whole_copy(plain.actor, spare)
-        where = (args, plan, window, tries, writer, plain, reference, autocast, progress["step"])
-        tried, scores, minis, found = roll_out_once(*where)
+        rollout, rewards, batches, rollout_means = roll_out(run, plan, window, sampler, reference)
 
-        for update in range(steps_each):
+        for update in range(steps_per_rollout):
             # 2. Learning rate
-            mini, warmup = (
-                minis[update % args.mini_batches],
-                int(args.warmup_ratio * args.total_steps),
-            )
-            lr = get_lr(progress["step"], args.total_steps, args.peak_lr, warmup, args.lr_schedule)
+            warmup_steps = int(args.warmup_ratio * args.total_steps)
+            lr = get_lr(run.step, args.total_steps, args.peak_lr, warmup_steps, args.lr_schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
             # 3. Gradients of one mean over all tokens, passes and ranks; they are averaged over
             #    ranks, hence `replicas`
+            batch = batches[update % args.mini_batches]
             sums = torch.zeros(9, dtype=torch.float64, device=args.device)
-            for n, pack in enumerate(mini.packs):
+            for n, pack in enumerate(batch.packs):
                 kept = pack.kept
-                with parallel.sync_gradients(model, n == len(mini.packs) - 1):
-                    with autocast:
-                        log_probs, entropy, values, aux_loss = assess(model, pack, args)
-                    policy, clipped = clipped_terms(
-                        log_probs, kept["old"], kept["advantages"], args.clip
-                    )
-                    value, value_clipped = value_terms(
-                        values, kept["values"], kept["returns"], args.value_clip
-                    )
-                    loss = (policy + args.value_weight * value).sum() / max(1, mini.supervised)
-                    aux_loss = aux_loss * (sum(pack.doc_lens) / max(1, mini.tokens))
+                with parallel.sync_gradients(model, n == len(batch.packs) - 1):
+                    with run.autocast:
+                        log_probs, entropy, values, aux_loss = score_pack(model, pack, args)
+                    old, advantages = kept["old"], kept["advantages"]
+                    policy_loss, clipped = clipped_terms(log_probs, old, advantages, args.clip)
+                    targets = (kept["values"], kept["returns"])
+                    value_loss, value_clipped = value_terms(values, *targets, args.value_clip)
+                    loss = (policy_loss + args.value_weight * value_loss).sum()
+                    loss = loss / max(1, batch.supervised)
+                    aux_loss = aux_loss * (sum(pack.doc_lens) / max(1, batch.tokens))
                     scaler.scale((loss + aux_loss) * parallel.replicas()).backward()
-                now, policy, value = log_probs.detach(), policy.detach(), value.detach()
-                kl, ratio = now - kept["reference"], (now - kept["old"]).exp()
-                columns = (
-                    loss.detach(),
-                    aux_loss.detach(),
-                    kl,
-                    entropy,
-                    clipped,
-                    value_clipped,
-                    ratio,
-                    policy,
-                    value,
-                )
+                now = log_probs.detach()
+                columns = (loss.detach(), aux_loss.detach(), now - kept["reference"], entropy)
+                columns += (clipped, value_clipped, (now - old).exp())
+                columns += (policy_loss.detach(), value_loss.detach())
                 sums += torch.stack([column.double().sum() for column in columns])
 
-            # 4. Clip and step. All ranks have each other's numbers, so all of them step or all of
-            #    them skip.
+            # 4. Clip and step. All ranks have each other's numbers: all step, or all skip.
             scaler.unscale_(optimizer)
             grad_norm = parallel.clip_gradients(model, args.grad_clip)
-            sums = parallel.agree_on_step(grad_norm, float(stop.received), *sums)
+            sums = parallel.agree_on_step(grad_norm, float(run.stop.received), *sums)
             grad_norm, stopping, loss, aux_loss, *sums = sums
-            finite = math.isfinite(loss + aux_loss + grad_norm)
-            if finite:
+            is_finite = math.isfinite(loss + aux_loss + grad_norm)
+            if is_finite:
                 scaler.step(optimizer)
-            scaler.update(None if finite else scaler.get_scale() / 2)  # the same scale on all ranks
+            # The same scale on all ranks
+            scaler.update(None if is_finite else scaler.get_scale() / 2)
             optimizer.zero_grad(set_to_none=True)
 
             # 5. Count and log
-            progress["step"] += 1
-            progress["tokens"] += mini.tokens
-            step, done = progress["step"], progress["step"] >= args.total_steps
-            tracker.count_skipped(progress, finite, f"loss {loss}, gradient norm {grad_norm}")
-            if step % args.log_interval == 0 or step == 1 or done:
-                metrics = {
-                    "step": step,
-                    "epoch": progress["epoch"] + 1,
-                    "loss": loss,
-                    "aux_loss": aux_loss,
-                    "lr": lr,
-                }
-                metrics |= {
-                    "grad_norm": grad_norm,
-                    "tokens": max(1, mini.tokens),
-                    "supervised_tokens": mini.supervised,
-                }
-                names = (
-                    "kl",
-                    "entropy",
-                    "clipped",
-                    "value_clipped",
-                    "ratio",
-                    "policy_loss",
-                    "value_loss",
-                )
-                metrics |= {
-                    name: total / max(1, mini.supervised)
-                    for name, total in zip(names, sums, strict=True)
-                }
-                tracker.log(metrics | found | {"total_tokens": progress["tokens"]})
-            check_replicas(model, step, args.replica_check)
-            stop.hear(stopping)
+            run.count_step(batch.tokens, is_finite, loss, grad_norm)
+            metrics = {"loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": grad_norm}
+            metrics |= {"tokens": max(1, batch.tokens), "supervised_tokens": batch.supervised}
+            names = ("kl", "entropy", "clipped", "value_clipped", "ratio")
+            names += ("policy_loss", "value_loss")
+            means = [total / max(1, batch.supervised) for total in sums]
+            run.log_step(metrics | dict(zip(names, means, strict=True)) | rollout_means)
+            parallel.check_replicas(model, run.step, args.replica_check)
+            run.stop.sync_stop(stopping)
 
         # 6. Between two rollouts: show samples, evaluate, save
-        progress["step_in_epoch"] += 1
-        intervals = (args.sample_interval, args.eval_interval, args.save_interval)
-        shows, evaluates, saves = (n and step // n > (step - steps_each) // n for n in intervals)
-        if shows or step == steps_each:
-            tracker.print(
-                f"step {step} reward"
-                f" {found['reward']:.3f}\n{rewards.shown(tried, scores, tokenizer)}"
-            )
-        if len(held_out) and (done or evaluates):
-            reward = rewards.greedy_reward(tries, rollout.whole_copy(plain.actor, spare), held_out)
-            tracker.log({"step": step, "eval_loss": -reward, "eval_reward": reward})
-        if stopping or done or saves:
-            save()
-        if stopping or done:
+        run.progress["step_in_epoch"] += 1
+        if run.has_passed(args.sample_interval, steps_per_rollout) or run.step == steps_per_rollout:
+            shown = sampler.show(rollout, rewards)
+            run.tracker.print(f"step {run.step} reward {rollout_means['reward']:.3f}\n{shown}")
+        if len(held_out) and run.is_due(args.eval_interval, steps_per_rollout):
+            reward = sampler.greedy_reward(policy, held_out)
+            run.log({"step": run.step, "eval_loss": -reward, "eval_reward": reward})
+        if run.save_if_due(stopping, steps_per_rollout):
             return
-    progress.update(epoch=progress["epoch"] + 1, step_in_epoch=0)
+    run.progress.update(epoch=run.progress["epoch"] + 1, step_in_epoch=0)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = launch.usage_error
     parser.add_argument("--config", help="YAML file with defaults for these flags")
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data_path", default=str(ROOT / "dataset/demo/rl_prompts.jsonl"), help="training data"
-    )
-    data.add_argument(
-        "--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder"
-    )
-    data.add_argument(
-        "--max_seq_len",
-        type=int,
-        default=512,
-        help="longest row, and context of the model, in tokens",
-    )
-    data.add_argument(
-        "--drop_last", type=int, choices=(0, 1), default=0, help="1: no shorter last global batch"
-    )
-    data.add_argument("--skip_bad", action="store_true", help="leave bad rows out and count them")
-    data.add_argument(
-        "--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation"
-    )
-    data.add_argument(
-        "--preview", type=int, default=0, metavar="N", help="print N samples and exit"
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument("--dim", type=int, default=512, help="width")
-    model.add_argument("--n_layers", type=int, default=8, help="blocks")
-    model.add_argument("--n_heads", type=int, default=8, help="query heads")
-    model.add_argument("--n_kv_heads", type=int, default=2, help="key and value heads")
-    model.add_argument("--dropout", type=float, default=0.0, help="dropout in training")
-    model.add_argument(
-        "--use_moe", type=int, choices=(0, 1), default=0, help="1: mixture of experts"
-    )
-    model.add_argument("--n_experts", type=int, default=4, help="routed experts per layer")
-    model.add_argument("--n_experts_per_tok", type=int, default=2, help="routed experts per token")
-    model.add_argument(
-        "--n_shared_experts", type=int, default=0, help="experts that every token visits"
-    )
-    model.add_argument("--from_weight", help="stage name, path or none")
-    model.add_argument(
-        "--critic_weight", help="a reward model to start the critic from (default: --from_weight)"
-    )
-    tries = parser.add_argument_group("rollouts")
-    tries.add_argument(
-        "--max_new_tokens", type=int, default=128, help="longest completion in tokens"
-    )
-    tries.add_argument(
-        "--temperature", type=float, default=1.0, help="of the rollouts, and of what is learned"
-    )
-    tries.add_argument(
-        "--reward",
-        nargs="+",
-        default=["exact"],
-        help="exact, format, FILE.py:NAME, FILE.pth; :WEIGHT",
-    )
-    tries.add_argument(
-        "--sample_interval",
-        type=int,
-        default=100,
-        help="steps between printed completions (0: never)",
-    )
-    loss = parser.add_argument_group("loss")
-    loss.add_argument(
-        "--clip", type=float, default=0.2, help="the policy's ratio counts within 1 +- clip"
-    )
-    loss.add_argument(
-        "--value_clip",
-        type=float,
-        default=0.2,
-        help="so far a value moves in the passes over a rollout",
-    )
-    loss.add_argument("--value_weight", type=float, default=0.5, help="of the critic's loss")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default=str(ROOT / "dataset/demo/rl_prompts.jsonl"), help="training data")
+    add("--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder")
+    add("--max_seq_len", type=int, default=512, help="longest row and context, in tokens")
+    add("--drop_last", type=int, choices=(0, 1), default=0, help="1: no shorter last global batch")
+    add("--skip_bad", action="store_true", help="leave bad rows out and count them")
+    add("--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation")
+    add("--preview", type=int, default=0, metavar="N", help="print N samples and exit")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--dim", type=int, default=512, help="width")
+    add("--n_layers", type=int, default=8, help="blocks")
+    add("--n_heads", type=int, default=8, help="query heads")
+    add("--n_kv_heads", type=int, default=2, help="key and value heads")
+    add("--dropout", type=float, default=0.0, help="dropout in training")
+    add("--use_moe", type=int, choices=(0, 1), default=0, help="1: mixture of experts")
+    add("--n_experts", type=int, default=4, help="routed experts per layer")
+    add("--n_experts_per_tok", type=int, default=2, help="routed experts per token")
+    add("--n_shared_experts", type=int, default=0, help="experts that every token visits")
+    add("--from_weight", help="stage name, path or none")
+    add("--critic_weight", help="a reward model to start the critic from (default: --from_weight)")
+
+    add = parser.add_argument_group("rollouts").add_argument
+    add("--max_new_tokens", type=int, default=128, help="longest completion in tokens")
+    add("--temperature", type=float, default=1.0, help="of the rollouts, and of what is learned")
+    add("--reward", nargs="+", default=["exact"], help="exact, format, F.py:NAME, F.pth; :WEIGHT")
+    add("--sample_interval", type=int, default=100, help="steps between samples shown (0: never)")
+
+    add = parser.add_argument_group("loss").add_argument
+    add("--clip", type=float, default=0.2, help="the policy's ratio counts within 1 +- clip")
+    add("--value_clip", type=float, default=0.2, help="how far a value moves in a rollout's passes")
+    add("--value_weight", type=float, default=0.5, help="of the critic's loss")
     # Differs from trainer.train_grpo.--kl_beta: a penalty in the reward, not a term of the loss
-    loss.add_argument(
-        "--kl_beta",
-        type=float,
-        default=0.02,
-        help="price of the KL divergence from the start weights",
-    )
-    loss.add_argument("--gamma", type=float, default=1.0, help="discount of later rewards")
-    loss.add_argument(
-        "--gae_lambda",
-        type=float,
-        default=0.95,
-        help="of the advantages: 0 trusts the critic alone",
-    )
-    loss.add_argument("--ppo_epochs", type=int, default=2, help="passes over a rollout")
-    loss.add_argument("--mini_batches", type=int, default=1, help="optimizer steps of a pass")
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--epochs", type=int, default=1, help="passes over the data")
-    optim.add_argument(
-        "--max_steps", type=int, default=0, help="stop after so many optimizer steps (0: no limit)"
-    )
-    optim.add_argument("--batch_size", type=int, default=8, help="rows per process and micro-batch")
+    add("--kl_beta", type=float, default=0.02, help="price of the KL from the start weights")
+    add("--gamma", type=float, default=1.0, help="discount of later rewards")
+    add("--gae_lambda", type=float, default=0.95, help="0: advantages by the critic alone")
+    add("--ppo_epochs", type=int, default=2, help="passes over a rollout")
+    add("--mini_batches", type=int, default=1, help="optimizer steps of a pass")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=1, help="passes over the data")
+    add("--max_steps", type=int, default=0, help="stop after so many optimizer steps (0: no limit)")
+    add("--batch_size", type=int, default=8, help="rows per process and micro-batch")
     # Differs from trainer.train_pretrain.--global_batch_size: a row is a prompt
-    optim.add_argument(
-        "--global_batch_size",
-        type=int,
-        help="prompts per rollout (default: batch_size x processes)",
-    )
-    optim.add_argument("--learning_rate", type=float, default=1e-5, help="peak learning rate")
-    optim.add_argument(
-        "--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up"
-    )
-    optim.add_argument(
-        "--lr_schedule",
-        choices=("cosine", "linear", "constant", "wsd"),
-        default="cosine",
-        help="learning rate behind the warm-up",
-    )
-    optim.add_argument(
-        "--lr_scaling",
-        choices=("none", "linear", "sqrt"),
-        default="none",
-        help="learning rate x data-parallel processes, or x their square root",
-    )
-    optim.add_argument(
-        "--optimizer",
-        choices=("adamw", "muon", "lamb"),
-        default="adamw",
-        help="muon: for the blocks' matrices; lamb: for large batches",
-    )
-    optim.add_argument("--weight_decay", type=float, default=0.1, help="of matrices")
-    optim.add_argument(
-        "--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no limit)"
-    )
-    optim.add_argument("--seed", type=int, default=42, help="seed of everything random")
-    system = parser.add_argument_group("machine")
-    system.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    system.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU"
-    )
-    system.add_argument("--ddp", action="store_true", help="distributed: start with torchrun")
-    system.add_argument(
-        "--timeout",
-        type=float,
-        default=30.0,
-        help="minutes without a sign of a rank that end the job",
-    )
-    system.add_argument(
-        "--strategy",
-        choices=("auto", *parallel.STRATEGIES),
-        default="auto",
-        help="how --ddp shares",
-    )
-    system.add_argument(
-        "--offload", type=int, choices=(0, 1), default=0, help="1: zero2, zero3 live in CPU memory"
-    )
-    system.add_argument(
-        "--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB"
-    )
-    system.add_argument(
-        "--replica_check", type=int, default=10, help="steps between checks of replicas (0: never)"
-    )
-    system.add_argument(
-        "--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block"
-    )
-    system.add_argument(
-        "--gradient_checkpointing",
-        type=int,
-        choices=(0, 1, 2),
-        default=0,
-        help="1: saves most memory",
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out_dir", default=str(ROOT / "out"), help="where weights and runs are written"
-    )
-    output.add_argument("--save_weight", default="ppo", help="name of the run and its weights")
-    output.add_argument(
-        "--save_interval",
-        type=int,
-        default=100,
-        help="steps between checkpoints (0: only the last)",
-    )
-    output.add_argument("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
-    output.add_argument("--log_interval", type=int, default=10, help="steps between log lines")
-    output.add_argument(
-        "--eval_interval", type=int, default=0, help="steps between evaluations (0: at the end)"
-    )
-    output.add_argument(
-        "--resume", default="none", help="none, auto (newest valid checkpoint) or a path"
-    )
-    output.add_argument(
-        "--resume_with_changes", action="store_true", help="go on also where flags are others"
-    )
-    output.add_argument("--use_wandb", action="store_true", help="same as --report_to wandb")
-    output.add_argument(
-        "--report_to",
-        nargs="+",
-        choices=("none", "wandb", "tensorboard"),
-        default=[],
-        help="trackers",
-    )
+    add("--global_batch_size", type=int, help="prompts per rollout (default: batch_size x ranks)")
+    add("--learning_rate", type=float, default=1e-5, help="peak learning rate")
+    add("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up")
+    schedules = ("cosine", "linear", "constant", "wsd")
+    add("--lr_schedule", choices=schedules, default="cosine", help="learning rate behind warm-up")
+    scalings = ("none", "linear", "sqrt")
+    add("--lr_scaling", choices=scalings, default="none", help="learning rate by data ranks")
+    optimizers = ("adamw", "muon", "lamb")
+    add("--optimizer", choices=optimizers, default="adamw", help="lamb: for large batches")
+    add("--weight_decay", type=float, default=0.1, help="of matrices")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no limit)")
+    add("--seed", type=int, default=42, help="seed of everything random")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
+    add("--ddp", action="store_true", help="distributed: start with torchrun")
+    add("--timeout", type=float, default=30.0, help="minutes of a rank's silence that end the job")
+    add("--strategy", choices=("auto", *parallel.STRATEGIES), default="auto", help="how to shard")
+    add("--offload", type=int, choices=(0, 1), default=0, help="1: zero2, zero3 live in CPU memory")
+    add("--bucket_cap_mb", type=int, default=25, help="size of DDP's gradient messages in MiB")
+    add("--replica_check", type=int, default=10, help="steps between checks of replicas (0: never)")
+    add("--compile", type=int, choices=(0, 1), default=0, help="1: torch.compile each block")
+    add("--gradient_checkpointing", type=int, choices=(0, 1, 2), default=0, help="1: least memory")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out_dir", default=str(ROOT / "out"), help="where weights and runs are written")
+    add("--save_weight", default="ppo", help="name of the run and its weights")
+    add("--save_interval", type=int, default=100, help="steps between checkpoints (0: at the end)")
+    add("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
+    add("--log_interval", type=int, default=10, help="steps between log lines")
+    add("--eval_interval", type=int, default=0, help="steps between evaluations (0: at the end)")
+    add("--resume", default="none", help="none, auto (newest valid checkpoint) or a path")
+    add("--resume_with_changes", action="store_true", help="go on also where flags are others")
+    add("--use_wandb", action="store_true", help="same as --report_to wandb")
+    trackers = ("none", "wandb", "tensorboard")
+    add("--report_to", nargs="+", choices=trackers, default=[], help="where metrics go, too")
+
     return parser.parse_args(launch.command_line(parser))
 
 
@@ -560,123 +436,115 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     args.device = init_distributed_mode(args)
-    agree(launch.fingerprint(args.data_path, vars(args)))
+    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 
     # 2. Prompts, the plan of the epochs, and rewards
     tokenizer = load_tokenizer(args.tokenizer_dir)
-    dataset = PromptDataset(
-        args.data_path, tokenizer, args.max_seq_len, args.max_new_tokens, args.skip_bad
-    )
+    sizes = (args.max_seq_len, args.max_new_tokens)
+    dataset = PromptDataset(args.data_path, tokenizer, *sizes, args.skip_bad)
     Logger(f"{args.data_path}: {describe_prompts(dataset)}")
     if args.preview:
+        from dataset.prompt_dataset import preview_prompts
+
         Logger(preview_prompts(dataset, tokenizer, args.preview))
         return 0
     train_rows, held_out = split_rows(len(dataset), args.eval_ratio, args.seed)
-    args.global_batch_size = args.global_batch_size or args.batch_size * parallel.data_world()[1]
+    data_ranks = parallel.data_world()[1]
+    args.global_batch_size = args.global_batch_size or args.batch_size * data_ranks
     order = (args.seed, args.max_seq_len, 0, args.global_batch_size, args.drop_last)
     plans = functools.partial(plan_epoch, dataset, train_rows, *order)
-    steps_each = (
-        args.ppo_epochs * args.mini_batches
-    )  # the last rollout is used up, whatever --max_steps says
     rollouts = sum(plans(epoch).steps for epoch in range(args.epochs))
-    args.total_steps = steps_each * min(
-        rollouts, math.ceil(args.max_steps / steps_each) or rollouts
-    )
-    args.peak_lr = scale_lr(args.learning_rate, args.lr_scaling, parallel.data_world()[1])
-    judges = rewards.load_rewards(args.reward, len(tokenizer), args.max_seq_len, args.device)
+    # The last rollout is used up, whatever --max_steps says
+    steps_per_rollout = args.ppo_epochs * args.mini_batches
+    wanted = math.ceil(args.max_steps / steps_per_rollout) or rollouts
+    args.total_steps = steps_per_rollout * min(rollouts, wanted)
+    args.peak_lr = scale_lr(args.learning_rate, args.lr_scaling, data_ranks)
+    rewards = load_rewards(args.reward, len(tokenizer), args.max_seq_len, args.device)
 
     # 3. Precision: float16 alone needs its gradients scaled
     dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
-    autocast = (
-        nullcontext()
-        if dtype == "float32"
-        else torch.autocast(args.device.type, getattr(torch, dtype))
-    )
+    autocast = nullcontext()
+    if dtype != "float32":
+        autocast = torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
     # 4. The model, without dropout: the policy is compared with itself. The reference keeps the
     #    weights of the start.
     if args.dropout:
-        Logger(
-            f"--dropout {args.dropout} is taken as 0: a policy with dropout is not the one that"
-            " wrote the rollout"
-        )
-    config = LMConfig.from_flags({**vars(args), "dropout": 0.0}, vocab_size=len(tokenizer))
+        reason = "a policy with dropout is not the one that wrote the rollout"
+        Logger(f"--dropout {args.dropout} is taken as 0: {reason}")
+    config = LMConfig.from_flags(vars(args) | {"dropout": 0.0}, vocab_size=len(tokenizer))
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     actor = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
     apply_kernels(actor, args.device, dtype)
     Logger(start_weights(actor, args.from_weight, "full_sft", args.out_dir, suffix))
-    shape = RewardConfig.from_flags({**vars(args), "dropout": 0.0}, vocab_size=len(tokenizer))
+    shape = RewardConfig.from_flags(vars(args) | {"dropout": 0.0}, vocab_size=len(tokenizer))
     critic = RewardModel(shape, args.gradient_checkpointing).to(args.device)
     apply_kernels(critic, args.device, dtype)
-    told = start_weights(
-        critic, args.critic_weight or args.from_weight, "full_sft", args.out_dir, suffix
-    )
-    Logger(f"the critic: {told}")
-    reference = copy.deepcopy(actor).eval().requires_grad_(False) if args.kl_beta else None
+    critic_weight = args.critic_weight or args.from_weight
+    origin = start_weights(critic, critic_weight, "full_sft", args.out_dir, suffix)
+    Logger(f"the critic: {origin}")
     identity = checkpoint.identity_of(vars(args), args.global_batch_size, dataset.key)
-    identity |= (
-        {"the weights of --from_weight": hash_weights(reference.state_dict())}
-        if args.kl_beta
-        else {}
-    )
-    found, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
+    reference = None
+    if args.kl_beta:
+        reference = copy.deepcopy(actor).eval().requires_grad_(False)
+        identity["the weights of --from_weight"] = hash_weights(reference.state_dict())
+    resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
 
-    # 5. Strategy, compile, wrap, optimizer. Sharded and compiled models leave the writing to a
-    #    plain copy.
+    # 5. Strategy, compile, wrap, optimizer. A copy generates for sharded or compiled models.
     args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
-    plain = args.strategy not in parallel.SHARDED and not args.compile
-    spare = None if plain else copy.deepcopy(actor).requires_grad_(False)
-    model = parallel.wrap(
-        ActorCritic(actor, critic), args, dtype, math.inf
-    )  # steps have any number of passes
-    optimizer = make_optimizer(
-        model, args.optimizer, args.peak_lr, args.weight_decay, args.strategy == "zero1"
-    )
-    progress = checkpoint.load_run(found, model, optimizer, scaler)
+    needs_copy = args.compile or args.strategy in parallel.SHARDED
+    plain_copy = copy.deepcopy(actor).requires_grad_(False) if needs_copy else None
+    model = ActorCritic(actor, critic)
+    model = parallel.wrap(model, args, dtype, math.inf)  # steps have any number of passes
+    shard = args.strategy == "zero1"
+    optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, shard)
+    progress = checkpoint.load_run(resumed, model, optimizer, scaler)
 
     # 6. Tracking
     tracker = parallel.rank_zero_first(
-        lambda: Tracker(run_dir, vars(args), is_main_process(), found, changes)
+        lambda: Tracker(run_dir, vars(args), is_main_process(), resumed, changes)
     )
-    steps = (
-        f"{args.total_steps} steps, rollouts of {args.global_batch_size} prompts, learning rate"
-        f" {args.peak_lr:g}"
-    )
+    rollouts = f"rollouts of {args.global_batch_size} prompts"
+    steps = f"{args.total_steps} steps, {rollouts}, learning rate {args.peak_lr:g}"
     tracker.print(f"{run_dir.name}: {parallel.describe(model, args, dtype)}, {steps}")
 
     def save() -> None:
         tracker.sync()
-        checkpoint.save_run(
-            run_dir, args.save_total_limit, model, optimizer, scaler, progress, identity
-        )
+        state = (model, optimizer, scaler, progress, identity)
+        checkpoint.save_run(run_dir, args.save_total_limit, *state)
         save_weights(model, config, Path(f"{run_dir}.pth"))
 
     # 7. Epochs
-    tries = rewards.bind(args, judges, dataset, tokenizer, autocast)
-    tools = (spare, reference, tries, tokenizer)
-    tracker.start(progress, args.total_steps)
-    stop = launch.StopSignal()
-    while progress["step"] < args.total_steps and not stop.number:
-        plan = plans(progress["epoch"])
-        how = (optimizer, scaler, autocast, tracker, progress, stop, save)
-        train_epoch(args, plan, held_out, model, tools, *how)
-
-    # 8. Clean up
-    if (
-        progress["step"] == tracker.first_step
-    ):  # resumed behind the last step: the weights may be missing, or older
-        save_weights(model, config, Path(f"{run_dir}.pth"))
-    checkpoint.wait()
-    ending = (
-        f"stopped by signal {stop.number} at step {progress['step']}" if stop.number else "finished"
+    sampler = Sampler(
+        args=args,
+        rewards=rewards,
+        dataset=dataset,
+        tokenizer=tokenizer,
+        autocast=autocast,
+        copy=plain_copy,
     )
-    tracker.print(f"{ending}; weights in {run_dir}.pth")
-    tracker.close()
-    return 128 + stop.number if stop.number else 0
+    tracker.start(progress, args.total_steps)
+    run = Run(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        autocast=autocast,
+        tracker=tracker,
+        progress=progress,
+        save=save,
+    )
+    while not (run.is_done or run.stop.number):
+        train_epoch(run, plans(progress["epoch"]), sampler, reference, held_out)
+
+    # 8. Clean up. Resumed behind the last step, the weights may be missing, or older.
+    if run.step == tracker.first_step:
+        save_weights(model, config, Path(f"{run_dir}.pth"))
+    return run.finish(f"weights in {run_dir}.pth")
 
 
 if __name__ == "__main__":

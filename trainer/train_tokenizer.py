@@ -1,5 +1,4 @@
-"""Train the tokenizer: a byte-level BPE whose text round-trips exactly, with the chat template
-inside.
+"""Train the tokenizer: a byte-level BPE that round-trips exactly, with the chat template inside.
 
 Reads    text files and JSON or JSONL rows of any schema (every string of a row counts as text)
 Writes   {out_dir}/tokenizer.json, tokenizer_config.json and chat_template.jinja, which
@@ -25,7 +24,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.chat_format import CHAT_TEMPLATE, IM_END, IM_START, MARKERS
+from dataset.chat_format import IM_END, IM_START, MARKERS
+from dataset.chat_template import CHAT_TEMPLATE
 from dataset.file_kinds import check_kind, not_utf8
 from runtime import terminal
 from runtime.flags import check_flags, usage_error
@@ -54,8 +54,7 @@ SPLITS = (r"[\r\n]|\p{N}|[^\S\r\n]?(?:\p{L}+|\p{P}+)", "[\u4e00-\u9fa5\u0800-\u4
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """Yield the texts of a file: the strings of a row, joined, or the blocks of a file that is not
-    JSON.
+    """Yield the texts of a file: the joined strings of a row, or the blocks of what is not JSON.
 
     Raises:
         ValueError: no such file, not UTF-8 or no text (and how to convert it), broken JSON (with
@@ -107,8 +106,7 @@ def _parse(text: str, where: str):
 
 
 def _strings(value) -> Iterator[str]:
-    """Every string under a JSON value, in order. A half surrogate pair cannot be encoded and is
-    replaced."""
+    """Every string under a JSON value, in order; a half surrogate pair is replaced."""
     if isinstance(value, str):
         yield value.encode("utf-8", "replace").decode("utf-8")
     elif isinstance(value, (list, dict)):
@@ -117,8 +115,7 @@ def _strings(value) -> Iterator[str]:
 
 
 def split_held_out(texts: Iterator[str], hold_out: int, held: bool) -> Iterator[str]:
-    """Every hold_out-th text (held) or all the others; hold_out 0 holds nothing back, so both are
-    all texts."""
+    """Every hold_out-th text (held) or all the others; hold_out 0: both are all texts."""
     return (t for n, t in enumerate(texts, 1) if not hold_out or (n % hold_out == 0) == held)
 
 
@@ -128,8 +125,7 @@ def split_held_out(texts: Iterator[str], hold_out: int, held: bool) -> Iterator[
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, min_frequency: int) -> Tokenizer:
-    """Train a byte-level BPE: all 256 bytes are entries, so no text is unknown and
-    decode(encode(x)) == x.
+    """Train a byte-level BPE: all 256 bytes are entries, so decode(encode(x)) == x for any text.
 
     Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units",
     algorithm 1, on bytes as in Radford et al. 2019 (GPT-2), section 2.2.
@@ -185,8 +181,7 @@ def save_tokenizer(tokenizer: Tokenizer, out_dir: Path) -> None:
 
 
 def report(tokenizer: Tokenizer, paths: list[Path], hold_out: int) -> None:
-    """Print bytes per token on the held-back texts of each file: how much text one token
-    carries."""
+    """Print bytes per token on the held-back texts of each file."""
     print(f"{'bytes':>10} {'tokens':>9} {'bytes/token':>12}  file")
     for path in paths:
         texts = list(split_held_out(read_texts(path), hold_out, held=True))

@@ -12,7 +12,7 @@ from common import autocast, figure, matrix_peak, model_of, seconds_of, step_flo
 from training import Loop
 
 from kernels.compiling import compile_blocks
-from runtime.distributed import parallel
+from runtime import parallel
 from runtime.distributed.memory import estimate
 
 SHAPE = {

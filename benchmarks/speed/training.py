@@ -36,7 +36,7 @@ from common import (
 
 from dataset.lm_dataset import SFTDataset, load_tokenizer
 from kernels.compiling import compile_blocks
-from runtime.distributed import parallel
+from runtime import parallel
 from runtime.optim import make_optimizer
 from trainer.train_full_sft import sft_loss
 

@@ -1,25 +1,18 @@
-"""What must be the same everywhere: how the processes of a job were started, and the weights that
-several hold."""
+"""What must be the same on all ranks: how they were started, gradient norms, weights."""
 
 import hashlib
+import math
 import socket
 
 import torch
 from torch import Tensor, nn
 
 from runtime.device import is_sharded, local
-from runtime.distributed.parallel import gather_numbers, gather_objects, unwrap, world
+from runtime.ranks import gather_numbers, gather_objects, unwrap
 
 
-def agree(same: dict[str, str]) -> None:
-    """Refuse to train with processes that are not about to do the same. Every rank calls it.
-
-    Args:
-        same: see `launch.fingerprint`.
-
-    Raises:
-        ValueError: on every rank; names the first difference and where it is.
-    """
+def assert_same_on_all_ranks(same: dict[str, str]) -> None:
+    """Refuse to train with processes that differ; see `parallel.assert_same_on_all_ranks`."""
     everyone = gather_objects((socket.gethostname(), same))
     for rank, (host, other) in enumerate(everyone):
         for name, value in everyone[0][1].items():
@@ -33,11 +26,33 @@ def agree(same: dict[str, str]) -> None:
                 )
 
 
-def check_replicas(model: nn.Module, step: int, every: int) -> None:
-    """Stop when ranks that must hold the same weights do not: bad memory, or a step that one rank
-    missed.
+def check_norms(norms: list[float]) -> None:
+    """Stop when the global gradient norm is not the same on all ranks, which have exchanged it.
 
-    Every rank calls it at every step; it acts at every `every`-th (0: never).
+    Raises:
+        FloatingPointError: on every rank; names those that differ from the median.
+    """
+    usual = sorted(norms, key=lambda norm: (not math.isfinite(norm), norm))[(len(norms) - 1) // 2]
+    odd = [rank for rank, norm in enumerate(norms) if not is_same_norm(norm, usual)]
+    if odd:
+        raise FloatingPointError(
+            f"gradients differ behind their exchange: their norm is {norms[odd[0]]:.6g} on rank"
+            f" {', '.join(map(str, odd))} and {usual:.6g} on rank {norms.index(usual)}; the machine"
+            " of that rank is suspect. No weight has changed: go on from the last checkpoint with"
+            " --resume auto"
+        )
+
+
+def is_same_norm(norm: float, usual: float) -> bool:
+    """Whether two ranks have the same gradients, which machines may sum in different orders."""
+    if math.isfinite(norm) and math.isfinite(usual):
+        return math.isclose(norm, usual, rel_tol=1e-6)
+    return math.isfinite(norm) == math.isfinite(usual)
+
+
+def check_replicas(model: nn.Module, step: int) -> None:
+    """Stop when ranks that must hold the same weights do not: bad memory, or a missed step.
+
     The bits of every tensor are summed as integers (one pass over the weights) and compared over
     all ranks; where all ranks hold the same tensors by one message of two numbers, tensor by tensor
     elsewhere, or to name what differs. Two processes with a CPU core each take 1, 15 and 51 ms for
@@ -46,39 +61,38 @@ def check_replicas(model: nn.Module, step: int, every: int) -> None:
 
     Raises:
         FloatingPointError: on every rank; names the first tensor and the rank that differs from
-        most of the others.
+            most of the others.
     """
-    if world()[1] == 1 or not every or step % every:
-        return
     names, parts, sums = [], [], []
     for name, p in unwrap(model).named_parameters():
         names.append(name)
         parts.append(shard_number(p))
         sums.append(sum_of_bits(local(p).detach()))
-    mine = list(zip(names, parts, torch.stack(sums).tolist(), strict=True))
-    rows = gather_numbers(short_hash(names, parts), short_hash(mine))
+    own = list(zip(names, parts, torch.stack(sums).tolist(), strict=True))
+    rows = gather_numbers(short_hash(names, parts), short_hash(own))
     if all(row == rows[0] for row in rows):
         return
-    of_part: dict[
-        tuple[str, int], dict[int, list[int]]
-    ] = {}  # name, part -> sum of its bits -> ranks
-    for rank, theirs in enumerate(gather_objects(mine)):  # in a pipeline ranks hold other tensors
-        for name, part, total in theirs:
-            of_part.setdefault((name, part), {}).setdefault(total, []).append(rank)
-    for (name, _), ranks_of in of_part.items():
-        most = max(ranks_of.values(), key=len)
-        odd = sorted(rank for ranks in ranks_of.values() if ranks is not most for rank in ranks)
+    # (name, part) -> sum of its bits -> ranks; in a pipeline ranks hold different tensors
+    ranks_of: dict[tuple[str, int], dict[int, list[int]]] = {}
+    for rank, tensors in enumerate(gather_objects(own)):
+        for name, part, total in tensors:
+            ranks_of.setdefault((name, part), {}).setdefault(total, []).append(rank)
+    for (name, _), by_sum in ranks_of.items():
+        majority = max(by_sum.values(), key=len)
+        odd = sorted(rank for ranks in by_sum.values() if ranks is not majority for rank in ranks)
         if odd:
             raise FloatingPointError(
                 f"replicas differ at step {step}: {name} of rank {', '.join(map(str, odd))} is not"
-                f" that of rank {most[0]}; the machine of that rank is suspect. Go on from the last"
-                " checkpoint: --resume auto"
+                f" that of rank {majority[0]}; the machine of that rank is suspect. Go on from the"
+                " last checkpoint: --resume auto"
             )
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers of 64, of which the sum is as fast as the memory, or of 8,
-    summed: () int64."""
+    """The sum of a tensor's bits as integers: () int64.
+
+    Of 64 bits where they fit, which is as fast as the memory, or else of 8.
+    """
     flat = tensor.contiguous().view(-1)
     even = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
     return flat.view(torch.int64 if even else torch.uint8).sum(dtype=torch.int64)

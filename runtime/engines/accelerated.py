@@ -16,13 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import checkpoint, safe_load
-from runtime.distributed import parallel
-from runtime.distributed.parallel import is_fsdp, world
+from runtime import checkpoint, parallel, safe_load
 from runtime.engines import deepspeed_engine
 from runtime.kernel_loader import compiling
 from runtime.launcher import forget_leftovers, read_launch
 from runtime.optim import make_optimizer
+from runtime.parallel import is_fsdp, world
 from runtime.tracking import Tracker, wandb_reachable
 
 DTYPES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # our names, and accelerate's

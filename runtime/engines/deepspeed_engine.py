@@ -22,14 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
-from model.weights import open_to_others
-from runtime import checkpoint, safe_load, store
+from model.permissions import open_to_others
+from runtime import checkpoint, parallel, safe_load, store
 from runtime.device import one_order
-from runtime.distributed import parallel
-from runtime.distributed.parallel import gather_objects, world
 from runtime.engines.deepspeed_config import OFFLOADS, curve_settings, section
 from runtime.launcher import forget_leftovers
 from runtime.optim import make_optimizer
+from runtime.parallel import gather_objects, world
 
 TAG = "deepspeed"  # of a checkpoint inside its folder
 LOUD = (

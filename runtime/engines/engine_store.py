@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from runtime import checkpoint, store
 from runtime.device import is_sharded
-from runtime.distributed.parallel import gather_objects, world
+from runtime.parallel import gather_objects, world
 
 
 def save(

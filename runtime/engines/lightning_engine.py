@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset.packing import Plan, batches
 from runtime import launch, safe_load
-from runtime.distributed.parallel import data_world, is_fsdp, sync_gradients, world, wrap
 from runtime.kernel_loader import compiling
 from runtime.launcher import forget_leftovers, read_launch
 from runtime.optim import make_optimizer
+from runtime.parallel import data_world, is_fsdp, sync_gradients, world, wrap
 from runtime.tracking import Tracker, wandb_reachable
 
 

@@ -29,12 +29,12 @@ from torch.distributed.pipelining import (
 
 from model.lm import LMOutput, MiniMindLM
 from model.recompute import recompute
+from runtime import parallel
 from runtime.device import is_sharded, local, one_order
-from runtime.distributed import parallel
-from runtime.distributed.parallel import gather_objects, world
 from runtime.distributed.replicas import shard_number
 from runtime.distributed.tensor_parallel import split_layers
 from runtime.kernel_loader import compiling
+from runtime.parallel import gather_objects, world
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 LOOPS = 2  # stages per process of the interleaved schedule

@@ -1,12 +1,10 @@
-"""Rollouts: completions of prompts, each with the log-probabilities of drawing it, for stages that
-learn by trying.
+"""Rollouts: completions of prompts with their log-probabilities, and the batches made of them.
 
-Ranks write completions of different lengths, so nothing here talks to another rank while it
-generates: a sharded model is copied whole first. What is drawn is a function of (seed, step,
+Ranks sample completions of different lengths, so nothing here talks to another rank while it
+generates: a sharded model is copied whole first. What is sampled is a function of (seed, step,
 prompt, sample) alone, not of the ranks or the batch.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,21 +15,19 @@ from torch import Tensor, nn
 from dataset.packing import Plan
 from model.generate import generate_batch
 from model.lm import MiniMindLM
+from runtime import parallel
 from runtime.device import is_sharded
-from runtime.distributed import parallel
 
 
 @dataclass
 class Rollout:
-    """N completions, the samples of a prompt side by side; tensors on the CPU, padded on the
-    right."""
+    """N completions, the samples of a prompt side by side; on the CPU, padded on the right."""
 
     prompt_ids: Tensor  # (N, P) int64
     prompt_lengths: Tensor  # (N,) int64
     completion_ids: Tensor  # (N, C) int64
     lengths: Tensor  # (N,) int64, tokens of each completion, its end token included
-    # (N, C) float32, of each token in the distribution it was drawn from, temperature included
-    log_probs: Tensor
+    log_probs: Tensor  # (N, C) float32, in the distribution it was sampled from, at temperature
     ended: Tensor  # (N,) bool; False: cut off at max_new_tokens
 
     def __len__(self) -> int:
@@ -39,26 +35,22 @@ class Rollout:
 
     def ids(self, row: int) -> tuple[Tensor, Tensor]:
         """A prompt and its completion, without padding."""
-        return self.prompt_ids[row, : self.prompt_lengths[row]], self.completion_ids[
-            row, : self.lengths[row]
-        ]
+        prompt = self.prompt_ids[row, : self.prompt_lengths[row]]
+        return prompt, self.completion_ids[row, : self.lengths[row]]
 
 
 @dataclass
 class Pack:
-    """Completions behind their prompts, one after the other in one row: a forward pass. K tokens
-    are predicted."""
+    """Completions behind their prompts in one row: a forward pass that predicts K tokens."""
 
     rows: Tensor  # (R,) int64, rows of the rollout
     X: Tensor  # (1, N) int64
     doc_lens: list[int]  # of prompt with completion, the last token left out
     at: Tensor  # (K,) int64, where in X the tokens of the completions are predicted
     targets: Tensor  # (K,) int64, these tokens
-    of: Tensor  # (K,) int64, the place in `rows` of each
+    of: Tensor  # (K,) int64, the position in `rows` of the completion of each
     lengths: Tensor  # (R,) int64, tokens of each completion
-    kept: dict[
-        str, Tensor
-    ]  # what a stage keeps about the K tokens from one pass over them to the next
+    kept: dict[str, Tensor]  # what a stage keeps from one pass over the tokens to the next
 
     def tokens_of(self, padded: Tensor) -> Tensor:
         """(N, C) of a rollout -> (K,), this pack's part of it."""
@@ -66,7 +58,7 @@ class Pack:
         return padded[self.rows][mask]
 
     def put(self, values: Tensor, padded: Tensor) -> None:
-        """The way back: write (K,) values to their places in (N, C)."""
+        """The way back: write (K,) values to their positions in (N, C)."""
         mask = torch.arange(padded.size(1)) < self.lengths.unsqueeze(1)
         padded[self.rows[self.of], mask.nonzero()[:, 1]] = values.to(padded)
 
@@ -82,13 +74,12 @@ class MiniBatch:
 
 
 # --------------------------------------------------------------------------------------------------
-# Writing
+# Sampling
 # --------------------------------------------------------------------------------------------------
 
 
 def whole_copy(model: nn.Module, copy: nn.Module | None) -> nn.Module:
-    """The model to generate with: itself, or its plain `copy`, brought up to date. All ranks call
-    it together.
+    """The model to generate with: itself, or its `copy`, updated. All ranks call it.
 
     Args:
         model: a MiniMindLM, not wrapped in DDP; it may be sharded.
@@ -120,17 +111,20 @@ def generate(
     """Complete every prompt `samples` times.
 
     Args:
-        model: as `whole_copy` gives it; is in its mode again afterwards.
+        model: as `whole_copy` returns it; is in its mode again afterwards.
         prompts: token ids.
-        numbers: of the prompts in the data: with seed, step and sample they decide what is drawn.
+        numbers: of the prompts in the data: with seed, step and sample they decide what is sampled.
         batch_size: prompts that are worked on at once.
         max_new_tokens: longest completion; prompt and completion fit the model's max_seq_len.
         temperature: logits are divided by it; 0 takes the most probable token (log_probs are then
-        those at 1). end: the token that ends a completion.
+            those at 1).
+        end: the token that ends a completion.
     """
     if not prompts:
         return empty()
-    training, device, N = model.training, model.lm_head.weight.device, len(prompts) * samples
+    training = model.training
+    device = model.lm_head.weight.device
+    N = len(prompts) * samples
     seeds = [[seed, step, number, sample] for number in numbers for sample in range(samples)]
     uniform = np.stack([np.random.default_rng(key).random(max_new_tokens) for key in seeds])
     uniform = torch.from_numpy(uniform).to(device)
@@ -140,46 +134,49 @@ def generate(
 
     def sampler(logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
         distribution = (logits / (temperature or 1.0)).log_softmax(dim=-1)  # (R, vocab)
-        token = (
-            draw(distribution, uniform[row, position])
-            if temperature
-            else distribution.argmax(dim=-1)
-        )
+        if temperature:
+            token = draw(distribution, uniform[row, position])
+        else:
+            token = distribution.argmax(dim=-1)
         log_probs[row, position] = distribution.gather(1, token.unsqueeze(1)).squeeze(1)
         return token
 
     model.eval()
     with autocast:
         limits = [max_new_tokens] * len(prompts)
-        for row, position, token in generate_batch(
-            model, prompts, limits, sampler, end, samples, batch_size
-        ):
+        tokens = generate_batch(model, prompts, limits, sampler, end, samples, batch_size)
+        for row, position, token in tokens:
             ids[row, position], lengths[row], last[row] = token, position + 1, token
     model.train(training)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
     width = int(prompt_lengths.max())
-    prompt_ids = torch.stack(
-        [F.pad(torch.tensor(prompt), (0, width - len(prompt))) for prompt in prompts]
-    )
-    told = (values.cpu() for values in (ids, lengths, log_probs, last == end))
+    padded = [F.pad(torch.tensor(prompt), (0, width - len(prompt))) for prompt in prompts]
     return Rollout(
-        prompt_ids.repeat_interleave(samples, dim=0),
-        prompt_lengths.repeat_interleave(samples),
-        *told,
+        prompt_ids=torch.stack(padded).repeat_interleave(samples, dim=0),
+        prompt_lengths=prompt_lengths.repeat_interleave(samples),
+        completion_ids=ids.cpu(),
+        lengths=lengths.cpu(),
+        log_probs=log_probs.cpu(),
+        ended=(last == end).cpu(),
     )
 
 
 def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the cumulated probability passes `uniform`: log_probs (B, V), uniform (B,)
-    in [0, 1) -> (B,).
+    """The token at which the cumulated probability passes `uniform`.
+
+    Args:
+        log_probs: (B, V) float32.
+        uniform: (B,) float64 in [0, 1).
+
+    Returns:
+        (B,) int64.
 
     Source: Devroye, Non-Uniform Random Variate Generation (1986), section III.2, inversion.
     """
     cumulated = log_probs.double().exp().cumsum(dim=-1)
     point = uniform.unsqueeze(1) * cumulated[:, -1:]
-    return (
-        torch.searchsorted(cumulated, point, right=True).squeeze(1).clamp_max(log_probs.size(1) - 1)
-    )
+    token = torch.searchsorted(cumulated, point, right=True).squeeze(1)
+    return token.clamp_max(log_probs.size(1) - 1)
 
 
 def empty() -> Rollout:
@@ -195,21 +192,17 @@ def empty() -> Rollout:
 
 def pack(rollout: Rollout, rows: list[int]) -> Pack:
     """Some rows of a rollout as one forward pass; without rows a single token of padding."""
+    none = torch.zeros(0, dtype=torch.int64)
     texts = [rollout.ids(row) for row in rows]
     doc_lens = [len(prompt) + len(completion) - 1 for prompt, completion in texts]
-    starts = np.cumsum([0, *doc_lens])
-    first = [start + len(prompt) - 1 for start, (prompt, _) in zip(starts[:-1], texts, strict=True)]
-    at = [
-        torch.arange(n, n + len(completion))
-        for n, (_, completion) in zip(first, texts, strict=True)
-    ]
-    none = torch.zeros(0, dtype=torch.int64)
+    at = []
+    for end, (_, completion) in zip(np.cumsum(doc_lens, dtype=int), texts, strict=True):
+        at.append(torch.arange(end - len(completion), end))
+    inputs = [torch.cat(text)[:-1] for text in texts] or [torch.zeros(1, dtype=torch.int64)]
     lengths = torch.tensor([len(completion) for _, completion in texts], dtype=torch.int64)
     return Pack(
         rows=torch.tensor(rows, dtype=torch.int64),
-        X=torch.cat(
-            [torch.cat(text)[:-1] for text in texts] or [torch.zeros(1, dtype=torch.int64)]
-        ).unsqueeze(0),
+        X=torch.cat(inputs).unsqueeze(0),
         doc_lens=doc_lens,
         at=torch.cat([none, *at]),
         targets=torch.cat([none, *(completion for _, completion in texts)]),
@@ -220,9 +213,9 @@ def pack(rollout: Rollout, rows: list[int]) -> Pack:
 
 
 def packs_of(rollout: Rollout, rows: list[int], budget: int) -> list[Pack]:
-    """Rows in their order, packed into passes of at most `budget` tokens (or a single row that is
-    longer)."""
-    packs, room = [], 0
+    """Rows in their order, packed into passes of at most `budget` tokens, or of a longer row."""
+    packs = []
+    room = 0
     for row in rows:
         size = int(rollout.prompt_lengths[row] + rollout.lengths[row]) - 1
         if size > room:
@@ -238,13 +231,14 @@ def mini_batches(rollout: Rollout, rows: list[list[int]], budget: int) -> list[M
 
     Every rank makes the same number of passes, some without a row, and at least one.
     """
-    mine = [packs_of(rollout, part, budget) for part in rows]
-    counts = [[len(packs), *counts_of(packs)] for packs in mine]
-    everyones = np.array(parallel.gather_objects(counts))  # (ranks, mini-batches, 4)
-    most, sums = everyones.max(axis=0)[:, 0].tolist(), everyones.sum(axis=0)[:, 1:].tolist()
-    for packs, n in zip(mine, most, strict=True):
+    local_packs = [packs_of(rollout, part, budget) for part in rows]
+    counts = [[len(packs), *counts_of(packs)] for packs in local_packs]
+    all_counts = np.array(parallel.gather_objects(counts))  # (ranks, mini-batches, 4)
+    passes = all_counts.max(axis=0)[:, 0].tolist()
+    sums = all_counts.sum(axis=0)[:, 1:].tolist()
+    for packs, n in zip(local_packs, passes, strict=True):
         packs += [pack(rollout, []) for _ in range(max(1, n) - len(packs))]
-    return [MiniBatch(packs, *total) for packs, total in zip(mine, sums, strict=True)]
+    return [MiniBatch(packs, *total) for packs, total in zip(local_packs, sums, strict=True)]
 
 
 def counts_of(packs: list[Pack]) -> list[int]:
@@ -253,13 +247,12 @@ def counts_of(packs: list[Pack]) -> list[int]:
     return [sum(column) for column in zip(*each, strict=True)] or [0, 0, 0]
 
 
-def own_prompts(plan: Plan, window: int, rank: int, ranks: int) -> list[int]:
-    """The prompts of a window that a rank completes, every ranks-th: how long completions get,
-    nobody knows yet."""
+def rank_prompts(plan: Plan, window: int, rank: int, ranks: int) -> list[int]:
+    """The prompts of a window that a rank completes: every ranks-th, as lengths are unknown yet."""
     return [prompt for row in plan.window(window)[rank::ranks] for prompt in plan.documents(row)]
 
 
-def shares(
+def mini_batch_rows(
     prompts: int, window: int, rank: int, ranks: int, samples: int, parts: int
 ) -> list[list[int]]:
     """Which rows of this rank's rollout belong to each of `parts` mini-batches.
@@ -277,31 +270,15 @@ def shares(
     return rows
 
 
-def whiten(advantages: Tensor, lengths: Tensor) -> Tensor:
-    """(N, C) advantages with mean 0 and variance 1 over the tokens of the completions of all ranks.
-
-    Source: Ziegler et al., Fine-Tuning Language Models from Human Preferences (2019), and their
-    code.
-    """
-    inside = torch.arange(advantages.size(1)) < lengths.unsqueeze(1)
-    mine = advantages[inside].double()
-    count, total = parallel.sum_over_ranks(float(len(mine)), mine.sum())
-    mean = total / max(1.0, count)
-    squares = parallel.sum_over_ranks((mine - mean).square().sum())[0]
-    return (advantages - mean) / math.sqrt(squares / max(1.0, count) + 1e-8) * inside
-
-
 def score(model: nn.Module, pack: Pack, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What a language model says about the completions of a pack, see `log_probs_of`, and its
-    auxiliary loss."""
+    """Log-probabilities and entropies of a pack, see `log_probs_of`; the auxiliary loss."""
     device = next(model.parameters()).device
     out = model(pack.X.to(device), doc_lens=pack.doc_lens, logits_at=pack.at.to(device))
     return *log_probs_of(out.logits, pack.targets.to(device), temperature), out.aux_loss
 
 
 def log_probs_of(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and the entropy of its distribution (a number, no gradient),
-    at a temperature.
+    """Log-probability of each target, and the entropy of its distribution, without gradient.
 
     Args:
         logits: (K, vocab) in any dtype.
@@ -314,4 +291,4 @@ def log_probs_of(logits: Tensor, targets: Tensor, temperature: float) -> tuple[T
     with torch.no_grad():
         distribution = logits.log_softmax(dim=-1)
         entropy = -(distribution.exp() * distribution).sum(dim=-1)
-    return -parallel.token_losses(logits, targets), entropy
+    return -F.cross_entropy(logits, targets, reduction="none"), entropy

@@ -1,5 +1,4 @@
-"""Every mistake a user can make ends with one line that says what to mend, with exit code 2, and
-with nothing written.
+"""Every mistake of a user ends with one line that says what to mend, exit code 2, no file.
 
 Most cases share one interpreter: `run_cases` starts a process that runs the stage scripts one after
 the other as if each had been started by hand. What depends on processes (torchrun, ports) is
@@ -293,7 +292,7 @@ def make_files(work: Path) -> None:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """file -> hash of its content."""
+    """Each file's hash of its content."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -414,8 +413,7 @@ def test_tensorboard_that_is_not_installed(results, work):
 
 @pytest.fixture(scope="module")
 def resumed(work, results):
-    """A finished run, then attempts to resume it as another one: (results, the run's files before
-    and after)."""
+    """A finished run, then attempts to resume it as another: (results, its files before, after)."""
     run, last = work / "out" / "run" / "full_sft_32", "step_00000002"
     assert results["run"][0] == 0, results["run"]
     torn = work / "torn" / last
@@ -456,8 +454,7 @@ def test_a_real_start_from_another_folder(run_script, work, tmp_path):
 
 
 def errors_of(done) -> list[str]:
-    """The lines that the ranks wrote about errors; none of them, unlike torchrun at its end, shows
-    a traceback."""
+    """The ranks' lines about errors; none of them, unlike torchrun at its end, has a traceback."""
     by_ranks = done.stderr.split("torch/distributed/elastic")[0]
     assert "Traceback" not in done.stdout + by_ranks, done.stderr
     return [line for line in done.stderr.splitlines() if line.startswith("error: ")]

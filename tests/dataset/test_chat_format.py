@@ -10,15 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dataset.chat_format import (
-    chat_coder,
-    encode_chat,
-    encode_chats,
-    encode_prompt,
-    normalise_row,
-    plain_encoder,
-    render,
-)
+from dataset.chat_format import chat_coder, encode_chats, render
+from dataset.chat_rows import normalise_row
+from dataset.replies import encode_chat, encode_prompt
+from dataset.tokenizer import plain_encoder
 
 TOKENIZER = AutoTokenizer.from_pretrained(
     str(Path(__file__).resolve().parents[2] / "model" / "minimind_tokenizer")
@@ -181,9 +176,8 @@ def test_prompt_and_answer_join_to_the_conversation():
     ids, mask = encode_chat(messages, None, CODER)
     prompt = encode_prompt(messages[:2], None, CODER)
     assert ids[: len(prompt)] == prompt and not any(mask[: len(prompt)])
-    assert (
-        all(mask[len(prompt) : -1]) and mask[-1] == 0
-    )  # the newline behind <|im_end|> carries no loss
+    # The newline behind <|im_end|> carries no loss.
+    assert all(mask[len(prompt) : -1]) and mask[-1] == 0
     thinking = encode_prompt(messages[:2], None, CODER, enable_thinking=True)
     assert ids[: len(thinking)] == thinking
 

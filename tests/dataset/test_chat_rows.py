@@ -389,8 +389,7 @@ NULLS = dict.fromkeys(
 
 
 def with_nulls(row: dict) -> dict:
-    """A row as a table that was merged of others has it: every column, and every field of a
-    turn."""
+    """A row of a merged table: it has every column, and every field of a turn."""
     lists = {
         key: [NULLS | turn for turn in row[key]]
         for key in ("messages", "conversations")

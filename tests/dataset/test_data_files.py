@@ -1,12 +1,11 @@
-"""Data files: JSON lines, arrays and text in every shape they come in, and every fault that a row
-can have."""
+"""Data files: JSON lines, arrays and text in every shape, and every fault of a row."""
 
 import json
 
 import pytest
 from conftest import chat, write_jsonl
 
-from dataset import read_rows
+from dataset import checks, read_array, read_rows
 from dataset.lm_dataset import describe
 
 
@@ -50,7 +49,7 @@ def test_array_split_anywhere_between_blocks(tmp_path, monkeypatch, block):
         {"d": "\U0001f642" * 30},
         {"e": -1.25e-3},
     ]
-    monkeypatch.setattr(read_rows, "BLOCK", block)
+    monkeypatch.setattr(read_array, "BLOCK", block)
     path = tmp_path / "data.json"
     for name, content in layouts(rows).items():
         path.write_bytes(content)
@@ -59,14 +58,14 @@ def test_array_split_anywhere_between_blocks(tmp_path, monkeypatch, block):
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 1 << 20])
 def test_array_rows_know_their_lines(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(read_rows, "BLOCK", block)
+    monkeypatch.setattr(read_array, "BLOCK", block)
     path = tmp_path / "data.json"
     path.write_text('[\n{"a": 1},\n\n{"b":\n\n2}, {"c": 3}\n,{"d": 4}]')
     assert [line for (line, _, _), _ in read_rows.read_rows(path)] == [2, 4, 6, 7]
 
 
 def test_array_of_scalars_is_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(read_rows, "BLOCK", 1)  # 12 must not become 1 and 2
+    monkeypatch.setattr(read_array, "BLOCK", 1)  # 12 must not become 1 and 2
     path = tmp_path / "data.json"
     path.write_text('[12, -3, "x", null, true, 10]')
     assert [row for (_, row, _), _ in read_rows.read_rows(path)] == [12, -3, "x", None, True, 10]
@@ -89,7 +88,7 @@ BROKEN_ARRAYS = {
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
 @pytest.mark.parametrize("content", BROKEN_ARRAYS, ids=list(BROKEN_ARRAYS.values()))
 def test_broken_array_names_the_line(tmp_path, monkeypatch, content, block):
-    monkeypatch.setattr(read_rows, "BLOCK", block)
+    monkeypatch.setattr(read_array, "BLOCK", block)
     path = tmp_path / "data.json"
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
@@ -98,8 +97,8 @@ def test_broken_array_names_the_line(tmp_path, monkeypatch, content, block):
 
 
 def test_an_array_element_beyond_the_limit(sft, tmp_path, monkeypatch):
-    monkeypatch.setattr(read_rows, "MAX_ROW_BYTES", 2000)
-    monkeypatch.setattr(read_rows, "BLOCK", 100)
+    monkeypatch.setattr(checks, "MAX_ROW_BYTES", 2000)
+    monkeypatch.setattr(read_array, "BLOCK", 100)
     path = tmp_path / "data.json"
     path.write_text(json.dumps([chat("a", "b"), chat("a", "b" * 3000)], indent=1))
     with pytest.raises(ValueError, match=rf"{path}:14: row of more than"):
@@ -157,8 +156,7 @@ def test_bad_row_names_file_line_and_reason(sft, tmp_path, name):
 
 
 def test_the_first_of_several_faults_is_named(sft, tmp_path):
-    """Reading, checking and encoding find different faults: the order of the file decides which one
-    is told."""
+    """Reading, checking and encoding find different faults: the first in the file is told."""
     wrong_role, broken = GOOD.replace("user", "robot"), "{"
     for lines, where in (
         ([GOOD, wrong_role, broken], ":2: turn 1"),

@@ -11,8 +11,11 @@ from conftest import chat, write_jsonl
 from running import ROOT
 from test_data_files import layouts
 
-from dataset.chat_format import chat_coder, encode_chat, plain_encoder
+from dataset.chat_format import chat_coder
 from dataset.lm_dataset import PretrainDataset, SFTDataset, describe, load_tokenizer, preview
+from dataset.replies import encode_chat
+from dataset.token_cache import describe_tokenizer
+from dataset.tokenizer import plain_encoder
 from trainer import train_full_sft
 
 QUESTION, ANSWER = "What is 2 + 3? \u4f60\u597d \U0001f642", "2 + 3 = 5.\n\u518d\u89c1 caf\u00e9"
@@ -266,13 +269,13 @@ def test_what_a_tokenizer_says_of_itself_is_kept_until_its_files_change(tmp_path
     folder, cache = tmp_path / "tokenizer", tmp_path / "cache"
     shutil.copytree(ROOT / "model/minimind_tokenizer", folder)
     first, again, changed = (load_tokenizer(folder) for _ in range(3))
-    text = first.described(cache)
+    text = describe_tokenizer(first, cache)
     assert text == first.backend_tokenizer.to_str()
-    assert again.described(cache) == text and len(again) == len(first) == 6400
+    assert describe_tokenizer(again, cache) == text and len(again) == len(first) == 6400
     assert "loaded" in vars(first) and "loaded" not in vars(again)
     first.add_tokens(["<|new|>"])
     first.save_pretrained(folder)
-    assert "<|new|>" in changed.described(cache) and len(changed) == 6401
+    assert "<|new|>" in describe_tokenizer(changed, cache) and len(changed) == 6401
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.json is damaged"):
-        load_tokenizer(folder).described(cache)
+        describe_tokenizer(load_tokenizer(folder), cache)

@@ -1,5 +1,4 @@
-"""The committed demo data: reproducible, small, well-formed, right, and without leaks into the
-held-out files."""
+"""The demo data: reproducible, small, well-formed, right, without leaks into held-out files."""
 
 import functools
 import importlib.util
@@ -225,8 +224,7 @@ def test_what_has_not_been_learned_gets_one_honest_sentence():
 
 
 def test_persona():
-    """The questions of identity, each with a reply of its own; beside them rows that SFT has, of
-    every other task."""
+    """The questions of identity, each with its reply; beside them rows of SFT, of all tasks."""
     rows, held_out = read("persona"), read("persona_held_out")
     persona = [row for row in rows if row["task"] == "persona"]
     replies = {row["conversations"][-1]["content"] for row in persona}

@@ -1,5 +1,4 @@
-"""No text that is printed ends a run, in any locale: what an encoding does not have is shown as an
-escape."""
+"""No printed text ends a run, in any locale: what an encoding lacks is escaped."""
 
 import ast
 import io
@@ -71,11 +70,12 @@ def test_streams_that_are_something_else_stay(monkeypatch):
 
 
 def test_the_log_of_a_run_takes_every_text(tmp_path):
+    # A file name that is not UTF-8.
     args = {
         "report_to": [],
         "use_wandb": False,
         "data_path": "caf\udce9",
-    }  # a file name that is not UTF-8
+    }
     tracker = Tracker(tmp_path / "run", args, enabled=True, found=None)
     tracker.log_file.write("")
     tracker.print(f"{TEXT} caf\udce9")

@@ -1,5 +1,4 @@
-"""The plan of an epoch: nothing lost, nothing twice, the same windows however ranks and
-micro-batches share them."""
+"""The plan of an epoch: each row once, in the same windows however ranks share them."""
 
 import itertools
 import os
@@ -58,9 +57,8 @@ def test_packs_are_full_but_never_too_long(lengths, seed, epoch):
     assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
     sizes = [sum(lengths[doc] for doc in row) for row in rows]
     assert all(rows) and max(sizes) <= MAX_SEQ_LEN
-    for size, following in zip(
-        sizes, rows[1:], strict=False
-    ):  # closed only when the next one did not fit
+    # Closed only when the next one did not fit.
+    for size, following in zip(sizes, rows[1:], strict=False):
         assert size + lengths[following[0]] > MAX_SEQ_LEN
 
 
@@ -89,8 +87,7 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 def test_order_is_pinned():
-    """A checkpoint of one version must find the same epoch in the next: numpy's generator is part
-    of the format."""
+    """A checkpoint of one version finds the same epoch in the next: numpy's generator matters."""
     dataset = SimpleNamespace(lengths=np.full(8, 40), supervised=np.full(8, 10))
     plan = make_plan(8, seed=42, epoch=1, dataset=dataset)
     assert (
@@ -297,8 +294,7 @@ def test_supervised_tokens_of_the_batches_are_the_counts(dataset):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_reading_data_leaves_the_random_state_alone(dataset, num_workers):
-    """Dropout draws from the same generator: a resumed epoch opens its data again and must not
-    disturb it."""
+    """Dropout draws from the same generator: to open an epoch's data must not disturb it."""
     plan = make_plan(40, dataset=dataset)
     before = torch.get_rng_state()
     loaded(dataset, plan, range(plan.steps), 0, 1, 2, num_workers)

@@ -7,10 +7,13 @@ import pytest
 import torch
 from conftest import write_jsonl
 
-from dataset.chat_format import chat_coder, encode_chat
+from dataset.chat_format import chat_coder
 from dataset.lm_dataset import describe
 from dataset.packing import batches, plan_epoch
-from dataset.preference_dataset import PreferenceDataset, ReferencedPairs, open_pairs, preview_pairs
+from dataset.preference_dataset import PreferenceDataset, open_pairs
+from dataset.preview import show_pairs
+from dataset.replies import encode_chat
+from runtime.reference import ReferencedPairs
 
 
 def turn(role: str, text: str) -> dict:
@@ -288,7 +291,8 @@ def test_held_out_pairs(tokenizer, tmp_path):
 
 
 def test_preview(open_rows, tokenizer):
-    shown = preview_pairs(open_rows([GOOD]), tokenizer, 3)
+    dataset = open_rows([GOOD])
+    shown = show_pairs(dataset, tokenizer, 3, False) + f"--- {describe(dataset)}"
     for text in (
         "pair 0, chosen",
         "[[It is 4.<|im_end|>]]",

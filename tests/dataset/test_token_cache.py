@@ -1,5 +1,4 @@
-"""The token cache: found again by content, and whole or not there, whatever kills, races and full
-disks do."""
+"""The token cache: found by content, whole or not there, despite kills, races and full disks."""
 
 import hashlib
 import json
@@ -16,7 +15,7 @@ import pytest
 from conftest import RUN_FLAGS, chat, curve, write_jsonl
 from running import ROOT, run_ranks
 
-from dataset import lm_dataset, token_cache
+from dataset import cache_builder, lm_dataset, sft_encoder, token_cache
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import batches, plan_epoch
 from runtime import launch
@@ -27,13 +26,13 @@ FORK = multiprocessing.get_context("fork")  # the imports are made: a child star
 @pytest.fixture
 def encoder_calls(monkeypatch):
     """A list that grows by one with every chunk that the tokenizer is asked to encode."""
-    calls, encode = [], lm_dataset.encode_chats
+    calls, encode = [], sft_encoder.encode_chats
 
     def counted(*args):
         calls.append(len(args[0]))
         return encode(*args)
 
-    monkeypatch.setattr(lm_dataset, "encode_chats", counted)
+    monkeypatch.setattr(sft_encoder, "encode_chats", counted)
     return calls
 
 
@@ -121,20 +120,21 @@ def cache_content(cache_dir: Path) -> dict[str, str]:
 @pytest.mark.parametrize("moment", ["encode", "save", "replace"])
 def test_killed_build_leaves_nothing_half_usable(sft, tmp_path, monkeypatch, moment):
     path = write_jsonl(tmp_path / "data.jsonl", [chat(f"q{n}", f"a{n} " * n) for n in range(60)])
-    monkeypatch.setattr(token_cache, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(cache_builder, "CHUNK_BYTES", 500)
     expected = samples(sft(path))
     whole = cache_content(tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache")
 
     def die_midway():
+        # All is there, under the wrong name; the first is the hash.
         count, module, name = {
-            "encode": (5, lm_dataset, "encode_chats"),  # some chunks are written
-            "save": (2, token_cache.np, "save"),  # the arrays are there, the counts are not
+            "encode": (5, sft_encoder, "encode_chats"),  # some chunks are written
+            "save": (2, cache_builder.np, "save"),  # the arrays are there, the counts are not
             "replace": (
                 2,
-                token_cache.os,
+                cache_builder.os,
                 "replace",
-            ),  # all is there, under the wrong name; the first is the hash
+            ),
         }[moment]
         original, left = getattr(module, name), [count]
 
@@ -160,14 +160,14 @@ def test_killed_build_leaves_nothing_half_usable(sft, tmp_path, monkeypatch, mom
 def test_two_starts_at_once_build_once(sft, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "data.jsonl", [chat(f"q{n}", f"a{n}") for n in range(50)])
     results, second_starts = FORK.SimpleQueue(), FORK.Event()
-    encode = lm_dataset.encode_chats
+    encode = sft_encoder.encode_chats
 
     def first():
         def slow(*args):  # holds the lock until the second one is at the door
             second_starts.wait(60)
             return encode(*args)
 
-        monkeypatch.setattr(lm_dataset, "encode_chats", slow)
+        monkeypatch.setattr(sft_encoder, "encode_chats", slow)
         results.put(samples(sft(path)))
 
     def second():
@@ -176,7 +176,7 @@ def test_two_starts_at_once_build_once(sft, tmp_path, monkeypatch):
 
         while not list((tmp_path / "cache").glob("*.building")):
             os.sched_yield()
-        monkeypatch.setattr(lm_dataset, "encode_chats", refuse)
+        monkeypatch.setattr(sft_encoder, "encode_chats", refuse)
         second_starts.set()
         results.put(samples(sft(path)))
 
@@ -201,9 +201,8 @@ def test_full_disk_leaves_no_cache(sft, tmp_path):
     results = FORK.SimpleQueue()
 
     def build():
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (4096, 4096)
-        )  # a write beyond it fails as on a full disk
+        # A write beyond it fails as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
             sft(path)
         except ValueError as error:
@@ -225,7 +224,7 @@ def test_build_that_is_interrupted_cleans_up(sft, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lm_dataset, "encode_chats", interrupt)
+    monkeypatch.setattr(sft_encoder, "encode_chats", interrupt)
     with pytest.raises(KeyboardInterrupt):
         sft([chat("a", "b")])
     assert cache_content(tmp_path / "cache") == {}
@@ -358,13 +357,12 @@ def test_chunks_do_not_matter(sft, tmp_path, monkeypatch):
     rows = [chat(f"q{n}", f"a{n} " * (n % 7 + 1)) for n in range(60)]
     expected = samples(sft(rows))
     shutil.rmtree(tmp_path / "cache")
-    monkeypatch.setattr(token_cache, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cache_builder, "CHUNK_BYTES", 1)
     assert samples(sft(rows)) == expected
 
 
 def test_mapped_pages_are_released(sft, monkeypatch):
-    """Pages that were read count as memory of the process: without this, an epoch would hold the
-    whole cache."""
+    """Pages that were read count as memory: without this, an epoch would hold the whole cache."""
     released = []
 
     class Recorded(mmap.mmap):
@@ -382,11 +380,15 @@ def test_mapped_pages_are_released(sft, monkeypatch):
 
 
 def test_large_vocabularies_need_wider_ids(tmp_path):
-    def encode(rows):
-        return [([([1, 70_000, 2], [0, 1, 1])], False) for _ in rows]
+    class Encoder:
+        def parse(self, row):
+            return row
+
+        def encode(self, rows):
+            return [([([1, 70_000, 2], [0, 1, 1])], False) for _ in rows]
 
     path = write_jsonl(tmp_path / "data.jsonl", [{}])
-    cache = token_cache.open_cache(path, tmp_path / "cache", {}, 70_001, True, encode, False)
+    cache = token_cache.open_cache(path, tmp_path / "cache", {}, 70_001, True, Encoder, False)
     assert cache[0][0].tolist() == [1, 70_000, 2] and cache.dtype == np.uint32
 
 

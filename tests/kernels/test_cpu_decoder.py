@@ -1,5 +1,4 @@
-"""Generation on a CPU: its forward pass gives the logits of the model, in steps and for prompts,
-whatever the shape."""
+"""Generation on a CPU: the logits of the model, in steps and for prompts, in all shapes."""
 
 import pytest
 import torch
@@ -31,8 +30,7 @@ def with_gains(heads: tuple[int, int, int]) -> torch.nn.Module:
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @torch.no_grad()
 def test_a_step_of_the_decoder_gives_the_logits_of_the_model(dtype, most, rows, heads):
-    """Rows that are full, begun and empty, heads that share keys and values or do not; then some
-    rows have left.
+    """Rows that are full, begun and empty, shared heads or not; then some rows have left.
 
     The model computes in float32: in bfloat16 both would round, and attention is sharp here.
     """
@@ -68,8 +66,7 @@ def test_a_step_of_the_decoder_gives_the_logits_of_the_model(dtype, most, rows, 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @torch.no_grad()
 def test_the_decoder_reads_prompts_as_the_model_does(dtype, most, heads):
-    """Prompts of one token and of many, one in two rows, among rows that hold something else
-    already."""
+    """Prompts of one token and of many, one in two rows, among rows that hold others."""
     model, lens = with_gains(heads), [30, 1, 17]
     ours, exact = (
         KVCache(model.config, 5, 50, torch.device("cpu"), kind) for kind in (dtype, torch.float32)
@@ -90,8 +87,7 @@ def test_the_decoder_reads_prompts_as_the_model_does(dtype, most, heads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_stands_between_the_products_equals_its_formulas(dtype):
-    """Also where an exponential vanishes or would overflow; rounding is that of torch, ties
-    included."""
+    """Also where an exponential vanishes or overflows; rounding is torch's, ties included."""
     generator, one = torch.Generator().manual_seed(0), packed(torch.eye(64, dtype=dtype))
     decoder = CpuDecoder(build(), KVCache(LMConfig(**TINY), 1, 8, torch.device("cpu"), dtype))
     most = 1e-6 if dtype == torch.float32 else 2**-8

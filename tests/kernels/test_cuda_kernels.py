@@ -1,5 +1,4 @@
-"""Kernels that only a GPU shows: attention, recorded steps. Where there is none all are skipped,
-aloud."""
+"""Kernels that need a GPU: attention, recorded steps. Without one all are skipped, aloud."""
 
 import pytest
 import torch

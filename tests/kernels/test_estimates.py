@@ -1,5 +1,4 @@
-"""What the estimate of memory and the choice of --compile say about a model with kernels, which is
-what runs have."""
+"""The estimate of memory and the choice of --compile for a model with kernels."""
 
 import gc
 from argparse import Namespace
@@ -55,21 +54,17 @@ def test_activations_are_what_autograd_saves(name, dtype, docs, cpp, monkeypatch
     estimate = memory.estimate(
         config, "ddp", data_ranks=1, tokens=tokens, supervised=supervised, dtype=dtype
     )
-    kept = (
-        estimate["activations"] + estimate["buffers"]
-    )  # autograd keeps autocast's copies of the weights, too
-    kept -= (
-        4 * config.vocab_size * config.dim if config.tie_embeddings else 0
-    )  # the other buffer is a gradient
-    kept -= (
-        (4 if dtype == "float32" else 6) * supervised * config.vocab_size
-    )  # logits are gone by then
+    # Autograd keeps autocast's copies of the weights, too.
+    kept = estimate["activations"] + estimate["buffers"]
+    # The other buffer is a gradient.
+    kept -= 4 * config.vocab_size * config.dim if config.tie_embeddings else 0
+    # Logits are gone by then.
+    kept -= (4 if dtype == "float32" else 6) * supervised * config.vocab_size
     assert kept == pytest.approx(measured, rel=0.1) or cpp and 0.6 * kept < measured < kept
 
 
 def held_bytes(model) -> int:
-    """Bytes of the tensors that a forward pass leaves in memory, seen by Python: what checkpointing
-    holds."""
+    """Bytes of the tensors that a forward pass leaves in memory: what checkpointing holds."""
     ids = torch.randint(0, model.config.vocab_size, (1, 256))
     before = {id(thing) for thing in gc.get_objects()}
     out = model(ids, doc_lens=[128, 128], targets=ids[0, :0], logits_at=ids[0, :0])
@@ -108,9 +103,8 @@ def test_compiling_is_chosen_where_it_was_measured_to_win(monkeypatch):
             model, dataset, Namespace(**run | changed), dtype, global_batch=8
         )
 
-    operations = (
-        6 * memory.parameter_count(LARGE) * 1000 * 200
-    )  # of an epoch: it is shorter than its full windows
+    # Of an epoch: it is shorter than its full windows.
+    operations = 6 * memory.parameter_count(LARGE) * 1000 * 200
     assert operations < parallel.WORTH_COMPILING < 200 * operations
     assert chosen() == chosen("float16") == 1 and chosen(epochs=1) == chosen(total_steps=200) == 0
     assert chosen(epochs=1, compile=1) == 1 and chosen(compile=0) == 0

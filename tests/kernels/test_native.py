@@ -1,5 +1,4 @@
-"""How C++ is compiled and called: what does not fit is an error, and a failure to compile is not
-silent."""
+"""How C++ is compiled and called: misfits are errors, a failed compilation is not silent."""
 
 import os
 import re
@@ -116,9 +115,8 @@ def test_a_failure_to_compile_is_shown_in_the_words_of_the_compiler(anew, monkey
     monkeypatch.setattr(native, "FLAGS", ("-no-such-flag",))
     for _ in range(2):
         found = kernels.apply(MiniMindLM(LMConfig(dim=32, n_heads=4)), CPU, torch.float32)
-    assert (
-        capfd.readouterr().err.count("-no-such-flag") == 4
-    )  # command and answer, for two files, once
+    # Command and answer, for two files, once.
+    assert capfd.readouterr().err.count("-no-such-flag") == 4
     assert (
         found["norm"] == "ops.cpp does not compile"
         and found["attention"] == "attention.cpp does not compile"

@@ -20,10 +20,11 @@ DIM, VOCAB = 32, 700
 def small_chunks(monkeypatch):
     monkeypatch.setitem(cross_entropy.CHUNK, "cpu", 8 * VOCAB)
     monkeypatch.setattr(cross_entropy, "LEAST_TOKENS", 4)
+    # Of a chunk's 8 rows; gradients of weights come in two pieces.
     for module in (
         linear,
         cross_entropy,
-    ):  # of a chunk's 8 rows; gradients of weights come in two pieces
+    ):
         monkeypatch.setattr(module, "CACHED", 3 * VOCAB)
 
 
@@ -219,8 +220,7 @@ def test_rms_norm_in_bfloat16_is_that_of_the_definition(dtype, size):
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("branch", [None, torch.float32, torch.bfloat16], ids=str)
 def test_a_branch_and_the_norm_meet_in_one_stream(stream, branch, low):
-    """Values and gradients, with both results in use and with the norm alone; the stream is not
-    contiguous."""
+    """Values and gradients, both results in use and the norm alone, of a strided stream."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4, 7, 40, generator=generator)
     inputs = [
@@ -352,6 +352,8 @@ def test_a_linear_layer_is_the_product_of_rounded_factors(tokens, shape, dtype):
 
 
 def test_selective_checkpointing_keeps_products():
+    linear.keep_products()
+
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             counts[-1] += op in recompute.EXPENSIVE

@@ -1,5 +1,4 @@
-"""What holds for the plain model holds with kernels: the same tests, run on a model that has
-them."""
+"""The tests of the plain model, run on a model with kernels."""
 
 import pytest
 import test_generation

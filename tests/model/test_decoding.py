@@ -1,5 +1,4 @@
-"""What a model wrote, as text: everything that decodes sees all of it, whatever a tokenizer calls
-special."""
+"""What a model wrote, as text: all of it, whatever a tokenizer calls special."""
 
 import json
 import shutil
@@ -11,9 +10,11 @@ from running import ROOT
 from test_foreign_tokenizers import foreign
 from transformers import AutoTokenizer
 
-from dataset.chat_format import chat_coder, decode_reply, encode_chat, final_answer
+from dataset.chat_format import chat_coder
 from dataset.prompt_dataset import PromptDataset
+from dataset.replies import decode_reply, encode_chat, final_answer
 from runtime.rl import rewards, rollout
+from runtime.rl.sampler import Sampler
 
 CALL = {"name": "weather", "arguments": {"city": "北京"}}
 CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
@@ -92,17 +93,18 @@ def test_rewards_see_what_the_model_wrote(any_tokenizer, tmp_path):
         " completions]\n"
     )
     words = ["exact", "format", f"{tmp_path}/mine.py:calls"]
-    judges = rewards.load_rewards(words, len(any_tokenizer), 64, torch.device("cpu"))
+    functions = rewards.load_rewards(words, len(any_tokenizer), 64, torch.device("cpu"))
     thinking = {"role": "assistant", "content": "42", "reasoning_content": "6x7"}
     messages = [thinking, {"role": "assistant", "content": "42"}, {**MESSAGE, "content": "41"}]
-    tried = rollout_of([written(message, any_tokenizer) for message in messages])
+    sampled = rollout_of([written(message, any_tokenizer) for message in messages])
     rows, places = [{"answer": "42"}] * 3, ["data:1", "data:2", "data:3"]
-    assert rewards.judge(judges, tried, rows, places, any_tokenizer).tolist() == [
+    assert rewards.compute_rewards(functions, sampled, rows, places, any_tokenizer).tolist() == [
         [1, 1, 0],
         [1, 0, 0],
         [0, 1, 1],
     ]
-    assert repr(THOUGHT) in rewards.shown(tried, torch.zeros(3, 3), any_tokenizer)
+    sampler = Sampler(None, functions, None, any_tokenizer, None, None)
+    assert repr(THOUGHT) in sampler.show(sampled, torch.zeros(3, 3))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -152,9 +154,8 @@ def test_the_last_turn_of_a_row_is_its_answer_without_the_thinking(tokenizer, tm
     dataset = PromptDataset(path, tokenizer, 64, 16)
     answers = [row.get("answer") for row in dataset.rows]
     assert answers == ["42", "42", "42", "42", CALLED, "look\n" + CALLED, None]
-    for reply, row in zip(
-        replies[:-1], dataset.rows, strict=False
-    ):  # whoever says the reference is right
+    # Whoever says the reference is right.
+    for reply, row in zip(replies[:-1], dataset.rows, strict=False):
         assert rewards.exact([""], [decode_reply(written(reply, tokenizer), tokenizer)], [row]) == [
             1
         ]

@@ -1,5 +1,4 @@
-"""The chat layout on other people's tokenizers: their added tokens, special or not, stay out of
-reach."""
+"""The chat layout on other tokenizers: their added tokens stay out of reach."""
 
 import pickle
 import re
@@ -28,15 +27,17 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from dataset.chat_format import CHAT_TEMPLATE, chat_coder, encode_chat, plain_encoder
+from dataset.chat_format import chat_coder
+from dataset.chat_template import CHAT_TEMPLATE
+from dataset.replies import encode_chat
+from dataset.tokenizer import plain_encoder
 
 
 def foreign(
     special=("<|im_start|>", "<|im_end|>"),
     plain=("<think>", "</think>", "<tool_call>", "</tool_call>"),
 ):
-    """A tokenizer like Qwen's: NFC, pieces that join newlines, tool and thinking tokens that are
-    not special."""
+    """A tokenizer like Qwen's: NFC, joined newlines, tool and thinking tokens not special."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -106,8 +107,7 @@ def test_missing_turn_tokens_are_named(special, missing):
 
 
 def test_control_tokens_that_the_bpe_could_merge_are_cut_out():
-    """A vocabulary trained on text that spells the control tokens, which then are declared to be
-    such."""
+    """A vocabulary trained on text that spells tokens which later are control tokens."""
     spellings = ["<|im_start|>", "<|im_end|>", "<think>"]
     for ignore_merges in (False, True):  # True: a piece that is an entry is taken whole
         trap = Tokenizer(models.BPE(ignore_merges=ignore_merges))
@@ -123,9 +123,8 @@ def test_control_tokens_that_the_bpe_could_merge_are_cut_out():
             vocab_size=400, initial_alphabet=alphabet, show_progress=False
         )
         trap.train_from_iterator(["<|im_start|> <|im_end|> <think> <think>s"] * 9, trainer)
-        assert trap.encode("<|im_end|>").ids == [
-            trap.token_to_id("<|im_end|>")
-        ]  # the trap is armed
+        # The trap is armed.
+        assert trap.encode("<|im_end|>").ids == [trap.token_to_id("<|im_end|>")]
         trap.add_special_tokens(spellings)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=trap)
         coder, added = chat_coder(tokenizer), set(tokenizer.get_added_vocab().values())

@@ -1,5 +1,4 @@
-"""Generation: the cache, batching and sampling change nothing that they should not, and do what
-they say."""
+"""Generation: cache, batching and sampling do what they say and change nothing else."""
 
 import pytest
 import torch
@@ -70,11 +69,9 @@ def test_a_batch_generates_what_each_prompt_generates_alone(kind, filler):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_equal_transformers(kind):
-    """With the mask passed: without it transformers guesses one, and takes every token 0 of the
-    prompt for padding."""
-    model = build(
-        **KINDS[kind], tie_embeddings=False
-    )  # tied and random it would repeat its last token for ever
+    """With the mask passed: else transformers takes every token 0 of a prompt for padding."""
+    # Tied and random it would repeat its last token for ever.
+    model = build(**KINDS[kind], tie_embeddings=False)
     reference = huggingface(model.config)
     reference.load_state_dict(model.state_dict(), strict=True)
     x = ids(3, 50)
@@ -144,8 +141,7 @@ def test_temperature_zero_is_greedy_and_rows_are_filtered_each_by_itself():
 
 
 def test_repetition_penalty_lowers_what_was_seen_and_nothing_else():
-    """Against the rule itself: positive logits are divided, negative ones multiplied, padding does
-    not count."""
+    """Against the rule: positive logits divided, negative multiplied, padding not counted."""
     model, penalty = build(), 1.7
     x, mask = left_padded([ids(1, 20), ids(1, 6)], filler=3)
     x[1, -6:] = torch.tensor([9, 8, 9, 7, 6, 5])  # not 3, which is the filler
@@ -242,9 +238,8 @@ class Parrot:
 
 def test_streamed_text_never_holds_half_a_character(tokenizer):
     text = "naïve 你好, 𠮷野家 \U0001f469\u200d\U0001f680 end"
-    reply = [
-        id for byte in text.encode() for id in single_byte(tokenizer, byte)
-    ]  # a token per byte: all are split
+    # A token per byte: all are split.
+    reply = [id for byte in text.encode() for id in single_byte(tokenizer, byte)]
     assert len(reply) == len(text.encode())
     eos = tokenizer.eos_token_id
     pieces = list(
@@ -266,11 +261,12 @@ def single_byte(tokenizer, byte: int) -> list[int]:
 
     alphabet = ByteLevel.alphabet()
     assert len(alphabet) == 256
+    # GPT-2's byte to character table.
     printable = [
         *range(33, 127),
         *range(161, 173),
         *range(174, 256),
-    ]  # GPT-2's byte to character table
+    ]
     others = [value for value in range(256) if value not in printable]
     character = chr(byte) if byte in printable else chr(256 + others.index(byte))
     return [tokenizer.convert_tokens_to_ids(character)]

@@ -1,5 +1,4 @@
-"""The model: equal to transformers, blind to packing and padding, and clear about what does not
-fit."""
+"""The model: equal to transformers, blind to packing and padding, clear about misfits."""
 
 import math
 
@@ -103,10 +102,11 @@ def test_logits_equal_transformers_at_long_positions(kind):
     assert kind == "moe" or (mine - theirs).abs().max() <= 1e-5
     reference.config._experts_implementation = "eager"  # the other one knows no float64
     exact = reference.double()(x).logits
+    # Experts: rounding alone may reach 1e-5 to 2e-5, but not on average.
     mine, theirs = (
         mine - exact,
         theirs - exact,
-    )  # experts: rounding alone may reach 1e-5 to 2e-5, but not on average
+    )
     assert (
         mine.dtype == torch.float64
         and mine.norm() <= 1.1 * theirs.norm()
@@ -151,8 +151,7 @@ def test_packed_documents_equal_each_alone(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_document_changes_its_neighbours_by_exactly_nothing(kind, dtype, shape):
-    """Also with experts, where another document's routing changes how many rows an expert
-    multiplies.
+    """Also with experts, where other documents' routing changes the rows of an expert.
 
     Without kernels that is a product of another shape, which is rounded in another way.
     """
@@ -238,8 +237,7 @@ def test_aux_loss_counts_real_tokens_in_every_layout_alike(kind):
 
 
 def test_aux_loss_by_hand():
-    """One layer: alpha x experts x sum over e of (share of the visits to e) x (mean probability of
-    e)."""
+    """One layer: alpha x experts x sum over e of share of visits x mean probability."""
     model = build(n_layers=1, aux_loss_alpha=0.5, **MOE)
     seen = []
     handle = model.model.layers[0].mlp.register_forward_pre_hook(

@@ -9,7 +9,8 @@ import torch
 from test_model import MOE, TINY, build, ids
 
 from model.lm import LMConfig, MiniMindLM
-from model.weights import load_weights, newest_weights, read_tensors
+from model.tensor_file import read_tensors
+from model.weights import load_weights, newest_weights
 
 # --------------------------------------------------------------------------------------------------
 # What does not fit

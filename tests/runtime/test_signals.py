@@ -128,7 +128,7 @@ def test_a_second_hangup_is_none(stop):
 def test_a_first_signal_does_not_interrupt_what_other_ranks_began(stop):
     """A rank saves because another one stops; the launcher's SIGTERM that follows is its first, not
     its second."""
-    stop.hear(float(signal.SIGTERM))
+    stop.sync_stop(float(signal.SIGTERM))
     stop.receive(signal.SIGTERM, None)
     assert stop.number == signal.SIGTERM and not stop.ended
     stop.receive(signal.SIGTERM, None)
@@ -140,9 +140,9 @@ def test_what_one_rank_has_received_ends_no_loop_before_all_know(stop):
     others wait for it."""
     stop.receive(signal.SIGINT, None)
     assert (stop.received, stop.number) == (signal.SIGINT, 0)
-    stop.hear(0.0)  # the sum was made before
+    stop.sync_stop(0.0)  # the sum was made before
     assert stop.number == 0
-    stop.hear(float(signal.SIGINT))
+    stop.sync_stop(float(signal.SIGINT))
     assert stop.number == signal.SIGINT
 
 

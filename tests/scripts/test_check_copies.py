@@ -1,5 +1,4 @@
-"""scripts/check_copies.py: every kind of finding on a small tree, what --fix does, and the real
-tree."""
+"""scripts/check_copies.py: every kind of finding on a small tree, --fix, and the real tree."""
 
 import subprocess
 import sys
@@ -279,6 +278,22 @@ def test_a_flag_may_differ_with_a_reason(tree):
         "type=float", "type=int"
     )
     assert check(tree(dpo=dpo))[0] == 0
+
+
+def test_flags_of_a_group_by_a_short_name(tree):
+    """`add = group.add_argument` adds flags, too, and a local name stands for its value."""
+    short = """        add = parser.add_argument_group("optimisation").add_argument
+        kinds = ("float32", "bfloat16")
+        add("--dtype", choices=kinds, default="bfloat16", help="precision")
+        add("--lr", type=float, default=5e-6, help="peak rate")
+"""
+    begin, end = DPO.index("        parser.add_argument("), DPO.index("\n\n    def main")
+    dpo = DPO[:begin] + short + DPO[end:]
+    assert check(tree(dpo=dpo)) == check(tree())
+    code, lines = check(tree(dpo=dpo.replace("type=float", "type=int")))
+    assert code == 1 and len(lines) == 1 and "--lr differs" in lines[0]
+    code, lines = check(tree(dpo=dpo.replace('("float32", "bf', '("float16", "bf')))
+    assert code == 1 and "--dtype differs" in lines[0]
 
 
 def test_the_tokenizer_is_no_stage(tree):

@@ -15,7 +15,7 @@ from running import ROOT
 from test_launcher import LAUNCHER
 
 import main
-from runtime import launch
+from runtime.distributed.fingerprint import fingerprint
 from scripts import preflight, run_distributed
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -176,11 +176,11 @@ def test_fingerprint(work, tmp_path):
     args = {"seed": 42, "out_dir": "here", "tokenizer_dir": str(ROOT / "model/minimind_tokenizer")}
     data = tmp_path / "data.jsonl"
     data.write_bytes(b"x" * 300_000)
-    first = launch.fingerprint(str(data), args)
+    first = fingerprint(str(data), args)
     assert set(first) == {"code", "data", "torch", "tokenizer", "--seed"}
-    assert launch.fingerprint(str(data), args | {"out_dir": "there"}) == first
-    assert launch.fingerprint(str(data), args | {"seed": 1}) == first | {"--seed": "1"}
+    assert fingerprint(str(data), args | {"out_dir": "there"}) == first
+    assert fingerprint(str(data), args | {"seed": 1}) == first | {"--seed": "1"}
     data.write_bytes(b"x" * 150_000 + b"y" + b"x" * 149_999)
-    changed = launch.fingerprint(str(data), args)
+    changed = fingerprint(str(data), args)
     assert changed["data"] != first["data"] and changed | {"data": first["data"]} == first
-    assert "No such file" in launch.fingerprint(str(tmp_path / "nowhere"), args)["data"]
+    assert "No such file" in fingerprint(str(tmp_path / "nowhere"), args)["data"]

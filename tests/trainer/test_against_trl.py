@@ -1,6 +1,9 @@
-"""Our losses on the same numbers as TRL's own code. Skips where TRL is not installed: pip install
-trl==1.16.0"""
+"""Our losses on the same numbers as TRL's own code.
 
+Skips where TRL is not installed: pip install trl==1.16.0
+"""
+
+import functools
 import warnings
 from collections import defaultdict
 from types import SimpleNamespace
@@ -8,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.preference_loss import answer_logps, choose_loss
+from model.preference_loss import answer_logps
+from trainer.train_dpo import check_loss, preference_loss
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -25,6 +29,13 @@ FLAGS = {
     "sft_weight": 0.0,
 }
 PAIRS, LONGEST = 6, 12
+
+
+def choose_loss(flags: dict):
+    """The loss that flags describe: (policy, lens, reference) -> METRICS summed over the pairs."""
+    args = SimpleNamespace(**flags)
+    check_loss(args)
+    return functools.partial(preference_loss, args)
 
 
 def alone(value):
@@ -64,8 +75,7 @@ def answers():
 
 
 def dpo_of_trl(answers, loss_type: str, beta: float) -> tuple[float, dict]:
-    """Loss and metrics of DPOTrainer on these log-probabilities, its models replaced by two that
-    only hand them out."""
+    """Loss and metrics of DPOTrainer on these log-probabilities, its models replaced."""
 
     def model_of(logps):
         zeros = torch.zeros_like(logps)

@@ -1,5 +1,4 @@
-"""Distillation: divergences and their gradients, losses a chunk at a time, and runs beside a
-teacher."""
+"""Distillation: divergences and their gradients, losses by chunks, and runs beside a teacher."""
 
 import functools
 import shutil
@@ -11,11 +10,17 @@ from conftest import RUN_FLAGS, SIZES, check_same_run, curve
 from running import run_script
 from stage_runs import resumed_three_times, same_bits
 
-from model.distillation import Student, divergence, load_teacher
+from model.distillation import Student, load_teacher
 from model.lm import LMConfig, MiniMindLM
 from runtime.launch import check_flags
+from trainer.train_distillation import chunk_losses, divergence
 
 KINDS = ("forward", "reverse", "js")
+
+
+def student_of(config: LMConfig, teacher, kind: str, temperature: float, **options) -> Student:
+    losses_of = functools.partial(chunk_losses, kind=kind, temperature=temperature)
+    return Student(config, teacher, losses_of, **options)
 
 
 def reference(student, teacher, kind: str, temperature: float):
@@ -131,7 +136,7 @@ def test_chunks_change_nothing(teacher, kind, options):
     )
     (expected[0] + 3 * expected[1] + out.aux_loss).backward()
     for chunk in (7, 30, 512):
-        student = Student(
+        student = student_of(
             plain.config, load_teacher(str(teacher), "", 700, 64), kind, 2.0, chunk=chunk
         )
         student.load_state_dict(plain.state_dict())
@@ -147,9 +152,8 @@ def test_chunks_change_nothing(teacher, kind, options):
 
 
 def test_logits_exist_for_a_chunk_only(teacher):
-    """The largest tensor that autograd keeps between the passes, and the largest that either makes,
-    is a chunk's."""
-    student = Student(
+    """No tensor of logits that autograd keeps, or that a pass makes, is larger than a chunk's."""
+    student = student_of(
         LMConfig(**SHAPE), load_teacher(str(teacher), "", 700, 64), "js", 1.0, chunk=4
     )
     X, at = torch.randint(700, (1, 64)), torch.arange(60)
@@ -177,7 +181,7 @@ def test_logits_exist_for_a_chunk_only(teacher):
 
 
 def test_a_rank_without_a_token_takes_part(teacher):
-    student = Student(LMConfig(**SHAPE), load_teacher(str(teacher), "", 700, 64), "forward", 1.0)
+    student = student_of(LMConfig(**SHAPE), load_teacher(str(teacher), "", 700, 64), "forward", 1.0)
     none = torch.zeros(0, dtype=torch.int64)
     ce, kl, aux_loss = student(torch.zeros(1, 1, dtype=torch.int64), [], none, none)
     (ce + kl + aux_loss).backward()
@@ -189,7 +193,7 @@ def test_a_rank_without_a_token_takes_part(teacher):
 def test_teacher_that_does_not_match(teacher):
     model = load_teacher(str(teacher), "", 700, 64)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
-    names = [name for name, _ in Student(LMConfig(**SHAPE), model, "js", 1.0).named_parameters()]
+    names = [name for name, _ in student_of(LMConfig(**SHAPE), model, "js", 1.0).named_parameters()]
     assert names == [name for name, _ in MiniMindLM(LMConfig(**SHAPE)).named_parameters()]
     for arguments, message in [
         (

@@ -1,8 +1,9 @@
-"""DPO: the losses, a reference that is asked once or every time, runs on any number of processes,
-bad flags."""
+"""DPO: losses, a reference asked once or every time, runs on any number of processes, flags."""
 
+import functools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from stage_runs import pair_runs, same_bits, same_metrics
 
 from dataset.preference_dataset import PreferenceDataset
 from model.lm import LMConfig, MiniMindLM
-from model.preference_loss import METRICS, answer_logps, choose_loss, dpo_loss, ipo_loss, simpo_loss
-from runtime.reference import logps_of
+from model.preference_loss import METRICS, answer_logps, logps_of
+from trainer.train_dpo import check_loss, dpo_loss, ipo_loss, preference_loss, simpo_loss
 
 FLAGS = {
     "loss_type": "sigmoid",
@@ -25,23 +26,32 @@ FLAGS = {
 KINDS = ("sigmoid", "ipo", "simpo")
 
 
+def choose_loss(flags: dict):
+    """The loss that flags describe: (policy, lens, reference) -> METRICS summed over the pairs."""
+    args = SimpleNamespace(**flags)
+    check_loss(args)
+    return functools.partial(preference_loss, args)
+
+
 def numbers(*shape: int) -> torch.Tensor:
     return -20 * torch.rand(*shape)
 
 
 def test_dpo_by_hand():
-    """beta 0.5, log-ratios 2 and -1: the margin is 1.5."""
-    sides = [torch.tensor([value]) for value in (-3.0, -7.0, -5.0, -6.0)]
-    losses, chosen, rejected = dpo_loss(*sides, 0.5)
+    """Beta 0.5, log-ratios 2 and -1: the margin is 1.5."""
+    policy, reference = torch.tensor([[-3.0, -7.0]]), torch.tensor([[-5.0, -6.0]])
+    losses, chosen, rejected = dpo_loss(policy, reference, 0.5, 0.0)
     assert losses.item() == pytest.approx(math.log(1 + math.exp(-1.5)), rel=1e-6)
     assert (chosen.item(), rejected.item()) == (1.0, -0.5)
-    smoothed = dpo_loss(*sides, 0.5, 0.1)[0].item()
+    smoothed = dpo_loss(policy, reference, 0.5, 0.1)[0].item()
     assert smoothed == pytest.approx(
         0.9 * math.log(1 + math.exp(-1.5)) + 0.1 * math.log(1 + math.exp(1.5)), rel=1e-6
     )
-    lens = torch.tensor([4.0]), torch.tensor([2.0])
-    assert ipo_loss(*sides, *lens, 0.5)[0].item() == pytest.approx((2 / 4 + 1 / 2 - 1) ** 2)
-    losses, chosen, rejected = simpo_loss(*sides[:2], *lens, 2.0, 0.3)
+    lens = torch.tensor([[4.0, 2.0]])
+    assert ipo_loss(policy, reference, lens, 0.5)[0].item() == pytest.approx(
+        (2 / 4 + 1 / 2 - 1) ** 2
+    )
+    losses, chosen, rejected = simpo_loss(policy, lens, 2.0, 0.3, 0.0)
     assert (chosen.item(), rejected.item()) == (-1.5, -7.0)
     assert losses.item() == pytest.approx(math.log(1 + math.exp(-(5.5 - 0.3))), rel=1e-6)
 
@@ -109,8 +119,7 @@ def pairs(tokenizer, tmp_path) -> PreferenceDataset:
 
 @torch.no_grad()
 def test_log_probabilities_of_answers(model, pairs):
-    """Those of each answer alone, all its tokens with the end of turn summed; the same in whatever
-    row it stands."""
+    """Those of each answer alone, its tokens with the end of turn summed, in whatever row."""
     batch = pairs.collate([pairs[row] for row in range(6)])
     logps, lens, _ = logps_of(model, *batch, "cpu")
     for row in range(6):

@@ -1,5 +1,4 @@
-"""One curve: the gradient and the loss do not depend on how a global batch is split, packed, padded
-or shared out."""
+"""One curve: gradient and loss do not depend on how a global batch is split, packed or padded."""
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ BETA1 = 0.9
 
 @pytest.fixture(scope="module")
 def start(job):
-    """Start weights, dense and MoE, far enough from symmetry that every parameter has a
-    gradient."""
+    """Start weights, dense and MoE, where every parameter has a gradient."""
     paths = {}
     for use_moe in (0, 1):
         torch.manual_seed(use_moe)
@@ -29,8 +27,7 @@ def start(job):
 
 
 def gradients(run) -> list[torch.Tensor]:
-    """What the optimizer saw in the only step of a run: Adam's first moment is (1 - beta1) times
-    the gradient."""
+    """The gradient of a run's only step: Adam's first moment is (1 - beta1) times that."""
     tensors = checkpoint_tensors(run / "checkpoints/step_00000001")
     return [
         value / (1 - BETA1) for name, value in sorted(tensors.items()) if name.endswith(".exp_avg")
@@ -43,8 +40,7 @@ def relative_error(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> f
 
 
 def padded_gradients(weights, use_moe: int, dataset, alpha: float) -> list[torch.Tensor]:
-    """The textbook step: rows padded to the longest, logits for every position, mean over
-    supervised tokens."""
+    """The textbook step: padded rows, logits everywhere, mean over supervised tokens."""
     config = LMConfig(**SIZES, max_seq_len=128, use_moe=bool(use_moe), aux_loss_alpha=alpha)
     model = MiniMindLM(config)
     load_weights(model, weights)

@@ -1,5 +1,4 @@
-"""What goes wrong on one rank ends the job on all of them, at once, with the first error shown and
-no orphan."""
+"""What goes wrong on one rank ends the job on all, with the first error shown and no orphan."""
 
 import math
 import re
@@ -8,8 +7,8 @@ import pytest
 from conftest import RUN_FLAGS, conversations, curve, write_jsonl
 from running import ROOT, STAGE_SCRIPTS, processes_of, run_ranks
 
-from runtime.distributed import parallel
-from runtime.distributed.parallel import agree_on_step
+from runtime import parallel
+from runtime.parallel import agree_on_step
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +155,7 @@ PARTS = [
 
 @pytest.fixture
 def spoil(flags, tmp_path):
-    """spoil(phase, script, its flags, exit code) -> what two ranks print when rank 1 is
-    sabotaged."""
+    """Return spoil(phase, script, flags, exit code) -> what two ranks print, one sabotaged."""
 
     def spoil(phase: str, script: str, own: str, code: int) -> str:
         if (engine := script.removeprefix("train_sft_")) in (

@@ -1,5 +1,4 @@
-"""GRPO: advantages, losses and the KL term by themselves, and runs that do not depend on how they
-are spread."""
+"""GRPO: advantages, losses, the KL term, and runs that do not depend on how they are spread."""
 
 import math
 import shutil
@@ -67,8 +66,7 @@ def terms_of(loss_type, low, high, seed=0):
 
 @pytest.mark.parametrize("loss_type", grpo.CLIPS)
 def test_the_first_update_is_the_policy_gradient(loss_type):
-    """Where the policy is the old one nothing is clipped and the gradient is -advantage x grad log
-    p."""
+    """Where the policy is the old one nothing is clipped: -advantage x grad log p."""
     log_probs = (-torch.rand(6)).requires_grad_()
     advantages = torch.tensor([1.0, -2.0, 0.5])
     given = (log_probs.detach(), advantages, OF, LENGTHS, loss_type, *grpo.CLIPS[loss_type])
@@ -199,8 +197,7 @@ def test_bfloat16_is_finite_and_every_loss_runs(train):
 
 
 def test_killed_during_a_rollout(train):
-    """kill -9 while the third rollout is judged: what was saved is there, and the run goes on to
-    the same end."""
+    """A kill -9 while the third rollout is scored: the run goes on to the same end."""
     flags = [*train.flags, f"--out_dir={train.folder / 'killed'}", *TWO_PASSES]
     killed = run_script("trainer/train_grpo.py", *flags, env={"KILLED_AT_CALL": "3"})
     assert killed.returncode == -9

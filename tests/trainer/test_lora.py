@@ -1,5 +1,4 @@
-"""LoRA: the start and the merging, adapter files, peft's logits, and runs that train nothing but
-the adapter."""
+"""LoRA: start and merging, adapter files, peft's logits, runs that train the adapter alone."""
 
 import json
 import re

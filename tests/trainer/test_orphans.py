@@ -1,5 +1,4 @@
-"""No process outlives its launcher, whatever the moment at which that is killed; and a run outlives
-its shell."""
+"""No process outlives its launcher, whenever that is killed; a run outlives its shell."""
 
 import fcntl
 import os

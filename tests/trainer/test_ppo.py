@@ -1,5 +1,4 @@
-"""PPO: rewards, advantages and losses by themselves, and runs that do not depend on how they are
-spread."""
+"""PPO: rewards, advantages, losses, and runs that do not depend on how they are spread."""
 
 import math
 import shutil
@@ -15,7 +14,6 @@ from model.reward import RewardConfig, RewardModel
 from model.weights import load_model
 from runtime import store
 from runtime.checkpoint import save_file
-from runtime.rl import rollout
 from trainer import train_ppo as ppo
 
 FLAGS = (
@@ -73,13 +71,13 @@ def test_token_rewards():
 
 def test_whitening():
     advantages, lengths = torch.randn(6, 8) * 3 + 2, torch.tensor([8, 1, 3, 5, 8, 2])
-    found = rollout.whiten(advantages, lengths)
+    found = ppo.whiten(advantages, lengths)
     inside = torch.arange(8) < lengths.unsqueeze(1)
     assert found[inside].mean().abs() < 1e-6 and found[inside].std(correction=0) == pytest.approx(
         1, abs=1e-6
     )
     assert (found[~inside] == 0).all()
-    assert (rollout.whiten(torch.ones(2, 3), torch.tensor([3, 2])) == 0).all()
+    assert (ppo.whiten(torch.ones(2, 3), torch.tensor([3, 2])) == 0).all()
 
 
 def test_clipped_losses():

@@ -1,5 +1,4 @@
-"""Unbreakable: kills, signals, torn checkpoints, a full disk and non-finite numbers, with real
-processes and files."""
+"""Unbreakable: kills, signals, torn checkpoints, a full disk, non-finite numbers, all real."""
 
 import json
 import re
@@ -60,8 +59,7 @@ def test_killed_run_resumes_bit_identically(nproc):
 
 
 def test_resume_on_another_number_of_processes(flags, tmp_path, start_script, run_script):
-    """1 -> 2 -> 1 processes, killed in between: every row once, and the curve of the run that was
-    left alone."""
+    """1 -> 2 -> 1 processes, killed in between: every row once, and the undisturbed curve."""
     job = [
         *flags,
         "--global_batch_size=4",
@@ -196,8 +194,7 @@ def contents(folder) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("nproc", [None, 2])
 def test_no_start_deletes_what_a_run_wrote(flags, run_script, trained, nproc):
-    """Two accidental fresh starts, of which the second fails: the first run is whole, its weights
-    as well."""
+    """Two accidental fresh starts, of which the second fails: the first run is whole."""
     run, out = trained.parent, trained.parents[1]
     first = contents(run) | {
         f"{NAME}{end}": run.with_name(f"{NAME}{end}").read_bytes() for end in (".pth", ".json")
@@ -237,8 +234,7 @@ def test_a_run_that_finds_no_checkpoint_to_go_on_from_deletes_nothing(flags, run
 
 
 def test_the_numbers_of_kept_runs(tmp_path):
-    """Weights without a folder are kept; the same ones once; numbers go up also where a smaller one
-    is free."""
+    """Weights without a folder are kept, the same ones once; numbers always go up."""
     run, weights = tmp_path / "a_32", tmp_path / "a_32.pth"
     assert tracking.keep_earlier_run(run) is None
     weights.write_text("1")
@@ -265,8 +261,7 @@ def test_a_file_system_without_links(tmp_path, monkeypatch):
 
 
 def test_full_disk_loses_nothing_that_was_saved(flags, start_script, run_script, tmp_path, trained):
-    """Files of more than 100 kB cannot be written any more: the next save fails, the older ones
-    stay."""
+    """Files of more than 100 kB cannot be written: the next save fails, older ones stay."""
     job = [*flags, "--save_interval=4", "--resume=auto", "--epochs=2", "--resume_with_changes"]
     limits = (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

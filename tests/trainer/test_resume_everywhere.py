@@ -1,5 +1,4 @@
-"""Resume in every stage and under every engine: the weights that a finished run names, and flags
-that have changed."""
+"""Resume in every stage and engine: the weights of a finished run, and changed flags."""
 
 import json
 import re
@@ -60,8 +59,7 @@ def data(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def begin(data, start_weights, tmp_path_factory):
-    """begin(job) -> (run's folder, resume), a finished run of two steps; resume(*flags, code=0) ->
-    what it prints."""
+    """Return begin(job) -> (folder, resume) of a finished run; resume(*flags, code=0) -> output."""
     finished = {}
 
     def make(job: str, folder: Path | None = None):
@@ -100,8 +98,7 @@ def begin(data, start_weights, tmp_path_factory):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_what_a_finished_run_names_is_there(begin, tmp_path, job):
-    """Killed between its last checkpoint and its weights, as if, and their file is missing, or of
-    an earlier step."""
+    """As if killed between its last checkpoint and its weights, which are missing or older."""
     run, resume = begin(job, tmp_path)
     weights, config = run.with_name(f"{run.name}.pth"), run.with_name(f"{run.name}.json")
     wanted, text = torch.load(weights, weights_only=True), config.read_text()
@@ -174,7 +171,7 @@ def test_changed_flags_are_refused_by_name_or_accepted_and_remembered(begin, tmp
 MEDDLING = f"""import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from runtime import checkpoint
-from runtime.distributed import replicas
+from runtime import parallel
 calls = []
 def meddle(place, name, at, number):
     original = getattr(place, name)
@@ -187,8 +184,7 @@ def meddle(place, name, at, number):
 
 @pytest.fixture
 def meddled(data, tmp_path):
-    """meddled(line, *flags, code=0) -> what train_full_sft.py prints, run with a call of
-    meddle(...) before it."""
+    """Return meddled(line, *flags, code=0) -> what train_full_sft.py prints behind that line."""
 
     def run(line: str, *flags: str, code: int = 0) -> str:
         script = tmp_path / "meddling.py"
@@ -227,9 +223,8 @@ def test_the_last_weights_could_not_be_written(meddled, tmp_path, how):
 
 
 def test_a_signal_behind_the_last_step_of_an_epoch_is_heard_in_the_next(meddled, tmp_path):
-    """Its step had been agreed on already, without the signal: no save would follow, and other
-    ranks would go on."""
+    """Its step had been agreed on without the signal: other ranks would go on."""
     flags = ["--max_steps=0", "--epochs=3", "--batch_size=4", "--save_interval=0"]
-    printed = meddled('meddle(replicas, "check_replicas", 5, 15)', *flags, code=143)
+    printed = meddled('meddle(parallel, "check_replicas", 5, 15)', *flags, code=143)
     assert "stopped by signal 15 at step 6" in printed
     assert (tmp_path / "out/full_sft_32/checkpoints/step_00000006/manifest.json").exists()

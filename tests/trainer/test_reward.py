@@ -1,5 +1,4 @@
-"""Reward model: scores that depend on the document alone, Bradley-Terry, runs on any number of
-processes, refusals."""
+"""Reward model: scores of a document alone, Bradley-Terry, any number of processes, refusals."""
 
 import json
 import math

@@ -1,5 +1,4 @@
-"""Losses and advantages of GRPO and its kin as TRL's own code has them. Skips where TRL is not
-installed."""
+"""Losses and advantages of GRPO and its kin as TRL's code has them; skips without TRL."""
 
 import inspect
 import textwrap

@@ -1,5 +1,4 @@
-"""Every stage behind SFT as its docstring says: started on two processes with nothing but --ddp, on
-its demo data."""
+"""Every stage behind SFT as its docstring says: two processes, --ddp, its demo data."""
 
 import pytest
 from conftest import STAGE_SIZES

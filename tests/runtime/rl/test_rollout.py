@@ -1,5 +1,4 @@
-"""Rollouts and rewards: what is drawn and how probable it was, prompts from data files, what makes
-a reply good."""
+"""Rollouts and rewards: what is sampled and how probable it is, prompts of files, reward functions."""
 
 from contextlib import nullcontext
 
@@ -61,8 +60,8 @@ def write(
     )
 
 
-def texts(tried) -> list[list[int]]:
-    return [tried.ids(row)[1].tolist() for row in range(len(tried))]
+def texts(sampled) -> list[list[int]]:
+    return [sampled.ids(row)[1].tolist() for row in range(len(sampled))]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -77,22 +76,22 @@ def test_the_sampler_and_the_scorer_agree(more):
     """One writes with a cache and padding on the left, the other reads packed rows."""
     model, prompts = tiny(**more), prompts_of([3, 9, 1, 6, 14, 2])
     model.train()
-    tried = write(model, prompts)
-    assert model.training and len(tried) == 18
-    assert {len(text) for text in texts(tried)} > {
+    sampled = write(model, prompts)
+    assert model.training and len(sampled) == 18
+    assert {len(text) for text in texts(sampled)} > {
         20
-    } and 0 < tried.ended.sum() < 18  # of unequal lengths, some cut
-    for row, text in enumerate(texts(tried)):
-        assert tried.ids(row)[0].tolist() == prompts[row // 3]
+    } and 0 < sampled.ended.sum() < 18  # of unequal lengths, some cut
+    for row, text in enumerate(texts(sampled)):
+        assert sampled.ids(row)[0].tolist() == prompts[row // 3]
         assert (
             END not in text[:-1]
-            and tried.ended[row] == (text[-1] == END)
-            and (tried.ended[row] or len(text) == 20)
+            and sampled.ended[row] == (text[-1] == END)
+            and (sampled.ended[row] or len(text) == 20)
         )
-    for pack in rollout.packs_of(tried, list(range(18)), 100):
+    for pack in rollout.packs_of(sampled, list(range(18)), 100):
         with torch.no_grad():
             log_probs, entropy, _ = rollout.score(model, pack, 0.7)
-        assert (log_probs - pack.tokens_of(tried.log_probs)).abs().max() <= 1e-5
+        assert (log_probs - pack.tokens_of(sampled.log_probs)).abs().max() <= 1e-5
         assert (entropy > 0).all() and (log_probs < 0).all()
 
 
@@ -130,12 +129,13 @@ def test_rows_that_have_ended_cost_no_work(shape):
         return decoder
 
     model.make_decoder = recorded
-    tried = write(model, prompts_of([4] * 8), samples=8, temperature=1.5)
+    sampled = write(model, prompts_of([4] * 8), samples=8, temperature=1.5)
     assert packs == [
         (1, 8 * 4)
     ]  # without padding, and the samples of a prompt share the pass over it
     assert (
-        rows == [int((tried.lengths > t).sum()) for t in range(1, len(rows) + 1)] and rows[-1] < 64
+        rows == [int((sampled.lengths > t).sum()) for t in range(1, len(rows) + 1)]
+        and rows[-1] < 64
     )
 
 
@@ -161,9 +161,9 @@ def test_samples_follow_the_model():
 
 def test_temperature_zero_is_greedy():
     model, prompts = tiny().eval(), prompts_of([5, 8])
-    tried = write(model, prompts, samples=1, temperature=0.0)
+    sampled = write(model, prompts, samples=1, temperature=0.0)
     assert not model.training
-    for prompt, text in zip(prompts, texts(tried), strict=True):
+    for prompt, text in zip(prompts, texts(sampled), strict=True):
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=20, eos_token_id=END)[
             0
         ].tolist()
@@ -186,19 +186,19 @@ def test_a_spare_copy_follows_the_model():
 
 
 def test_packs_hold_every_token_once_within_the_budget():
-    tried = write(tiny(), prompts_of([3, 9, 1, 6, 14, 2]))
-    packs = rollout.packs_of(tried, list(range(18)), 60)
+    sampled = write(tiny(), prompts_of([3, 9, 1, 6, 14, 2]))
+    packs = rollout.packs_of(sampled, list(range(18)), 60)
     assert [row for pack in packs for row in pack.rows.tolist()] == list(range(18))
     assert len(packs) > 3 and all(sum(pack.doc_lens) <= 60 for pack in packs)
-    again = torch.zeros_like(tried.log_probs)
+    again = torch.zeros_like(sampled.log_probs)
     for pack in packs:
         assert pack.X.size(1) == sum(pack.doc_lens)
         assert (
             pack.X[0][pack.at[1:]][pack.of.diff() == 0] == pack.targets[:-1][pack.of.diff() == 0]
         ).all()
-        pack.put(pack.tokens_of(tried.log_probs), again)
-    assert torch.equal(again, tried.log_probs)
-    alone = rollout.pack(tried, [])
+        pack.put(pack.tokens_of(sampled.log_probs), again)
+    assert torch.equal(again, sampled.log_probs)
+    alone = rollout.pack(sampled, [])
     assert (alone.X.tolist(), alone.doc_lens, len(alone.targets), len(alone.of)) == (
         [[0]],
         [],
@@ -212,7 +212,7 @@ def test_mini_batches_are_the_same_prompts_on_any_number_of_ranks(ranks):
     together = [set() for _ in range(3)]
     for rank in range(ranks):
         mine = list(range(10))[rank::ranks]
-        parts = rollout.shares(len(mine), 10, rank, ranks, 2, 3)
+        parts = rollout.mini_batch_rows(len(mine), 10, rank, ranks, 2, 3)
         for part, rows in zip(together, parts, strict=True):
             part |= {(mine[row // 2], row % 2) for row in rows}
     expected = [range(0, 4), range(4, 7), range(7, 10)]
@@ -403,7 +403,7 @@ def test_exact_and_format():
         rewards.exact([""], ["x"], [{}])
 
 
-def judged(judges, tokenizer, replies: list[str]):
+def rewards_of(functions, tokenizer, replies: list[str]):
     """The rewards of given replies, as if they had been written."""
     ids = [
         tokenizer.encode(text) + [tokenizer.convert_tokens_to_ids("<|im_end|>")] for text in replies
@@ -411,7 +411,7 @@ def judged(judges, tokenizer, replies: list[str]):
     width = max(map(len, ids))
     padded = torch.tensor([text + [0] * (width - len(text)) for text in ids])
     n, lengths = len(ids), torch.tensor([len(text) for text in ids])
-    tried = rollout.Rollout(
+    sampled = rollout.Rollout(
         torch.full((n, 2), 9),
         torch.full((n,), 2),
         padded,
@@ -420,12 +420,14 @@ def judged(judges, tokenizer, replies: list[str]):
         lengths > 0,
     )
     rows = [{"answer": "four"}] * n
-    return rewards.judge(judges, tried, rows, [f"data:{k}" for k in range(1, n + 1)], tokenizer)
+    return rewards.compute_rewards(
+        functions, sampled, rows, [f"data:{k}" for k in range(1, n + 1)], tokenizer
+    )
 
 
 def test_rewards_have_weights(load, tokenizer):
-    judges = load("exact", "mine.py:length:0.5")
-    assert judged(judges, tokenizer, ["four", "seven"]).tolist() == [[1, 2], [0, 2.5]]
+    functions = load("exact", "mine.py:length:0.5")
+    assert rewards_of(functions, tokenizer, ["four", "seven"]).tolist() == [[1, 2], [0, 2.5]]
 
 
 def test_a_reward_model_scores_each_completion_by_itself(load, tokenizer, tmp_path):
@@ -438,7 +440,7 @@ def test_a_reward_model_scores_each_completion_by_itself(load, tokenizer, tmp_pa
     ):
         save_file(tmp_path / f"{name}.pth", model.state_dict())
         save_file(tmp_path / f"{name}.json", config.to_json())
-    scores = judged(load(f"{tmp_path}/fits.pth:2"), tokenizer, ["one", "four", "seventy seven"])
+    scores = rewards_of(load(f"{tmp_path}/fits.pth:2"), tokenizer, ["one", "four", "seventy seven"])
     ids = torch.tensor(
         [[9, 9, *tokenizer.encode("four"), tokenizer.convert_tokens_to_ids("<|im_end|>")]]
     )
@@ -479,5 +481,5 @@ def test_rewards_that_cannot_be_loaded(load, word, reason):
 )
 def test_a_reward_function_that_fails_is_named_with_the_row(load, tokenizer, name, reason):
     with pytest.raises(ValueError, match=reason) as error:
-        judged(load(f"mine.py:{name}"), tokenizer, ["seventy", "one", "seventy", "four"])
+        rewards_of(load(f"mine.py:{name}"), tokenizer, ["seventy", "one", "seventy", "four"])
     assert "\n" not in str(error.value)

@@ -1,5 +1,4 @@
-"""Accelerate as the engine: the curve of one process, resume, trackers, and its silent fall-backs
-refused."""
+"""Accelerate as the engine: the curve of one process, resume, trackers, no silent fall-backs."""
 
 import json
 import shutil

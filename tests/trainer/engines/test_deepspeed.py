@@ -265,8 +265,7 @@ def work(tmp_path_factory):
 
 
 def train(work, name: str, *given, script=SCRIPT, nproc=2, code=0, **options):
-    """Run SFT on the data of `work`: 3 epochs of 2 steps, the second with half the micro-batches of
-    the first."""
+    """SFT on the data of `work`: 3 epochs of 2 steps, the second with half the micro-batches."""
     options_of_model = (
         "--dim 48 --n_layers 2 --n_heads 4 --n_kv_heads 2 --device cpu --from_weight none"
     )

@@ -1,5 +1,4 @@
-"""Lightning as the engine: the curve of one process by DDP and by its model-parallel strategy,
-resume, signals."""
+"""Lightning as the engine: the curve of one process by both strategies, resume, signals."""
 
 import shutil
 import signal
@@ -21,8 +20,7 @@ SFT, SCRIPT = "trainer/train_full_sft.py", "trainer/engines/train_sft_lightning.
 
 @pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
 def test_two_processes_give_the_curve_of_one(engine_flags, one_process, tmp_path, strategy):
-    """With two micro-batches in a step, and one exchange of gradients: FSDP2 has one for each block
-    and the rest."""
+    """Two micro-batches in a step, one exchange of gradients; of FSDP2 one for each block."""
     trackers = ["--report_to", "tensorboard", "wandb"] if strategy == "ddp" else []
     job = ["--ddp", *engine_flags, f"--strategy={strategy}", f"--out_dir={tmp_path}", *trackers]
     done = run_script("tests/count_exchanges.py", ROOT / SCRIPT, *job, nproc=2)

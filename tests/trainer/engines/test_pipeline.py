@@ -1,5 +1,4 @@
-"""Pipeline parallelism gives the curve of one process, under every schedule, and its checkpoints
-load anywhere."""
+"""Pipelines give the curve of one process, under every schedule; checkpoints load anywhere."""
 
 import json
 import re
@@ -41,8 +40,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def runs(job):
-    """run(name) -> the folder of a finished run, trained once, with a checkpoint of step 3; or of
-    one process."""
+    """Return run(name) -> the folder of a finished run with a checkpoint of step 3, trained once."""
     done = {}
 
     def run(name):
@@ -68,8 +66,7 @@ def test_curve_and_weights_are_those_of_one_process(runs, name):
 
 @pytest.mark.parametrize("name", ["interleaved x data", "tensor"])
 def test_checkpoints_hold_what_those_of_one_process_hold(runs, name):
-    """Every stage has written its own, the optimizer's state among it, which the curve shows only
-    later."""
+    """Every stage has written its own tensors, the optimizer's state among them."""
     ours, expected = (
         checkpoint_tensors(runs(run) / "checkpoints/step_00000003") for run in (name, MOE)
     )
@@ -124,8 +121,9 @@ def test_a_signal_to_one_rank_saves_on_all(job, tmp_path, start_script, run_scri
 
 
 def test_one_gradient_exchange_per_step_whatever_the_accumulation(runs):
-    """Six steps of two micro-batches. Rank 0 holds two blocks of 14 tensors, and the embedding,
-    which is tied to the head of the last stage; loss and norm are a message each, so are evaluation
+    """Six steps of two micro-batches.
+
+    Rank 0 holds two blocks of 14 tensors, and the embedding, which is tied to the head of the last stage; loss and norm are a message each, so are evaluation
     and three checks of replicas.
     """
     counts = json.loads((runs("interleaved x data") / "collectives.json").read_text())

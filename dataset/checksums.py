@@ -1,0 +1,34 @@
+"""Checksums of arrays and dicts, and small JSON files that have one."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+
+def remember(path: Path, value: dict) -> None:
+    """Write what `recall` gives back; readers see the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({**value, "checksum": dict_checksum(value)}))
+    os.replace(temporary, path)
+
+
+def recall(path: Path) -> dict | None:
+    """What was remembered; None: nothing, or it is torn or altered."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        return value if value["checksum"] == dict_checksum(value) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def dict_checksum(value: dict) -> int:
+    """CRC-32 of a dict as JSON, its own "checksum" apart."""
+    return zlib.crc32(json.dumps({**value, "checksum": 0}, sort_keys=True).encode())
+
+
+def array_checksum(array: np.ndarray) -> int:
+    """CRC-32 of an array's content, dtype and shape."""
+    return zlib.crc32(array, zlib.crc32(f"{array.dtype.str} {array.shape}".encode()))

@@ -1,0 +1,36 @@
+"""Rows of a token cache as text, for --preview."""
+
+import numpy as np
+
+
+def show_rows(dataset, tokenizer, count: int, colour: bool) -> str:
+    """The first samples of a `CachedDataset`, each with its counts and a newline behind it."""
+    shown = ""
+    for row in range(min(count, len(dataset))):
+        counts = f"{dataset.lengths[row]} tokens, {dataset.supervised[row]} supervised"
+        text = mark_supervised(*dataset.cache[row], tokenizer, colour)
+        shown += f"--- sample {row}: {counts}\n{text}\n"
+    return shown
+
+
+def show_pairs(dataset, tokenizer, count: int, colour: bool) -> str:
+    """As `show_rows`, of the pairs of a `PreferenceDataset`."""
+    shown = ""
+    for row in range(min(count, len(dataset))):
+        for side, name in enumerate(("chosen", "rejected")):
+            ids, mask = dataset.cache[2 * row + side]
+            counts = f"{len(ids) - 1} tokens, {mask[1:].sum()} supervised"
+            text = mark_supervised(ids, mask, tokenizer, colour)
+            shown += f"--- pair {row}, {name}: {counts}\n{text}\n"
+    return shown
+
+
+def mark_supervised(ids: np.ndarray, mask: np.ndarray, tokenizer, colour: bool) -> str:
+    """The text of a row, what carries loss between [[ and ]], or in green."""
+    begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
+    shown, at = "", 0
+    for stop in [*(np.flatnonzero(np.diff(mask)) + 1), len(ids)]:
+        text = tokenizer.decode(ids[at:stop].tolist())
+        shown += f"{begin}{text}{end}" if mask[at] else text
+        at = stop
+    return shown

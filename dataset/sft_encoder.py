@@ -1,0 +1,27 @@
+"""What a row of conversations becomes for supervised fine-tuning."""
+
+from dataset.chat_format import chat_coder, encode_chats
+from dataset.chat_rows import detect_format, normalise_row
+
+
+class SFTEncoder:
+    """A `cache_builder.Encoder`; the arguments are those of `lm_dataset.SFTDataset`."""
+
+    def __init__(self, tokenizer, max_length: int, loss_on: str):
+        self.coder = chat_coder(tokenizer)
+        self.max_length = max_length
+        self.loss_on = loss_on
+        self.format = None
+
+    def parse(self, row: object) -> tuple:
+        """(messages, tools) of a row; the first one says which format all of them have."""
+        self.format = self.format or detect_format(row)
+        return normalise_row(row, self.format)
+
+    def encode(self, chats: list[tuple]) -> list[tuple[list, bool]]:
+        results, size = [], self.max_length + 1
+        for ids, mask in encode_chats(chats, self.coder, self.loss_on):
+            truncated = len(ids) > size
+            ids, mask = ids[:size], mask[:size]
+            results.append(([(ids, mask)] if 1 in mask else [], truncated))
+        return results

@@ -1,0 +1,45 @@
+"""--compile: whether it is worth its time in a run, and compiling a model's blocks."""
+
+from torch import nn
+
+from runtime.device import one_order
+from runtime.kernel_loader import compiling, in_use
+from runtime.ranks import mesh_sizes, world
+
+SHARDED = ("zero2", "zero3")
+
+
+def is_worth_it(model: nn.Module, args, dtype: str, operations: float) -> int:
+    """1 where compiling is known to pay, and possible here; says so then.
+
+    Args:
+        args: the flags strategy, gradient_checkpointing and device.
+        operations: of this process in the whole run, more than `parallel.WORTH_COMPILING`.
+    """
+    is_dense = not model.config.use_moe and not args.gradient_checkpointing
+    is_whole = args.strategy not in SHARDED and max(mesh_sizes.values()) == 1
+    if not (is_dense and is_whole and in_use()):
+        return 0
+    if not compiling().compiler_works(args.device, dtype):
+        return 0
+    if world()[0] == 0:
+        print(
+            f"--compile 1: half a minute before the first step, for {operations:.1e} operations to"
+            " come",
+            flush=True,
+        )
+    return 1
+
+
+def compile_model(model: nn.Module, args, dtype: str) -> None:
+    """Have each block compiled: now, or where it is sharded at its first use.
+
+    A process may have no room for a whole pass of a model that it shares with others.
+
+    Args:
+        args: the flags device, strategy, batch_size and max_seq_len.
+    """
+    compiling().compile_blocks(model)
+    if args.strategy not in SHARDED and max(mesh_sizes.values()) == 1:
+        with one_order(args.device):
+            compiling().compile_now(model, args.device, dtype, args.batch_size, args.max_seq_len)

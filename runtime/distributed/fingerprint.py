@@ -1,0 +1,44 @@
+"""What must be the same in all processes of a job, wherever they run."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from runtime import kernel_loader
+from runtime.config import CODE, ROOT
+from runtime.device import dtype_of
+from runtime.identity import sample_hash
+
+SOURCES = (".py", ".cpp", ".h")
+# Flags that may differ from process to process: where things lie on a machine, and what is not
+# about the curve.
+LOCAL = (
+    "config",
+    "data_path",
+    "tokenizer_dir",
+    "cache_dir",
+    "out_dir",
+    "device",
+    "num_workers",
+    "report_to",
+)
+
+
+def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
+    """Name -> hash or value; see `launch.fingerprint`."""
+    digest = hashlib.sha256()
+    files = (
+        path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES
+    )
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    same = {"code": digest.hexdigest()[:16], "torch": torch.__version__}
+    if isinstance(device := args.get("device"), torch.device):
+        same["kernels"] = kernel_loader.fingerprint(device, dtype_of(args.get("dtype"), device))
+    if data_path is not None:
+        same["data"] = sample_hash(Path(data_path))
+    if args.get("tokenizer_dir"):
+        same["tokenizer"] = sample_hash(Path(args["tokenizer_dir"]) / "tokenizer.json")
+    return same | {f"--{name}": str(value) for name, value in args.items() if name not in LOCAL}

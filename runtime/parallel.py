@@ -1,0 +1,257 @@
+"""How a model is spread over processes, and how they agree on a step; works alone, too.
+
+What is needed by several processes alone lies in `runtime/distributed/` and is imported where
+there is a process group, --strategy dp or --compile.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.lm import LMConfig
+from runtime.device import is_sharded, local, one_order
+from runtime.ranks import (  # noqa: F401  # for the scripts
+    data_world,
+    gather_numbers,
+    gather_objects,
+    mesh_sizes,
+    replicas,
+    row_split,
+    sum_over_ranks,
+    sum_over_world,
+    unwrap,
+    world,
+)
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "dp")
+SHARDED = ("zero2", "zero3")
+WORTH_COMPILING = 2e16  # operations of a run, per process: minutes on a GPU, of which part is saved
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------------
+
+
+def make_mesh(
+    device: torch.device, strategy: str, context: int, tensor: int, offload: bool = False
+) -> None:
+    """Lay the processes out as data x context x tensor ranks. Every rank calls it, before all else.
+
+    Raises:
+        ValueError: the sizes do not divide the number of processes, or the strategy cannot be had
+            in this layout.
+    """
+    if dist.is_initialized() or context * tensor > 1 or strategy.startswith("zero") or offload:
+        from runtime.distributed import mesh
+
+        mesh.make_mesh(device, strategy, context, tensor, offload)
+
+
+def choose_strategy(config: LMConfig, dataset, args, dtype: str) -> str:
+    """The strategy of a run: --strategy, or for 'auto' the first that fits; prints why.
+
+    Args:
+        args: the flags of the stage, with `device` a torch.device.
+    """
+    if args.strategy != "auto" or not dist.is_initialized():
+        return args.strategy
+    from runtime.distributed import strategies
+
+    return strategies.choose_strategy(config, dataset, args, dtype)
+
+
+def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: int) -> int:
+    """--compile, or where it is not given: 1 where compiling takes less time than it saves.
+
+    A function of flags, data and the kind of machine, not of a clock: a run that goes on computes
+    as it did before. Wins were measured for dense models on GPUs in 16 bits: benchmarks/speed.
+    """
+    if args.compile is not None:
+        return args.compile
+    row = args.max_seq_len if args.packing else dataset.lengths.mean()
+    tokens = min(args.total_steps * global_batch * row, args.epochs * dataset.lengths.sum())
+    operations = 6 * sum(p.numel() for p in model.parameters()) * tokens / world()[1]
+    if operations <= WORTH_COMPILING:
+        return 0
+    from runtime import compilation
+
+    return compilation.is_worth_it(model, args, dtype, operations)
+
+
+def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
+    """The model as the training loop calls it.
+
+    Make the optimizer from its parameters, and load checkpoints, after.
+
+    Args:
+        args: the flags device, batch_size, max_seq_len, compile, bucket_cap_mb, strategy ('ddp',
+            'zero1', 'zero2', 'zero3'; outside a process group the model itself, or 'dp') and
+            offload: zero2 and zero3 then keep weights, gradients and optimizer state in the memory
+            of the CPU.
+        dtype: of the weights as FSDP2 gathers them for the blocks; gradients are reduced in
+            float32.
+        global_batch: rows of an optimizer step.
+    """
+    if args.compile:
+        from runtime import compilation
+
+        compilation.compile_model(model, args, dtype)
+    if args.strategy != "dp" and not dist.is_initialized():
+        return model
+    from runtime.distributed import wrapping
+
+    return wrapping.wrap(model, args, dtype, global_batch)
+
+
+def describe(model: nn.Module, args, dtype: str) -> str:
+    """Size and layout of a wrapped model, in a line."""
+    layout = "no strategy"
+    if dist.is_initialized() or args.strategy == "dp":
+        shared = (f", {name} parallel x {size}" for name, size in mesh_sizes.items() if size > 1)
+        layout = f"{args.strategy}{''.join(shared)}"
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = f" ({trained:,} of them trained)" if trained < parameters else ""
+    devices = f"{world()[1]} x {args.device.type}"
+    return f"{parameters:,} parameters{frozen} on {devices}, {layout}, {dtype}"
+
+
+# --------------------------------------------------------------------------------------------------
+# A step
+# --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sync_gradients(model: nn.Module, sync: bool) -> Iterator[None]:
+    """Around forward and backward of a micro-batch: exchange gradients only where `sync` is true."""
+    if is_fsdp(model):
+        model.set_requires_gradient_sync(sync)
+    is_ddp = isinstance(model, DistributedDataParallel)
+    held_back = model.no_sync() if is_ddp and not sync else nullcontext()
+    with held_back, one_order(next(model.parameters()).device):
+        yield
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(logits)[target] of every token: (K, vocab) in any dtype -> (K,) float32."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def clip_gradients(model: nn.Module, max_norm: float, copies: list[int] | None = None) -> float:
+    """Scale gradients in place to a global norm of at most max_norm; returns the norm before.
+
+    Source: Pascanu et al., On the difficulty of training recurrent neural networks (2013),
+    algorithm 1.
+
+    Args:
+        max_norm: 0 for no limit.
+        copies: of each parameter, the processes that hold the same part of it; by default as it is
+            sharded.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters]
+    # In float64: in float32 the norm of a large tensor is off by 1e-4, and not by the same in every
+    # layout. That of a row is not, and a CPU takes a tenth of the time for it.
+    if gradients[0].device.type == "cpu":
+        norms = (torch.linalg.vector_norm(g, dim=-1).double() for g in gradients)
+        squares = torch.stack([norm.square().sum() for norm in norms])
+    else:
+        squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)) ** 2
+    if copies is None and is_sharded(parameters[0]):
+        from runtime.distributed.mesh import holders
+
+        copies = [holders(p) for p in parameters]
+    if copies is None:  # the same on every rank
+        total = squares.sum().item()
+    else:
+        total = sum_over_world((squares / torch.tensor(copies, device=squares.device)).sum())[0]
+    norm = total**0.5
+    scale = max_norm / (norm + 1e-6) if max_norm else 1.0
+    if scale < 1.0:  # never for a norm that is not finite
+        torch._foreach_mul_(gradients, scale)
+    return norm
+
+
+def agree_on_step(grad_norm: float, *values: Tensor | float) -> list[float]:
+    """What a step is decided by, the same on all ranks, in one message.
+
+    A rank that judged by its own gradients could skip a step, or stop, while others wait for it in
+    a collective.
+
+    Args:
+        grad_norm: over all parameters, so that it is the same on all ranks.
+        values: numbers to sum.
+
+    Returns:
+        The gradient norm, which is not finite where one of a rank is not; each value summed as in
+        `sum_over_ranks`.
+
+    Raises:
+        FloatingPointError: on every rank: what they exchanged is not the same on all; names the
+            rank that differs.
+    """
+    rows = gather_numbers(grad_norm, *values)
+    if len(rows) == 1:
+        return rows[0]
+    from runtime.distributed.replicas import check_norms
+
+    check_norms([row[0] for row in rows])
+    sums = (sum(column) / mesh_sizes["tensor"] for column in zip(*rows, strict=True))
+    return [rows[0][0], *list(sums)[1:]]
+
+
+def check_replicas(model: nn.Module, step: int, every: int) -> None:
+    """Stop when ranks that must hold the same weights do not; see `distributed.replicas`.
+
+    Every rank calls it at every step; it acts at every `every`-th (0: never).
+
+    Raises:
+        FloatingPointError: on every rank; names the first tensor and the rank that differs.
+    """
+    if world()[1] > 1 and every and step % every == 0:
+        from runtime.distributed import replicas as checks
+
+        checks.check_replicas(model, step)
+
+
+# --------------------------------------------------------------------------------------------------
+# Before the first step
+# --------------------------------------------------------------------------------------------------
+
+
+def assert_same_on_all_ranks(same: dict[str, str]) -> None:
+    """Refuse to train with processes that are not about to do the same. Every rank calls it.
+
+    Args:
+        same: see `launch.fingerprint`.
+
+    Raises:
+        ValueError: on every rank; names the first difference and where it is.
+    """
+    if dist.is_initialized():
+        from runtime.distributed import replicas as checks
+
+        checks.assert_same_on_all_ranks(same)
+
+
+def rank_zero_first(build: Callable[[], object]) -> object:
+    """Run `build` on rank 0, then on the other ranks, which find what it left (a token cache, say).
+
+    Raises:
+        ValueError: on every rank, when rank 0 raised one.
+    """
+    if not dist.is_initialized():
+        return build()
+    from runtime.distributed import mesh
+
+    return mesh.rank_zero_first(build)

@@ -1,0 +1,106 @@
+"""Completions of a data set's prompts with their rewards, and what the log says about them."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dataset.chat_format import IM_END
+from dataset.prompt_dataset import PromptDataset
+from runtime.parallel import data_world, sum_over_ranks
+from runtime.rl.rewards import Reward, compute_rewards, texts_of
+from runtime.rl.rollout import Rollout, generate, whole_copy
+
+
+@dataclass
+class Sampler:
+    """Samples completions from a policy, and computes their rewards."""
+
+    args: Any  # the flags batch_size, max_new_tokens, temperature and seed
+    rewards: list[Reward]  # of --reward
+    dataset: PromptDataset
+    tokenizer: Any
+    autocast: Any  # around forward passes
+    copy: nn.Module | None  # to generate with, where the policy is sharded or compiled
+
+    def sample_completions(
+        self,
+        policy: nn.Module,
+        numbers: list[int],
+        samples: int,
+        step: int,
+        temperature: float | None = None,
+    ) -> tuple[Rollout, Tensor]:
+        """Complete this rank's prompts, and compute the rewards. All ranks call it together.
+
+        Args:
+            policy: not wrapped in DDP; it may be sharded.
+            numbers: of the prompts in the dataset.
+            samples: completions of each prompt.
+            temperature: other than --temperature.
+
+        Returns:
+            The rollout, and its rewards (N, rewards), see `compute_rewards`.
+
+        Raises:
+            ValueError: see `compute_rewards`.
+        """
+        args = self.args
+        rollout = generate(
+            whole_copy(policy, self.copy),
+            [self.dataset[n] for n in numbers],
+            numbers,
+            samples,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature if temperature is None else temperature,
+            end=self.tokenizer.convert_tokens_to_ids(IM_END),
+            seed=args.seed,
+            step=step,
+            autocast=self.autocast,
+        )
+        sources = [n for n in numbers for _ in range(samples)]
+        rows = [self.dataset.rows[n] for n in sources]
+        places = [self.dataset.places[n] for n in sources]
+        return rollout, compute_rewards(self.rewards, rollout, rows, places, self.tokenizer)
+
+    def greedy_reward(self, policy: nn.Module, numbers) -> float:
+        """Mean reward of the most probable completions of some prompts, each counted once.
+
+        Args:
+            numbers: (n,) of the prompts, the same on every rank.
+        """
+        rank, ranks = data_world()
+        local_numbers = numbers[rank::ranks].tolist()
+        _, rewards = self.sample_completions(policy, local_numbers, 1, 0, temperature=0.0)
+        return sum_over_ranks(rewards.sum())[0] / len(numbers)
+
+    def show(self, rollout: Rollout, rewards: Tensor, count: int = 3) -> str:
+        """A few completions of a rollout with their rewards, in a line each."""
+        prompts, completions = texts_of(rollout, self.tokenizer)
+        total = rewards.sum(dim=1).tolist()
+        count = min(count, len(rollout))
+        rows = [n * len(rollout) // count for n in range(count)]
+        lines = [f"  reward {total[n]:.2f}: {prompts[n]!r} -> {completions[n]!r}" for n in rows]
+        return "\n".join(lines)
+
+
+def rollout_metrics(rollout: Rollout, rewards: Tensor, names: list[str]) -> dict[str, float]:
+    """Over all ranks: reward, lengths, and the share of completions that were cut off.
+
+    Args:
+        rewards: (N, rewards), see `compute_rewards`.
+        names: of the rewards; where there are several, each has its mean.
+    """
+    total = rewards.sum(dim=1)
+    sums = [len(rollout), total.sum(), total.square().sum()]
+    sums += [rollout.lengths.sum(), (~rollout.ended).sum()]
+    count, mean, square, length, cut, *each = sum_over_ranks(*sums, *rewards.sum(dim=0))
+    mean, square = mean / count, square / count
+    metrics = {"reward": mean, "reward_std": math.sqrt(max(0.0, square - mean**2))}
+    metrics |= {"completion_length": length / count, "truncated": cut / count}
+    if len(names) > 1:
+        means = [value / count for value in each]
+        metrics |= {f"reward {name}": value for name, value in zip(names, means, strict=True)}
+    return metrics
