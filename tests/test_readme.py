@@ -123,19 +123,23 @@ def test_every_path_that_is_named_exists(page):
             assert list(ROOT.glob(name.rstrip("/"))), f"{page}: `{name}`"
 
 
-@pytest.mark.parametrize("page", [page for page in BOTH if page.endswith("walk.md")])
-def test_excerpts_of_the_walk_are_in_the_code(page):
-    """A block begins with the file that it is from; `...` stands for lines left out."""
+@pytest.mark.parametrize("page", BOTH)
+def test_excerpts_and_functions_are_in_the_code(page):
+    """An excerpt begins with the file that it is from; `...` stands for lines left out."""
     excerpts = blocks(page, "python")
-    assert len(excerpts) >= 5
+    assert len(excerpts) >= 10 or not page.endswith("walk.md")
     for excerpt in excerpts:
         head, *lines = excerpt.splitlines()
         name = head.removeprefix("# ")
-        code = {line.strip() for line in read(name).splitlines()}
+        code = {line.strip() for line in [*read(name).splitlines(), "...", ""]}
         for line in lines:
-            assert not line.strip() or line.strip() == "..." or line.strip() in code, (
-                f"{page}: {name} has no line: {line.strip()}"
-            )
+            assert line.strip() in code, f"{page}: {name} has no line: {line.strip()}"
+    english = re.findall(r"In the code: (`[^.]*`)\sin\s`([\w/]+\.py)`", prose(page))
+    chinese = re.findall(r"\u4ee3\u7801\u89c1 `([\w/]+\.py)` \u7684 (`[^\u3002]*`)", prose(page))
+    for names, file in english + [(names, file) for file, names in chinese]:
+        defined = set(re.findall(r"^(?:def|class) (\w+)", read(file), re.MULTILINE))
+        assert set(re.findall(r"`(\w+)`", names)) <= defined, f"{page}: {names} in {file}"
+    assert (english or chinese) or "/stages/" not in page or page.endswith("tokenizer.md")
 
 
 # --------------------------------------------------------------------------------------------------
