@@ -41,7 +41,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 LONGEST = (
-    "readme resume launcher lightning multinode pipeline accelerate deepspeed faults strategies"
+    "readme docs resume launcher lightning multinode pipeline accelerate deepspeed faults strategies"
     " exactness".split()
 )
 
