@@ -1,7 +1,8 @@
 """A Python that has imported what a training run imports, and forks: starting one anew takes five times as long.
 
 A fork is what `python SCRIPT ARGS` would be, in a session of its own, with the environment, folder, streams, limits and
-ignored signals that its client names; torchrun's ranks are forks of torchrun. None of our own modules is imported here.
+ignored signals that its client names; the scripts that it starts by subprocess, as torchrun does its ranks, are forks of
+it. None of our own modules is imported here.
 What a start of Python itself does (its PYTHON variables, locale, sitecustomize, the imports) needs a real one.
 
     python -c "import fork_server; fork_server.main(3)"        # 3: a listening socket
@@ -11,6 +12,7 @@ import atexit
 import contextlib
 import ctypes
 import importlib
+import inspect
 import io
 import os
 import pickle
@@ -37,6 +39,11 @@ PRELOADED = (
 )
 # Variables that say in /proc whose process this is, with room for the values that a fork writes over them.
 MARKS = {"MINIMIND_TEST_TAG": "-" * 32, "RANK": "-"}
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+START = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONIOENCODING", "LC_ALL")}
+PATH = list(sys.path)
+execute_child = subprocess.Popen._execute_child
+CHILD = inspect.signature(execute_child)
 IGNORABLE = (signal.SIGHUP, signal.SIGTERM)
 INHERITED_LIMITS = (resource.RLIMIT_FSIZE,)
 TORCHRUN = ["-m", "torch.distributed.run"]
@@ -165,6 +172,8 @@ def receive(connection: socket.socket, size: int) -> bytes:
 
 def main(listener: int, alive: int) -> None:
     sys.path.remove(os.path.dirname(os.path.abspath(__file__)))
+    del os.environ["PYTHONPATH"]
+    START["PYTHONPATH"], PATH[:] = None, sys.path
     for name in PRELOADED:
         importlib.import_module(name)
     request = serve(socket.socket(fileno=listener), alive)
@@ -257,13 +266,11 @@ def mark(name: str, value: str) -> None:
 
 def run(words: list[str]) -> None:
     """What `python WORDS` does."""
-    if words[:2] == TORCHRUN:
-        from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-
-        SubprocessHandler._popen = lambda self, command, variables: Rank(command, variables)
-        sys.argv = ["torchrun", *words[2:]]
+    subprocess.Popen._execute_child = fork_child
+    if words[0] == "-m":
+        sys.argv = list(words[1:])
         sys.path[0] = os.getcwd()
-        runpy.run_module("torch.distributed.run", run_name="__main__")
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = list(words)
         sys.path[0] = os.path.dirname(words[0])
@@ -271,7 +278,8 @@ def run(words: list[str]) -> None:
 
 
 def run_and_exit(words: list[str]) -> None:
-    """End as Python does, but for taking modules and objects apart, which takes longer than a tiny run."""
+    """End as Python does, but for taking modules and objects apart, which takes longer than a tiny
+    run."""
     code = 1
     try:
         run(words)
@@ -288,43 +296,60 @@ def run_and_exit(words: list[str]) -> None:
         os._exit(code)
 
 
-class Rank:
-    """A rank that is a fork of torchrun, with what that uses of subprocess.Popen."""
-
-    def __init__(self, command: tuple[str, ...], variables: dict[str, str]):
-        self.args, self.returncode = command, None
-        began, begins = os.pipe()
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self.be(command, variables, begins)
-        os.close(begins)
-        os.read(began, 1)  # it has a session of its own, and takes signals
-        os.close(began)
-
-    def be(self, command: tuple[str, ...], variables: dict[str, str], begins: int) -> None:
-        """In the fork: torchrun's frames below this one must not go on, whatever the script does."""
-        os.setsid()
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        take_variables(variables)
+def fork_child(process: subprocess.Popen, *given) -> None:
+    """In place of Popen's way to start a program: where that is Python with a script, fork instead."""
+    options = CHILD.bind(process, *given).arguments
+    words = options["args"]
+    words = [] if isinstance(words, str | bytes) else [os.fsdecode(word) for word in words]
+    scripts = [word for word in words[1:] if word != "-u"]
+    variables = options["env"] or dict(os.environ)
+    special = options["shell"] or options["pass_fds"]
+    special = special or any(variables.get(name) != START[name] for name in START)
+    if special or words[:1] != [sys.executable] or not is_script(scripts):
+        execute_child(process, *given)
+        return
+    began, begins = os.pipe()
+    sys.stdout.flush()
+    process.pid = os.fork()
+    if process.pid == 0:
+        if options["start_new_session"]:
+            os.setsid()
+        for stream, name in enumerate(("p2cread", "c2pwrite", "errwrite")):
+            if options[name] >= 0:
+                os.dup2(options[name], stream)
         os.closerange(3, begins)
-        os.closerange(begins, 4096)  # ends the read of torchrun
-        run_and_exit([word for word in command[1:] if word != "-u"])
+        if options["cwd"]:
+            os.chdir(options["cwd"])
+        if options["preexec_fn"]:
+            options["preexec_fn"]()
+        forget_parent()
+        take_variables(options["env"] or dict(os.environ))
+        os.closerange(begins, 4096)  # what the parent waits for
+        run_and_exit(scripts)
+    process._child_created = True
+    os.close(begins)
+    os.read(began, 1)  # the child has a session of its own, and takes signals
+    os.close(began)
+    for theirs, ours in (("p2cread", "p2cwrite"), ("c2pwrite", "c2pread"), ("errwrite", "errread")):
+        if options[theirs] >= 0 and options[ours] >= 0:
+            os.close(options[theirs])
 
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            number, status = os.waitpid(self.pid, os.WNOHANG)
-            if number:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
 
-    def wait(self, timeout: float | None = None) -> int:
-        if self.poll() is None:
-            handle = os.pidfd_open(self.pid)
-            ended = select.select([handle], [], [], timeout)[0]
-            os.close(handle)
-            if not ended:
-                raise subprocess.TimeoutExpired(self.args, timeout)
-        return self.poll()
+def is_script(words: list[str]) -> bool:
+    """Whether Python is to run a file or a module, without flags of its own before it."""
+    return bool(words) and (words[0] == "-m" or not words[0].startswith("-"))
+
+
+def forget_parent() -> None:
+    """Signal handlers, modules of ours and what was to be done at exit."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    atexit._clear()
+    sys.path[:] = PATH
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None) or ""
+        if name != "__main__" and path.startswith(ROOT) and not path.startswith(sys.prefix):
+            del sys.modules[name]

@@ -55,7 +55,9 @@ FORKS = ForkServer()
 AT_START = ("PYTHON", "LANG", "LC_", "LD_")  # what only a real start of Python obeys
 
 
-def start(args, env, nproc, cwd, gpu, fresh=False, **streams) -> subprocess.Popen | Fork:
+def start(
+    args, env=None, nproc=None, cwd=ROOT, gpu=False, fresh=False, **streams
+) -> subprocess.Popen | Fork:
     """Start a script, as a fork of a Python that has imported torch, or fresh."""
     script, *rest = map(str, args)
     command = []
@@ -76,7 +78,7 @@ def start(args, env, nproc, cwd, gpu, fresh=False, **streams) -> subprocess.Pope
         else:
             variables[name] = str(value)
 
-    fresh |= gpu or not script.endswith(".py") or subprocess.PIPE in streams.values()
+    fresh |= gpu or not is_python(script) or subprocess.PIPE in streams.values()
     if fresh or any(name.startswith(AT_START) for name in env or {}):
         command = [sys.executable, *command]
         process = subprocess.Popen(
@@ -86,6 +88,14 @@ def start(args, env, nproc, cwd, gpu, fresh=False, **streams) -> subprocess.Pope
         process = fork_with_streams(command, variables, cwd, **streams)
     process.tag = tag
     return process
+
+
+def is_python(script: str) -> bool:
+    """Whether a file is a Python script, by its name or its first line."""
+    if script.endswith(".py"):
+        return True
+    with open(script, "rb") as file:
+        return b"python" in file.readline()
 
 
 def fork_with_streams(command, variables, cwd, stdin=0, stdout=1, stderr=2) -> Fork:
@@ -231,17 +241,7 @@ def on_a_terminal(script: str, *args) -> tuple[int, str]:
     """Exit code of a script, and what it shows on a terminal of 150 columns."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
-    process = start(
-        [script, *args],
-        None,
-        None,
-        ROOT,
-        False,
-        fresh=True,
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-    )
+    process = start([script, *args], fresh=True, stdin=follower, stdout=follower, stderr=follower)
     os.close(follower)
     shown = b""
     with contextlib.suppress(OSError):  # raised when the other end is closed
