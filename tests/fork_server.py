@@ -11,6 +11,7 @@ What a start of Python itself does (its PYTHON variables, locale, sitecustomize,
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import inspect
 import io
@@ -176,6 +177,7 @@ def main(listener: int, alive: int) -> None:
     START["PYTHONPATH"], PATH[:] = None, sys.path
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # the collector of a fork need not look at what is here, and so have it copied
     request = serve(socket.socket(fileno=listener), alive)
     if request is not None:  # in a fork
         run_and_exit(request["words"])
