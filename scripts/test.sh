@@ -8,6 +8,7 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 . scripts/venv.sh requirements-dev.txt
 
+unset PYTHONDONTWRITEBYTECODE  # a file is compiled once, not at each start of a script
 "$python" -m ruff format --check .
 "$python" -m ruff check .  # docstrings, too
 "$python" -m ty check --quiet

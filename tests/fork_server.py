@@ -36,6 +36,7 @@ PRELOADED = (
     "torch.distributed.checkpoint",
     "torch.distributed.pipelining",
     "torch.distributed.launcher.api",
+    "torch.profiler._cupti_monitor",
     "transformers.models.auto.tokenization_auto",
 )
 # Variables that say in /proc whose process this is, with room for the values that a fork writes over them.
@@ -176,7 +177,8 @@ def main(listener: int, alive: int) -> None:
     del os.environ["PYTHONPATH"]
     START["PYTHONPATH"], PATH[:] = None, sys.path
     for name in PRELOADED:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # another version of torch
+            importlib.import_module(name)
     gc.freeze()  # the collector of a fork need not look at what is here, and so have it copied
     request = serve(socket.socket(fileno=listener), alive)
     if request is not None:  # in a fork
