@@ -28,6 +28,8 @@ MUST_NOT_IMPORT = {
 # them.
 PACKAGES = {"torch", "transformers", "numpy", "wandb", "tokenizers", "safetensors", "tqdm", "yaml"}
 
+CARD = {"model", "dataset", "trainer", "out", "requirements.txt", "README.md", "eval_model.py"}
+
 HELPERS = [
     "init_distributed_mode",
     "get_lr",
@@ -191,6 +193,14 @@ def test_scripts_that_a_launcher_starts_watch_it_before_they_import_much(name):
         line.split()[1].split(".")[0] for line in early if line.split()[1] != "runtime.launcher"
     ]
     assert set(modules) <= set(sys.stdlib_module_names)
+
+
+def test_the_layout_that_users_know():
+    """Of a fresh clone, where out/ has nothing but a page that says what comes to lie there."""
+    names = {name.split("/")[0] for name in FILES}
+    assert CARD <= names, f"missing: {CARD - names}"
+    assert [name for name in FILES if name.startswith("out/")] == ["out/README.md"]
+    assert ".pth" in (ROOT / "out/README.md").read_text(encoding="utf-8")
 
 
 def test_the_folder_of_runs_is_there_and_git_keeps_its_readme_alone():
