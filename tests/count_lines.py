@@ -1,7 +1,7 @@
-"""Run a script and write which files of ours it has loaded, with their lines: count_lines.py TABLE SCRIPT ARGS
+"""Run a script and write which files of ours it has loaded, with their lines.
 
-TABLE: a JSON file, path below the repository -> lines. All files are formatted (`ruff format`), so lines of one are
-lines of another.
+count_lines.py TABLE SCRIPT ARGS; TABLE: a JSON file, path below the repository -> lines. All files
+are formatted (`ruff format`), so lines of one are lines of another.
 """
 
 import json

@@ -1,11 +1,12 @@
-"""A Python that has imported what a training run imports, and forks: starting one anew takes five times as long.
+"""A Python that has imported what a training run imports, and forks.
 
-A fork is what `python SCRIPT ARGS` would be, in a session of its own, with the environment, folder, streams, limits and
-ignored signals that its client names; the scripts that it starts by subprocess, as torchrun does its ranks, are forks of
-it. None of our own modules is imported here.
-What a start of Python itself does (its PYTHON variables, locale, sitecustomize, the imports) needs a real one.
+Starting Python anew takes five times as long. A fork is what `python SCRIPT ARGS` would be, in a
+session of its own, with the environment, folder, streams, limits and ignored signals that its
+client names; the scripts that it starts by subprocess, as torchrun does its ranks, are forks of it.
+None of our own modules is imported here. What a start of Python itself does (its PYTHON variables,
+locale, sitecustomize, the imports) needs a real one.
 
-    python -c "import fork_server; fork_server.main(3)"        # 3: a listening socket
+    python -c "import fork_server; fork_server.main(3, 4)"  # a listening socket, and a pipe's end
 """
 
 import atexit
@@ -39,9 +40,8 @@ PRELOADED = (
     "torch.profiler._cupti_monitor",
     "transformers.models.auto.tokenization_auto",
 )
-# Variables that say in /proc whose process this is, with room for the values that a fork writes over them.
+# Variables that say in /proc whose process this is, with room for what a fork writes over them.
 MARKS = {"MINIMIND_TEST_TAG": "-" * 32, "RANK": "-"}
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 START = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONIOENCODING", "LC_ALL")}
 PATH = list(sys.path)
 execute_child = subprocess.Popen._execute_child
@@ -99,10 +99,10 @@ class ForkServer:
             os.rmdir(folder)
 
     def fork(self, words: list[str], variables: dict, cwd, streams: list[int]) -> "Fork":
-        """Start `python WORDS`, where words are a script and its arguments, with or without torchrun before them.
+        """Start `python WORDS`.
 
         Args:
-            words: a path and arguments, or TORCHRUN and its arguments.
+            words: a script and its arguments, or TORCHRUN and its arguments.
             variables: the whole environment.
             cwd: the folder it is started in.
             streams: descriptors of stdin, stdout and stderr.
@@ -263,7 +263,7 @@ def take_variables(variables: dict[str, str]) -> None:
 
 
 def mark(name: str, value: str) -> None:
-    """Write a variable over the one that this process was started with, where /proc/ID/environ shows it."""
+    """Write a variable over the one that this process started with; /proc/ID/environ shows it."""
     place = MARK_PLACES[name]
     ctypes.memmove(place, value.encode().ljust(len(MARKS[name]), b"-"), len(MARKS[name]))
 
@@ -301,7 +301,7 @@ def run_and_exit(words: list[str]) -> None:
 
 
 def fork_child(process: subprocess.Popen, *given) -> None:
-    """In place of Popen's way to start a program: where that is Python with a script, fork instead."""
+    """In place of Popen's way to start a program: fork where that is Python with a script."""
     options = CHILD.bind(process, *given).arguments
     words = options["args"]
     words = [] if isinstance(words, str | bytes) else [os.fsdecode(word) for word in words]
@@ -355,5 +355,6 @@ def forget_parent() -> None:
     sys.path[:] = PATH
     for name, module in list(sys.modules.items()):
         path = getattr(module, "__file__", None) or ""
-        if name != "__main__" and path.startswith(ROOT) and not path.startswith(sys.prefix):
+        installed = path.startswith((sys.prefix, sys.base_prefix))
+        if path and not installed and name not in ("__main__", __name__):
             del sys.modules[name]

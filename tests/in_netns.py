@@ -1,5 +1,7 @@
-"""Run a script in a network namespace, as `ip netns exec NAME python SCRIPT ARGS` does: in_netns.py
-NAME SCRIPT ARGS"""
+"""Run a script in a network namespace, as `ip netns exec NAME python SCRIPT ARGS` does.
+
+in_netns.py NAME SCRIPT ARGS
+"""
 
 import ctypes
 import os
