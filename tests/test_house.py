@@ -299,8 +299,8 @@ TINY = (
 ).split()
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 ANSWERED = CHAT["messages"] + [{"role": "assistant", "content": "hello to you"}]
-# Script -> (rows, flags, lines behind it that are allowed, lines in kernels/ apart). Every flag that is not of size has
-# its default.
+# Script -> (rows, flags, lines behind it that are allowed, those in kernels/ apart). Every flag that
+# is not of size has its default.
 BEHIND = {
     "trainer/train_full_sft.py": ([{"messages": ANSWERED}], [*TINY, "--from_weight=none"], 3800),
     "trainer/train_pretrain.py": ([{"text": "hello to you"}], TINY, 3600),
