@@ -78,12 +78,15 @@ class ForkServer:
         self.address = os.path.join(folder, "socket")
         atexit.register(self.remove, folder)
         environment = os.environ | MARKS | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-        environment["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__))
+        here = os.path.dirname(os.path.abspath(__file__))
         alive, self.alive = os.pipe()  # the server reads its end when this process has ended
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self.address)
             listener.listen(64)
-            command = f"import fork_server; fork_server.main({listener.fileno()}, {alive})"
+            command = (
+                f"import sys; sys.path.insert(1, {here!r}); import fork_server;"
+                f" fork_server.main({listener.fileno()}, {alive})"
+            )
             self.process = subprocess.Popen(
                 [sys.executable, "-c", command],
                 env=environment,
@@ -174,8 +177,7 @@ def receive(connection: socket.socket, size: int) -> bytes:
 
 def main(listener: int, alive: int) -> None:
     sys.path.remove(os.path.dirname(os.path.abspath(__file__)))
-    del os.environ["PYTHONPATH"]
-    START["PYTHONPATH"], PATH[:] = None, sys.path
+    PATH[:] = sys.path
     for name in PRELOADED:
         with contextlib.suppress(ImportError):  # another version of torch
             importlib.import_module(name)
