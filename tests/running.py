@@ -3,10 +3,8 @@ counts."""
 
 import contextlib
 import fcntl
-import multiprocessing
 import os
 import pty
-import runpy
 import select
 import signal
 import socket
@@ -19,6 +17,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from fork_server import TORCHRUN, Fork, ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
 # Name of a stage, or of the SFT job in another engine -> its script.
@@ -52,11 +51,18 @@ def launched_as(rank: int, nproc: int, port: int = 29500) -> dict[str, str]:
     return dict(zip(LAUNCHER_VARIABLES, map(str, values), strict=True))
 
 
-def start(args, env, nproc, cwd, gpu, **streams) -> subprocess.Popen:
+FORKS = ForkServer()
+AT_START = ("PYTHON", "LANG", "LC_", "LD_")  # what only a real start of Python obeys
+
+
+def start(
+    args, env=None, nproc=None, cwd=ROOT, gpu=False, fresh=False, **streams
+) -> subprocess.Popen | Fork:
+    """Start a script, as a fork of a Python that has imported torch, or fresh."""
     script, *rest = map(str, args)
-    command = [sys.executable]
+    command = []
     if nproc is not None:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+        command += [*TORCHRUN, "--standalone", "--nproc_per_node", str(nproc)]
     command += [str(ROOT / script), *rest]
 
     tag = uuid.uuid4().hex
@@ -72,9 +78,35 @@ def start(args, env, nproc, cwd, gpu, **streams) -> subprocess.Popen:
         else:
             variables[name] = str(value)
 
-    process = subprocess.Popen(command, cwd=cwd, env=variables, start_new_session=True, **streams)
+    fresh |= gpu or not is_python(script) or subprocess.PIPE in streams.values()
+    if fresh or any(name.startswith(AT_START) for name in env or {}):
+        command = [sys.executable, *command]
+        process = subprocess.Popen(
+            command, cwd=cwd, env=variables, start_new_session=True, **streams
+        )
+    else:
+        process = fork_with_streams(command, variables, cwd, **streams)
     process.tag = tag
     return process
+
+
+def is_python(script: str) -> bool:
+    """Whether a file is a Python script, by its name or its first line."""
+    if script.endswith(".py"):
+        return True
+    with open(script, "rb") as file:
+        return b"python" in file.readline()
+
+
+def fork_with_streams(command, variables, cwd, stdin=0, stdout=1, stderr=2) -> Fork:
+    """Streams as subprocess.Popen takes them: a file, a descriptor, DEVNULL or STDOUT."""
+    with open(os.devnull, "r+b") as nothing:
+        stderr = stdout if stderr == subprocess.STDOUT else stderr
+        files = [
+            nothing if file == subprocess.DEVNULL else file for file in (stdin, stdout, stderr)
+        ]
+        numbers = [file if isinstance(file, int) else file.fileno() for file in files]
+        return FORKS.fork(command, variables, cwd, numbers)
 
 
 def processes_of(process: subprocess.Popen, *variables: str) -> list[int]:
@@ -118,7 +150,7 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def run_script(
-    *args, timeout=300, env=None, nproc=None, cwd=ROOT, stdin="", gpu=False
+    *args, timeout=300, env=None, nproc=None, cwd=ROOT, stdin="", gpu=False, fresh=False
 ) -> subprocess.CompletedProcess:
     """Run a project script to its end, with one thread per process and without a network.
 
@@ -130,6 +162,7 @@ def run_script(
         cwd: the folder it is started in.
         stdin: what it reads there.
         gpu: let it see the GPU.
+        fresh: start Python anew, where what it does at its start counts.
 
     Returns:
         An object with returncode, stdout and stderr (text).
@@ -143,7 +176,8 @@ def run_script(
     ):
         given.write(stdin.encode())
         given.seek(0)
-        process = start(args, env, nproc, cwd, gpu, stdin=given, stdout=out, stderr=err)
+        streams = {"stdin": given, "stdout": out, "stderr": err}
+        process = start(args, env, nproc, cwd, gpu, fresh, **streams)
         try:
             process.wait(timeout)
             timed_out = False
@@ -162,45 +196,21 @@ def run_script(
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-# Starting Python with torch takes five of the six seconds of a tiny run. Runs of which only the
-# result counts are forks of a process that has these; what launchers, signals and errors do is
-# tested with `run_script`.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint",
-     "torch.distributed.pipelining", "transformers.models.auto.tokenization_auto"]
-)  # fmt: skip
-
-
-def _be_script(words: list[str], variables: dict[str, str], output: Path, cwd: Path) -> None:
-    """What a fork does."""
-    os.chdir(cwd)
-    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own
-    os.environ.update(variables)
-    with open(output, "wb") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def start_ranks(*args, nproc: int | None, folder: Path, cwd=ROOT, env=None) -> list:
+def start_ranks(*args, nproc: int | None, folder: Path, cwd=ROOT, env=None) -> list[Fork]:
     """Start a project script as nproc ranks that no launcher watches; rank N prints into the file
     `folder/N`."""
-    words = [str(ROOT / args[0]), *map(str, args[1:])]
-    variables, port, processes = {"CUDA_VISIBLE_DEVICES": "", **(env or {})}, free_port(), []
+    port, processes = free_port(), []
     for rank in range(nproc or 1):
-        own = launched_as(rank, nproc, port) if nproc else {}
-        processes.append(
-            FORKS.Process(target=_be_script, args=(words, variables | own, folder / str(rank), cwd))
-        )
-        processes[-1].start()
+        variables = {**(launched_as(rank, nproc, port) if nproc else {}), **(env or {})}
+        with open(folder / str(rank), "wb") as output:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            processes.append(start(args, variables, None, cwd, False, **streams))
     return processes
 
 
@@ -213,13 +223,13 @@ def run_ranks(*args, nproc=None, cwd=ROOT, code=0) -> str:
     with tempfile.TemporaryDirectory() as folder:
         processes = start_ranks(*args, nproc=nproc, folder=Path(folder), cwd=cwd)
         for process in processes:
-            process.join(300)
-        codes = [process.exitcode for process in processes]  # None: still there
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(300)
+        codes = [process.returncode for process in processes]  # None: still there
         for process in processes:
-            process.kill()
-        outputs = [Path(folder) / str(rank) for rank in range(len(processes))]
+            kill_all(process)
         printed = "".join(
-            output.read_text(errors="replace") for output in outputs if output.exists()
+            (Path(folder) / str(rank)).read_text(errors="replace") for rank in range(len(processes))
         )
     assert codes == [code] * len(codes), (
         f"exit codes {codes}: {' '.join(map(str, args))}\n{printed}"
@@ -231,9 +241,7 @@ def on_a_terminal(script: str, *args) -> tuple[int, str]:
     """Exit code of a script, and what it shows on a terminal of 150 columns."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
-    process = start(
-        [script, *args], None, None, ROOT, False, stdin=follower, stdout=follower, stderr=follower
-    )
+    process = start([script, *args], fresh=True, stdin=follower, stdout=follower, stderr=follower)
     os.close(follower)
     shown = b""
     with contextlib.suppress(OSError):  # raised when the other end is closed

@@ -32,7 +32,7 @@ class Terminal:
         os.close(slave)
         self.seen = b""
 
-    def wait_for(self, text: str, seconds: float = 60.0) -> str:
+    def wait_for(self, text: str, seconds: float = 240.0) -> str:
         """Read until the text shows up; returns what came before it."""
         end = time.monotonic() + seconds
         while text.encode() not in self.seen:
@@ -56,7 +56,7 @@ class Terminal:
     def close(self) -> int:
         if self.process.poll() is None:
             try:
-                self.process.wait(30)
+                self.process.wait(240)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 raise

@@ -3,13 +3,15 @@ contain."""
 
 import ast
 import graphlib
+import json
 import re
 import subprocess
 import sys
 import tokenize
 
 import pytest
-from running import ROOT, STAGE_SCRIPTS
+from conftest import write_jsonl
+from running import ROOT, STAGE_SCRIPTS, run_ranks
 
 # What a folder must not know: data flows dataset -> trainer -> out, with model and runtime below
 # the trainer.
@@ -25,6 +27,8 @@ MUST_NOT_IMPORT = {
 # What training may import at start: the four packages of requirements.txt, and what comes with
 # them.
 PACKAGES = {"torch", "transformers", "numpy", "wandb", "tokenizers", "safetensors", "tqdm", "yaml"}
+
+CARD = {"model", "dataset", "trainer", "out", "requirements.txt", "README.md", "eval_model.py"}
 
 HELPERS = [
     "init_distributed_mode",
@@ -191,6 +195,14 @@ def test_scripts_that_a_launcher_starts_watch_it_before_they_import_much(name):
     assert set(modules) <= set(sys.stdlib_module_names)
 
 
+def test_the_layout_that_users_know():
+    """Of a fresh clone, where out/ has nothing but a page that says what comes to lie there."""
+    names = {name.split("/")[0] for name in FILES}
+    assert CARD <= names, f"missing: {CARD - names}"
+    assert [name for name in FILES if name.startswith("out/")] == ["out/README.md"]
+    assert ".pth" in (ROOT / "out/README.md").read_text(encoding="utf-8")
+
+
 def test_the_folder_of_runs_is_there_and_git_keeps_its_readme_alone():
     assert "out/README.md" in FILES
     ignored = [
@@ -253,3 +265,75 @@ def test_the_model_is_plain():
         if module.split(".")[0] == "kernels"
     }
     assert doors == {"runtime/kernel_loader.py"}
+
+
+# --------------------------------------------------------------------------------------------------
+# How much there is to read
+# --------------------------------------------------------------------------------------------------
+
+FOLDERS = ("model/", "dataset/", "runtime/", "kernels/", "trainer/", "eval_model.py")
+SCREEN = 60
+# A stage's loop and its main, and its flags, which are a table.
+LONGER = {"train_epoch": 120, "main": 120, "parse_args": 200}
+LONG_FUNCTIONS = 15  # that are longer today; to become 0
+
+
+def test_functions_fit_a_screen():
+    found = []
+    for name in PYTHON:
+        if not name.startswith(FOLDERS):
+            continue
+        longer = LONGER if name.startswith(("trainer/", "eval_model.py")) else {}
+        for node in ast.walk(parse(name)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > longer.get(node.name, SCREEN):
+                    found.append(f"{name}:{node.lineno}: {node.name} has {lines} lines")
+    print(f"{len(found)} functions are too long", *found, sep="\n")
+    assert len(found) <= LONG_FUNCTIONS, "\n".join(found)
+
+
+TINY = (
+    "--dim=32 --n_layers=1 --n_heads=4 --n_kv_heads=2 --max_seq_len=64 --device=cpu"
+    " --max_steps=2 --batch_size=2"
+).split()
+CHAT = {"messages": [{"role": "user", "content": "hello"}]}
+ANSWERED = CHAT["messages"] + [{"role": "assistant", "content": "hello to you"}]
+# Script -> (rows, flags, lines behind it that are allowed, those in kernels/ apart). Every flag that
+# is not of size has its default.
+BEHIND = {
+    "trainer/train_full_sft.py": ([{"messages": ANSWERED}], [*TINY, "--from_weight=none"], 3800),
+    "trainer/train_pretrain.py": ([{"text": "hello to you"}], TINY, 3600),
+    "trainer/train_dpo.py": (
+        [{"prompt": "hello", "chosen": "hello to you", "rejected": "no"}],
+        [*TINY, "--from_weight=full_sft"],
+        4100,
+    ),
+    "trainer/train_grpo.py": (
+        [CHAT | {"answer": "4"}],
+        [*TINY, "--from_weight=full_sft", "--max_new_tokens=4"],
+        4600,
+    ),
+    "eval_model.py": (None, ["--prompt=hello", "--max_new_tokens=4"], 2200),
+}
+BOUNDED = False  # whether a script that loads more fails the test
+
+
+@pytest.mark.parametrize("script", BEHIND)
+def test_lines_behind_a_script(script, start_weights, tmp_path):
+    """What a reader of a stage has to read: every file of ours that a run on one process loads."""
+    rows, flags, allowed = BEHIND[script]
+    words = [*flags, f"--out_dir={start_weights}"]
+    if rows:
+        data = write_jsonl(tmp_path / "data.jsonl", rows * 8)
+        words.append(f"--data_path={data}")
+        if "grpo" not in script:
+            words.append(f"--cache_dir={tmp_path / 'cache'}")
+    table = tmp_path / "files.json"
+    run_ranks("tests/count_lines.py", table, script, *words)
+    files = json.loads(table.read_text())
+    behind = sum(lines for name, lines in files.items() if not name.startswith("kernels/"))
+    print(*(f"{lines:6d} {name}" for name, lines in files.items()), sep="\n")
+    print(f"{behind:6d} lines behind {script}, {sum(files.values()) - behind} in kernels/")
+    assert script in files and "model/lm.py" in files
+    assert behind <= allowed or not BOUNDED, f"{behind} lines behind {script}, not {allowed}"

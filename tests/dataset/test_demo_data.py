@@ -197,7 +197,8 @@ def test_no_phrase_of_a_newcomer_occurs_in_training(tmp_path):
     assert len(talks) > 5 * len(read("sft"))
 
     def phrases_of(talks: list[list[dict]]) -> set:
-        return {phrase for talk in talks for text in user_turns(talk) for phrase in phrases(text)}
+        texts = {text for talk in talks for text in user_turns(talk)}
+        return {phrase for text in texts for phrase in phrases(text)}
 
     newcomers = phrases_of([row["conversations"] for row in read("newcomer")])
     assert newcomers & phrases_of(training_talks() + talks) == set()

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 import torch
-from running import ROOT, run_script, wait_for_steps
+from running import run_script, wait_for_steps
 
+from benchmarks import kill_resume
 from runtime import store, tracking
 
 FLAGS = (
@@ -44,18 +45,19 @@ def metrics(out) -> list[dict]:
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_killed_run_resumes_bit_identically(nproc):
-    kills = {1: ("--kills=3", "--kills_in_save=2"), 2: ("--kills=1", "--kills_in_save=1")}[nproc]
-    command = [
-        sys.executable,
-        ROOT / "benchmarks/kill_resume.py",
-        *kills,
-        "--steps=40",
-        f"--nproc={nproc}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "weights identical, metrics identical" in done.stdout
+def test_killed_run_resumes_bit_identically(start_script, monkeypatch, capsys, nproc):
+    """At a step, in a save, and between the last checkpoint and the end."""
+    kills = {1: ["--kills=2", "--kills_in_save=1"], 2: ["--kills=1", "--kills_in_save=1"]}[nproc]
+
+    def start(out_dir, args):
+        words = kill_resume.command(out_dir, args)
+        script = next(n for n, word in enumerate(words) if word.endswith(".py"))
+        return start_script(*words[script:], nproc=nproc if nproc > 1 else None)
+
+    monkeypatch.setattr(kill_resume, "start", start)
+    monkeypatch.setattr(sys, "argv", ["kill_resume", *kills, "--steps=40", f"--nproc={nproc}"])
+    code, printed = kill_resume.main(), capsys.readouterr().out
+    assert code == 0 and "weights identical, metrics identical" in printed, printed
 
 
 def test_resume_on_another_number_of_processes(flags, tmp_path, start_script, run_script):
