@@ -51,8 +51,9 @@ from model.lm import MiniMindLM
 from model.lora import merge_adapter
 from model.weights import load_model, newest_weights
 from runtime import launch
+from runtime.exits import end_with_reader
 from runtime.kernel_loader import apply_kernels
-from runtime.terminal import end_with_reader, naming, prepare_streams
+from runtime.terminal import naming, prepare_streams
 
 
 @dataclass

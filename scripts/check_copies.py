@@ -31,7 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime import terminal
+from runtime import exits
 from runtime.flags import check_flags as check_values
 from runtime.flags import usage_error
 
@@ -183,8 +183,7 @@ def read_definitions(
 
 
 def last_line(lines: list[str], end: int) -> int:
-    """Return the last line of a body that the parser ends at `end`: it leaves out comments below
-    the last statement."""
+    """Return the last line of a body that the parser ends at `end`, with comments below it."""
     for number, line in enumerate(lines[end:], start=end + 1):
         if line.strip() and not (line[0].isspace() and line.lstrip().startswith("#")):
             break
@@ -238,8 +237,7 @@ def read_flags(script: Script, tree: ast.Module, markers: dict[int, Marker]) -> 
 def check_marked(
     scripts: dict[str, Script], findings: list[tuple]
 ) -> list[tuple[Definition, Definition]]:
-    """Hold every marked definition against the one it names; return the copies to rewrite with
-    their originals."""
+    """Hold marked definitions against those they name; return what to rewrite, with originals."""
     outdated = []
     for definition in (d for script in scripts.values() for d in script.definitions if d.marker):
         script, marker = definition.script, definition.marker
@@ -316,8 +314,7 @@ def check_unmarked(scripts: dict[str, Script], findings: list[tuple]) -> None:
 
 
 def check_flags(scripts: dict[str, Script], findings: list[tuple]) -> int:
-    """Find flags that are not the same in all stages; return how many flags several stages
-    share."""
+    """Find flags that are not the same in all stages; return how many several stages share."""
     owners, users = {}, defaultdict(set)
     for flag in (
         f for script in scripts.values() if script.module not in NOT_A_STAGE for f in script.flags
@@ -431,4 +428,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    terminal.run(main)
+    exits.run(main)
