@@ -12,7 +12,8 @@ from test_memory import CPU, LARGE, MODELS, TINY
 import kernels
 from kernels import compiling, native
 from model.lm import LMConfig, MiniMindLM
-from runtime.distributed import memory, parallel
+from runtime import parallel
+from runtime.distributed import memory
 
 
 def fast(config: LMConfig, level: int = 0) -> MiniMindLM:
