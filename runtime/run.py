@@ -86,7 +86,7 @@ class Run:
         return bool(stopping) or self.is_done
 
     def finish(self, result: str) -> int:
-        """Wait for what is being written, say how the run ended, with what; return the exit code."""
+        """Wait for what is being written, say how the run ended; returns the exit code."""
         checkpoint.wait()
         number = self.stop.number
         ending = f"stopped by signal {number} at step {self.step}" if number else "finished"
