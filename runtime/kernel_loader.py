@@ -22,7 +22,7 @@ def mode() -> str:
 
 
 def installed() -> bool:
-    return FOLDER.joinpath("__init__.py").is_file()
+    return (FOLDER / "__init__.py").is_file()
 
 
 def in_use() -> bool:
