@@ -15,7 +15,7 @@ from model.weights import load_model, newest_weights
 
 
 class LateHead(nn.Linear):
-    """A head that returns the hidden states: a model ends with them, and its weight is used later."""
+    """A head that returns the hidden states: a model ends with them, its weight is used later."""
 
     def __init__(self, head: nn.Linear):
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
@@ -26,7 +26,7 @@ class LateHead(nn.Linear):
 
 
 class Student(MiniMindLM):
-    """MiniMindLM whose forward pass ends in the losses of distillation; names and weights are equal.
+    """MiniMindLM whose forward pass ends in losses of distillation; names and weights are equal.
 
     Args:
         teacher: from `load_teacher`; is not a part of the student: nothing wraps, moves, trains or

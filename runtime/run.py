@@ -26,11 +26,8 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None  # switched off, but for float16
     autocast: AbstractContextManager = field(default_factory=nullcontext)  # around forward passes
-    log: Callable[[dict], None] | None = None  # a line of metrics; None: the tracker's
+    engine_log: Callable[[dict], None] | None = None  # instead of the tracker's
     stop: StopSignal = field(default_factory=StopSignal)  # the signal to stop, once all ranks agree
-
-    def __post_init__(self) -> None:
-        self.log = self.log or self.tracker.log
 
     @property
     def step(self) -> int:
@@ -63,6 +60,10 @@ class Run:
         self.progress["tokens"] += tokens
         numbers = f"loss {loss}, gradient norm {grad_norm}"
         self.tracker.count_skipped(self.progress, is_finite, numbers)
+
+    def log(self, metrics: dict) -> None:
+        """A line of metrics.jsonl, which holds `step`, and the same to other trackers."""
+        (self.engine_log or self.tracker.log)(metrics)
 
     def log_step(self, metrics: dict[str, float]) -> None:
         """Log a step: every --log_interval-th, the first and the last one of a run."""

@@ -14,7 +14,7 @@ line directly above the def (or its decorators) tells which:
 The landmarks that make each script what it is (train_epoch, parse_args, main) need no such line. A
 flag that several stages have is the same in type, choices, action, nargs and help; only the default
 may differ. A group's flags may be added by a short name, `add = group.add_argument`. The exemption
-there is a line directly above the call: `# Differs from trainer.train_pretrain.--data_path: reason`.
+there is a line directly above the call: `# Differs from trainer.train_pretrain.--lr: reason`.
 """
 
 import argparse

@@ -350,7 +350,7 @@ def main() -> int:
         tracker=tracker,
         progress=progress,
         save=save,
-        log=functools.partial(accelerated.log, accelerator, tracker),
+        engine_log=functools.partial(accelerated.log, accelerator, tracker),
     )
     while not (run.is_done or run.stop.number):
         train_epoch(run, accelerator, plans(progress["epoch"]), dataset, held_out)

@@ -170,8 +170,8 @@ def train_epoch(run: Run, trainer, plans, dataset: SFTDataset, held_out, resumed
                 group["lr"] = lr
 
             # 2. Gradients. The loss is one mean over the supervised tokens of the whole window, all
-            #    micro-batches and all ranks, whose number the plan knows. Gradients are averaged over
-            #    ranks, hence `replicas`.
+            #    micro-batches and all ranks, whose number the plan knows. Gradients are averaged
+            #    over ranks, hence `replicas`.
             tokens, supervised = plan.counts(window)
             window_loss = window_aux = torch.zeros((), device=args.device)
             for micro, (X, Y, loss_mask, doc_lens) in enumerate(micro_batches, 1):
@@ -191,9 +191,8 @@ def train_epoch(run: Run, trainer, plans, dataset: SFTDataset, held_out, resumed
             is_finite = math.isfinite(loss + aux_loss + grad_norm)
             if is_finite:
                 scaler.step(optimizer)
-            scaler.update(
-                None if is_finite else scaler.get_scale() / 2
-            )  # the same scale on all ranks
+            # The same scale on all ranks
+            scaler.update(None if is_finite else scaler.get_scale() / 2)
             optimizer.zero_grad(set_to_none=True)
 
             # 4. Count, log, evaluate, save
@@ -374,7 +373,7 @@ def main() -> int:
         tracker=tracker,
         progress=progress,
         save=save,
-        log=functools.partial(lightning_engine.log, trainer, tracker),
+        engine_log=functools.partial(lightning_engine.log, trainer, tracker),
         stop=None,
     )
     train_epoch(run, trainer, plans, dataset, held_out, resumed)
