@@ -37,7 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import launcher
+from runtime.distributed.orphans import signal_when_parent_dies
 from runtime.flags import BOUNDS
 
 GROUPS = ("trainer/train_*.py", "trainer/engines/*.py", "eval_model.py", "main.py", "scripts/*.py",
@@ -371,7 +371,7 @@ def be_script(case: Case, words: list[str], folder: Path) -> None:
     code = 1
     try:
         os.setsid()
-        launcher.signal_when_parent_dies(signal.SIGKILL)
+        signal_when_parent_dies(signal.SIGKILL)
         os.chdir(folder)
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))

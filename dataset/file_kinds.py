@@ -225,7 +225,8 @@ def text_kind(path: Path, head: bytes, expected: str) -> tuple[str, str] | None:
     if delimiter and lines:
         kind = "tab-separated values" if delimiter == "\t" else "a CSV table"
         option = "" if delimiter == "," else f",delimiter={delimiter!r}"
-        rows = f"csv.DictReader(open(sys.argv[1],encoding='{encoding or 'ITS_ENCODING'}',newline=''){option})"
+        opened = f"open(sys.argv[1],encoding='{encoding or 'ITS_ENCODING'}',newline='')"
+        rows = f"csv.DictReader({opened}{option})"
         return kind, to_rows(rows, "csv", "csv.field_size_limit(10**9); ")
     if lines and encoding == "utf-8-sig":
         return "plain text, not JSON", "for pretraining on a document a line: mv FILE TEXT"

@@ -101,8 +101,7 @@ def split_rows(rows: int, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.
     if eval_ratio > 0 and not 0 < held_out < rows:
         parts = f"holds out {held_out}, trains on {rows - held_out}"
         raise ValueError(f"--eval_ratio {eval_ratio} of {rows} rows {parts}")
-    stream = np.random.default_rng([seed, 2**31])  # apart from the epochs'
-    shuffled = stream.permutation(rows)
+    shuffled = np.random.default_rng([seed, 2**31]).permutation(rows)  # epochs have other streams
     return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
 
 

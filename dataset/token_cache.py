@@ -220,5 +220,6 @@ def open_cache(
                 print(f"{error}: it is built again", file=sys.stderr, flush=True)
         from dataset.cache_builder import CacheBuilder
 
-        CacheBuilder(data_path, folder, make_encoder, masked, skip_bad, field).build(vocab_size)
+        builder = CacheBuilder(data_path, folder, make_encoder, masked, skip_bad, field=field)
+        builder.build(vocab_size)
     return TokenCache(folder)

@@ -11,15 +11,14 @@ SHARE = 0.05  # of a core: what the thread takes where training needs them all a
 _jobs: queue.Queue = queue.Queue()
 _problems: list[Exception] = []
 _hurry = threading.Event()  # somebody waits
-_thread: dict = {"rests": False}
+# "rests": training needs the cores; "collective": a job may wait for other ranks
+_thread: dict = {"rests": False, "collective": False}
 
 
 def submit(job: Callable, *args) -> None:
     """Have the writing thread call job(*args) behind everything it was given before."""
-    if "thread" not in _thread:
-        _thread["thread"] = threading.Thread(
-            target=work, daemon=True
-        )  # a fault must not wait for it
+    if "thread" not in _thread:  # a daemon: a fault must not wait for it
+        _thread["thread"] = threading.Thread(target=work, daemon=True)
         _thread["thread"].start()
     _jobs.put((job, args))
 
@@ -32,7 +31,8 @@ def wait() -> None:
     """
     finish()
     if _problems:
-        problem, _problems[:] = _problems[0], []
+        problem = _problems[0]
+        _problems.clear()
         raise problem
 
 
@@ -43,18 +43,27 @@ def finish() -> None:
     _hurry.clear()
 
 
+def flush_on_error() -> None:
+    """In a process that ends with a fault: finish what it writes, if no other rank is needed."""
+    if not _thread["collective"]:
+        finish()
+
+
+def need_other_ranks() -> None:
+    """Say that from now on jobs write together with those of other ranks."""
+    _thread["collective"] = True
+
+
 def share_cores(rests: bool) -> None:
-    """Say whether training needs the cores, as it does where it runs on the CPU: then the thread
-    rests in between."""
+    """Say whether training runs on the CPU and needs its cores: then the thread rests in between."""
     _thread["rests"] = rests
 
 
 def throttle() -> None:
-    """In the writing thread, between two pieces of work: rest in proportion to the last one, unless
-    somebody waits.
+    """In the writing thread, between two pieces of work: rest in proportion to the last one.
 
     What the thread takes of the cores training lacks, whatever their priorities; so a save is
-    spread over many steps.
+    spread over many steps, unless somebody waits.
     """
     if _thread["rests"]:
         _hurry.wait((time.thread_time() - _thread["rested"]) * (1 / SHARE - 1))
@@ -62,7 +71,7 @@ def throttle() -> None:
 
 
 def work() -> None:
-    # The lowest priority, for this thread alone: training has the processor whenever it wants it
+    """The writing thread, of the lowest priority: training has the processor when it wants it."""
     try:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
     except (AttributeError, OSError):

@@ -15,16 +15,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from runtime.folders import ROOT
 from runtime.launcher import read_launch
-
-ROOT = Path(__file__).resolve().parents[1]
-CODE = (
-    "model",
-    "kernels",
-    "dataset",
-    "runtime",
-    "trainer",
-)  # folders whose files decide how a run goes
 
 # The names that configuration files of other projects use for our flags, and for the keys below.
 ALIASES = {
@@ -97,8 +89,7 @@ class Entry:
     Attributes:
         key: as it stands there; with its section where ALIASES has it so.
         value: text, a list of texts, or None for null, which is as if the key did not stand there;
-        {} for a section
-            that lies too deep.
+            {} for a section that lies too deep.
         place: `--config FILE:LINE`, for messages.
     """
 
@@ -117,8 +108,7 @@ def config_path(argv: list[str]) -> str | None:
 
 
 def read_config(path: str) -> list[Entry]:
-    """What a YAML file says, in its order; two levels of sections such as `training:` are looked
-    through.
+    """What a YAML file says, in its order, with two levels of sections such as `training:`.
 
     A file that does not exist where you stand is looked for in configs/, too.
 
@@ -220,8 +210,7 @@ def text_of(node: yaml.Node, levels: int = 2) -> str | list | dict | None:
 
 
 def config_to_argv(argv: list[str], parser) -> list[str]:
-    """The YAML file of `--config` as command-line flags, to stand before the real ones, which then
-    win.
+    """The YAML file of `--config` as flags, to stand before the command line's, which then win.
 
     Args:
         argv: the command line, with or without `--config FILE`.
@@ -229,9 +218,8 @@ def config_to_argv(argv: list[str], parser) -> list[str]:
 
     Raises:
         ValueError: names file, line and key. As `read_config`; an unknown key, with the nearest
-        known one; a value that
-            the flag does not take, or that is not obeyed, with the reason; two keys that contradict
-            each other.
+            known one; a value that the flag does not take, or that is not obeyed, with the reason;
+            two keys that contradict each other.
     """
     path = config_path(argv)
     if path is None:
@@ -290,8 +278,7 @@ def flag_values(content: list[Entry], flags: dict) -> dict[str, Entry]:
 
 
 def flag_value(name: str, entry: Entry, action) -> bool | str | list[str]:
-    """The value of a flag: a switch is true or false, a list has texts, all else is a text that the
-    flag takes.
+    """The value of a flag: true or false for a switch, texts for a list, else a text it takes.
 
     Args:
         action: of the parser; None for a key that is no flag.
@@ -305,8 +292,7 @@ def flag_value(name: str, entry: Entry, action) -> bool | str | list[str]:
 
 
 def checked(name: str, entry: Entry, value: object, action) -> str:
-    """One value as the text that argparse takes for it; numbers are written one way, so that they
-    can be compared."""
+    """One value as the text that argparse takes for it; numbers in one form, to compare them."""
     if not isinstance(value, str):
         raise entry.error(
             f"{entry.key} takes one value, found {'a section' if value == {} else value}"
@@ -363,8 +349,7 @@ def refuse_deepspeed(name: str, entry: Entry, flags: dict) -> None:
 
 
 def adapt(values: dict[str, Entry], argv: list[str]) -> dict[str, Entry]:
-    """The values for this script on this machine, started as it was: what is about launchers,
-    engines and backends."""
+    """The values for this script as it was started: about launchers, engines and backends."""
     values = dict(values)
     if "ddp" in values and values["ddp"].value and not read_launch().launched:
         print(
@@ -401,8 +386,7 @@ def check_fixed(entry: Entry, obeyed: tuple, why: str) -> None:
 
 
 def choose_dtype(given: dict[str, Entry]) -> str | None:
-    """The --dtype that is asked for; None where fp16 is false and nothing else is said: no default
-    is float16.
+    """The --dtype that is asked for; None where fp16 is false and nothing else: no default is.
 
     Args:
         given: entries of PRECISIONS.
@@ -429,7 +413,7 @@ def choose_dtype(given: dict[str, Entry]) -> str | None:
 
 
 def check_backend(entry: Entry, ours: str) -> None:
-    """nccl between GPUs and gloo between CPUs: say so where the file asks for something else."""
+    """It is nccl between GPUs and gloo between CPUs: say so where the file asks for something else."""
     if entry.value == "nccl" and ours == "gloo":
         if read_launch().rank == 0:
             print("distributed_backend: nccl needs a GPU, gloo is used", flush=True)

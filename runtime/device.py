@@ -1,5 +1,4 @@
-"""What a device is good at, in which order it sums, what it holds of a tensor, and the memory of a
-process."""
+"""What a device is good at, the order in which it sums, what it holds of a tensor."""
 
 import ctypes
 import os
@@ -11,8 +10,7 @@ from torch import Tensor
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of the fastest matrix products of a device: many CPUs emulate bfloat16, a hundred
-    times slower."""
+    """The dtype of a device's fastest products: CPUs may emulate bfloat16, 100 times slower."""
     fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
@@ -24,8 +22,7 @@ def dtype_of(dtype: str | None, device: torch.device) -> str:
 
 @contextmanager
 def one_order(device: torch.device) -> Iterator[None]:
-    """Have a GPU sum in the same order every time: a run that goes on is bit-identical to one that
-    never stopped.
+    """Have a GPU sum in the same order every time: a resumed run is bit-identical.
 
     Some kernels, that of the gradient of attention first, else add in the order in which their
     threads arrive. A CPU has none of these.

@@ -1,8 +1,8 @@
-"""What values flags may have, for all scripts in one place. Needs no package until a model's size
-is asked for.
+"""What values flags may have, for all scripts in one place.
 
 A number that makes no sense is refused before anything is read, built or written: a run that cannot
-be would else end in the middle, in the words of a library, or never.
+be would else end in the middle, in the words of a library, or never. Needs no package until a
+model's size is asked for.
 """
 
 import math
@@ -14,105 +14,57 @@ from runtime.terminal import shortened
 
 WHOLE = 10**12  # no count that a machine could reach
 REAL = 10**9
-ABOVE_0 = (
-    1e-30  # the least number that is not 0: float32 ends at 1e-38, and products of two have to fit
-)
+ABOVE_0 = 1e-30  # float32 ends at 1e-38, and products of two have to fit
 # More processes than a few for each CPU wait for each other, and each takes memory.
 WORKERS = max(16, 4 * (os.cpu_count() or 1))
+GIB = 2**30
 
-# Every flag that is a number -> its least and its largest value.
-BOUNDS = {
-    # data
-    "max_seq_len": (1, 1 << 24),
-    "eval_ratio": (0, 1),
-    "num_workers": (0, WORKERS),
-    "preview": (0, WHOLE),
-    # model
-    "dim": (1, 1 << 17),
-    "n_layers": (1, 1000),
-    "n_heads": (1, 1 << 14),
-    "n_kv_heads": (1, 1 << 14),
-    "dropout": (0, 1),
-    "n_experts": (1, 4096),
-    "n_experts_per_tok": (1, 4096),
-    "n_shared_experts": (0, 4096),
-    "vocab_size": (1, 1 << 24),
-    "lora_rank": (1, 1 << 17),
-    "lora_alpha": (ABOVE_0, REAL),
-    "lora_dropout": (0, 1),
-    # losses
-    "beta": (ABOVE_0, REAL),
-    "label_smoothing": (0, 0.5),
-    "simpo_gamma": (-REAL, REAL),
-    "sft_weight": (0, REAL),
-    "kl_weight": (0, 1),
-    "kl_temperature": (1e-3, 1000),
-    "kl_beta": (0, REAL),
-    "clip": (ABOVE_0, REAL),
-    "clip_low": (0, REAL),
-    "clip_high": (0, REAL),
-    "value_clip": (ABOVE_0, REAL),
-    "value_weight": (0, REAL),
-    "gamma": (0, 1),
-    "gae_lambda": (0, 1),
-    # rollouts and replies
-    "group_size": (2, 4096),
-    "max_new_tokens": (1, 1 << 24),
-    "temperature": (1e-3, 1000),
-    "top_k": (0, WHOLE),
-    "top_p": (ABOVE_0, 1),
-    "repetition_penalty": (1e-3, 1000),
-    "sample_interval": (0, WHOLE),
-    "updates_per_rollout": (1, 10_000),
-    "mini_batches": (1, 10_000),
-    "ppo_epochs": (1, 10_000),
-    "show_wrong": (0, WHOLE),
-    # optimisation
-    "epochs": (1, 10_000),
-    "max_steps": (0, WHOLE),
-    "batch_size": (1, 1_000_000),
-    "accumulation_steps": (1, 1_000_000),
-    "global_batch_size": (1, WHOLE),
-    "learning_rate": (ABOVE_0, 1e30),
-    "warmup_ratio": (0, 1),
-    "weight_decay": (0, 1000),
-    "grad_clip": (0, REAL),
-    "seed": (0, 2**63 - 1),  # what torch takes
-    # machine
-    "tensor_parallel": (1, 1 << 20),
-    "context_parallel": (1, 1 << 20),
-    "pipeline_parallel": (1, 1 << 20),
-    "bucket_cap_mb": (1, 100_000),
-    "replica_check": (0, WHOLE),
-    # output
-    "save_interval": (0, WHOLE),
-    "save_total_limit": (1, 1_000_000),
-    "log_interval": (1, WHOLE),
-    "eval_interval": (0, WHOLE),
-    # scripts/
-    "nproc_per_node": (1, 4096),
-    "nnodes": (1, 1 << 20),
-    "node_rank": (0, 1 << 20),
-    "master_port": (1, 65535),
-    "max_restarts": (0, WHOLE),
-    "timeout": (1e-3, 365 * 24 * 60),  # a year, in minutes
-    "devices": (1, 1 << 20),
-    "nodes": (1, 1 << 20),
-    "device_memory_gb": (1e-3, REAL),
-    "flops_tflops": (1e-3, REAL),
-    "mfu": (1e-3, 1),
-    "link_gbps": (1e-3, REAL),
-    "latency_us": (0, REAL),
-    "overlap": (0, 1),
-    # trainer/train_tokenizer.py
-    "hold_out": (0, WHOLE),
-    "min_frequency": (1, WHOLE),
-}
+# Least value, largest value, flags that are such a number
+RANGES = [
+    (0, 1, "eval_ratio dropout lora_dropout warmup_ratio kl_weight gamma gae_lambda overlap"),
+    (0, 0.5, "label_smoothing"),
+    (1e-3, 1, "mfu"),
+    (ABOVE_0, 1, "top_p"),
+    # sizes of a model
+    (1, 1 << 24, "max_seq_len max_new_tokens vocab_size"),
+    (1, 1 << 17, "dim lora_rank"),
+    (1, 1 << 14, "n_heads n_kv_heads"),
+    (1, 1000, "n_layers"),
+    (1, 4096, "n_experts n_experts_per_tok"),
+    (0, 4096, "n_shared_experts"),
+    # batches, steps and intervals
+    (1, 10_000, "epochs updates_per_rollout mini_batches ppo_epochs"),
+    (1, 1_000_000, "batch_size accumulation_steps save_total_limit"),
+    (2, 4096, "group_size"),
+    (0, WHOLE, "max_steps save_interval eval_interval sample_interval replica_check"),
+    (1, WHOLE, "global_batch_size log_interval"),
+    # other counts
+    (0, WHOLE, "preview top_k show_wrong hold_out max_restarts"),
+    (1, WHOLE, "min_frequency"),
+    (0, 2**63 - 1, "seed"),  # what torch takes
+    # losses, rollouts and optimisation
+    (ABOVE_0, REAL, "lora_alpha beta clip value_clip"),
+    (0, REAL, "sft_weight kl_beta clip_low clip_high value_weight grad_clip"),
+    (-REAL, REAL, "simpo_gamma"),
+    (1e-3, 1000, "temperature kl_temperature repetition_penalty"),
+    (ABOVE_0, 1e30, "learning_rate"),
+    (0, 1000, "weight_decay"),
+    # machines
+    (0, WORKERS, "num_workers"),
+    (1, 4096, "nproc_per_node"),
+    (1, 1 << 20, "tensor_parallel context_parallel pipeline_parallel nnodes devices nodes"),
+    (0, 1 << 20, "node_rank"),
+    (1, 65535, "master_port"),
+    (1, 100_000, "bucket_cap_mb"),
+    (1e-3, 365 * 24 * 60, "timeout"),  # a year, in minutes
+    (1e-3, REAL, "device_memory_gb flops_tflops link_gbps"),
+    (0, REAL, "latency_us"),
+]
+BOUNDS = {name: (least, most) for least, most, names in RANGES for name in names.split()}
 
 
 def usage_error(message: str) -> None:
-    """What `parser.error` of every script is set to: one line, without argparse's screen of
-    usage."""
+    """What `parser.error` of every script is set to: one line, without argparse's usage."""
     raise ValueError(f"{shortened(message, 300)}; --help lists the flags")
 
 
@@ -128,10 +80,8 @@ def check_flags(args: dict) -> None:
     for name, value in args.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             check_number(name, value)
-        if value == [] and name != "report_to":
-            raise ValueError(
-                f"--{name} --: must have a value"
-            )  # argparse drops this one before Python 3.13
+        if value == [] and name != "report_to":  # argparse drops this one before Python 3.13
+            raise ValueError(f"--{name} --: must have a value")
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str | os.PathLike):
                 check_text(name, os.fspath(text))
@@ -173,35 +123,41 @@ def check_text(name: str, text: str) -> None:
 
 def check_name(name: str, text: str) -> None:
     """ValueError: a file of this name would lie elsewhere than it should, or nowhere."""
-    legible = re.sub(
-        "[\udc80-\udcff]", "", text
-    ).isprintable()  # without the bytes of an encoding that is not UTF-8
-    if text in ("", ".", "..") or "/" in text or not legible:
+    # Without the bytes of an encoding that is not UTF-8
+    is_legible = re.sub("[\udc80-\udcff]", "", text).isprintable()
+    if text in ("", ".", "..") or "/" in text or not is_legible:
         raise ValueError(
             f"--{name} {text!r}: must be a file's name, without a folder: --out_dir says where it"
             " lies"
         )
-    if len(os.fsencode(text)) > 200:  # of 255, as other files are named after it
-        raise ValueError(
-            f"--{name} {text[:20]}...: has {len(os.fsencode(text))} bytes, a file's name may"
-            " have 200"
-        )
+    size = len(os.fsencode(text))
+    if size > 200:  # of 255, as other files are named after it
+        raise ValueError(f"--{name} {text[:20]}...: has {size} bytes, a file's name may have 200")
 
 
 def check_model(args: dict) -> None:
-    """ValueError: sizes that do not fit together, or blocks whose weights are larger than this
-    machine's memory."""
+    """ValueError: sizes that do not fit together, or weights larger than this machine's memory."""
     from model.lm import LMConfig  # here: scripts without a model do without torch
-    from runtime.distributed.memory import GIB, machine_memory, matrix_count
+    from runtime.machine import machine_memory
 
     config = LMConfig.from_flags(args, vocab_size=1)  # that is the tokenizer's, and not yet known
-    size, launched = 4 * matrix_count(config), read_launch()
+    launched = read_launch()
+    size = 4 * block_weights(config)
     memory = machine_memory() * max(1, launched.world_size // launched.local_world_size)
     if size > memory > 0:
-        shape = " ".join(f"--{name} {args[name]}" for name in ("dim", "n_layers"))
+        shape = f"--dim {args['dim']} --n_layers {args['n_layers']}"
         moe = f" --n_experts {args['n_experts']}" if args["use_moe"] else ""
-        need = (
-            f"{size / GIB:,.0f} GiB of weights, more than the {memory / GIB:,.0f} GiB of memory"
-            " here"
+        raise ValueError(
+            f"{shape}{moe}: the model has {size / GIB:,.0f} GiB of weights, more than the"
+            f" {memory / GIB:,.0f} GiB of memory here: take a smaller one"
         )
-        raise ValueError(f"{shape}{moe}: the model has {need}: take a smaller one")
+
+
+def block_weights(config) -> int:
+    """Weights in the matrices of all blocks, by their sizes: nothing is built, however large."""
+    attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
+    mlp = 3 * config.hidden_dim
+    if config.use_moe:
+        experts = config.n_experts + config.n_shared_experts
+        mlp = config.n_experts + 3 * experts * config.moe_hidden_dim
+    return config.n_layers * config.dim * (attention + mlp)

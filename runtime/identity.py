@@ -1,9 +1,7 @@
-"""What makes a run this run: every flag that its curve depends on, and the content of the files
-that they name.
+"""What makes a run this run: every flag that its curve depends on, and what is in their files.
 
-A run that goes on is compared with what its checkpoint records. What differs is refused by name
-with both values, or accepted by --resume_with_changes. A new flag is part of it unless it stands
-among the HARMLESS.
+A run that goes on is compared with what its checkpoint records, see `identity_changes`. A new flag
+is part of it unless it stands among the HARMLESS.
 """
 
 import hashlib
@@ -25,32 +23,8 @@ HARMLESS = {
     "deepspeed_config",  # its settings are compared, see `deepspeed_engine.identity_of`
 }
 DERIVED = {"total_steps", "peak_lr", "deepspeed"}  # no flags, but kept beside them
-# What a checkpoint holds tensors or files for, or that is not used any more: no flag can change it
-# in the same run.
-FIXED = {
-    *(
-        "--dim",
-        "--n_layers",
-        "--n_heads",
-        "--n_kv_heads",
-        "--use_moe",
-        "--n_experts",
-        "--n_shared_experts",
-    ),
-    *("--optimizer", "--lora_rank", "--lora_targets", "--from_weight", "--critic_weight"),
-    *("--tokenizer_dir", "the content of --tokenizer_dir"),
-    *("the engine", "ZeRO stage", "processes", "offload_optimizer", "offload_param"),
-}
-FIXED_IN_AN_ENGINE = {"--weight_decay", "--dtype", "the settings of --deepspeed_config"}
-# What the rows of --data_path become depends on these, too.
-READ_BY = {"--skip_bad", "--loss_on", "--max_seq_len", "--max_new_tokens", "--curriculum"}
-READ_BY |= {f"the content of --{name}" for name in ("data_path", "tokenizer_dir")}
-ROWS, LAST_STEP = "the data of --data_path", "the last step"
-# Checkpoints of before: other names, and what it was where they have none. All else that they lack
-# is not compared.
-RENAMED = {"LoRA's base_sha256": "the weights of --from_weight"}
-RENAMED |= {f"LoRA's {name}": f"--lora_{name}" for name in ("rank", "alpha", "dropout", "targets")}
-UNRECORDED = {"--curriculum": "none", "the engine": None}
+ROWS = "the data of --data_path"
+LAST_STEP = "the last step"
 
 
 def identity_of(flags: dict, global_batch: int, rows_key: str) -> dict:
@@ -64,13 +38,8 @@ def identity_of(flags: dict, global_batch: int, rows_key: str) -> dict:
     identity = {
         f"--{name}": value for name, value in flags.items() if name not in HARMLESS | DERIVED
     }
-    for name in (
-        "from_weight",
-        "teacher_weight",
-        "critic_weight",
-        "eval_data",
-    ):  # wherever they lie
-        if flags.get(name):
+    for name in ("from_weight", "teacher_weight", "critic_weight", "eval_data"):
+        if flags.get(name):  # wherever they lie
             identity[f"--{name}"] = re.sub(r"(_\d+(_moe)?)?\.pth$", "", Path(flags[name]).name)
     for word in flags.get("reward", ()):
         if file := re.match(r"(.+\.(?:py|pth))(?=:|$)", word):
@@ -84,99 +53,17 @@ def identity_of(flags: dict, global_batch: int, rows_key: str) -> dict:
     if "data_path" in flags:
         identity["the content of --data_path"] = sample_hash(Path(flags["data_path"]))
     if "tokenizer_dir" in flags:
-        identity["the content of --tokenizer_dir"] = sample_hash(
-            Path(flags["tokenizer_dir"]) / "tokenizer.json"
-        )
+        tokenizer = Path(flags["tokenizer_dir"]) / "tokenizer.json"
+        identity["the content of --tokenizer_dir"] = sample_hash(tokenizer)
     if "total_steps" in flags:
         identity[LAST_STEP] = flags["total_steps"]
     return identity | {"--global_batch_size": global_batch, ROWS: rows_key}
 
 
-def changes_between(saved: dict, current: dict) -> dict[str, list]:
-    """What differs between two identities, without what follows from something else: name ->
-    [before, now]."""
-    saved = {RENAMED.get(name, name): value for name, value in saved.items()}
-    sides = [UNRECORDED | side for side in (saved, current)]
-    recorded = sides[0].keys() & sides[1].keys()
-    changes = {
-        name: [side[name] for side in sides]
-        for name in sorted(recorded)
-        if sides[0][name] != sides[1][name]
-    }
-    for name in recorded - {
-        ROWS
-    }:  # what is in a file counts, not its name; but by that one people know it
-        _, found, flag = name.partition(" of --")
-        called = changes.pop(f"--{flag}", None) if found else None
-        if called and name in changes:
-            changes[name] = called
-    if ROWS in recorded and ROWS not in changes:  # whatever the files hold, the same was made of it
-        changes = {
-            name: values
-            for name, values in changes.items()
-            if name not in READ_BY or name.startswith("--")
-        }
-    elif READ_BY & changes.keys():
-        changes.pop(ROWS, None)
-    if LAST_STEP in recorded and LAST_STEP not in changes:
-        changes = {
-            name: values
-            for name, values in changes.items()
-            if name not in ("--epochs", "--max_steps")
-        }
-    elif changes.keys() - {LAST_STEP}:
-        changes.pop(LAST_STEP, None)
-    return changes
-
-
-def told(changes: dict[str, list]) -> str:
-    """The changes in words."""
-    texts = []
-    for name, values in changes.items():
-        before, now = (
-            value[:12] if re.fullmatch("[0-9a-f]{16,}", str(value)) else value for value in values
-        )
-        texts.append(f"{name} was {before} and is {now}")
-    return "; ".join(texts)
-
-
-def check_identity(
-    saved: dict, current: dict, source: Path, accept: bool = False
-) -> dict[str, list]:
-    """Refuse to go on with a run that is not the same run, unless its changes are accepted; returns
-    those.
-
-    Args:
-        saved, current: see `identity_of`; parts of a stage or an engine may have been added.
-        source: the checkpoint, for the error.
-        accept: --resume_with_changes.
-
-    Raises:
-        ValueError: names everything that differs with both values.
-    """
-    changes = changes_between(saved, current)
-    fixed = changes.keys() & (FIXED | (FIXED_IN_AN_ENGINE if current.get("the engine") else set()))
-    if not changes or accept and not fixed:
-        return changes
-    accepting = "" if fixed else ", or --resume_with_changes to go on with these"
-    remedy = f"Use the flags it was started with{accepting}, or --resume none for a new run"
-    if accept:
-        remedy = f"--resume_with_changes cannot change {', '.join(sorted(fixed))}. {remedy}"
-    if "--global_batch_size" in changes:
-        remedy = (
-            "Without --global_batch_size it is --batch_size x --accumulation_steps x processes."
-            f" {remedy}"
-        )
-    raise ValueError(f"--resume {source}: this is another run: {told(changes)}. {remedy}")
-
-
 def sample_hash(path: Path, blocks: int = 64, size: int = 1 << 16) -> str:
-    """Hash of a file's length and of blocks spread evenly over it, the first and the last among
-    them."""
+    """Hash of a file's length and of blocks spread evenly over it, first and last among them."""
     try:
-        if (
-            path.exists() and not path.is_file()
-        ):  # to open a pipe would wait for whoever writes to it
+        if path.exists() and not path.is_file():  # to open a pipe would wait for its writer
             return f"{path}: not a file"
         length = path.stat().st_size
         digest = hashlib.sha256(str(length).encode())

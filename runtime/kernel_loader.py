@@ -1,5 +1,4 @@
-"""The one door to kernels/. Everything runs without that folder, too, and with
-MINIMIND_KERNELS=off."""
+"""The one door to kernels/, without which everything runs, too; or with MINIMIND_KERNELS=off."""
 
 import os
 from pathlib import Path
@@ -58,8 +57,7 @@ def report() -> str:
 
 
 def fingerprint(device: torch.device, dtype: str) -> str:
-    """The kernels that a run in this process uses: those of all processes of a job must be the
-    same."""
+    """The kernels that a run in this process uses, which must be the same in all of its job."""
     if not in_use():
         return "off"
     import kernels

@@ -1,7 +1,7 @@
 """How a model is spread over processes, and how they agree on a step; works alone, too.
 
-What is needed by several processes alone lies in `runtime/distributed/` and is imported where
-there is a process group, --strategy dp or --compile.
+What only several processes need is in `runtime/distributed/`, where each function is documented,
+and is imported where there is a process group, --strategy dp or --compile.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,6 @@ from runtime.ranks import (  # noqa: F401  # for the scripts
     replicas,
     row_split,
     sum_over_ranks,
-    sum_over_world,
     unwrap,
     world,
 )
@@ -33,19 +32,13 @@ SHARDED = ("zero2", "zero3")
 WORTH_COMPILING = 2e16  # operations of a run, per process: minutes on a GPU, of which part is saved
 
 
-# --------------------------------------------------------------------------------------------------
-# The model
-# --------------------------------------------------------------------------------------------------
-
-
 def make_mesh(
     device: torch.device, strategy: str, context: int, tensor: int, offload: bool = False
 ) -> None:
     """Lay the processes out as data x context x tensor ranks. Every rank calls it, before all else.
 
     Raises:
-        ValueError: the sizes do not divide the number of processes, or the strategy cannot be had
-            in this layout.
+        ValueError: the sizes do not divide the processes, or the strategy cannot be had there.
     """
     if dist.is_initialized() or context * tensor > 1 or strategy.startswith("zero") or offload:
         from runtime.distributed import mesh
@@ -54,11 +47,7 @@ def make_mesh(
 
 
 def choose_strategy(config: LMConfig, dataset, args, dtype: str) -> str:
-    """The strategy of a run: --strategy, or for 'auto' the first that fits; prints why.
-
-    Args:
-        args: the flags of the stage, with `device` a torch.device.
-    """
+    """The strategy of a run: --strategy, or for 'auto' the first that fits; prints why."""
     if args.strategy != "auto" or not dist.is_initialized():
         return args.strategy
     from runtime.distributed import strategies
@@ -70,7 +59,7 @@ def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: in
     """--compile, or where it is not given: 1 where compiling takes less time than it saves.
 
     A function of flags, data and the kind of machine, not of a clock: a run that goes on computes
-    as it did before. Wins were measured for dense models on GPUs in 16 bits: benchmarks/speed.
+    as it did before.
     """
     if args.compile is not None:
         return args.compile
@@ -85,17 +74,11 @@ def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: in
 
 
 def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
-    """The model as the training loop calls it.
-
-    Make the optimizer from its parameters, and load checkpoints, after.
+    """The model as the training loop calls it; the optimizer is made of its parameters.
 
     Args:
-        args: the flags device, batch_size, max_seq_len, compile, bucket_cap_mb, strategy ('ddp',
-            'zero1', 'zero2', 'zero3'; outside a process group the model itself, or 'dp') and
-            offload: zero2 and zero3 then keep weights, gradients and optimizer state in the memory
-            of the CPU.
-        dtype: of the weights as FSDP2 gathers them for the blocks; gradients are reduced in
-            float32.
+        args: the flags of the stage; `strategy` is chosen.
+        dtype: of the matrix products; gradients are reduced in float32.
         global_batch: rows of an optimizer step.
     """
     if args.compile:
@@ -120,11 +103,6 @@ def describe(model: nn.Module, args, dtype: str) -> str:
     frozen = f" ({trained:,} of them trained)" if trained < parameters else ""
     devices = f"{world()[1]} x {args.device.type}"
     return f"{parameters:,} parameters{frozen} on {devices}, {layout}, {dtype}"
-
-
-# --------------------------------------------------------------------------------------------------
-# A step
-# --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -167,14 +145,12 @@ def clip_gradients(model: nn.Module, max_norm: float, copies: list[int] | None =
         squares = torch.stack([norm.square().sum() for norm in norms])
     else:
         squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)) ** 2
-    if copies is None and is_sharded(parameters[0]):
-        from runtime.distributed.mesh import holders
-
-        copies = [holders(p) for p in parameters]
-    if copies is None:  # the same on every rank
+    if copies is None and not is_sharded(parameters[0]):  # the same on every rank
         total = squares.sum().item()
     else:
-        total = sum_over_world((squares / torch.tensor(copies, device=squares.device)).sum())[0]
+        from runtime.distributed.mesh import sum_of_parts
+
+        total = sum_of_parts(squares, parameters, copies)
     norm = total**0.5
     scale = max_norm / (norm + 1e-6) if max_norm else 1.0
     if scale < 1.0:  # never for a norm that is not finite
@@ -190,30 +166,26 @@ def agree_on_step(grad_norm: float, *values: Tensor | float) -> list[float]:
 
     Args:
         grad_norm: over all parameters, so that it is the same on all ranks.
-        values: numbers to sum.
+        values: numbers to sum over data and context ranks.
 
     Returns:
-        The gradient norm, which is not finite where one of a rank is not; each value summed as in
-        `sum_over_ranks`.
+        The gradient norm, which is not finite where one of a rank is not; the sums.
 
     Raises:
-        FloatingPointError: on every rank: what they exchanged is not the same on all; names the
-            rank that differs.
+        FloatingPointError: on every rank, where the norm differs: names the rank.
     """
     rows = gather_numbers(grad_norm, *values)
     if len(rows) == 1:
         return rows[0]
     from runtime.distributed.replicas import check_norms
 
-    check_norms([row[0] for row in rows])
-    sums = (sum(column) / mesh_sizes["tensor"] for column in zip(*rows, strict=True))
-    return [rows[0][0], *list(sums)[1:]]
+    norms, *columns = zip(*rows, strict=True)
+    check_norms(norms)
+    return [norms[0], *(sum(column) / mesh_sizes["tensor"] for column in columns)]
 
 
 def check_replicas(model: nn.Module, step: int, every: int) -> None:
-    """Stop when ranks that must hold the same weights do not; see `distributed.replicas`.
-
-    Every rank calls it at every step; it acts at every `every`-th (0: never).
+    """At every `every`-th step (0: never): do ranks that must hold the same weights hold them?
 
     Raises:
         FloatingPointError: on every rank; names the first tensor and the rank that differs.
@@ -224,16 +196,8 @@ def check_replicas(model: nn.Module, step: int, every: int) -> None:
         checks.check_replicas(model, step)
 
 
-# --------------------------------------------------------------------------------------------------
-# Before the first step
-# --------------------------------------------------------------------------------------------------
-
-
 def assert_same_on_all_ranks(same: dict[str, str]) -> None:
-    """Refuse to train with processes that are not about to do the same. Every rank calls it.
-
-    Args:
-        same: see `launch.fingerprint`.
+    """Refuse to train with processes that differ in what `launch.fingerprint` says, or the like.
 
     Raises:
         ValueError: on every rank; names the first difference and where it is.

@@ -1,5 +1,4 @@
-"""Reading what others may have written, a run's folder first: it holds data, and nothing in it can
-run code.
+"""Reading what others may have written as data: nothing in a run's folder can run code.
 
 A pickle names the functions that build its objects, and may name any. Here it can name those of
 DATA, beside tensors and plain data. A hash in a manifest protects from accidents alone: whoever
@@ -120,10 +119,9 @@ def name_of(file) -> str:
 
 
 def reader(checkpoint: Path):
-    """A FileSystemReader of torch.distributed.checkpoint for tensors alone: what is none, it would
-    unpickle.
+    """A FileSystemReader of torch.distributed.checkpoint, for tensors alone.
 
-    It raises NotData: a file holds something else; the message names it.
+    What is none, it would unpickle; instead it raises NotData, which names the file.
     """
     from torch.distributed.checkpoint import FileSystemReader  # here, as it takes a second
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -160,8 +158,7 @@ def reader(checkpoint: Path):
 
 @contextlib.contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """While a checkpoint is read: what goes wrong in a library becomes a line that names the
-    checkpoint.
+    """While a checkpoint is read: an error of a library becomes one that names the checkpoint.
 
     Raises:
         NotData: its content is not what was saved.
@@ -194,8 +191,7 @@ def reading(checkpoint: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restricted(checkpoint: Path) -> Iterator[None]:
-    """While another library reads a checkpoint: all that it calls torch.load and pickle for is read
-    as data.
+    """While another library reads a checkpoint: torch.load and pickle read data alone.
 
     Raises:
         NotData: a file holds something else, also where the library would go on without it.

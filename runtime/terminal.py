@@ -1,17 +1,12 @@
-"""Text on its way to a terminal, a pipe or a log: whatever becomes of it, writing ends no run.
-Needs no package."""
+"""Text on its way to a terminal, a pipe or a log: whatever becomes of it, writing ends no run."""
 
 import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-# Errors of files that another value of a flag would mend.
-USAGE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-USAGE_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.ENXIO, errno.ENODEV)
-# Of the descriptors 0, 1 and 2.
-MODES = {"stdin": os.O_RDONLY, "stdout": os.O_WRONLY, "stderr": os.O_WRONLY}
+MODES = {"stdin": os.O_RDONLY, "stdout": os.O_WRONLY, "stderr": os.O_WRONLY}  # descriptors 0, 1, 2
 
 
 def prepare_streams(encoding: str | None = None) -> None:
@@ -24,54 +19,27 @@ def prepare_streams(encoding: str | None = None) -> None:
 
     Args:
         encoding: of all three streams; by default it stays the one of the locale or of
-        PYTHONIOENCODING.
+            PYTHONIOENCODING.
     """
     for descriptor, (name, mode) in enumerate(MODES.items()):
         if getattr(sys, name) is None:
+            from runtime.closed_streams import open_null_stream
+
             setattr(sys, name, open_null_stream(descriptor, mode))
-        stream, reads = getattr(sys, name), name == "stdin"
+        stream, is_input = getattr(sys, name), name == "stdin"
         if hasattr(stream, "reconfigure"):  # else it is something of a notebook
-            stream.reconfigure(encoding=encoding, errors="replace" if reads else "backslashreplace")
-            if not reads and not isinstance(stream, OutlivingStream):
+            errors = "replace" if is_input else "backslashreplace"
+            stream.reconfigure(encoding=encoding, errors=errors)
+            if not is_input and not isinstance(stream, OutlivingStream):
                 setattr(sys, name, OutlivingStream(stream, name))
 
 
-def open_null_stream(descriptor: int, mode: int):
-    """A text stream to or from nowhere.
-
-    It takes the descriptor that it stands for where that is free: the next file that is opened
-    would get it, and all that is printed by libraries, and by processes that this one starts, would
-    be written there.
-    """
-    try:
-        os.fstat(descriptor)
-        null = os.open(os.devnull, mode)
-    except OSError:
-        null = os.open(os.devnull, mode)
-        os.dup2(null, descriptor)  # which makes it inheritable
-        if null != descriptor:
-            os.close(null)
-        null = descriptor
-    os.set_inheritable(null, null == descriptor)
-    return open(null, "r" if mode == os.O_RDONLY else "w", encoding="utf-8", closefd=False)
-
-
-def end_with_reader() -> None:
-    """From here on the script ends when its output cannot be written any more: the output is all
-    that it makes."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, OutlivingStream):
-            stream.is_product = True
-
-
 class OutlivingStream:
-    """A text stream that takes what nobody reads any more, a terminal, a pipe or a full disk: a run
-    has to go on.
+    """A text stream whose reader, a terminal, a pipe or a full disk, may go: the run goes on.
 
     Attributes:
         is_product: the script ends instead, by SystemExit: quietly with code 141 (as by SIGPIPE)
-        where the reader has
-            left, with one line and code 1 where the disk is full.
+            where the reader has left, with one line and code 1 where the disk is full.
     """
 
     def __init__(self, stream, name: str) -> None:
@@ -106,26 +74,6 @@ class OutlivingStream:
             sys.exit(1)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run the main of a script that does without torch, and turn its end into an exit code; see
-    `launch.run`."""
-    prepare_streams()
-    try:
-        code = main() or 0
-    except KeyboardInterrupt:
-        code = 130
-    except (ValueError, OSError) as error:
-        print(f"error: {describe_error(error)}", file=sys.stderr, flush=True)
-        code = 2 if is_usage_error(error) else 1
-    sys.stdout.flush()
-    sys.exit(code)
-
-
-def is_usage_error(error: Exception) -> bool:
-    """Whether the user can mend it by other flags or files."""
-    return isinstance(error, (ValueError, *USAGE)) or getattr(error, "errno", None) in USAGE_NUMBERS
-
-
 def describe_error(error: Exception) -> str:
     """An error in one line; of a file with its name."""
     text = str(error)
@@ -147,9 +95,3 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         raise
-
-
-def replace_surrogates(text: str) -> str:
-    """Text that UTF-8 can hold. A file name that is no UTF-8 is not such a text, and trackers
-    refuse it."""
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -31,7 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime import terminal
+from runtime import exits
 from runtime.flags import check_flags as check_values
 from runtime.flags import usage_error
 
@@ -413,4 +413,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    terminal.run(main)
+    exits.run(main)

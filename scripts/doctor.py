@@ -1,5 +1,4 @@
-"""What is wrong with this environment? One line per check: ok, warn or FAIL, what was found, and
-the remedy.
+"""What is wrong with this environment? A line per check: ok, warn or FAIL, what, the remedy.
 
     python scripts/doctor.py                                     this machine; two processes try to talk to each other
     torchrun --nnodes 2 ... scripts/doctor.py                    all machines of the launch, and the link between them
@@ -25,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import terminal
+from runtime import exits
 from runtime.flags import check_flags, usage_error
 from runtime.launcher import die_with_launcher, read_launch
 
@@ -95,6 +94,41 @@ def check_software(args) -> list[Result]:
 def check_gpus(args) -> list[Result]:
     import torch
 
+    try:
+        gpus = driver_gpus()
+    except subprocess.TimeoutExpired:
+        finding = "nvidia-smi gives no answer in 30 s"
+        return [("FAIL", "GPU driver", finding, "restart the machine; see dmesg")]
+    seen = torch.cuda.device_count()
+    if not gpus and not seen:
+        return [("ok", "GPUs", "none: training runs on the CPU, with gloo", "")]
+    if not seen:
+        return [unseen_gpus(len(gpus), torch.version.cuda)]
+    if args.nproc_per_node > seen:
+        finding = f"{args.nproc_per_node} processes for {seen}"
+        return [
+            ("FAIL", "GPUs", finding, f"a process has a GPU of its own: --nproc_per_node {seen}")
+        ]
+    names = {torch.cuda.get_device_name(n) for n in range(seen)}
+    driver = f", driver {gpus[0][1]}" if gpus else ""
+    finding = f"{seen} x {' + '.join(sorted(names))}, CUDA {torch.version.cuda}{driver}"
+    results = [("ok", "GPUs", finding, "")]
+    if len(names) > 1:
+        remedy = "a step waits for the slowest: choose equal ones by CUDA_VISIBLE_DEVICES"
+        results = [("warn", "GPUs", finding, remedy)]
+    if len(gpus) > seen:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        finding = f"{seen} of {len(gpus)}: CUDA_VISIBLE_DEVICES={visible}"
+        results.append(("warn", "visible GPUs", finding, "meant so?"))
+    return [*results, *busy_gpus(gpus), memory_for_gpus(seen)]
+
+
+def driver_gpus() -> list[list[str]]:
+    """(name, driver, MiB of memory, MiB taken) of each GPU that nvidia-smi knows.
+
+    Raises:
+        subprocess.TimeoutExpired: it gives no answer.
+    """
     query = [
         "nvidia-smi",
         "--query-gpu=name,driver_version,memory.total,memory.used",
@@ -102,82 +136,50 @@ def check_gpus(args) -> list[Result]:
     ]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, errors="replace", timeout=30)
-        lines = answer.stdout.strip().splitlines()
-        gpus = [
-            [cell.strip() for cell in line.split(",")] for line in lines if line.count(",") == 3
-        ]
     except FileNotFoundError:
-        gpus = []
-    except subprocess.TimeoutExpired:
-        return [
-            (
-                "FAIL",
-                "GPU driver",
-                "nvidia-smi gives no answer in 30 s",
-                "restart the machine; see dmesg",
-            )
-        ]
-    seen, built = torch.cuda.device_count(), torch.version.cuda
-    if not gpus and not seen:
-        return [("ok", "GPUs", "none: training runs on the CPU, with gloo", "")]
+        return []
+    lines = answer.stdout.strip().splitlines()
+    return [[cell.strip() for cell in line.split(",")] for line in lines if line.count(",") == 3]
+
+
+def unseen_gpus(count: int, built: str | None) -> Result:
+    """The driver has GPUs, and torch, built for CUDA `built`, sees none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not seen:
-        remedy = (
-            f"CUDA_VISIBLE_DEVICES is {visible!r}: unset it"
-            if visible is not None
-            else "install torch with CUDA"
+    if not built:
+        remedy = "install the build of torch with CUDA from pytorch.org"
+    elif visible is not None:
+        remedy = f"CUDA_VISIBLE_DEVICES is {visible!r}: unset it"
+    else:
+        remedy = "install torch with CUDA"
+    finding = f"the driver has {count}, torch (CUDA {built or 'none'}) sees none"
+    return ("FAIL", "GPUs", finding, remedy)
+
+
+def busy_gpus(gpus: list[list[str]]) -> list[Result]:
+    """A warning for each GPU of which others take more than a tenth."""
+    return [
+        (
+            "warn",
+            f"GPU {number} memory",
+            f"{used} of {total} MiB are taken by others",
+            f"end that process (nvidia-smi shows it), or leave GPU {number} out by"
+            " CUDA_VISIBLE_DEVICES",
         )
-        remedy = remedy if built else "install the build of torch with CUDA from pytorch.org"
-        return [
-            (
-                "FAIL",
-                "GPUs",
-                f"the driver has {len(gpus)}, torch (CUDA {built or 'none'}) sees none",
-                remedy,
-            )
-        ]
-    if args.nproc_per_node > seen:
-        finding = f"{args.nproc_per_node} processes for {seen}"
-        return [
-            ("FAIL", "GPUs", finding, f"a process has a GPU of its own: --nproc_per_node {seen}")
-        ]
-    names = [torch.cuda.get_device_name(n) for n in range(seen)]
-    driver = f", driver {gpus[0][1]}" if gpus else ""
-    same = len(set(names)) == 1
-    remedy = (
-        "" if same else "a step waits for the slowest: choose equal ones by CUDA_VISIBLE_DEVICES"
-    )
-    found = f"{seen} x {' + '.join(sorted(set(names)))}, CUDA {built}{driver}"
-    results = [("ok" if same else "warn", "GPUs", found, remedy)]
-    if len(gpus) > seen:
-        results.append(
-            (
-                "warn",
-                "visible GPUs",
-                f"{seen} of {len(gpus)}: CUDA_VISIBLE_DEVICES={visible}",
-                "meant so?",
-            )
-        )
-    for number, (_, _, total, used) in enumerate(gpus):
-        if total.isdigit() and used.isdigit() and int(used) > int(total) / 10:
-            remedy = (
-                f"end that process (nvidia-smi shows it), or leave GPU {number} out by"
-                " CUDA_VISIBLE_DEVICES"
-            )
-            results.append(
-                (
-                    "warn",
-                    f"GPU {number} memory",
-                    f"{used} of {total} MiB are taken by others",
-                    remedy,
-                )
-            )
+        for number, (_, _, total, used) in enumerate(gpus)
+        if total.isdigit() and used.isdigit() and int(used) > int(total) / 10
+    ]
+
+
+def memory_for_gpus(seen: int) -> Result:
+    import torch
+
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = sum(torch.cuda.get_device_properties(n).total_memory for n in range(seen))
-    few = ram < 2 * memory
-    remedy = "twice the GPUs' memory is advised: no --offload, fewer --num_workers" if few else ""
     finding = f"{ram / GIB:.0f} GiB for {memory / GIB:.0f} GiB of GPU memory"
-    return [*results, ("warn" if few else "ok", "RAM", finding, remedy)]
+    if ram >= 2 * memory:
+        return ("ok", "RAM", finding, "")
+    remedy = "twice the GPUs' memory is advised: no --offload, fewer --num_workers"
+    return ("warn", "RAM", finding, remedy)
 
 
 def check_limits(args) -> list[Result]:
@@ -392,8 +394,7 @@ def show(results: list[Result]) -> None:
 
 
 def examine_launch(args) -> int:
-    """Under torchrun: the checks of every machine, whether they are alike, and the link between all
-    processes."""
+    """Under torchrun: checks of every machine, whether they are alike, and the link of all."""
 
     def give_up() -> None:
         show(
@@ -472,7 +473,7 @@ def main() -> int:
     parser.error = usage_error
     args = parser.parse_args()
     check_flags(vars(args))
-    terminal.end_with_reader()
+    exits.end_with_reader()
     if args.probe:
         from runtime.distributed.link import measure_alone
 
@@ -489,4 +490,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    terminal.run(main)
+    exits.run(main)

@@ -1,5 +1,4 @@
-"""Plan a run before it costs anything: memory, batch, steps, strategy, and how it scales to 1,024
-devices.
+"""Plan a run before it costs anything: memory, batch, steps, strategy, scaling to 1,024 devices.
 
     python scripts/plan.py --config configs/sft.yaml --devices 8 --gpu a100
     python scripts/plan.py --stage pretrain --dim 4096 --n_layers 32 --data_path none --gpu h100 --devices 64 --nodes 8
@@ -38,7 +37,7 @@ from runtime import launch
 from runtime.distributed import link, memory
 from runtime.distributed.scaling import Load, Machine, flops_per_token, step_cost
 from runtime.distributed.tensor_parallel import check_sizes
-from runtime.terminal import end_with_reader
+from runtime.exits import end_with_reader
 from scripts.preflight import stage_flags
 from scripts.prepare_data import STAGES, open_data
 
@@ -65,8 +64,7 @@ PARTS = ("parameters", "gradients", "optimizer", "activations", "buffers", "tota
 def measure_step(
     config: LMConfig, args, load: Load, device: torch.device, repeats: int = 3
 ) -> float:
-    """Tokens per second of forward and backward of this very model on this device; the median of
-    some runs."""
+    """Tokens per second of forward and backward of this model on this device; a median."""
     model = MiniMindLM(config, args.gradient_checkpointing).to(device)
     length = min(round(load.row_tokens), config.max_seq_len)
     ids = torch.randint(config.vocab_size, (1, length * args.batch_size), device=device)
@@ -134,8 +132,7 @@ def measure(machine: Machine, config: LMConfig, load: Load, args, cuda: bool) ->
 
 
 def read_load(stage: str, args) -> tuple[Load, str]:
-    """Means of the stage's data as the first epoch would lay it out, and a line that describes
-    it."""
+    """Means of the stage's data as the first epoch would lay it out, and a line about it."""
     if args.data_path == "none":
         return (
             Load(args.max_seq_len, args.max_seq_len, args.max_seq_len, 1.0, None),
@@ -238,28 +235,67 @@ def main() -> int:
     load, described = read_load(own.stage, args)
 
     # 2. The machine: as asked for, or as it is
+    machine, assumptions = read_machine(own, args, config, load)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return 0
+
+    # 3. The run on --devices, 4. on any number, 5. what all this rests on
+    print_run(own, args, config, machine, load, described)
+    print_scaling(own, args, config, machine, load)
+    hidden = "the last backward pass (zero2, zero3: of the whole step)"
+    assumptions += [
+        f"a machine sends {machine.between * 8 / 1e9:,.4g} Gbit/s to the others",
+        f"a message takes {1e6 * machine.latency:,.0f} us x log2(ranks) beside its bytes",
+        f"messages but the last travel beside {machine.overlap:.0%} of {hidden}",
+        f"gradients travel as float32, gathered weights as {args.dtype}",
+        (
+            f"a row has {load.row_tokens:,.0f} tokens, the longest {load.longest:,};"
+            f" {load.supervised:.0%} carry loss"
+        ),
+        "no stragglers, no waiting for data, no time for the optimizer",
+    ]
+    print("\nAssumptions\n\n" + "\n".join(f"- {line}" for line in assumptions))
+    return 0
+
+
+def read_machine(own, args, config: LMConfig, load: Load) -> tuple[Machine, list[str]]:
+    """The machine that is asked for, or this one with --measure, and what is assumed of it.
+
+    Args:
+        own: the flags of this script.
+        args: those of the stage; dtype is set.
+    """
     gpu_memory, tflops, inside, network = GPUS[own.gpu]
     size, tflops = own.device_memory_gb or gpu_memory, own.flops_tflops or tflops
-    between = (own.link_gbps or network) * 1e9 / 8
     cuda = own.measure and torch.cuda.is_available() and args.device != "cpu"
     args.dtype = args.dtype or ("float32" if own.measure and not cuda else "bfloat16")
-    speed = tflops * 1e12 * own.mfu / flops_per_token(config, load, args.gradient_checkpointing)
-    machine = Machine(size * memory.GIB, own.devices // own.nodes, inside * 1e9, between, own.latency_us / 1e6, speed,
-                      own.overlap)  # fmt: skip
+    flops = flops_per_token(config, load, args.gradient_checkpointing)
+    machine = Machine(
+        memory=size * memory.GIB,
+        per_node=own.devices // own.nodes,
+        inside=inside * 1e9,
+        between=(own.link_gbps or network) * 1e9 / 8,
+        latency=own.latency_us / 1e6,
+        tokens_per_sec=tflops * 1e12 * own.mfu / flops,
+        overlap=own.overlap,
+    )
     if own.nodes == 1:
         machine.per_node = max(8, own.devices)
-    known = [f"a device computes {tflops:,.0f} TFLOPS (16-bit; give --flops_tflops for float32) x MFU {own.mfu}",
-             f"a device sends {inside} GB/s inside a machine of {machine.per_node}"]  # fmt: skip
     if own.measure:
-        known = measure(machine, config, load, args, cuda)
-        if dist.is_initialized() and dist.get_rank() > 0:
-            return 0
+        return machine, measure(machine, config, load, args, cuda)
+    return machine, [
+        f"a device computes {tflops:,.0f} TFLOPS (16-bit; give --flops_tflops for float32) x MFU"
+        f" {own.mfu}",
+        f"a device sends {inside} GB/s inside a machine of {machine.per_node}",
+    ]
 
-    # 3. The run on --devices
+
+def print_run(own, args, config: LMConfig, machine: Machine, load: Load, described: str) -> None:
+    """The run on --devices: batch, length, and memory under each strategy."""
     row = step_cost(config, machine, load, args, own.devices)
     sharers = args.tensor_parallel * args.context_parallel
     step_tokens = row["rows"] * load.row_tokens
-    model = f"dim {config.dim} x {config.n_layers} layers, vocabulary {vocab_size:,}"
+    model = f"dim {config.dim} x {config.n_layers} layers, vocabulary {config.vocab_size:,}"
     devices, machines = plural(own.devices, "device"), plural(own.nodes, "machine")
     print(
         f"model     {model}: {memory.parameter_count(config):,} parameters, {args.dtype},"
@@ -293,8 +329,12 @@ def main() -> int:
         lines.append([strategy, *sizes, "yes" if need["total"] <= room else "no"])
     print(table(["strategy", *PARTS, "fits"], lines, own.markdown))
 
-    # 4. From one device, or one group that shares rows and layers, to LARGEST
-    counts, lines = {sharers * 2**n for n in range(11) if sharers * 2**n <= LARGEST}, []
+
+def print_scaling(own, args, config: LMConfig, machine: Machine, load: Load) -> None:
+    """From one device, or one group that shares rows and layers, to LARGEST."""
+    sharers = args.tensor_parallel * args.context_parallel
+    counts = {sharers * 2**n for n in range(11) if sharers * 2**n <= LARGEST}
+    room, lines = memory.SAFE_SHARE * machine.memory, []
     for row in (step_cost(config, machine, load, args, n) for n in sorted(counts | {own.devices})):
         lines.append([
             f"{row['devices']:,}",
@@ -308,33 +348,8 @@ def main() -> int:
             f"{row['tokens_per_sec']:,.0f}",
         ])  # fmt: skip
     print("\nScaling; per device and step, ! does not fit\n")
-    header = [
-        "devices",
-        "strategy",
-        "GiB",
-        "rows of all",
-        "GB sent",
-        "compute ms",
-        "waiting ms",
-        "efficiency",
-    ]
-    print(table([*header, "tokens/s of all"], lines, own.markdown))
-
-    # 5. What all this rests on
-    hidden = "the last backward pass (zero2, zero3: of the whole step)"
-    known += [
-        f"a machine sends {machine.between * 8 / 1e9:,.4g} Gbit/s to the others",
-        f"a message takes {1e6 * machine.latency:,.0f} us x log2(ranks) beside its bytes",
-        f"messages but the last travel beside {machine.overlap:.0%} of {hidden}",
-        f"gradients travel as float32, gathered weights as {args.dtype}",
-        (
-            f"a row has {load.row_tokens:,.0f} tokens, the longest {load.longest:,};"
-            f" {load.supervised:.0%} carry loss"
-        ),
-        "no stragglers, no waiting for data, no time for the optimizer",
-    ]
-    print("\nAssumptions\n\n" + "\n".join(f"- {line}" for line in known))
-    return 0
+    header = "devices,strategy,GiB,rows of all,GB sent,compute ms,waiting ms,efficiency"
+    print(table([*header.split(","), "tokens/s of all"], lines, own.markdown))
 
 
 if __name__ == "__main__":

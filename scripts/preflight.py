@@ -1,5 +1,7 @@
-"""What can be known to go wrong before a job starts. Each check raises a ValueError: one line that
-says what to do."""
+"""What can be known to go wrong before a job starts.
+
+Each check raises a ValueError: one line that says what to do.
+"""
 
 import argparse
 import contextlib

@@ -1,5 +1,4 @@
-"""Build token caches ahead of training, so that no job waits for them: a run with the same flags
-finds its cache.
+"""Build token caches ahead of training: a run with the same flags finds its cache.
 
     python scripts/prepare_data.py --config configs/sft.yaml
     python scripts/prepare_data.py --stage pretrain --data_path corpus.jsonl --max_seq_len 2048
@@ -11,6 +10,7 @@ of every machine.
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,7 +27,8 @@ from dataset.lm_dataset import (
     load_tokenizer,
 )
 from runtime import launch
-from runtime.launcher import read_launch, slurm_task
+from runtime.distributed.environment import whole_number
+from runtime.launcher import Launch, read_launch
 from scripts.preflight import stage_flags
 
 STAGES = {"pretrain": ("train_pretrain", PretrainDataset), "sft": ("train_full_sft", SFTDataset)}
@@ -48,6 +49,13 @@ def open_data(stage: str, args: argparse.Namespace) -> CachedDataset:
     return (STAGES | ENGINES)[stage][1](
         args.data_path, load_tokenizer(args.tokenizer_dir), args.max_seq_len, **options
     )
+
+
+def slurm_task() -> Launch:
+    """This process among the tasks that srun started, or the defaults."""
+    names = {"rank": "SLURM_PROCID", "local_rank": "SLURM_LOCALID"}
+    numbers = {field: whole_number(name, 0) for field, name in names.items() if name in os.environ}
+    return Launch(**numbers)
 
 
 def main() -> int:

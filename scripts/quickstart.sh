@@ -10,7 +10,7 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh requirements.txt
 
 model="--dim 192 --n_layers 6 --n_heads 3 --n_kv_heads 3 --max_seq_len 256"
-dtype=$("$python" -c "import torch; from runtime.optim import fast_dtype; print(fast_dtype(torch.device('cpu')))")
+dtype=$("$python" -c "import torch; from runtime.device import fast_dtype; print(fast_dtype(torch.device('cpu')))")
 recipe="--dtype ${dtype#torch.} --optimizer muon --learning_rate 4e-3 --lr_schedule linear --batch_size 32 --save_interval 0 --log_interval 50"
 export GOMP_SPINCOUNT=2000  # threads that wait soon let others run: on a busy machine the default is ten times slower
 say() { printf '\n=== %s\n' "$*"; }

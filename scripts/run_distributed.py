@@ -1,5 +1,4 @@
-"""Start a training stage on several processes, on one machine or on many, after checking what can
-be known to go wrong.
+"""Start a training stage on several processes, on one machine or many, after some checks.
 
     python scripts/run_distributed.py --nproc_per_node 2 --algorithm sft --config config_distributed_example.yaml
     python scripts/run_distributed.py --nproc_per_node 8 --algorithm pretrain -- --max_steps 1000 --strategy zero2
@@ -30,7 +29,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from main import ALGORITHMS, choose_engine, stage_script
-from runtime import launch, launcher
+from runtime import launch
+from runtime.distributed.orphans import signal_when_parent_dies
+from runtime.launcher import STARTED_BY
 from scripts import preflight
 
 PORT = 29500  # where the nodes of a job meet
@@ -74,16 +75,15 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
 
 
 def local_address(master_addr: str) -> str:
-    """The address under which the other machines reach this one: that of the way to machine 0.
-    Sends nothing."""
+    """The address under which other machines reach this one: that of the way to machine 0."""
+    # Connecting a datagram socket sends nothing.
     with socket.socket(socket.getaddrinfo(master_addr, PORT)[0][0], socket.SOCK_DGRAM) as probe:
         probe.connect((master_addr, PORT))
         return probe.getsockname()[0]
 
 
 def torchrun_words(args: argparse.Namespace) -> list[str]:
-    """What stands before the stage script. Machines meet at a c10d store, so that a restarted one
-    can join again."""
+    """What stands before the stage script; machines meet at a store that one can join again."""
     words = ["--nproc_per_node", args.nproc_per_node, "--max_restarts", args.max_restarts]
     if args.nnodes == 1 and args.master_port is None:
         return ["-m", "torch.distributed.run", "--standalone", *words]
@@ -115,9 +115,16 @@ def accelerate_words(args: argparse.Namespace) -> list[str]:
     return ["-m", "accelerate.commands.launch", *words]
 
 
+def become_launcher(parent: int) -> None:
+    """In a process that turns into a launcher: end with `parent`, tell the ranks its own id."""
+    os.environ[STARTED_BY] = str(os.getpid())
+    signal_when_parent_dies(signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def run(command: list[str], variables: dict[str, str]) -> int:
-    """Run a command in a session of its own to its end, and pass signals on to it; returns the exit
-    code.
+    """Run a command in a session of its own, and pass signals on to it; returns the exit code.
 
     In its own session, so that Ctrl-C does not reach it twice: the second signal would end it
     before it has saved. A SIGHUP that is ignored, as under nohup, stays so. When this process is
@@ -130,15 +137,12 @@ def run(command: list[str], variables: dict[str, str]) -> int:
         if process is not None:
             process.send_signal(number)
 
-    for number in (
-        signal.SIGTERM,
-        signal.SIGINT,
-        *([] if launch.ignores_hangup() else [signal.SIGHUP]),
-    ):
+    hangup = [] if launch.ignores_hangup() else [signal.SIGHUP]
+    for number in (signal.SIGTERM, signal.SIGINT, *hangup):
         signal.signal(number, forward)
     os.environ.update(variables)
     process = subprocess.Popen(
-        command, start_new_session=True, preexec_fn=lambda: launcher.become_launcher(pid)
+        command, start_new_session=True, preexec_fn=lambda: become_launcher(pid)
     )
     if received:
         process.send_signal(received[0])
@@ -179,16 +183,14 @@ def main() -> int:
     variables = {"OMP_NUM_THREADS": str(threads)}
     if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
         variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVE_SECONDS)
-    if (
-        args.max_restarts
-    ):  # torchrun's own store would hand the addresses of dead processes to their successors
+    # Torchrun's own store would hand the addresses of dead processes to their successors.
+    if args.max_restarts:
         variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if launch.ignores_hangup():  # torchrun would listen to it all the same
         variables["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
     words = torchrun_words(args)
-    if (
-        engine == "accelerate" and not cuda
-    ):  # `accelerate launch --cpu` would run one process, without a word
+    # `accelerate launch --cpu` would run one process, without a word.
+    if engine == "accelerate" and not cuda:
         variables["ACCELERATE_USE_CPU"] = "true"
     elif engine == "accelerate" and not args.use_torchrun:
         words = accelerate_words(args)

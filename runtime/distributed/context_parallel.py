@@ -1,15 +1,14 @@
-"""Context parallelism: the ranks of a group hold one part each of every row of tokens, and meet in
-attention only.
+"""Context parallelism: the ranks of a group hold one part each of every row of tokens.
 
-A row of N tokens is cut into equal parts, whatever documents lie in it. Two ways to attend across
+They meet in attention only. A row of N tokens is cut into equal parts, whatever documents lie in it. Two ways to attend across
 the cuts:
 
 - all-to-all over heads: every rank gives its tokens of other heads away and gets all tokens of its
-own heads, attends,
-  and gives back. Four messages of N/P tokens a layer; needs heads that can be divided.
+  own heads, attends, and gives back. Four messages of N/P tokens a layer; needs heads that can be
+  divided.
   Source: Jacobs et al., DeepSpeed Ulysses (2023), section 3.
 - all-gather: every rank gets the keys and values of the whole row, and attends with its own
-queries.
+  queries.
   Source: Dubey et al., The Llama 3 Herd of Models (2024), section 3.3.2.
 """
 
@@ -68,11 +67,10 @@ class Context:
     def all_tokens_of_some_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """(1, H, n, D) -> (1, H / P, N, D) for each of some tensors, in one message."""
         heads = [t.size(1) // self.size for t in tensors]
-        sent = torch.cat(
-            [t[0].unflatten(0, (self.size, -1)) for t in tensors], dim=1
-        )  # (P, sum of H / P, n, D)
-        got = self.exchange(sent)  # the first dimension is now the part of the row
-        return got.transpose(0, 1).flatten(1, 2).unsqueeze(0).split(heads, dim=1)
+        by_rank = [t[0].unflatten(0, (self.size, -1)) for t in tensors]
+        sent = torch.cat(by_rank, dim=1)  # (P, sum of H / P, n, D)
+        received = self.exchange(sent)  # the first dimension is now the part of the row
+        return received.transpose(0, 1).flatten(1, 2).unsqueeze(0).split(heads, dim=1)
 
     def some_tokens_of_all_heads(self, tensor: Tensor) -> Tensor:
         """(1, H / P, N, D) -> (1, H, n, D)."""
@@ -85,8 +83,7 @@ class Context:
 
 
 def cut_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor, held: slice) -> Tensor:
-    """`document_attention` for the queries of the tokens `held` of a row, with keys and values of
-    all its tokens."""
+    """`document_attention` of the queries of some tokens (`held`), keys and values of all."""
     outs, start = [], 0
     for end in doc_lens.cumsum(0).tolist():
         first, last = max(start, held.start), min(end, held.stop)
@@ -94,17 +91,12 @@ def cut_attention(q: Tensor, k: Tensor, v: Tensor, doc_lens: Tensor, held: slice
             queries = q[:, :, first - held.start : last - held.start]
             keys, values = k[:, :, start:last], v[:, :, start:last]
             mask = None
-            if (
-                first > start
-            ):  # the document began in another part: query i sees the keys up to its own place
-                mask = torch.ones(
-                    last - first, last - start, dtype=torch.bool, device=q.device
-                ).tril(first - start)
-            causal = mask is None
-            outs.append(
-                F.scaled_dot_product_attention(
-                    queries, keys, values, mask, is_causal=causal, enable_gqa=True
-                )
+            if first > start:  # the document began in another part: keys up to the query's place
+                size = (last - first, last - start)
+                mask = torch.ones(size, dtype=torch.bool, device=q.device).tril(first - start)
+            out = F.scaled_dot_product_attention(
+                queries, keys, values, mask, is_causal=mask is None, enable_gqa=True
             )
+            outs.append(out)
         start = end
     return torch.cat(outs, dim=2)

@@ -1,5 +1,4 @@
-"""nn.DataParallel for rows of documents, for the record: one process, all GPUs of a machine, no
---ddp."""
+"""nn.DataParallel for rows of documents, for the record: one process drives all GPUs."""
 
 import torch
 from torch import nn
@@ -14,12 +13,10 @@ WHY_NOT = (
 
 
 class RowParallel(nn.DataParallel):
-    """nn.DataParallel splits batches by row; ours are one row of documents, so it is split between
-    documents."""
+    """nn.DataParallel for a batch that is one row: it is split between documents."""
 
     def scatter(self, inputs: tuple, kwargs: dict, device_ids: list[int]) -> tuple[list, list]:
-        """(X, ), {doc_lens, logits_at, targets} -> the same for each GPU: some documents and what
-        belongs to them."""
+        """(X,), {doc_lens, logits_at, targets} -> the same for each GPU, with some documents each."""
         (X,), lens, at, targets = inputs, kwargs["doc_lens"], kwargs["logits_at"], kwargs["targets"]
         parts = split_documents(lens, len(device_ids))
         self.shares = [
@@ -47,8 +44,7 @@ class RowParallel(nn.DataParallel):
 
 
 def split_documents(lens: list[int], parts: int) -> list[list[int]]:
-    """Neighbouring documents in at most so many groups of about the same number of tokens; at least
-    one group."""
+    """Neighbouring documents in 1 to `parts` groups of about the same number of tokens."""
     groups, total, done = [[]], sum(lens), 0
     for length in lens:
         if groups[-1] and len(groups) < parts and done + length / 2 > total * len(groups) / parts:

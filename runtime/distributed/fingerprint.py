@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from runtime import kernel_loader
-from runtime.config import CODE, ROOT
 from runtime.device import dtype_of
+from runtime.folders import CODE, ROOT
 from runtime.identity import sample_hash
 
 SOURCES = (".py", ".cpp", ".h")
@@ -26,7 +26,12 @@ LOCAL = (
 
 
 def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
-    """Name -> hash or value; see `launch.fingerprint`."""
+    """Name -> hash or value. Reads a few MB at most, however large the data is.
+
+    Args:
+        data_path: the file that is trained on.
+        args: the flags; those in LOCAL may differ.
+    """
     digest = hashlib.sha256()
     files = (
         path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES

@@ -22,7 +22,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from runtime.config import CODE, ROOT
+from runtime.folders import CODE, ROOT
 from runtime.launcher import Launch, read_launch
 
 INTERVAL = float(os.environ.get("MINIMIND_HEARTBEAT", 5))  # seconds between beats; tests have less

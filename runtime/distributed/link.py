@@ -1,5 +1,7 @@
-"""What the link between processes can do: an all-reduce, checked and measured; also in processes
-started for it."""
+"""What the link between processes can do: an all-reduce, checked and measured.
+
+Also in processes that are started for it.
+"""
 
 import os
 import socket
@@ -24,8 +26,7 @@ def free_port() -> int:
 def measure(
     device: torch.device, group: dist.ProcessGroup | None = None, size: int = 1 << 24
 ) -> dict:
-    """All-reduce `size` bytes over a process group, and nothing but a number. Every rank of it
-    calls it.
+    """All-reduce `size` bytes over a process group, and a single number. Every rank calls it.
 
     Returns:
         ranks; right: whether the sums were; latency in seconds; bandwidth: bytes/s that each
@@ -64,8 +65,7 @@ def measure_alone(backend: str, seconds: float) -> dict:
 
 
 def run_processes(command: list[str], processes: int, seconds: float) -> str:
-    """Run a command as so many ranks on this machine, and kill what is left of them when the time
-    is over.
+    """Run a command as so many ranks on this machine; what is left when time is over is killed.
 
     Returns:
         The last line that rank 0 printed.

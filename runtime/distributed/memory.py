@@ -1,10 +1,29 @@
 """How much memory a process of a run needs, by part, and which strategy fits the device.
 
-Sources: Rajbhandari et al., ZeRO (2020), sections 3 and 5: weights, gradients and optimizer state,
-and how a stage divides them; Korthikanti et al., Reducing Activation Recomputation in Large
-Transformer Models (2022), section 4: counting what the backward pass keeps, here for the operations
-of `model/lm.py`. Both are adapted to what this stack does: weights, gradients and optimizer state
-are float32; autocast makes copies of 2 bytes for the time of a step.
+Weights, gradients and optimizer state are float32; autocast makes copies of 2 bytes for the time of
+a step. With n parameters per process (tensor parallelism divides the matrices) and N = data_ranks x
+context_parallel, in bytes:
+
+| part       | ddp                       | zero1  | zero2               | zero3           |
+|------------|---------------------------|--------|---------------------|-----------------|
+| parameters | 4 n                       | 4 n    | 4 n / N             | 4 n / N         |
+| gradients  | 4 n                       | 4 n    | 4 n / N (*)         | 4 n / N (*)     |
+| optimizer  | 8 n                       | 8 n/N  | 8 n / N             | 8 n / N         |
+| buffers    | casts of the matrices,    | as ddp | a working copy of   | a copy of two   |
+|            | second gradient of a tied |        | all weights         | blocks,         |
+|            | embedding                 |        |                     | embedding, head |
+
+(*) 4 n with accumulation: gradients are exchanged once per step.
+"/ N" is what the fullest rank holds: zero1 deals out whole tensors, the largest first, each to the
+rank with the least (torch's ZeroRedundancyOptimizer); zero2 and zero3 split the rows of every
+tensor (FSDP2), of stacked experts the rows of each expert where they can be divided. Working copies
+have two bytes a weight under autocast, embedding and head four beside their cast; with them go the
+gradient of one block (or of the embedding) and its float32 message. DDP's buckets cost nothing:
+gradients are views of them. With tensor parallelism ddp has a working copy, too.
+
+Source: Rajbhandari et al., ZeRO (2020), sections 3 and 5, for weights, gradients and optimizer
+state; Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models (2022),
+section 4, for counting what the backward pass keeps, here by the operations of `model/lm.py`.
 """
 
 import contextlib
@@ -19,27 +38,22 @@ import torch
 from model.cross_entropy import chunk_size
 from model.lm import LMConfig, MiniMindLM
 from runtime.launcher import read_launch
-from runtime.optim import is_block_matrix
+from runtime.machine import CONTROL_GROUP, meminfo
+from runtime.muon import is_block_matrix
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+SHARDED = ("zero2", "zero3")
 FLOAT = 4  # bytes of a float32
 SAFE_SHARE = (
     0.9  # of the device: the rest is for the allocator's gaps and the communication library
 )
 GIB = 2**30
-# Files that say how many bytes a container may take and has taken: of version 2, of version 1
-CONTROL_GROUP = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 
 
 def parameter_shapes(config: LMConfig) -> dict[str, torch.Size]:
-    """Name and shape of every parameter, a tied one once. No memory is taken: the model is built on
-    the meta device."""
-    shape = {
-        field.name: getattr(config, field.name) for field in fields(LMConfig)
-    }  # a reward model's has more
+    """Name and shape of every parameter, a tied one once, from a model on the meta device."""
+    # A reward model's configuration has more
+    shape = {field.name: getattr(config, field.name) for field in fields(LMConfig)}
     return shapes_of(LMConfig(**shape).to_json())
 
 
@@ -57,15 +71,6 @@ def parameter_count(config: LMConfig) -> int:
     return sum(shape.numel() for shape in parameter_shapes(config).values())
 
 
-def matrix_count(config: LMConfig) -> int:
-    """Weights in the matrices of all blocks, by their sizes alone: nothing is built, however large
-    the model is."""
-    heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
-    experts, inner = config.n_experts + config.n_shared_experts, config.moe_hidden_dim
-    mlp = config.n_experts + 3 * experts * inner if config.use_moe else 3 * config.hidden_dim
-    return config.n_layers * config.dim * (heads + mlp)
-
-
 def estimate(
     config: LMConfig,
     strategy: str,
@@ -81,28 +86,7 @@ def estimate(
     offload: bool = False,
     accumulation_steps: int = 1,
 ) -> dict[str, int]:
-    """Bytes per process at the peak of a step, by part.
-
-    With n parameters per process (tensor parallelism divides the matrices) and N = data_ranks x
-    context_parallel:
-
-    | part       | ddp                       | zero1  | zero2               | zero3           |
-    |------------|---------------------------|--------|---------------------|-----------------|
-    | parameters | 4 n                       | 4 n    | 4 n / N             | 4 n / N         |
-    | gradients  | 4 n                       | 4 n    | 4 n / N (*)         | 4 n / N (*)     |
-    | optimizer  | 8 n                       | 8 n/N  | 8 n / N             | 8 n / N         |
-    | buffers    | casts of the matrices,    | as ddp | a working copy of   | a copy of two   |
-    |            | second gradient of a tied |        | all weights         | blocks,         |
-    |            | embedding                 |        |                     | embedding, head |
-
-    (*) 4 n with accumulation: gradients are exchanged once per step.
-    "/ N" is what the fullest rank holds: zero1 deals out whole tensors, the largest first, each to
-    the rank with the least (torch's ZeroRedundancyOptimizer); zero2 and zero3 split the rows of
-    every tensor (FSDP2), of stacked experts the rows of each expert where they can be divided.
-    Working copies have two bytes a weight under autocast, embedding and head four beside their
-    cast; with them go the gradient of one block (or of the embedding) and its float32 message.
-    DDP's buckets cost nothing: gradients are views of them. With tensor parallelism ddp has a
-    working copy, too.
+    """Bytes per process at the peak of a step, by part, as in the table above.
 
     Args:
         strategy: one of STRATEGIES.
@@ -111,9 +95,9 @@ def estimate(
         supervised: those of them that need logits.
         gradient_checkpointing: the level, see model/recompute.py; 0: everything is kept.
         optimizer: 'adamw' and 'lamb' keep two numbers per parameter, 'muon' one for each matrix
-        inside the blocks. offload: zero2 and zero3 keep parameters, gradients and optimizer state
-        in CPU memory ('host'); gradients that
-            accumulate stay.
+            inside the blocks.
+        offload: zero2 and zero3 keep parameters, gradients and optimizer state in CPU memory
+            ('host'); gradients that accumulate stay.
         accumulation_steps: micro-batches between two exchanges of gradients.
 
     Returns:
@@ -121,55 +105,26 @@ def estimate(
         the device; host: bytes of CPU memory beside it.
     """
     assert strategy in STRATEGIES, strategy
-    sharded, ranks = strategy in ("zero2", "zero3"), data_ranks * context_parallel
+    sharded, ranks = strategy in SHARDED, data_ranks * context_parallel
     width = FLOAT if dtype == "float32" else 2
-    shapes = parameter_shapes(config)
-    local, mine = {}, {}  # parameters in this process' layers; what it keeps of them
-    for name, shape in shapes.items():
-        divisor = tensor_parallel if splits(name, shape) else 1
-        by_columns = name.endswith(("o_proj.weight", "down_proj.weight"))
-        local[name], rows = shape.numel() // divisor, shape[0] // (1 if by_columns else divisor)
-        rows = (
-            shape[1] if len(shape) == 3 and shape[1] % ranks == 0 else rows
-        )  # experts: each is split
-        mine[name] = -(-rows // ranks) * local[name] / rows if sharded else local[name]
-    one_number = {
-        name
-        for name, shape in shapes.items()
-        if optimizer == "muon" and is_block_matrix(name, shape)
-    }
-    state = {name: FLOAT * n * (1 if name in one_number else 2) for name, n in mine.items()}
-
+    local, own = parameter_shares(config, ranks if sharded else 1, tensor_parallel)
+    state = optimizer_state(config, own, optimizer)
+    load = (config, tokens, supervised, width)
     parts = {
-        "parameters": FLOAT * sum(mine.values()),
-        "gradients": FLOAT * sum((local if accumulation_steps > 1 else mine).values()),
+        "parameters": FLOAT * sum(own.values()),
+        "gradients": FLOAT * sum((local if accumulation_steps > 1 else own).values()),
         "optimizer": fullest(state.values(), ranks) if strategy == "zero1" else sum(state.values()),
+        "activations": activations(
+            *load, tensor_parallel, context_parallel, gradient_checkpointing
+        ),
     }
     if sharded or tensor_parallel > 1:
-        groups: dict[str, int] = defaultdict(
-            int
-        )  # what is gathered together: each block, and all the rest
-        for name, n in local.items():
-            groups[name.split(".")[2] if ".layers." in name else "rest"] += n
-        rest, block = groups.pop("rest"), max(groups.values())
-        blocks = min(2, config.n_layers) * block if strategy == "zero3" else sum(groups.values())
-        buffers = width * blocks + FLOAT * rest + (0 if width == FLOAT else width * rest)
-        buffers += max((width + FLOAT) * block, 2 * FLOAT * rest)
+        parts["buffers"] = gathered_weights(config, local, width, keeps_all=strategy != "zero3")
     else:
-        embedding = local["model.embed_tokens.weight"]
-        matrices = sum(n for name, n in local.items() if splits(name, shapes[name]))
-        matrices -= 0 if config.tie_embeddings else embedding  # a lookup is no matrix product
-        buffers = 0 if width == FLOAT else width * matrices
-        buffers += (
-            FLOAT * embedding if config.tie_embeddings else 0
-        )  # autograd adds up both gradients beside .grad
-    parts["activations"] = activations(
-        config, tokens, supervised, width, tensor_parallel, context_parallel, gradient_checkpointing
-    )
-    parts["buffers"] = buffers
+        parts["buffers"] = casts(config, local, width)
     host = 0
     if offload and sharded:
-        host = FLOAT * 2 * sum(mine.values()) + parts["optimizer"]
+        host = FLOAT * 2 * sum(own.values()) + parts["optimizer"]
         parts.update(parameters=0, optimizer=0)
         if accumulation_steps == 1:
             parts["gradients"] = 0
@@ -177,9 +132,61 @@ def estimate(
     return {**parts, "total": sum(parts.values()), "host": round(host)}
 
 
+def parameter_shares(
+    config: LMConfig, shards: int, tensor_parallel: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Of each parameter, the numbers in this process' layers, and those that it keeps.
+
+    Args:
+        shards: processes over which FSDP2 splits rows; 1: none.
+    """
+    local, own = {}, {}
+    for name, shape in parameter_shapes(config).items():
+        divisor = tensor_parallel if splits(name, shape) else 1
+        by_columns = name.endswith(("o_proj.weight", "down_proj.weight"))
+        local[name] = shape.numel() // divisor
+        rows = shape[0] // (1 if by_columns else divisor)
+        if len(shape) == 3 and shape[1] % shards == 0:  # experts: each is split
+            rows = shape[1]
+        own[name] = -(-rows // shards) * local[name] / rows
+    return local, own
+
+
+def optimizer_state(config: LMConfig, own: dict[str, float], optimizer: str) -> dict[str, float]:
+    """Bytes that an optimizer keeps for each of a process' own parameters."""
+    shapes = parameter_shapes(config)
+    return {
+        name: FLOAT * n * (1 if optimizer == "muon" and is_block_matrix(name, shapes[name]) else 2)
+        for name, n in own.items()
+    }
+
+
+def gathered_weights(
+    config: LMConfig, local: dict[str, float], width: int, keeps_all: bool
+) -> float:
+    """Bytes of working copies under FSDP2: of all weights, or of two blocks and what is no block."""
+    groups: dict[str, float] = defaultdict(float)  # what is gathered together
+    for name, n in local.items():
+        groups[name.split(".")[2] if ".layers." in name else "rest"] += n
+    rest, block = groups.pop("rest"), max(groups.values())
+    blocks = sum(groups.values()) if keeps_all else min(2, config.n_layers) * block
+    copies = width * blocks + FLOAT * rest + (0 if width == FLOAT else width * rest)
+    return copies + max((width + FLOAT) * block, 2 * FLOAT * rest)
+
+
+def casts(config: LMConfig, local: dict[str, float], width: int) -> float:
+    """Bytes of what autocast and autograd add to whole parameters."""
+    shapes = parameter_shapes(config)
+    embedding = local["model.embed_tokens.weight"]
+    matrices = sum(n for name, n in local.items() if splits(name, shapes[name]))
+    matrices -= 0 if config.tie_embeddings else embedding  # a lookup is no matrix product
+    size = 0 if width == FLOAT else width * matrices
+    # Autograd adds up both gradients of a tied embedding beside .grad
+    return size + (FLOAT * embedding if config.tie_embeddings else 0)
+
+
 def splits(name: str, shape: torch.Size) -> bool:
-    """Whether tensor parallelism divides a parameter: matrices, except the router, which every rank
-    asks alike."""
+    """Whether tensor parallelism divides a parameter: matrices, except the router."""
     return len(shape) > 1 and not name.endswith("mlp.gate.weight")
 
 
@@ -200,77 +207,81 @@ def activations(
     context_parallel: int = 1,
     gradient_checkpointing: int = 0,
 ) -> float:
-    """Bytes that forward keeps for backward, at the peak: what autograd saves, plus the gradients
-    in flight there.
+    """Bytes that forward keeps for backward, at the peak, with the gradients in flight there.
 
-    Per token and block, with c = `width` bytes of what matrix products read: both RMSNorms keep
-    their input, in float32 the normalised input, too (a GPU's fused kernel does not: there this is
-    an upper bound), and give one tensor to the projections; so do the norms of q and k; attention
+    Per token and block, with `width` bytes of what matrix products read: both RMSNorms keep their
+    input, in float32 the normalised input, too (a GPU's fused kernel does not: there this is an
+    upper bound), and give one tensor to the projections; so do the norms of q and k; attention
     reads rotated q, k and v and keeps its result twice (per document, and laid out for o_proj);
     SwiGLU keeps gate, up, silu(gate) and their product. The kernels for a CPU keep up to a third
-    less: no normalised input, the result of attention once, no silu(gate). Behind the head there
-    are its gradients: of what it reads, and of its weights in float32; logits exist for a chunk of
-    tokens only, where tensor ranks do not share them: then cross-entropy has three tensors of their
-    size when its backward begins.
+    less: no normalised input, the result of attention once, no silu(gate).
 
-    Args: see `estimate`; width: 4 for float32, 2 for float16 and bfloat16.
+    Args:
+        width: 4 for float32, 2 for float16 and bfloat16; the others as in `estimate`.
     """
-    c, dim, tp = width, config.dim, tensor_parallel
+    dim, tp = config.dim, tensor_parallel
     q, kv = config.n_heads * config.head_dim / tp, config.n_kv_heads * config.head_dim / tp
     tokens, supervised = tokens / context_parallel, supervised / context_parallel
-    kept = 2 * FLOAT if c == FLOAT else FLOAT  # by a norm
-    attention = q * (kept + 3 * c) + kv * (
-        kept + 2 * c * context_parallel
-    )  # all of a row's keys and values
-    norms = 2 * (
-        kept * dim / tp + c * dim
-    )  # sequence parallel between the products, gathered before them
-    if config.use_moe:
-        visits = (
-            config.n_experts_per_tok + 8 * config.n_experts / tokens
-        )  # rows of an expert are filled up to 16
-        inner = (
-            visits * config.moe_hidden_dim + config.n_shared_experts * config.moe_hidden_dim
-        ) / tp
-        # The rows sorted by expert, the results in the order of the tokens, and the router's
-        # float32 input.
-        mlp = (
-            4 * c * inner
-            + c * dim * (visits + config.n_experts_per_tok)
-            + (0 if c == FLOAT else FLOAT * dim)
-        )
-    else:
-        inner = config.hidden_dim / tp
-        mlp = 4 * c * inner
-    dropout = 2 * c * dim if config.dropout else 0  # the masks behind attention and MLP
+    kept = kept_by_norm(width)
+    # All of a row's keys and values
+    attention = q * (kept + 3 * width) + kv * (kept + 2 * width * context_parallel)
+    # Sequence parallel between the products, gathered before them
+    norms = 2 * (kept * dim / tp + width * dim)
+    visits, inner, mlp = mlp_activations(config, tokens, width, tp)
+    dropout = 2 * width * dim if config.dropout else 0  # the masks behind attention and MLP
     block = tokens * (norms + attention + mlp + dropout)
-    results = c * (
-        2 * q + 2 * kv + dim + 2 * inner + dim * (visits if config.use_moe else 1)
-    )  # products, attention
-    in_flight = tokens * 3 * c * inner  # the gradients of SwiGLU's three inner tensors
-    head = supervised * (kept + c) * dim
-    if tp > 1:
-        head += supervised * 3 * FLOAT * config.vocab_size / tp
-    else:
-        chunk = min(supervised, chunk_size(config.vocab_size)) * config.vocab_size
-        head += (
-            supervised * c * dim
-            + FLOAT * config.vocab_size * dim
-            + chunk * (FLOAT if c == FLOAT else FLOAT + c)
-        )
-    if (
-        gradient_checkpointing
-    ):  # the input of every block and what is not computed anew; the rest of one block
-        results *= tokens if gradient_checkpointing == 2 else 0
-        return config.n_layers * (tokens * FLOAT * dim + results) + max(
-            block - results + in_flight, head
-        )
-    return config.n_layers * block + max(in_flight, head)
+    in_flight = tokens * 3 * width * inner  # the gradients of SwiGLU's three inner tensors
+    head = head_activations(config, supervised, width, tp)
+    if not gradient_checkpointing:
+        return config.n_layers * block + max(in_flight, head)
+    # The input of every block and what is not computed anew; the rest of one block
+    results = 0.0
+    if gradient_checkpointing == 2:  # those of products and attention
+        results = tokens * width * (2 * q + 2 * kv + dim + 2 * inner + dim * visits)
+    inputs = config.n_layers * (tokens * FLOAT * dim + results)
+    return inputs + max(block - results + in_flight, head)
+
+
+def kept_by_norm(width: int) -> int:
+    """Bytes a number: the input of an RMSNorm, in float32 the normalised input, too."""
+    return 2 * FLOAT if width == FLOAT else FLOAT
+
+
+def mlp_activations(
+    config: LMConfig, tokens: float, width: int, tensor_parallel: int
+) -> tuple[float, float, float]:
+    """Of a block's MLP, per token: experts that it visits, inner numbers, bytes kept."""
+    if not config.use_moe:
+        inner = config.hidden_dim / tensor_parallel
+        return 1, inner, 4 * width * inner
+    # Rows of an expert are filled up to 16
+    visits = config.n_experts_per_tok + 8 * config.n_experts / tokens
+    inner = (visits + config.n_shared_experts) * config.moe_hidden_dim / tensor_parallel
+    # The rows sorted by expert, the results in the order of the tokens, and the router's float32
+    # input.
+    rows = width * config.dim * (visits + config.n_experts_per_tok)
+    router = 0 if width == FLOAT else FLOAT * config.dim
+    return visits, inner, 4 * width * inner + rows + router
+
+
+def head_activations(
+    config: LMConfig, supervised: float, width: int, tensor_parallel: int
+) -> float:
+    """Bytes of the head and its gradients: of what it reads, and of its weights in float32.
+
+    Logits exist for a chunk of tokens only, where tensor ranks do not share them: then
+    cross-entropy has three tensors of their size when its backward begins.
+    """
+    head = supervised * (kept_by_norm(width) + width) * config.dim
+    if tensor_parallel > 1:
+        return head + supervised * 3 * FLOAT * config.vocab_size / tensor_parallel
+    chunk = min(supervised, chunk_size(config.vocab_size)) * config.vocab_size
+    gradients = supervised * width * config.dim + FLOAT * config.vocab_size * config.dim
+    return head + gradients + chunk * (FLOAT if width == FLOAT else FLOAT + width)
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes that this process may use: what is free on the GPU, or its share of the machine's RAM;
-    None: unreadable.
+    """Bytes that this process may use, on its GPU or of the machine's RAM; None: unreadable.
 
     RAM is shared by the processes of the machine, and limited by the control group (containers).
     """
@@ -283,37 +294,16 @@ def device_memory(device: torch.device) -> int | None:
     if free == [0]:
         return None
     for limit, used in CONTROL_GROUP:
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # another version of control groups, or no limit ("max")
+        # Another version of control groups, or no limit ("max")
+        with contextlib.suppress(OSError, ValueError):
             free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
     return max(0, min(free)) // read_launch().local_world_size
-
-
-def meminfo(name: str) -> int:
-    """Bytes that a line of /proc/meminfo says; 0: it cannot be read."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines[name].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0
-
-
-def machine_memory() -> int:
-    """Bytes of this machine's RAM, or of what its control group may take of it; 0: it cannot be
-    read."""
-    limits = [meminfo("MemTotal")]
-    for limit, _ in CONTROL_GROUP:
-        with contextlib.suppress(OSError, ValueError):  # as above
-            limits.append(int(Path(limit).read_text()))
-    return min(limits)
 
 
 def choose_strategy(
     config: LMConfig, device: torch.device, *, memory: int | None = None, **run: object
 ) -> tuple[str, str]:
-    """The first of ddp, zero1, zero2, zero3 that fits into SAFE_SHARE of the device's memory, and
-    why, in one line.
+    """The first of ddp, zero1, zero2, zero3 that fits into SAFE_SHARE of the memory, and why.
 
     Each saves more and costs more than the one before. With tensor parallelism zero1 is left out:
     its optimizer knows nothing of sharded tensors. Where the memory cannot be read the number of
@@ -330,37 +320,30 @@ def choose_strategy(
     else:
         candidates = [s for s in STRATEGIES if s != "zero1" or run.get("tensor_parallel", 1) == 1]
     if not memory:
-        count = parameter_count(config)
-        strategy = (
-            "ddp" if count < 1e9 or len(candidates) == 1 else "zero2" if count <= 7e9 else "zero3"
-        )
-        rule = "below 1 billion ddp, up to 7 zero2, above zero3"
-        return (
-            strategy,
-            (
-                f"{strategy}: {count / 1e9:.3g} billion parameters ({rule}); free memory cannot be"
-                " read"
-            ),
-        )
+        return choose_by_size(parameter_count(config), candidates)
     rejected = []
     for strategy in candidates:
         need = estimate(config, strategy, **run)
-        if need["total"] <= SAFE_SHARE * memory:
+        fits = need["total"] <= SAFE_SHARE * memory
+        if fits:
             break
         rejected.append(f"{strategy} {need['total'] / GIB:.3g}")
     parts = ", ".join(
         f"{part} {need[part] / GIB:.3g}" for part in need if part not in ("total", "host")
     )
-    fits = need["total"] <= SAFE_SHARE * memory
-    reason = (
-        f"{strategy}: {'needs' if fits else 'nothing fits, not even this: it needs'}"
-        f" {need['total'] / GIB:.3g} GiB of {memory / GIB:.3g} GiB per process ({parts})"
-    )
-    rejected = rejected if fits else rejected[:-1]
-    if rejected:
-        reason += (
-            f"; {', '.join(rejected)} GiB would not fit"
-            if fits
-            else f"; without it {', '.join(rejected)} GiB"
-        )
-    return strategy, reason
+    verdict = "needs" if fits else "nothing fits, not even this: it needs"
+    sizes = f"{need['total'] / GIB:.3g} GiB of {memory / GIB:.3g} GiB per process ({parts})"
+    others = ", ".join(rejected if fits else rejected[:-1])
+    if others:
+        others = f"; {others} GiB would not fit" if fits else f"; without it {others} GiB"
+    return strategy, f"{strategy}: {verdict} {sizes}{others}"
+
+
+def choose_by_size(parameters: int, candidates: list[str]) -> tuple[str, str]:
+    """The strategy for a number of parameters, where memory cannot be read, and why."""
+    strategy = "ddp"
+    if parameters >= 1e9 and len(candidates) > 1:
+        strategy = "zero2" if parameters <= 7e9 else "zero3"
+    rule = "below 1 billion ddp, up to 7 zero2, above zero3"
+    count = f"{parameters / 1e9:.3g} billion parameters"
+    return strategy, f"{strategy}: {count} ({rule}); free memory cannot be read"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.ranks import mesh_sizes, world
+from runtime.ranks import mesh_sizes, sum_over_world, world
 
 # Of a rank that waits for another one to tokenise; a dead one is noticed at once.
 PATIENCE = timedelta(hours=12)
@@ -60,6 +60,17 @@ def holders(p: Tensor) -> int:
     sizes = zip(p.device_mesh.shape, p.placements, strict=True)
     copies = math.prod(size for size, placement in sizes if placement.is_replicate())
     return copies * world()[1] // p.device_mesh.size()
+
+
+def sum_of_parts(values: Tensor, parameters: list[Tensor], copies: list[int] | None) -> float:
+    """Sum numbers of parameters, (P,), over all processes; each part of a parameter counts once.
+
+    Args:
+        copies: of each parameter, the processes that hold the same part of it; None: as sharded.
+    """
+    if copies is None:
+        copies = [holders(p) for p in parameters]
+    return sum_over_world((values / torch.tensor(copies, device=values.device)).sum())[0]
 
 
 def rank_zero_first(build: Callable[[], object]) -> object:

@@ -26,7 +26,7 @@ def assert_same_on_all_ranks(same: dict[str, str]) -> None:
                 )
 
 
-def check_norms(norms: list[float]) -> None:
+def check_norms(norms: tuple[float, ...]) -> None:
     """Stop when the global gradient norm is not the same on all ranks, which have exchanged it.
 
     Raises:

@@ -1,7 +1,6 @@
-"""What a step costs on any number of devices: compute, bytes sent, time that is spent waiting. A
-model on paper.
+"""What a step costs on any number of devices: compute, bytes sent, time that is spent waiting.
 
-`scripts/plan.py` prints it. It knows nothing of stragglers, data loading and the optimizer's own
+A model on paper, which `scripts/plan.py` prints. It knows nothing of stragglers, data loading and the optimizer's own
 time.
 """
 
@@ -22,9 +21,7 @@ class Machine:
     between: float  # bytes/s of a machine to the others
     latency: float  # seconds of a message
     tokens_per_sec: float  # of one device, forward and backward
-    overlap: float = (
-        1.0  # share of the compute beside which messages can travel that really hides them
-    )
+    overlap: float = 1.0  # share of the compute beside messages that really hides them
 
 
 @dataclass
@@ -61,8 +58,7 @@ def flops_per_token(config: LMConfig, load: Load, checkpointing: int) -> float:
 def sent_bytes(
     config: LMConfig, strategy: str, args, width: int, replicas: int, micro: int, tokens: float
 ) -> dict:
-    """Bytes that each device sends in an optimizer step, with ring algorithms: gradients and
-    weights, and activations.
+    """Bytes that each device sends in an optimizer step, with ring algorithms: weights, activations.
 
     With psi parameters per device and N replicas, times (N - 1) / N: ddp all-reduces gradients, 2
     psi; zero1 then broadcasts the weights, 3 psi (its optimizer lets DDP reduce the whole
@@ -111,42 +107,30 @@ def step_cost(config: LMConfig, machine: Machine, load: Load, args, devices: int
     sharers = args.tensor_parallel * args.context_parallel
     ranks, width = devices // sharers, 4 if args.dtype == "float32" else 2
     if args.global_batch_size:
-        mine = -(-args.global_batch_size // ranks)  # rows of the rank that has most
-        rows, micro = args.global_batch_size, -(-mine // args.batch_size)
+        rank_rows = -(-args.global_batch_size // ranks)  # of the rank that has most
+        rows, micro = args.global_batch_size, -(-rank_rows // args.batch_size)
     else:
-        mine, micro = args.batch_size * args.accumulation_steps, args.accumulation_steps
-        rows = mine * ranks
-    together = min(mine, args.batch_size)  # rows of a micro-batch
+        rank_rows, micro = args.batch_size * args.accumulation_steps, args.accumulation_steps
+        rows = rank_rows * ranks
+    micro_rows = min(rank_rows, args.batch_size)
     needs, strategy, reason = strategies(
-        config, machine, load, args, ranks, micro, together * load.longest
+        config, machine, load, args, ranks, micro, micro_rows * load.longest
     )
-
     replicas, nodes = ranks * args.context_parallel, -(-devices // machine.per_node)
     link = machine.inside if nodes == 1 else min(machine.inside, machine.between)
     near = machine.inside if sharers <= machine.per_node else link
-    sent = sent_bytes(config, strategy, args, width, replicas, micro, together * load.row_tokens)
-    groups, buckets = (
-        config.n_layers + 1,
-        -(-4 * memory.parameter_count(config) // (args.bucket_cap_mb << 20)),
-    )
-    messages = {
-        "ddp": buckets,
-        "zero1": 2 * buckets,
-        "zero2": (micro + 1) * groups,
-        "zero3": (2 * micro + 1) * groups,
-    }
-    messages = messages[strategy]
-    communication = sent["weights"] / link + messages * machine.latency * math.ceil(
-        math.log2(replicas)
-    )
-    compute = mine * load.row_tokens / machine.tokens_per_sec / sharers
+    tokens = micro_rows * load.row_tokens
+    sent = sent_bytes(config, strategy, args, width, replicas, micro, tokens)
+    messages = message_count(config, strategy, args.bucket_cap_mb, micro)
+    latency = machine.latency * math.ceil(math.log2(replicas))
+    communication = sent["weights"] / link + messages * latency
+    compute = rank_rows * load.row_tokens / machine.tokens_per_sec / sharers
     # DDP sends beside the backward pass of the last micro-batch; FSDP fetches ahead all the time;
     # the broadcast of zero1 comes after the optimizer. The last message always has to be waited
     # for.
     late = communication / 3 if strategy == "zero1" else communication / messages
     window = compute if strategy in ("zero2", "zero3") else compute / micro * 2 / 3
     waiting = max(communication - machine.overlap * window, late) + sent["activations"] / near
-    useful = rows / ranks / mine
     return {
         "devices": devices,
         "nodes": nodes,
@@ -159,28 +143,44 @@ def step_cost(config: LMConfig, machine: Machine, load: Load, args, devices: int
         "sent": sum(sent.values()),
         "compute": compute,
         "waiting": waiting,
-        "efficiency": useful * compute / (compute + waiting),
+        "efficiency": rows / ranks / rank_rows * compute / (compute + waiting),
         "tokens_per_sec": rows * load.row_tokens / (compute + waiting),
     }
 
 
+def message_count(config: LMConfig, strategy: str, bucket_cap_mb: int, micro: int) -> int:
+    """Messages of a step with `micro` micro-batches, beside those of activations."""
+    groups = config.n_layers + 1
+    buckets = -(-4 * memory.parameter_count(config) // (bucket_cap_mb << 20))
+    return {
+        "ddp": buckets,
+        "zero1": 2 * buckets,
+        "zero2": (micro + 1) * groups,
+        "zero3": (2 * micro + 1) * groups,
+    }[strategy]
+
+
 def strategies(
-    config, machine, load, args, ranks: int, micro: int, tokens: int
+    config: LMConfig, machine: Machine, load: Load, args, ranks: int, micro: int, tokens: int
 ) -> tuple[dict, str, str]:
-    """What every strategy needs with micro-batches of so many tokens, the one that a run would
-    take, and why."""
+    """What every strategy needs, the one that a run would take, and why.
+
+    Args:
+        ranks: data-parallel.
+        micro: micro-batches per step.
+        tokens: of a micro-batch.
+    """
     run = {
         "data_ranks": ranks,
         "tensor_parallel": args.tensor_parallel,
         "context_parallel": args.context_parallel,
-    }
-    run |= {
         "tokens": tokens,
         "supervised": math.ceil(tokens * load.supervised),
         "dtype": args.dtype,
+        "optimizer": args.optimizer,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "accumulation_steps": micro,
     }
-    run |= {"optimizer": args.optimizer, "gradient_checkpointing": args.gradient_checkpointing}
-    run |= {"accumulation_steps": micro}
     available = [s for s in memory.STRATEGIES if s != "zero1" or args.tensor_parallel == 1]
     needs = {s: memory.estimate(config, s, offload=bool(args.offload), **run) for s in available}
     if args.strategy in needs and ranks * args.context_parallel > 1:

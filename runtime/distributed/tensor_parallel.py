@@ -1,12 +1,10 @@
-"""Tensor parallelism: the ranks of a group share every layer, between the layers every row of
-tokens.
+"""Tensor parallelism: the ranks of a group share every layer, and between layers every row.
 
 Each rank has some heads, some columns of the MLP or some experts, and some rows of the vocabulary.
 The residual stream and its norms are split by token, so that nothing is computed twice: a layer
 gathers its tokens at the entrance and scatters the sum at the exit.
 Source: Shoeybi et al., Megatron-LM (2019), section 3; Korthikanti et al., Reducing Activation
-    Recomputation (2022),
-section 4.2.2, for the split by token.
+Recomputation (2022), section 4.2.2, for the split by token.
 """
 
 import copy
@@ -59,8 +57,7 @@ def check_sizes(config: LMConfig, tensor: int) -> None:
 
 
 def split_layers(model: MiniMindLM, mesh: DeviceMesh) -> None:
-    """Turn the parameters into DTensors over the ranks of `mesh` (1-D), and let the layers compute
-    on their parts.
+    """Turn parameters into DTensors over the ranks of `mesh` (1-D); layers compute on their parts.
 
     Rows must hold a multiple of the ranks in tokens. The logits that come out are (K, vocab /
     ranks).
@@ -108,10 +105,10 @@ def split_layers(model: MiniMindLM, mesh: DeviceMesh) -> None:
     plan[f"model.layers.{index}"] = PrepareModuleOutput(
         output_layouts=(Shard(1), None), desired_output_layouts=(Replicate(), None)
     )
-    here = dict(
-        model.named_modules()
-    )  # shared experts are optional, and a stage of a pipeline has some layers only
-    parallelize_module(model, mesh, {name: style for name, style in plan.items() if name in here})
+    # Shared experts are optional, and a stage of a pipeline has some layers only.
+    modules = dict(model.named_modules())
+    plan = {name: style for name, style in plan.items() if name in modules}
+    parallelize_module(model, mesh, plan)
     if model.config.tie_embeddings:  # parallelize_module made two parameters of one
         model.lm_head.weight = model.model.embed_tokens.weight
 
@@ -119,10 +116,11 @@ def split_layers(model: MiniMindLM, mesh: DeviceMesh) -> None:
 def spread(
     module: nn.Module, mesh: DeviceMesh, placements: dict[str, Placement], gradient=None
 ) -> Callable:
-    """Spread parameters over the ranks; returns the module's forward pass with this rank's part of
-    them.
+    """Spread parameters over the ranks; returns the module's forward pass with this rank's part.
 
-    `gradient` says what the gradient of that part is; by default it is placed as the parameter.
+    Args:
+        placements: name of a parameter -> how it is spread.
+        gradient: how that of the part is placed; by default as the parameter.
     """
     plain = copy.copy(module)  # keeps the forward of its class when that of `module` is replaced
     for name, placement in placements.items():
@@ -145,8 +143,7 @@ def spread(
 
 
 class OwnTokens(ParallelStyle):
-    """A layer with one `weight` that every rank holds and applies to tokens of its own: gradients
-    must be summed."""
+    """A layer with one `weight` for each rank's own tokens: gradients must be summed."""
 
     gradient = Partial()
 
@@ -162,8 +159,7 @@ class AllTokens(OwnTokens):
 
 
 class OwnExperts(ParallelStyle):
-    """The experts of a layer: each rank computes its own, for all tokens; the sum over ranks is the
-    result."""
+    """The experts of a layer: each rank computes its own, for all tokens, and ranks are summed."""
 
     def _apply(self, module: Experts, mesh: DeviceMesh) -> nn.Module:
         experts = module.down_proj.size(0) // mesh.size()
@@ -190,8 +186,7 @@ class OwnColumns(ParallelStyle):
 
 
 class GatherAndSum(ParallelStyle):
-    """Around the experts: all tokens come in, and the ranks' outputs are summed while the tokens
-    are split again."""
+    """Around the experts: gathers all tokens; sums the ranks' outputs, split by token again."""
 
     def _apply(self, module: MoE, mesh: DeviceMesh) -> nn.Module:
         size = mesh.size()
@@ -217,8 +212,7 @@ class GatherAndSum(ParallelStyle):
 
 
 class OwnVocabulary(ParallelStyle):
-    """The head: each rank has the logits of some tokens of the vocabulary, and the loss is put
-    together of these."""
+    """The head: each rank has the logits of a part of the vocabulary, the loss that of all."""
 
     def _apply(self, module: Head, mesh: DeviceMesh) -> nn.Module:
         own = spread(module, mesh, {"weight": Shard(0)})
@@ -239,8 +233,10 @@ class OwnVocabulary(ParallelStyle):
 
 
 class ShardedCrossEntropy(torch.autograd.Function):
-    """-log softmax(logits)[target] where each rank has some columns of the logits; Megatron-LM,
-    section 3."""
+    """-log softmax(logits)[target] where each rank has some columns of the logits.
+
+    Source: Shoeybi et al., Megatron-LM (2019), section 3.
+    """
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -265,6 +261,10 @@ class ShardedCrossEntropy(torch.autograd.Function):
 
 
 def sharded_cross_entropy(logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The summed loss of logits (K, vocab / ranks) float32 and targets (K,) int64; the same number
-    on every rank."""
+    """The summed loss, the same on every rank.
+
+    Args:
+        logits: (K, vocab / ranks) float32.
+        targets: (K,) int64.
+    """
     return ShardedCrossEntropy.apply(logits, targets, group)

@@ -13,7 +13,16 @@ from runtime.ranks import data_world, mesh_sizes, replicas
 
 
 def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
-    """The model as the training loop calls it; see `parallel.wrap` for the arguments."""
+    """The model as several processes or GPUs train it; load checkpoints after.
+
+    Args:
+        args: the flags device, batch_size, bucket_cap_mb, strategy ('ddp', 'zero1', 'zero2',
+            'zero3', or outside a process group 'dp') and offload: zero2 and zero3 then keep
+            weights, gradients and optimizer state in the memory of the CPU.
+        dtype: of the weights as FSDP2 gathers them for the blocks; gradients are reduced in
+            float32.
+        global_batch: rows of an optimizer step.
+    """
     if args.strategy == "dp":
         from runtime.distributed import data_parallel
 

@@ -1,5 +1,4 @@
-"""Hugging Face Accelerate as the engine: set up so that it does what was asked for, or the run is
-refused.
+"""Hugging Face Accelerate as the engine: it does what was asked for, or the run is refused.
 
 What accelerate cannot do where it runs it leaves out without a word: several processes become one,
 FSDP and DeepSpeed become DDP, float16 becomes float32. The loss curve then is the right one, so
@@ -18,11 +17,13 @@ from torch.utils.data import DataLoader
 
 from runtime import checkpoint, parallel, safe_load
 from runtime.engines import deepspeed_engine
+from runtime.engines.leftovers import forget_leftovers
 from runtime.kernel_loader import compiling
-from runtime.launcher import forget_leftovers, read_launch
+from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import is_fsdp, world
-from runtime.tracking import Tracker, wandb_reachable
+from runtime.reporters import Reporters, wandb_reachable
+from runtime.tracking import Tracker
 
 DTYPES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # our names, and accelerate's
 STRATEGIES = ("ddp", "fsdp2", "deepspeed")
@@ -36,22 +37,17 @@ KINDS = {
 
 
 def env(name: str) -> str:
-    """What `accelerate launch` says to its processes; '' where it did not start them, or has
-    nothing to say."""
+    """What `accelerate launch` says to its processes; '' where it says nothing."""
     return os.environ.get(f"ACCELERATE_{name}", "").lower().replace("false", "")
 
 
 def asked_for(ddp: bool) -> str:
     """How the processes are to share the work: 'fsdp2', 'deepspeed', 'ddp' or 'none'."""
-    return (
-        "fsdp2"
-        if env("USE_FSDP")
-        else "deepspeed"
-        if env("USE_DEEPSPEED")
-        else "ddp"
-        if ddp
-        else "none"
-    )
+    if env("USE_FSDP"):
+        return "fsdp2"
+    if env("USE_DEEPSPEED"):
+        return "deepspeed"
+    return "ddp" if ddp else "none"
 
 
 def format_of(ddp: bool) -> str:
@@ -60,13 +56,11 @@ def format_of(ddp: bool) -> str:
 
 
 def check_launch(args) -> None:
-    """Refuse what accelerate would take and not do. Before there is a process group: nothing can
-    hang.
+    """Refuse what accelerate would take and not do, before a process group could hang.
 
     Args:
         args: the flags ddp, device, dtype, strategy, compile. `device` and `dtype` are set where
-        they say nothing and
-            accelerate's launcher does.
+            they say nothing and accelerate's launcher does.
 
     Raises:
         ValueError: one line with the remedy.
@@ -98,6 +92,23 @@ def check_launch(args) -> None:
         )
     if kind == "fsdp2" and os.environ.get("FSDP_VERSION", "2") != "2":
         raise ValueError("accelerate's configuration asks for FSDP 1: write fsdp_version: 2")
+    check_configuration()
+    if env("USE_CPU") and args.device == "auto":
+        args.device = "cpu"
+    # The launcher says "no" also where nobody asked, so that much is left to --dtype.
+    asked = {"fp16": "float16", "bf16": "bfloat16"}.get(
+        env("MIXED_PRECISION"), env("MIXED_PRECISION")
+    )
+    if asked not in ("", "no") and (args.dtype or asked) != asked or asked == "fp8":
+        raise ValueError(
+            f"--dtype {args.dtype}, but accelerate launch says --mixed_precision"
+            f" {env('MIXED_PRECISION')}"
+        )
+    args.dtype = args.dtype or (asked if asked in DTYPES else None)
+
+
+def check_configuration() -> None:
+    """ValueError: accelerate's configuration asks for what this script does not have."""
     for name in ("USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"):
         if env(name):
             raise ValueError(
@@ -113,18 +124,6 @@ def check_launch(args) -> None:
             "accelerate's configuration has gradient_accumulation_steps: --accumulation_steps"
             " says it"
         )
-    if env("USE_CPU") and args.device == "auto":
-        args.device = "cpu"
-    # The launcher says "no" also where nobody asked, so that much is left to --dtype.
-    asked = {"fp16": "float16", "bf16": "bfloat16"}.get(
-        env("MIXED_PRECISION"), env("MIXED_PRECISION")
-    )
-    if asked not in ("", "no") and (args.dtype or asked) != asked or asked == "fp8":
-        raise ValueError(
-            f"--dtype {args.dtype}, but accelerate launch says --mixed_precision"
-            f" {env('MIXED_PRECISION')}"
-        )
-    args.dtype = args.dtype or (asked if asked in DTYPES else None)
 
 
 def start(args, folder: Path):
@@ -134,8 +133,7 @@ def start(args, folder: Path):
 
     Args:
         args: the flags device (a torch.device), ddp, batch_size, grad_clip, bucket_cap_mb,
-        report_to, use_wandb, and
-            dtype, which is set where it is None.
+            report_to, use_wandb, and dtype, which is set where it is None.
         folder: where its trackers write.
 
     Raises:
@@ -143,15 +141,9 @@ def start(args, folder: Path):
     """
     forget_leftovers()  # accelerate takes a LOCAL_RANK alone for a launch
     import accelerate
-    from accelerate.utils import (
-        DistributedDataParallelKwargs,
-        GradScalerKwargs,
-        InitProcessGroupKwargs,
-    )
 
-    os.environ.setdefault(
-        "DS_ACCELERATOR", args.device.type
-    )  # accelerate imports DeepSpeed where it finds it
+    # Accelerate imports DeepSpeed where it finds it
+    os.environ.setdefault("DS_ACCELERATOR", args.device.type)
     kind, cpu = asked_for(args.ddp), args.device.type == "cpu"
     args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
     if cpu and args.dtype == "float16":
@@ -163,46 +155,50 @@ def start(args, folder: Path):
             "accelerate's configuration asks for FSDP2, on a CPU accelerate would make it DDP;"
             " without a GPU take train_full_sft.py --strategy zero3"
         )
-    handlers = [
-        DistributedDataParallelKwargs(
-            bucket_cap_mb=args.bucket_cap_mb, gradient_as_bucket_view=True
-        ),
-        GradScalerKwargs(init_scale=2.0**14),
-    ]
-    if (
-        kind == "deepspeed"
-    ):  # else it looks for a backend on its own, and on a CPU finds none: one process
-        deepspeed_engine.prepare(args.device, {})
-        handlers.append(InitProcessGroupKwargs(backend=dist.get_backend()))
+    trackers = sorted({*args.report_to} - {"none"} | ({"wandb"} if args.use_wandb else set()))
     accelerator = accelerate.Accelerator(
         mixed_precision=DTYPES[args.dtype],
         gradient_accumulation_steps=1,
         cpu=cpu and kind != "deepspeed",
-        log_with=sorted({*args.report_to} - {"none"} | ({"wandb"} if args.use_wandb else set()))
-        or None,
+        log_with=trackers or None,
         project_config=accelerate.utils.ProjectConfiguration(
             str(folder), logging_dir=str(folder / "tensorboard")
         ),
-        kwargs_handlers=handlers,
+        kwargs_handlers=handlers(kind, args),
     )
-    found = (
-        KINDS.get(accelerator.distributed_type.value),
-        accelerator.num_processes,
-        accelerator.device.type,
-    )
-    if found != (kind, world()[1], args.device.type):
-        wanted = f"{kind} on {world()[1]} x {args.device.type}"
-        raise ValueError(
-            f"asked for {wanted}, accelerate set up {found[0]} on {found[1]} x {found[2]}"
-        )
+    actual = KINDS.get(accelerator.distributed_type.value)
+    setup = f"{actual} on {accelerator.num_processes} x {accelerator.device.type}"
+    wanted = f"{kind} on {world()[1]} x {args.device.type}"
+    if setup != wanted:
+        raise ValueError(f"asked for {wanted}, accelerate set up {setup}")
     if kind == "deepspeed":
         fill_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, args)
     return accelerator
 
 
+def handlers(kind: str, args) -> list:
+    """What accelerate is told about DDP, the scaler of float16 and DeepSpeed's backend."""
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradScalerKwargs,
+        InitProcessGroupKwargs,
+    )
+
+    kwargs = [
+        DistributedDataParallelKwargs(
+            bucket_cap_mb=args.bucket_cap_mb, gradient_as_bucket_view=True
+        ),
+        GradScalerKwargs(init_scale=2.0**14),
+    ]
+    # Else DeepSpeed looks for a backend on its own, and on a CPU finds none: one process
+    if kind == "deepspeed":
+        deepspeed_engine.prepare(args.device, {})
+        kwargs.append(InitProcessGroupKwargs(backend=dist.get_backend()))
+    return kwargs
+
+
 def fill_deepspeed(config: dict, args) -> None:
-    """Write our flags into DeepSpeed's configuration. ValueError: it says something else
-    already."""
+    """Write our flags into DeepSpeed's configuration. ValueError: it says something else."""
     ours = {"train_micro_batch_size_per_gpu": args.batch_size, "gradient_accumulation_steps": 1}
     ours |= {"train_batch_size": args.batch_size * world()[1], "gradient_clipping": args.grad_clip}
     for name, value in ours.items():
@@ -238,8 +234,7 @@ def prepare(accelerator, model: nn.Module, args) -> tuple:
 
 
 def register_plain_names(accelerator) -> None:
-    """Save weights without DDP's `module.`, so that a checkpoint loads on any number of processes,
-    also on one."""
+    """Save weights without DDP's `module.`: a checkpoint loads on any number of processes."""
 
     def save(models: list, weights: list[dict], folder: str) -> None:
         weights[:] = [
@@ -270,8 +265,7 @@ def clip_gradients(accelerator, model: nn.Module, max_norm: float) -> float:
 
 
 def step(accelerator, optimizer, finite: bool) -> None:
-    """Update the weights, unless loss and gradients are not finite: then only float16's scale comes
-    down.
+    """Update the weights, or where loss or gradients are not finite lower float16's scale alone.
 
     Raises:
         FloatingPointError: DeepSpeed has updated them already, which cannot be taken back.
@@ -288,8 +282,7 @@ def step(accelerator, optimizer, finite: bool) -> None:
 
 
 def whole_weights(accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the model without a wrapper, in float32: whole on rank 0. Every rank calls
-    it."""
+    """The state dict of the unwrapped model in float32, whole on rank 0. Every rank calls it."""
     if (
         accelerator.distributed_type.value == "DEEPSPEED"
     ):  # accelerate would gather the 16-bit copies
@@ -306,17 +299,17 @@ def whole_weights(accelerator, model: nn.Module) -> dict[str, Tensor]:
 
 
 def start_trackers(accelerator, tracker: Tracker, progress: dict) -> None:
-    """Begin, or go on with, accelerate's trackers for what --report_to names; they end with
-    `end_training`.
+    """Begin, or go on with, accelerate's trackers for --report_to; `end_training` ends them.
 
     Args:
         tracker: of the run, which goes on without those that fail.
         progress: counters, with `run_id`.
     """
+    tracker.reporters = tracker.reporters or Reporters(tracker.print)
     asked, started = accelerator.log_with, []
     for name in asked:  # one by one, so that the others start where one fails
         accelerator.log_with, accelerator.trackers = [name], []
-        tracker.attempt(
+        tracker.reporters.attempt(
             str(name), start_tracker, accelerator, str(name), tracker.folder, tracker.args, progress
         )
         started += accelerator.trackers
@@ -346,13 +339,13 @@ def log(accelerator, tracker: Tracker, metrics: dict) -> None:
     tracker.log(metrics)
     values = {name: value for name, value in metrics.items() if name != "step"}
     for board in accelerator.trackers:
-        tracker.attempt(board.name, board.log, values, step=metrics["step"])
+        tracker.reporters.attempt(board.name, board.log, values, step=metrics["step"])
 
 
 def end_training(accelerator, tracker: Tracker) -> None:
     """Close accelerate's trackers, and the process group."""
     for board in accelerator.trackers:
-        tracker.attempt(board.name, board.finish)
+        tracker.reporters.attempt(board.name, board.finish)
     accelerator.trackers = []
     accelerator.end_training()
 
@@ -366,8 +359,10 @@ def load(accelerator, found: Path | None) -> dict:
 
 
 def evaluation_loader(accelerator, rows: np.ndarray, batch_size: int) -> DataLoader | None:
-    """Accelerate deals the rows (n,) out to the ranks, and repeats some so that all have as many;
-    None for no row."""
+    """Accelerate's share of the rows (n,): some are repeated so that all ranks have as many.
+
+    None for no row.
+    """
     if not len(rows):
         return None
     return accelerator.prepare(DataLoader(rows, batch_size=batch_size, generator=torch.Generator()))
@@ -377,19 +372,18 @@ def evaluation_loader(accelerator, rows: np.ndarray, batch_size: int) -> DataLoa
 def evaluate(
     accelerator, loss_of, model: nn.Module, dataset, loader: DataLoader, device: torch.device
 ) -> float:
-    """Mean loss per supervised token; each row counts once: gather_for_metrics drops what was
-    repeated.
+    """Mean loss per supervised token; each row counts once: gather_for_metrics drops repeated ones.
 
     Args:
         loss_of: (model, X, Y, loss_mask, doc_lens, device) -> (summed loss, auxiliary loss), as in
-        training. loader: from `evaluation_loader`.
+            training.
+        loader: from `evaluation_loader`.
     """
     model.eval()
     losses = []
     for rows in loader:
-        batches = [
-            dataset.collate([dataset[row]]) for row in rows.tolist()
-        ]  # a loss for each, to drop it or not
+        # A loss for each, to drop it or not
+        batches = [dataset.collate([dataset[row]]) for row in rows.tolist()]
         mine = torch.stack([loss_of(model, *batch, device)[0] for batch in batches])
         losses.append(accelerator.gather_for_metrics(mine))
     model.train()

@@ -1,5 +1,4 @@
-"""DeepSpeed's JSON: what it says becomes defaults of our flags, what our flags say fills in its
-"auto".
+"""DeepSpeed's JSON: what it says becomes defaults of our flags, which fill in its "auto".
 
 Nothing in the file is ignored: a key is handed to DeepSpeed, or refused by name. Numbers that stand
 in the file and contradict the flags or the number of processes are refused, with the arithmetic.
@@ -101,8 +100,7 @@ def read(path: str) -> dict:
 
 
 def defaults(path: str, argv: list[str]) -> dict:
-    """What stands below YAML and command line: the file's numbers as flags, and the file itself as
-    `deepspeed`.
+    """What stands below YAML and command line: the file's numbers as flags, itself as `deepspeed`.
 
     Args:
         argv: the words of the flags that are given.

@@ -1,5 +1,4 @@
-"""DeepSpeed's engine around a model: start it, take whole float32 weights out of it, save and
-resume it.
+"""DeepSpeed's engine around a model: start it, save and resume it, take whole weights out of it.
 
 A checkpoint has DeepSpeed's own files, those that its `zero_to_fp32.py` reads, inside the house's
 folder: it is there when it is whole (`runtime/store.py`), and a run that goes on has as many
@@ -26,9 +25,11 @@ from model.permissions import open_to_others
 from runtime import checkpoint, parallel, safe_load, store
 from runtime.device import one_order
 from runtime.engines.deepspeed_config import OFFLOADS, curve_settings, section
-from runtime.launcher import forget_leftovers
+from runtime.engines.engine_store import seal
+from runtime.engines.leftovers import forget_leftovers
 from runtime.optim import make_optimizer
-from runtime.parallel import gather_objects, world
+from runtime.ranks import gather_objects, world
+from runtime.validity import reason
 
 TAG = "deepspeed"  # of a checkpoint inside its folder
 LOUD = (
@@ -41,8 +42,7 @@ LOUD = (
 
 
 def prepare(device: torch.device, config: dict) -> None:
-    """What must be there before data is read: DeepSpeed, a process group (also alone), what its
-    offload is built of.
+    """Have what is needed before data is read: DeepSpeed, a process group (also alone), compilers.
 
     Raises:
         ValueError: something is not installed; says how to get it.
@@ -133,8 +133,7 @@ def start(model: nn.Module, config: dict, args):
 
 
 def load_ops(config: dict) -> None:
-    """Build what DeepSpeed wants in C++ for this file, where that was not done before: once, for
-    minutes.
+    """Build what DeepSpeed wants in C++ for this file, which takes minutes, once.
 
     torch's lock around a build has no owner, and one that a killed build left would be waited for
     without end. Ours goes with the process that holds it.
@@ -204,8 +203,7 @@ def one_exchange(engine, micro_batches: int) -> AbstractContextManager:
 
 
 def backward(engine, loss: Tensor) -> None:
-    """Gradients of a loss that is normalised already: DeepSpeed is not to divide it by its
-    accumulation steps.
+    """Gradients of a loss that is normalised already: DeepSpeed is not to divide it again.
 
     A loss that is not finite may have finite gradients; they become NaN, so that all ranks skip the
     step.
@@ -271,8 +269,7 @@ def describe(engine, args) -> str:
 
 
 def identity_of(config: dict) -> dict:
-    """What else must be the same when a run goes on: DeepSpeed's files are those of its
-    processes."""
+    """What else must be the same at a resume: DeepSpeed's files are those of its processes."""
     zero = section(config, "zero_optimization")
     offload = {key: section(zero, key).get("device", "none") for key in OFFLOADS}
     identity = {
@@ -303,7 +300,7 @@ def save_run(folder: Path, keep: int, engine, progress: dict, identity: dict) ->
         dist.barrier()
         engine.save_checkpoint(str(building), tag=TAG)
         paths = (path for path in building.rglob("*") if path.is_file() and writer_of(path) == rank)
-        mine = {str(path.relative_to(building)): store.seal(path) for path in paths}
+        mine = {str(path.relative_to(building)): seal(path) for path in paths}
         files = {name: file for part in gather_objects(mine) for name, file in part.items()}
         rng = gather_objects(checkpoint.rng_state())
         if rank == 0:
@@ -316,7 +313,7 @@ def save_run(folder: Path, keep: int, engine, progress: dict, identity: dict) ->
     except (OSError, RuntimeError) as error:
         raise OSError(
             f"cannot save the checkpoint of step {step} in {checkpoints}:"
-            f" {checkpoint.reason(error)}; those before it are intact: make room and go on with"
+            f" {reason(error)}; those before it are intact: make room and go on with"
             " --resume auto"
         ) from error
 
@@ -328,8 +325,7 @@ def writer_of(path: Path) -> int:
 
 
 def finish(engine, run_dir: Path) -> None:
-    """At the end of a run: the weights in the precision of training if the file asks for them,
-    disks cleaned up."""
+    """At the end of a run: weights in the precision of training if asked for, disks cleaned up."""
     if engine.zero_gather_16bit_weights_on_model_save():
         engine.save_16bit_model(str(run_dir))
     dist.barrier()
@@ -338,8 +334,7 @@ def finish(engine, run_dir: Path) -> None:
 
 
 def load_run(found: Path | None, engine) -> dict:
-    """Put a checkpoint back into the engine and the generators; returns the counters, zeros for a
-    new run."""
+    """Put a checkpoint back into engine and generators; returns the counters, zeros for a new run."""
     if found is None:
         return checkpoint.restore(None)
     with safe_load.restricted(found):

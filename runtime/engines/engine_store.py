@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from runtime import checkpoint, store
 from runtime.device import is_sharded
-from runtime.parallel import gather_objects, world
+from runtime.ranks import gather_objects, world
+from runtime.validity import not_saved
 
 
 def save(
@@ -36,11 +37,12 @@ def save(
         progress: counters, with `step`.
         identity: what `identity.check_identity` compares at a resume; names the engine.
         write: has the engine write at a place, where it makes a file or a folder; is called on
-        every rank. scaler: None where the engine saves its own.
+            every rank.
+        scaler: None where the engine saves its own.
 
     Raises:
         OSError: it could not be written, or the weights before it; says which checkpoint is still
-        good.
+            good.
     """
     checkpoint.wait()
     folder, step, first = folder / "checkpoints", progress["step"], world()[0] == 0
@@ -63,13 +65,19 @@ def save(
             store.finish(
                 building,
                 step,
-                {str(path.relative_to(building)): store.seal(path) for path in paths},
+                {str(path.relative_to(building)): seal(path) for path in paths},
                 keep,
             )
     except (OSError, RuntimeError, CheckpointException) as error:
         if first:
             store.clean(folder)
-        raise store.not_saved(folder, step, checkpoint.reason(error)) from error
+        raise not_saved(folder, step, error) from error
+
+
+def seal(path: Path) -> dict:
+    """Bring to the disk what an engine wrote to a file; its size and hash."""
+    store.flush(path)
+    return store.describe(path)
 
 
 def barrier() -> None:
@@ -78,8 +86,9 @@ def barrier() -> None:
 
 
 def whole_tensors(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict on the CPU with every tensor whole, on rank 0; elsewhere empty. Every rank
-    calls it.
+    """The state dict on the CPU with every tensor whole, on rank 0; elsewhere empty.
+
+    Every rank calls it.
 
     One tensor at a time is put together, so that no other process ever holds the whole model.
     """

@@ -1,5 +1,4 @@
-"""PyTorch Lightning as the engine: its Trainer, strategies, loggers and progress bar, as a stage
-script wants them."""
+"""PyTorch Lightning as the engine: its Trainer, strategies, loggers and progress bar."""
 
 import functools
 import importlib.util
@@ -19,11 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset.packing import Plan, batches
 from runtime import launch, safe_load
+from runtime.engines.leftovers import forget_leftovers
 from runtime.kernel_loader import compiling
-from runtime.launcher import forget_leftovers, read_launch
+from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import data_world, is_fsdp, sync_gradients, world, wrap
-from runtime.tracking import Tracker, wandb_reachable
+from runtime.reporters import Reporters, wandb_reachable
+from runtime.tracking import Tracker
 
 
 def check_launch(args) -> None:
@@ -119,9 +120,11 @@ def restricted(load_checkpoint: Callable) -> Callable:
 
 def make_loggers(args, folder: Path, progress: dict, tracker: Tracker) -> list:
     """Lightning's loggers for what --report_to names; the run goes on without those that fail."""
+    tracker.reporters = tracker.reporters or Reporters(tracker.print)
     names = sorted({*args.report_to} - {"none"} | ({"wandb"} if args.use_wandb else set()))
     loggers = [
-        tracker.attempt(name, make_logger, name, folder, progress, tracker) for name in names
+        tracker.reporters.attempt(name, make_logger, name, folder, progress, tracker)
+        for name in names
     ]
     return [logger for logger in loggers if logger is not None]
 
@@ -150,7 +153,9 @@ def make_logger(name: str, folder: Path, progress: dict, tracker: Tracker):
         )
     _ = logger.experiment  # starts it
     for call in ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize"):
-        setattr(logger, call, functools.partial(tracker.attempt, name, getattr(logger, call)))
+        setattr(
+            logger, call, functools.partial(tracker.reporters.attempt, name, getattr(logger, call))
+        )
     return logger
 
 
@@ -166,8 +171,7 @@ def log(trainer, tracker: Tracker, metrics: dict) -> None:
 
 
 def remaining(dataset, plans: Callable[[int], Plan], progress: dict, args) -> Iterator[tuple]:
-    """The steps that are left of a run: (epoch, plan, window, micro-batches of this rank), one
-    after the other.
+    """The steps that are left of a run: (epoch, plan, window, micro-batches of this rank).
 
     Args:
         plans: epoch -> its plan.
@@ -191,8 +195,7 @@ def remaining(dataset, plans: Callable[[int], Plan], progress: dict, args) -> It
 
 
 def module_class() -> type:
-    """LightningModule for a training_step that makes an optimizer step of its own, with all its
-    micro-batches.
+    """LightningModule for a training_step that makes an optimizer step, with all micro-batches.
 
     Its training_step uses `sync_gradients`, and `stop`, the signal that came.
     """
@@ -236,8 +239,7 @@ def module_class() -> type:
             )  # in place of Lightning's handler, which leaves without a checkpoint
 
         def sync_gradients(self, sync: bool) -> AbstractContextManager:
-            """Around forward and backward of a micro-batch: gradients are exchanged only where
-            `sync` is true."""
+            """Around forward and backward: exchange gradients only where `sync` is true."""
             wrapper = self.trainer.model
             return sync_gradients(
                 wrapper if isinstance(wrapper, DistributedDataParallel) else self.model, sync

@@ -1,5 +1,4 @@
-"""Pipeline parallelism: every process has some layers of the model, and passes hidden states on to
-the next one.
+"""Pipeline parallelism: each process has some layers, and passes hidden states on to the next.
 
 Processes form a mesh of pipeline x data x tensor ranks, tensor ranks being neighbours. The layers
 are cut into stages; a schedule of torch.distributed.pipelining says in which order a process runs
@@ -110,14 +109,12 @@ def stages_of(schedule: str, processes: int) -> int:
 
 
 def layers_of(stage: int, stages: int, n_layers: int) -> range:
-    """The layers of a stage. Where they do not divide, the last stages have one less: the head is
-    work, too."""
+    """The layers of a stage; the last ones may have one less: the head is work, too."""
     return range(-(-n_layers * stage // stages), -(-n_layers * (stage + 1) // stages))
 
 
 def cut(model: MiniMindLM, layers: list[int], first: bool, last: bool) -> MiniMindLM:
-    """Take away what other processes have; what stays keeps its name. A tied matrix stays at both
-    ends."""
+    """Take away what other processes have; names stay, and a tied matrix stays at both ends."""
     tied = model.config.tie_embeddings
     for index in set(range(model.config.n_layers)).difference(layers):
         model.model.layers[index] = nn.Identity()
@@ -168,7 +165,8 @@ class Stage(nn.Module):
         sharers: int,
         autocast,
     ):
-        """
+        """A stage of the whole pipeline.
+
         Args:
             room: tokens of a message.
             sharers: tensor ranks; each holds its part of a row's tokens.
@@ -178,8 +176,7 @@ class Stage(nn.Module):
         self.room, self.sharers, self.autocast = room, sharers, autocast
 
     def forward(self, *received: Tensor, micro: Tensor, work: Work) -> Tensor | tuple[Tensor, ...]:
-        """One micro-batch: hidden states (1, room, dim) and with MoE the auxiliary losses so far;
-        at the end the loss.
+        """One micro-batch: hidden states (1, room, dim), auxiliary losses; at the end the loss.
 
         Args:
             received: what the stage below returned.
@@ -218,8 +215,7 @@ class Stage(nn.Module):
     def blocks(
         self, received: tuple[Tensor, ...], input_ids: Tensor, doc_lens: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states (1, N, dim) behind the layers of this stage; auxiliary losses of all layers
-        so far, summed."""
+        """Hidden states (1, N, dim) behind this stage; auxiliary losses of all layers so far."""
         model = self.model
         layout = model.layout(input_ids, doc_lens=doc_lens)
         if self.first:
@@ -248,7 +244,8 @@ class Pipeline:
     """
 
     def __init__(self, model: MiniMindLM, mesh: DeviceMesh, args, micro_batches: int, autocast):
-        """
+        """Cut the model and set up the schedule.
+
         Args:
             model: whole, on the CPU, the same on all ranks; is cut.
             mesh: of `make_mesh`.
@@ -256,62 +253,60 @@ class Pipeline:
             micro_batches: of an optimizer step and a pipeline.
             autocast: context of the forward passes.
         """
-        (rank, data, _), (size, data_ranks, tensor) = mesh.get_coordinate(), mesh.shape
-        config, stages = model.config, stages_of(args.pipeline_schedule, size)
-        mine = range(rank, stages, size)
-        layers = {index: layers_of(index, stages, config.n_layers) for index in mine}
-        own = [layer for index in mine for layer in layers[index]]
+        rank, data_rank, _ = mesh.get_coordinate()
+        size, data_ranks, tensor = mesh.shape
+        stages = stages_of(args.pipeline_schedule, size)
+        n_layers = model.config.n_layers
+        layers = {n: layers_of(n, stages, n_layers) for n in range(rank, stages, size)}
+        own = [layer for index in layers for layer in layers[index]]
         self.module = cut(model, own, rank == 0, rank == size - 1).to(args.device)
         if args.compile:
             compiling().compile_blocks(self.module)
         if tensor > 1:
             split_layers(self.module, mesh["tensor"])
 
-        self.data_world = (data, data_ranks)
-        self.mesh, self.stages, self.micro_batches, self.device = (
-            mesh,
-            stages,
-            micro_batches,
-            args.device,
-        )
+        self.data_world = (data_rank, data_ranks)
+        self.mesh, self.stages = mesh, stages
+        self.micro_batches, self.device = micro_batches, args.device
         self.data_group, self.tied_group = mesh.get_group("data"), None
-        if (
-            config.tie_embeddings and size > 1
-        ):  # both ends hold the matrix, each has the gradient of its own use
+        # Both ends hold a tied matrix, each has the gradient of its own use
+        if model.config.tie_embeddings and size > 1:
             for ends in mesh.mesh[[0, -1]].flatten(1).T.tolist():
                 group = dist.new_group(ends)
                 self.tied_group = group if world()[0] in ends else self.tied_group
         parts = [(name, shard_number(p)) for name, p in self.module.named_parameters()]
-        everyones = Counter(part for held in gather_objects(parts) for part in held)
-        self.copies = [
-            everyones[part] for part in parts
-        ]  # ranks that hold the same, of each parameter
-
-        room = -(-args.batch_size * args.max_seq_len // tensor)
-        message = [torch.empty(1, room, config.dim, device="meta", requires_grad=True)]
-        number = torch.empty((), device="meta", requires_grad=True)
-        message += [number] if config.use_moe else []
+        holders = Counter(part for held in gather_objects(parts) for part in held)
+        self.copies = [holders[part] for part in parts]  # ranks that hold the same, by parameter
         padding = torch.zeros(1, tensor, dtype=torch.int64)
         self.nothing = (padding, padding, padding, [])  # a micro-batch without a document
-        held = []
-        for index in mine:
-            first, last = index == 0, index == stages - 1
-            stage = Stage(self.module, layers[index], first, last, room, tensor, autocast)
-            shapes = {
-                "input_args": () if first else tuple(message),
-                "output_args": number if last else tuple(message),
-            }
-            held.append(
-                PipelineStage(
-                    stage, index, stages, args.device, group=mesh.get_group("pipeline"), **shapes
-                )
-            )
+        held = self.pipeline_stages(layers, args, autocast)
         self.schedule = SCHEDULES[args.pipeline_schedule](
             held if args.pipeline_schedule == "interleaved" else held[0],
             micro_batches,
             loss_fn=lambda loss, _: loss,
             scale_grads=False,
         )
+
+    def pipeline_stages(self, layers: dict[int, range], args, autocast) -> list[PipelineStage]:
+        """The stages of this process, for torch's schedule. Args: layers: of each."""
+        config, tensor = self.module.config, self.mesh.shape[2]
+        room = -(-args.batch_size * args.max_seq_len // tensor)
+        message = [torch.empty(1, room, config.dim, device="meta", requires_grad=True)]
+        number = torch.empty((), device="meta", requires_grad=True)
+        message += [number] if config.use_moe else []
+        held = []
+        for index in layers:
+            first, last = index == 0, index == self.stages - 1
+            stage = Stage(self.module, layers[index], first, last, room, tensor, autocast)
+            shapes = {
+                "input_args": () if first else tuple(message),
+                "output_args": number if last else tuple(message),
+            }
+            group = self.mesh.get_group("pipeline")
+            held.append(
+                PipelineStage(stage, index, self.stages, args.device, group=group, **shapes)
+            )
+        return held
 
     def run(
         self,
@@ -344,8 +339,7 @@ class Pipeline:
         return work.loss, work.aux_loss
 
     def sum_gradients(self) -> None:
-        """Sum the gradients over data ranks, that of a tied matrix over both ends, too. Once per
-        optimizer step."""
+        """Once a step: sum gradients over data ranks, of a tied matrix over both ends, too."""
         parameters = list(self.module.parameters())
         for p in parameters:
             if is_sharded(p):  # norms: each tensor rank has the gradient of its own tokens
@@ -379,9 +373,9 @@ class Pipeline:
         return parallel.sum_over_ranks(total)[0] / int(dataset.supervised[rows].sum())
 
     def whole_tensors(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All stages' tensors on the CPU and whole, on rank 0; elsewhere empty. Every rank calls it
-        with its own.
+        """All stages' tensors on the CPU and whole, on rank 0; elsewhere empty.
 
+        Every rank calls it with its own.
         One tensor at a time is put together and sent, so that no other process ever holds the whole
         model.
         """

@@ -5,6 +5,7 @@ import json
 import pytest
 from test_chat_format import CALL, CODER, SEARCH, WEATHER, assistant, supervised, system, tool, user
 
+from dataset import chat_rows, row_fields, turn_fields
 from dataset.chat_format import encode_chats
 from dataset.chat_rows import detect_format, normalise_row
 
@@ -423,3 +424,10 @@ def test_null_inside_of_parts_and_calls():
         reason_of(with_nulls({"messages": [user("a"), assistant(None)]}))
         == "turn 2: 'content' must be a string, found null"
     )
+
+
+def test_the_fields_that_change_what_is_learned_are_all_known():
+    """What `SPECIAL` lacks would be read over; what it has in excess would cost time only."""
+    known = {*row_fields.REFUSED_ON_ROWS, *row_fields.REFUSED_ON_TURNS, *row_fields.THINKING}
+    known |= {*row_fields.LEARN, *turn_fields.CALLS, *turn_fields.TOOLS, "system", "tool_choice"}
+    assert chat_rows.SPECIAL == known

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -279,3 +280,26 @@ def test_what_a_tokenizer_says_of_itself_is_kept_until_its_files_change(tmp_path
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.json is damaged"):
         describe_tokenizer(load_tokenizer(folder), cache)
+
+
+LOADED = """
+import sys
+from dataset.lm_dataset import PretrainDataset, SFTDataset, load_tokenizer
+
+tokenizer, (kind, path, cache) = load_tokenizer("model/minimind_tokenizer"), sys.argv[1:]
+{"sft": SFTDataset, "pretrain": PretrainDataset}[kind](path, tokenizer, cache_dir=cache)
+print(*(name for name in sys.modules if name.startswith("dataset.")))
+"""
+
+
+@pytest.mark.parametrize("kind", ["sft", "pretrain"])
+def test_what_a_file_does_not_need_is_not_loaded(kind, tmp_path):
+    row = {"sft": chat("a", "b") | {"source": "web"}, "pretrain": {"text": "a"}}[kind]
+    path = write_jsonl(tmp_path / "data.jsonl", [row])
+    command = [sys.executable, "-c", LOADED, kind, str(path), str(tmp_path / "cache")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.removeprefix("dataset.") for name in done.stdout.split()}
+    special = {"alpaca", "curriculum", "file_kinds", "preview", "read_array", "readers", "replies"}
+    special |= {"row_faults", "row_fields", "tools", "turn_fields"}
+    other = {"sft": {"pretrain_encoder"}, "pretrain": {"chat_format", "chat_rows", "sft_encoder"}}
+    assert not loaded & (special | other[kind]) and f"{kind}_encoder" in loaded

@@ -37,7 +37,7 @@ def entry_point(path) -> ast.If | None:
 )
 def test_every_script_starts_where_no_text_can_end_it(path):
     first = ast.unparse(entry_point(path).body[0])
-    assert first in ("launch.run(main)", "terminal.run(main)"), f"{path.name} starts with {first}"
+    assert first in ("launch.run(main)", "exits.run(main)"), f"{path.name} starts with {first}"
 
 
 @pytest.mark.parametrize("encoding", SHOWN)
@@ -75,8 +75,8 @@ def test_the_log_of_a_run_takes_every_text(tmp_path):
         "report_to": [],
         "use_wandb": False,
         "data_path": "caf\udce9",
-    }
-    tracker = Tracker(tmp_path / "run", args, enabled=True, found=None)
+    }  # a file name that is not UTF-8
+    tracker = Tracker(tmp_path / "run", args, enabled=True, resumed_from=None)
     tracker.log_file.write("")
     tracker.print(f"{TEXT} caf\udce9")
     tracker.log_file.close()

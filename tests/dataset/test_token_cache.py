@@ -18,7 +18,7 @@ from running import ROOT, run_ranks
 from dataset import cache_builder, lm_dataset, sft_encoder, token_cache
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import batches, plan_epoch
-from runtime import launch
+from runtime import faults
 
 FORK = multiprocessing.get_context("fork")  # the imports are made: a child starts in no time
 
@@ -348,7 +348,7 @@ def test_what_a_reading_process_finds_is_one_line(sft):
     plan = plan_epoch(dataset, np.arange(1), 0, 512, 0, 1, 0, 0)
     with pytest.raises(ValueError, match="mask.bin was altered") as raised:
         list(batches(dataset, plan, range(1), 0, 1, 1, num_workers=1))
-    assert launch.explain(raised.value).startswith(
+    assert faults.explain(raised.value).startswith(
         f"{dataset.cache.folder / 'mask.bin'} was altered: row 0 "
     )
 

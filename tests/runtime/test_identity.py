@@ -10,7 +10,8 @@ import pytest
 import torch
 from running import STAGE_SCRIPTS, module_of
 
-from runtime.identity import FIXED, HARMLESS, changes_between, check_identity, identity_of
+from runtime.identity import HARMLESS, identity_of
+from runtime.identity_changes import FIXED, changes_between, check_identity
 
 STAGES = sorted(STAGE_SCRIPTS)
 READ_BY = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.lm import LMConfig, MiniMindLM
-from runtime import optim
+from runtime import muon, optim
 
 MOE = LMConfig(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, use_moe=True, n_shared_experts=1
@@ -24,7 +24,7 @@ def test_stacked_experts_are_updated_as_matrices_of_their_own(shape, monkeypatch
     stacked = torch.nn.Parameter(torch.randn(shape))
     alone = [torch.nn.Parameter(matrix.clone()) for matrix in stacked.detach()]
     options = {"lr": 0.1, "weight_decay": 0.1}
-    optimizers = [optim.OrthogonalMomentum([p], **options) for p in (stacked, *alone)]
+    optimizers = [muon.OrthogonalMomentum([p], **options) for p in (stacked, *alone)]
     for _ in range(3):
         stacked.grad = scale * torch.randn(shape)
         for matrix, gradient in zip(alone, stacked.grad, strict=True):
@@ -33,7 +33,7 @@ def test_stacked_experts_are_updated_as_matrices_of_their_own(shape, monkeypatch
             optimizer.step()
     expected = torch.stack([matrix.detach() for matrix in alone])
     torch.testing.assert_close(stacked.detach(), expected, rtol=1e-4, atol=1e-5)
-    singular = torch.linalg.svdvals(optim.orthogonalise(stacked.grad))
+    singular = torch.linalg.svdvals(muon.orthogonalise(stacked.grad))
     assert singular.min() > 0.5 and singular.max() < 1.3, (
         "each of them, whatever the size of its gradient"
     )
@@ -45,8 +45,8 @@ def test_matrices_of_one_shape_are_updated_together_as_if_alone(monkeypatch):
     together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
     options = {"lr": 0.1, "weight_decay": 0.1}
-    optimizers = [optim.OrthogonalMomentum(together, **options)]
-    optimizers += [optim.OrthogonalMomentum([p], **options) for p in alone]
+    optimizers = [muon.OrthogonalMomentum(together, **options)]
+    optimizers += [muon.OrthogonalMomentum([p], **options) for p in alone]
     for missing in (None, 2, 5):  # a matrix without a gradient is left as it is
         for i, (p, same) in enumerate(zip(together, alone, strict=True)):
             p.grad = None if i == missing else torch.randn(p.shape)
@@ -59,9 +59,9 @@ def test_matrices_of_one_shape_are_updated_together_as_if_alone(monkeypatch):
 
 def test_at_most_so_many_numbers_are_updated_together():
     parameters = [torch.nn.Parameter(torch.zeros(4, 8)) for _ in range(5)]
-    sizes = [len(same) for same in optim.of_one_shape(parameters, most=64)]
+    sizes = [len(same) for same in muon.of_one_shape(parameters, most=64)]
     assert sizes == [2, 2, 1]
-    assert [len(same) for same in optim.of_one_shape(parameters, most=1)] == [1] * 5
+    assert [len(same) for same in muon.of_one_shape(parameters, most=1)] == [1] * 5
 
 
 def test_what_muon_takes():

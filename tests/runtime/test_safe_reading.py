@@ -57,7 +57,7 @@ def small_model() -> MiniMindLM:
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
     """A run folder with one checkpoint of the plain stages, saved and read in this process."""
-    monkeypatch.setattr(checkpoint, "_shared", {})
+    monkeypatch.setattr(checkpoint, "_buffers", {})
     model = small_model()
     optimizer = make_optimizer(model, "adamw", 1e-3, 0.1)
     model(torch.zeros(1, 8, dtype=torch.int64)).logits.sum().backward()

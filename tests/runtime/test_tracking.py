@@ -162,7 +162,8 @@ def test_a_tracker_that_breaks_later_is_left_alone(tmp_path, capsys):
         calls.append(args)
         raise OSError(28, "No space left on device")
 
-    tracker.board.add_scalar = tracker.board.close = full
+    writer = tracker.reporters.active["tensorboard"].writer
+    writer.add_scalar = writer.close = full
     for step in (1, 2):
         tracker.log({"step": step, "eval_loss": 1.0})
     tracker.close()

@@ -10,7 +10,8 @@ from running import run_script
 from dataset import sft_encoder
 from dataset.packing import plan_epoch
 from dataset.preference_dataset import PreferenceDataset
-from runtime.identity import check_identity, identity_of
+from runtime.identity import identity_of
+from runtime.identity_changes import check_identity
 from runtime.launch import check_flags
 
 

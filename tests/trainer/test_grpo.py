@@ -9,7 +9,7 @@ from conftest import curve
 from running import run_script
 from stage_runs import prompt_runs, same_bits, same_rollouts
 
-from runtime import store
+from runtime import store, validity
 from trainer import train_grpo as grpo
 
 FLAGS = (
@@ -202,7 +202,7 @@ def test_killed_during_a_rollout(train):
     killed = run_script("trainer/train_grpo.py", *flags, env={"KILLED_AT_CALL": "3"})
     assert killed.returncode == -9
     saved = store.list_checkpoints(train.folder / "killed/grpo_32/checkpoints")
-    assert saved and store.fault(saved[-1]) == ""
+    assert saved and validity.fault(saved[-1]) == ""
     same_bits(
         train("killed", *TWO_PASSES, "--resume=auto"), train.one(*TWO_PASSES, name="two passes")
     )

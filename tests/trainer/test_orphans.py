@@ -10,7 +10,7 @@ import pytest
 from conftest import RUN_FLAGS, conversations, write_jsonl
 from running import ROOT, processes_of, wait_for_end, wait_for_steps, wait_until
 
-from runtime import launcher
+from runtime.distributed import orphans
 
 # Every rank stops here, at a moment of its start, until the test lets go of the lock.
 HOLD = """
@@ -95,6 +95,7 @@ CHILD = """
 import signal, sys
 sys.path.insert(0, sys.argv[1])
 from runtime import launcher
+from runtime.distributed import orphans
 {without_kernel}
 launcher.die_with_launcher()
 open(sys.argv[2], "w").close()
@@ -124,7 +125,7 @@ OURS = "{'MINIMIND_STARTED_BY': str(os.getpid())}"
 
 def test_where_the_kernel_cannot_tell_the_process_asks(parent_and_child, tmp_path):
     """As on macOS."""
-    without_kernel = "launcher.signal_when_parent_dies = lambda number: False"
+    without_kernel = "orphans.signal_when_parent_dies = lambda number: False"
     process = parent_and_child(without_kernel, OURS, "signal.pause()")
     wait_until(process, (tmp_path / "child").exists)
     process.kill()
@@ -148,6 +149,6 @@ def test_a_run_outlives_its_shell(parent_and_child, tmp_path, left_behind):
 
 def test_process_1_may_be_the_launcher():
     """As in a container, which it is the command of."""
-    assert launcher.is_python(os.getpid())
+    assert orphans.is_python(os.getpid())
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other:
-        assert not launcher.is_python(other.pid)
+        assert not orphans.is_python(other.pid)

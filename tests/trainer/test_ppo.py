@@ -12,7 +12,7 @@ from stage_runs import prompt_runs, same_bits, same_rollouts
 from model.lm import LMConfig
 from model.reward import RewardConfig, RewardModel
 from model.weights import load_model
-from runtime import store
+from runtime import store, validity
 from runtime.checkpoint import save_file
 from trainer import train_ppo as ppo
 
@@ -177,7 +177,7 @@ def test_killed_during_a_rollout(train):
     killed = run_script("trainer/train_ppo.py", *flags, env={"KILLED_AT_CALL": "3"})
     assert killed.returncode == -9
     saved = store.list_checkpoints(train.folder / "killed/ppo_32/checkpoints")
-    assert saved and store.fault(saved[-1]) == ""
+    assert saved and validity.fault(saved[-1]) == ""
     same_bits(train("killed", "--resume=auto"), train.one())
 
 

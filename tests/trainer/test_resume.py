@@ -12,7 +12,7 @@ import pytest
 import torch
 from running import ROOT, run_script, wait_for_steps
 
-from runtime import store, tracking
+from runtime import earlier_runs, resume, store, validity
 
 FLAGS = (
     "--dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --device=cpu --max_seq_len=64"
@@ -121,7 +121,7 @@ def test_signal_to_one_rank_stops_all(flags, tmp_path, start_script):
     process.wait(60)
     log = process.log.read_text()
     assert "stopped by signal 15" in log and "Traceback" not in log.split("stopped by")[0]
-    assert store.fault(store.list_checkpoints(tmp_path / "out" / NAME / "checkpoints")[0]) == ""
+    assert validity.fault(store.list_checkpoints(tmp_path / "out" / NAME / "checkpoints")[0]) == ""
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_torn_checkpoint_is_passed_over(flags, run_script, trained):
     after = torch.load(trained.parent.with_suffix(".pth"), weights_only=True)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [line["step"] for line in metrics(trained.parents[1])] == [*range(1, 13)]
-    assert store.fault(newest) == ""
+    assert validity.fault(newest) == ""
 
 
 def test_no_valid_checkpoint_is_an_error_not_a_fresh_start(flags, run_script, trained):
@@ -236,13 +236,13 @@ def test_a_run_that_finds_no_checkpoint_to_go_on_from_deletes_nothing(flags, run
 def test_the_numbers_of_kept_runs(tmp_path):
     """Weights without a folder are kept, the same ones once; numbers always go up."""
     run, weights = tmp_path / "a_32", tmp_path / "a_32.pth"
-    assert tracking.keep_earlier_run(run) is None
+    assert earlier_runs.move_earlier_run(run) is None
     weights.write_text("1")
-    assert tracking.keep_earlier_run(run) == tmp_path / "a_32.previous"
-    assert tracking.keep_earlier_run(run) is None
+    assert earlier_runs.move_earlier_run(run) == tmp_path / "a_32.previous"
+    assert earlier_runs.move_earlier_run(run) is None
     (tmp_path / "a_32.previous.7").mkdir()
     store.save_file(weights, "2")
-    assert tracking.keep_earlier_run(run) == tmp_path / "a_32.previous.8"
+    assert earlier_runs.move_earlier_run(run) == tmp_path / "a_32.previous.8"
     texts = [
         (tmp_path / f"a_32.previous{number}" / "a_32.pth").read_text() for number in ("", ".8")
     ]
@@ -251,11 +251,11 @@ def test_the_numbers_of_kept_runs(tmp_path):
 
 def test_a_file_system_without_links(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        tracking.os, "link", lambda *paths: (_ for _ in ()).throw(OSError(1, "not permitted"))
+        earlier_runs.os, "link", lambda *paths: (_ for _ in ()).throw(OSError(1, "not permitted"))
     )
     (tmp_path / "a_32").mkdir()
     (tmp_path / "a_32.pth").write_text("1")
-    kept = tracking.keep_earlier_run(tmp_path / "a_32")
+    kept = earlier_runs.move_earlier_run(tmp_path / "a_32")
     store.save_file(tmp_path / "a_32.pth", "2")
     assert (kept / "a_32.pth").read_text() == "1"
 
@@ -275,7 +275,7 @@ def test_full_disk_loses_nothing_that_was_saved(flags, start_script, run_script,
         r"error: cannot save the checkpoint of step 16 in .*: .*; step_00000012 is intact",
         done.stderr,
     )
-    assert [store.fault(c) for c in store.list_checkpoints(trained)] == ["", ""]
+    assert [validity.fault(c) for c in store.list_checkpoints(trained)] == ["", ""]
     assert not list(trained.glob(".tmp-*"))
     weights = torch.load(trained.parent.with_suffix(".pth"), weights_only=True)
     assert all(value.isfinite().all() for value in weights.values())
@@ -297,7 +297,7 @@ def test_rotation_never_removes_the_last_good_one(tmp_path):
     for step in (4, 5):  # damage all there are, then save one more with the smallest limit
         (tmp_path / f"step_{step:08d}" / "run.pt").write_bytes(b"torn")
     saved(tmp_path, 6, keep=1)
-    assert store.find(tmp_path, "auto").name == "step_00000006"
+    assert resume.find(tmp_path, "auto").name == "step_00000006"
 
 
 def test_a_save_that_fails_removes_nothing(tmp_path, monkeypatch):
@@ -309,8 +309,8 @@ def test_a_save_that_fails_removes_nothing(tmp_path, monkeypatch):
         saved(tmp_path, 2, keep=1)
     monkeypatch.undo()
     assert (
-        store.fault(tmp_path / "step_00000001") == ""
-        and store.find(tmp_path, "auto").name == "step_00000001"
+        validity.fault(tmp_path / "step_00000001") == ""
+        and resume.find(tmp_path, "auto").name == "step_00000001"
     )
     saved(tmp_path, 3, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]

@@ -12,6 +12,7 @@ from running import ROOT, launched_as
 
 from model.lm import LMConfig, MiniMindLM
 from runtime.distributed import memory
+from runtime.flags import block_weights
 
 TINY = {
     "dim": 64,
@@ -192,4 +193,4 @@ def test_matrices_are_counted_without_a_model(moe):
     blocks = {
         name: shape for name, shape in shapes.items() if ".layers." in name and len(shape) > 1
     }
-    assert memory.matrix_count(config) == sum(shape.numel() for shape in blocks.values())
+    assert block_weights(config) == sum(shape.numel() for shape in blocks.values())

@@ -11,7 +11,7 @@ from conftest import RUN_FLAGS, check_same_run, checkpoint_tensors, curve
 from running import wait_for_steps
 
 from model.lm import LMConfig, MiniMindLM
-from runtime import store
+from runtime import store, validity
 from runtime.engines import pipeline
 
 SCRIPT = "train_sft_pipeline"
@@ -117,7 +117,7 @@ def test_a_signal_to_one_rank_saves_on_all(job, tmp_path, start_script, run_scri
     process.wait(60)
     assert "stopped by signal 15" in process.log.read_text()
     (saved,) = store.list_checkpoints(tmp_path / "full_sft_32/checkpoints")
-    assert store.fault(saved) == "" and "exitcode  : 143" in process.log.read_text()
+    assert validity.fault(saved) == "" and "exitcode  : 143" in process.log.read_text()
 
 
 def test_one_gradient_exchange_per_step_whatever_the_accumulation(runs):

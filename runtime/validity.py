@@ -1,0 +1,43 @@
+"""Whether a checkpoint is what was saved, and what to say where saving one failed."""
+
+import json
+from pathlib import Path
+
+from runtime.store import MANIFEST, describe, list_checkpoints
+
+
+def fault(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint; "" where every file is there with its size and hash."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        for name, expected in files.items():
+            size = (checkpoint / name).stat().st_size
+            if size != expected["size"]:
+                return f"{name} has {size:,} bytes instead of {expected['size']:,}"
+            if describe(checkpoint / name) != expected:
+                return f"{name} was altered: its hash differs from the manifest's"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return ""
+
+
+def not_saved(folder: Path, step: int, error: BaseException) -> OSError:
+    """The error of a save that failed; says why, and which checkpoint is still good."""
+    last = next((c.name for c in list_checkpoints(folder) if not fault(c)), "")
+    advice = "none was saved before"
+    if last:
+        advice = f"{last} is intact: make room and go on with --resume auto"
+    return OSError(
+        f"cannot save the checkpoint of step {step} in {folder}: {reason(error)}; {advice}"
+    )
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a few words: torch wraps the OSError of a full disk in others."""
+    if hasattr(error, "failures"):
+        error = next(iter(error.failures.values()))[0]
+    while not isinstance(error, OSError) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
