@@ -48,10 +48,7 @@ class Run:
         return self.is_done or self.has_passed(interval, steps)
 
     def count_step(self, tokens: int, is_finite: bool, loss: float, grad_norm: float) -> None:
-        """Count an optimizer step, and report it if it was skipped, as its gradient is not finite.
-
-        Args:
-            tokens: of the step, over all ranks.
+        """Count an optimizer step and its tokens over all ranks; report one that was skipped.
 
         Raises:
             FloatingPointError: too many steps in a row were skipped.
@@ -75,7 +72,7 @@ class Run:
         """End a step of a plan: compare replicas, save if it is due. True: leave the loop.
 
         Args:
-            stopping: sum of the signals that the ranks have received.
+            stopping: sum of the signals that all ranks have received.
         """
         self.progress["step_in_epoch"] += 1
         self.stop.sync_stop(stopping)
@@ -83,22 +80,13 @@ class Run:
         return self.save_if_due(stopping)
 
     def save_if_due(self, stopping: float, steps: int = 1) -> bool:
-        """Save every --save_interval steps, at the end, on a signal. True: leave the loop.
-
-        Args:
-            stopping: as in `end_step`.
-            steps: optimizer steps since it was asked before.
-        """
+        """Save every --save_interval steps, of which `steps` are new, at the end, on a signal."""
         if stopping or self.is_due(self.args.save_interval, steps):
             self.save()
         return bool(stopping) or self.is_done
 
     def finish(self, result: str) -> int:
-        """Wait for what is being written, say how the run ended; returns the exit code.
-
-        Args:
-            result: what was written where, for the last line.
-        """
+        """Wait for what is being written, say how the run ended; returns the exit code."""
         checkpoint.wait()
         number = self.stop.number
         ending = f"stopped by signal {number} at step {self.step}" if number else "finished"
