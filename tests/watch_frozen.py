@@ -5,6 +5,9 @@ torchrun --nproc_per_node 2 tests/watch_frozen.py SCRIPT ARGS
 
 import runpy
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.weights import hash_weights
 from runtime import checkpoint, parallel

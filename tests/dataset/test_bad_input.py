@@ -446,7 +446,7 @@ def test_refused_resume_leaves_the_run_as_it_was(resumed):
 
 def test_a_real_start_from_another_folder(run_script, work, tmp_path):
     data = work / "rows" / "unknown role.jsonl"
-    done = run_script(SFT, *flags(work, "real", "--data_path", str(data)), cwd=tmp_path)
+    done = run_script(SFT, *flags(work, "real", "--data_path", str(data)), cwd=tmp_path, fresh=True)
     check_error(
         (done.returncode, done.stdout, done.stderr), f"{data}:3: turn 1: unknown role 'robot'"
     )

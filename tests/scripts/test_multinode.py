@@ -1,6 +1,8 @@
 """Two machines: network namespaces of this one, joined by a virtual cable; real launches, kills and
 a slow link."""
 
+import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 from conftest import RUN_FLAGS, conversations, curve, losses, write_jsonl
 from running import ROOT, kill_all, start, wait_for_steps, wait_until
 
-HOSTS = ("mm-test-a", "mm-test-b")
+HOSTS = (f"mm-test-{os.getpid()}-a", f"mm-test-{os.getpid()}-b")
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
 CABLES = ("mmtesta", "mmtestb")
 
@@ -19,8 +21,10 @@ def ip(*words: str) -> subprocess.CompletedProcess:
 
 
 def remove_hosts() -> None:
-    for host in HOSTS:
-        ip("netns", "delete", host)
+    """Ours, and those of tests that were killed."""
+    for host, process in re.findall(r"^(mm-test-(\d+)-[ab])", ip("netns").stdout, re.MULTILINE):
+        if host in HOSTS or not Path(f"/proc/{process}").exists():
+            ip("netns", "delete", host)
 
 
 @pytest.fixture(scope="module")
