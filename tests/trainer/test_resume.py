@@ -47,7 +47,6 @@ def metrics(out) -> list[dict]:
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_killed_run_resumes_bit_identically(start_script, monkeypatch, capsys, nproc):
     """At a step, in a save, and between the last checkpoint and the end."""
-    from benchmarks import kill_resume
 
     kills = {1: ["--kills=2", "--kills_in_save=1"], 2: ["--kills=1", "--kills_in_save=1"]}[nproc]
 
