@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model.lm import LMConfig, MiniMindLM
-from runtime import checkpoint, parallel
+from runtime import parallel, run_state
 from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 
@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
         found["gradients"] = size(p.grad for p in model.parameters())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    states = checkpoint.states_of(model, optimizer).values()
+    states = run_state.states_of(model, optimizer).values()
     found["optimizer"] = size(value for _, state, _ in states for value in state.values())
     if args.strategy == "zero2":
         found["optimizer"] += size(

@@ -18,7 +18,7 @@ from runtime.background import submit, throttle, wait
 from runtime.device import is_sharded
 from runtime.identity import identity_of
 from runtime.ranks import gather_objects, world
-from runtime.run_state import NEW_RUN, parts_of, rng_state, run_tensors
+from runtime.run_state import COUNTERS, parts_of, rng_state, run_tensors
 from runtime.store import save_file
 
 # Without a process group is what we mean.
@@ -187,7 +187,7 @@ def find_run(
 def load_run(checkpoint: Path | None, model, optimizer, scaler) -> dict:
     """Put back a checkpoint, random generators too; returns its counters, zeros for a new run."""
     if checkpoint is None:
-        return dict(NEW_RUN)
+        return dict.fromkeys(COUNTERS, 0)
     from runtime import resume
 
     _newest["checkpoint"] = checkpoint
@@ -197,7 +197,7 @@ def load_run(checkpoint: Path | None, model, optimizer, scaler) -> dict:
 def restore(checkpoint: Path | None, scaler: torch.amp.GradScaler | None = None) -> dict:
     """As `load_run`, without tensors: only what is small in a checkpoint."""
     if checkpoint is None:
-        return dict(NEW_RUN)
+        return dict.fromkeys(COUNTERS, 0)
     from runtime import resume
 
     return resume.restore(checkpoint, scaler)

@@ -22,7 +22,7 @@ def mode() -> str:
 
 
 def installed() -> bool:
-    return FOLDER.joinpath("__init__.py").is_file()
+    return (FOLDER / "__init__.py").is_file()
 
 
 def in_use() -> bool:
@@ -45,9 +45,9 @@ def apply_kernels(model: nn.Module, device: torch.device, dtype: str) -> None:
         return
     import kernels
 
-    found = kernels.apply(model, device, getattr(torch, dtype))
-    _line = f"kernels: {kernels.summary(found)}"
-    if mode() == "require" and (missing := kernels.broken(found)):
+    states = kernels.apply(model, device, getattr(torch, dtype))
+    _line = f"kernels: {kernels.summary(states)}"
+    if mode() == "require" and (missing := kernels.broken(states)):
         raise ValueError(f"MINIMIND_KERNELS=require: {kernels.summary(missing)}")
 
 
@@ -62,8 +62,8 @@ def fingerprint(device: torch.device, dtype: str) -> str:
         return "off"
     import kernels
 
-    found = kernels.available(device, getattr(torch, dtype))
-    return ", ".join(name for name, why in found.items() if not why) or "none in C++"
+    states = kernels.available(device, getattr(torch, dtype))
+    return ", ".join(name for name, why in states.items() if not why) or "none in C++"
 
 
 def compiling():

@@ -8,14 +8,7 @@ from torch import Tensor, nn
 
 from runtime.ranks import unwrap
 
-NEW_RUN = {
-    "step": 0,
-    "epoch": 0,
-    "step_in_epoch": 0,
-    "tokens": 0,
-    "skipped": 0,
-    "skipped_in_a_row": 0,
-}
+COUNTERS = ("step", "epoch", "step_in_epoch", "tokens", "skipped", "skipped_in_a_row")
 
 
 def parts_of(optimizer) -> list[torch.optim.Optimizer]:

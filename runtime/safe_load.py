@@ -134,11 +134,11 @@ def reader(checkpoint: Path):
             try:
                 entries = metadata.state_dict_metadata.values()
                 places = [info.relative_path for info in metadata.storage_data.values()]
-                fine = all(isinstance(entry, TensorStorageMetadata) for entry in entries)
-                fine = fine and all(Path(place).name == place for place in places)
+                is_valid = all(isinstance(entry, TensorStorageMetadata) for entry in entries)
+                is_valid = is_valid and all(Path(place).name == place for place in places)
             except (AttributeError, TypeError):
-                fine = False
-            if not fine:
+                is_valid = False
+            if not is_valid:
                 raise NotData(f"{path}: it does not describe the tensors of a checkpoint")
             return metadata
 

@@ -55,17 +55,17 @@ def check_software(args) -> list[Result]:
         ("ok" if known else "warn", "python", python, "" if known else "tested are 3.10 to 3.12")
     ]
     for package in REQUIRED:
-        found = version_of(package)
-        remedy = "" if found else "pip install -r requirements.txt"
-        results.append(("ok" if found else "FAIL", package, found or "not installed", remedy))
+        version = version_of(package)
+        remedy = "" if version else "pip install -r requirements.txt"
+        results.append(("ok" if version else "FAIL", package, version or "not installed", remedy))
     for package in OPTIONAL:
-        found = version_of(package)
+        version = version_of(package)
         results.append(
             (
                 "ok",
                 package,
-                found or "not installed, optional",
-                "" if found else f"pip install {package}",
+                version or "not installed, optional",
+                "" if version else f"pip install {package}",
             )
         )
     compiler = shutil.which(os.environ.get("CXX", "g++"))
@@ -316,12 +316,12 @@ def interfaces() -> list[str]:
 # --------------------------------------------------------------------------------------------------
 
 
-def describe_link(backend: str, found: dict) -> Result:
+def describe_link(backend: str, measured: dict) -> Result:
     finding = (
-        f"{found['ranks']} processes, {found['bandwidth'] / 1e9:.2f} GB/s,"
-        f" {1e6 * found['latency']:.0f} us"
+        f"{measured['ranks']} processes, {measured['bandwidth'] / 1e9:.2f} GB/s,"
+        f" {1e6 * measured['latency']:.0f} us"
     )
-    if not found["right"]:
+    if not measured["right"]:
         return (
             "FAIL",
             backend,
@@ -419,11 +419,13 @@ def examine_launch(args) -> int:
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
     local = read_launch().local_rank
-    mine = [result for check in LOCAL for result in limited(check, args)] if local == 0 else []
+    own_results = (
+        [result for check in LOCAL for result in limited(check, args)] if local == 0 else []
+    )
     everyone: list = [None] * dist.get_world_size()
     gpus = torch.cuda.device_count() > local
     versions = {package: version_of(package) for package in ("torch", "transformers", "numpy")}
-    dist.all_gather_object(everyone, (socket.gethostname(), versions, gpus, mine))
+    dist.all_gather_object(everyone, (socket.gethostname(), versions, gpus, own_results))
     together = [describe_link("gloo", measure(torch.device("cpu")))]
     if all(has_gpu for _, _, has_gpu, _ in everyone):
         torch.cuda.set_device(local)

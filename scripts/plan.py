@@ -117,8 +117,8 @@ def measure(machine: Machine, config: LMConfig, load: Load, args, cuda: bool) ->
                 " use torchrun"
             ),
         ]
-    found = link.measure(device)
-    machine.inside, machine.latency = found["bandwidth"], found["latency"]
+    link_speed = link.measure(device)
+    machine.inside, machine.latency = link_speed["bandwidth"], link_speed["latency"]
     machine.between = min(machine.between, machine.inside)
     return [
         *lines,

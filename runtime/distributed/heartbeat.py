@@ -275,19 +275,21 @@ class Heartbeat:
         return troubles or self.stuck(now)
 
     def no_answer(self, seconds: float) -> dict[tuple, Trouble]:
-        where, told = "{}:{}".format(*self.address), self.speaks_for_host
+        address, is_told = "{}:{}".format(*self.address), self.speaks_for_host
         if self.answered is None:
             text = (
-                f"rank {self.rank} on {self.host} cannot reach the job's store at {where} for "
+                f"rank {self.rank} on {self.host} cannot reach the job's store at {address} for "
                 f"{span(seconds)} ({self.problem}): is rank 0 running there, are MASTER_ADDR and "
                 "MASTER_PORT right, is the port open?"
             )
-            return {("store",): Trouble(seconds, text, is_told=told)}
+            return {("store",): Trouble(seconds, text, is_told=is_told)}
         first = self.peers.get(0, Peer())
         if first.beat and not self.of_launcher:
-            return {("silent", 0): Trouble(seconds, silence(0, first, seconds), is_told=told)}
-        text = f"the job's store at {where} has given no answer for {span(seconds)}"
-        return {("store",): Trouble(seconds, f"{text}: is torchrun there stopped?", is_told=told)}
+            return {("silent", 0): Trouble(seconds, silence(0, first, seconds), is_told=is_told)}
+        text = f"the job's store at {address} has given no answer for {span(seconds)}"
+        return {
+            ("store",): Trouble(seconds, f"{text}: is torchrun there stopped?", is_told=is_told)
+        }
 
     def stuck(self, now: float) -> dict[tuple, Trouble]:
         """Ranks that wait for each other at different places; collectives time out themselves."""

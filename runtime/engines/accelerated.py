@@ -224,10 +224,10 @@ def prepare(accelerator, model: nn.Module, args) -> tuple:
     optimizer = make_optimizer(model, "adamw", args.learning_rate, args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
     wrappers = {"DistributedDataParallel": "ddp", "DeepSpeedEngine": "deepspeed"}
-    found = "fsdp2" if is_fsdp(model) else wrappers.get(type(model).__name__, "none")
-    if found != asked_for(args.ddp):
+    wrapped_for = "fsdp2" if is_fsdp(model) else wrappers.get(type(model).__name__, "none")
+    if wrapped_for != asked_for(args.ddp):
         raise ValueError(
-            f"accelerate was asked for {asked_for(args.ddp)} and prepared the model for {found}"
+            f"accelerate was asked for {asked_for(args.ddp)} and prepared the model for {wrapped_for}"
         )
     register_plain_names(accelerator)
     return model, optimizer
@@ -350,12 +350,12 @@ def end_training(accelerator, tracker: Tracker) -> None:
     accelerator.end_training()
 
 
-def load(accelerator, found: Path | None) -> dict:
+def load(accelerator, folder: Path | None) -> dict:
     """Put a checkpoint back into what was prepared; returns the counters, zeros for a new run."""
-    if found is not None:
-        with safe_load.restricted(found / "engine"):
-            accelerator.load_state(str(found / "engine"))
-    return checkpoint.restore(found)
+    if folder is not None:
+        with safe_load.restricted(folder / "engine"):
+            accelerator.load_state(str(folder / "engine"))
+    return checkpoint.restore(folder)
 
 
 def evaluation_loader(accelerator, rows: np.ndarray, batch_size: int) -> DataLoader | None:
@@ -384,8 +384,8 @@ def evaluate(
     for rows in loader:
         # A loss for each, to drop it or not
         batches = [dataset.collate([dataset[row]]) for row in rows.tolist()]
-        mine = torch.stack([loss_of(model, *batch, device)[0] for batch in batches])
-        losses.append(accelerator.gather_for_metrics(mine))
+        rank_losses = torch.stack([loss_of(model, *batch, device)[0] for batch in batches])
+        losses.append(accelerator.gather_for_metrics(rank_losses))
     model.train()
     losses, rows = torch.cat(losses), loader.dataset
     assert len(losses) == len(rows), f"{len(losses)} losses of {len(rows)} rows"

@@ -114,20 +114,20 @@ def flag_defaults(config: dict) -> dict:
     params = section(section(config, "optimizer"), "params")
     if "optimizer" in config:  # what DeepSpeed takes where its section says nothing
         params = {"lr": 1e-3, "weight_decay": 0.0} | params
-    found = {
+    defaults = {
         "batch_size": config.get("train_micro_batch_size_per_gpu"),
         "accumulation_steps": config.get("gradient_accumulation_steps"),
         "grad_clip": config.get("gradient_clipping"),
         "learning_rate": params.get("lr"),
         "weight_decay": params.get("weight_decay"),
     }
-    found = {flag: value for flag, value in found.items() if is_number(value)}
+    defaults = {flag: value for flag, value in defaults.items() if is_number(value)}
     enabled = {dtype: section(config, name).get("enabled") for name, dtype in PRECISIONS.items()}
     if dtype := next((dtype for dtype, value in enabled.items() if value is True), None):
-        found["dtype"] = dtype
+        defaults["dtype"] = dtype
     elif enabled["bfloat16"] is False:
-        found["dtype"] = "float32"
-    return found
+        defaults["dtype"] = "float32"
+    return defaults
 
 
 def without_schedule(config: dict, argv: list[str]) -> dict:
@@ -333,10 +333,10 @@ def check_models(config: dict, args) -> None:
             model(**section(config, name))
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join([name, *map(str, first["loc"])])
+            key = ".".join([name, *map(str, first["loc"])])
             message = "unknown" if first["type"] == "extra_forbidden" else first["msg"]
             raise ValueError(
-                f"{where}: {message}, found {json.dumps(first['input'], default=str)}"
+                f"{key}: {message}, found {json.dumps(first['input'], default=str)}"
             ) from None
     if "scheduler" in config:
         known = inspect.signature(getattr(lr_schedules, config["scheduler"]["type"])).parameters
@@ -421,8 +421,8 @@ def curve_settings(config: dict) -> dict:
 
 
 def section(config: dict, name: str) -> dict:
-    found = config.get(name)
-    return found if isinstance(found, dict) else {}
+    value = config.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def is_number(value: object) -> bool:

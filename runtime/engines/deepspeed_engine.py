@@ -264,8 +264,8 @@ def describe(engine, args) -> str:
     }
     offload = "".join(f", {key} to {place}" for key, place in places.items())
     dtype = str(engine.get_data_types()[0]).removeprefix("torch.")
-    how = f"DeepSpeed ZeRO {engine.zero_optimization_stage()}{offload}"
-    return f"{sum(sizes):,} parameters on {world()[1]} x {args.device.type}, {how}, {dtype}"
+    layout = f"DeepSpeed ZeRO {engine.zero_optimization_stage()}{offload}"
+    return f"{sum(sizes):,} parameters on {world()[1]} x {args.device.type}, {layout}, {dtype}"
 
 
 def identity_of(config: dict) -> dict:
@@ -300,8 +300,8 @@ def save_run(folder: Path, keep: int, engine, progress: dict, identity: dict) ->
         dist.barrier()
         engine.save_checkpoint(str(building), tag=TAG)
         paths = (path for path in building.rglob("*") if path.is_file() and writer_of(path) == rank)
-        mine = {str(path.relative_to(building)): seal(path) for path in paths}
-        files = {name: file for part in gather_objects(mine) for name, file in part.items()}
+        rank_files = {str(path.relative_to(building)): seal(path) for path in paths}
+        files = {name: file for part in gather_objects(rank_files) for name, file in part.items()}
         rng = gather_objects(checkpoint.rng_state())
         if rank == 0:
             store.save_file(
@@ -333,19 +333,19 @@ def finish(engine, run_dir: Path) -> None:
         shutil.rmtree(f"{run_dir}.nvme", ignore_errors=True)
 
 
-def load_run(found: Path | None, engine) -> dict:
+def load_run(folder: Path | None, engine) -> dict:
     """Put a checkpoint back into engine and generators; returns the counters, zeros for a new run."""
-    if found is None:
+    if folder is None:
         return checkpoint.restore(None)
-    with safe_load.restricted(found):
+    with safe_load.restricted(folder):
         if engine.zero_nvme_offload_optimizer():
-            load_from_disks(engine, found)
-        elif engine.load_checkpoint(str(found), tag=TAG)[0] is None:
+            load_from_disks(engine, folder)
+        elif engine.load_checkpoint(str(folder), tag=TAG)[0] is None:
             raise ValueError(f"there is no {TAG} folder with files for this rank")
-    return checkpoint.restore(found)
+    return checkpoint.restore(folder)
 
 
-def load_from_disks(engine, found: Path) -> None:
+def load_from_disks(engine, folder: Path) -> None:
     """Put back a checkpoint of a run whose optimizer state is on NVMe.
 
     DeepSpeed brings back the files of the disk alone, and reads none for state that no step has
@@ -361,8 +361,8 @@ def load_from_disks(engine, found: Path) -> None:
     )
     engine.backward((out.loss + out.aux_loss) * 0.0, scale_wrt_gas=False)
     step(engine, 0.0)
-    engine.load_checkpoint(str(found), tag=TAG)
-    path = next((found / TAG).glob(f"*zero_pp_rank_{world()[0]}_*_optim_states.pt"))
+    engine.load_checkpoint(str(folder), tag=TAG)
+    path = next((folder / TAG).glob(f"*zero_pp_rank_{world()[0]}_*_optim_states.pt"))
     saved = safe_load.load(path, "optimizer_state_dict")["optimizer_state_dict"]
     flats, states = (
         engine.optimizer.fp32_partitioned_groups_flat,

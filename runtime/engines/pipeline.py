@@ -52,13 +52,11 @@ def make_mesh(device: torch.device, pipeline: int, tensor: int) -> DeviceMesh:
     """
     processes, asked = world()[1], f"--pipeline_parallel {pipeline} x --tensor_parallel {tensor}"
     if processes % (pipeline * tensor):
-        how = (
-            f"does not divide {processes} processes"
-            if dist.is_initialized()
-            else "needs --ddp and a launcher"
-        )
+        lack = "needs --ddp and a launcher"
+        if dist.is_initialized():
+            lack = f"does not divide {processes} processes"
         remedy = f"torchrun --nproc_per_node {pipeline * tensor} ... --ddp, or a multiple of it"
-        raise ValueError(f"{asked} {how}: {remedy}; one process alone takes --pipeline_parallel 1")
+        raise ValueError(f"{asked} {lack}: {remedy}; one process alone takes --pipeline_parallel 1")
     if not dist.is_initialized():  # schedules ask for a process group, even where nothing travels
         backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(

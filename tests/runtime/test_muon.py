@@ -16,7 +16,7 @@ MOE = LMConfig(
 )
 def test_stacked_experts_are_updated_as_matrices_of_their_own(shape, monkeypatch):
     monkeypatch.setattr(
-        optim, "fast_dtype", lambda device: torch.float32
+        muon, "fast_dtype", lambda device: torch.float32
     )  # no rounding to hide behind
     scale = torch.tensor([1.0, 1e-3, 1e3])[
         : shape[0], None, None
@@ -40,7 +40,7 @@ def test_stacked_experts_are_updated_as_matrices_of_their_own(shape, monkeypatch
 
 
 def test_matrices_of_one_shape_are_updated_together_as_if_alone(monkeypatch):
-    monkeypatch.setattr(optim, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(muon, "fast_dtype", lambda device: torch.float32)
     shapes = [(8, 24), (24, 8), (8, 24), (3, 8, 24), (16, 16), (8, 24), (3, 8, 24), (8, 24)]
     together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
