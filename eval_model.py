@@ -32,10 +32,10 @@ from dataset.tokenizer import load_tokenizer
 from model.generate import stream_text
 from model.lm import MiniMindLM
 from model.weights import load_model, newest_weights
-from runtime.exits import end_with_reader, run
 from runtime.flags import check_flags, usage_error
 from runtime.kernel_loader import apply_kernels
-from runtime.terminal import prepare_streams
+from runtime.process.exits import end_with_reader, run
+from runtime.process.terminal import prepare_streams
 
 
 @dataclass

@@ -25,9 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model.lm import LMConfig, MiniMindLM
-from runtime import parallel, run_state
+from runtime import parallel
 from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
+from runtime.saving import run_state
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 TOLERANCE = 0.1

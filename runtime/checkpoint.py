@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime import background, store
-from runtime.background import submit, throttle, wait
 from runtime.device import is_sharded
-from runtime.identity import identity_of
 from runtime.ranks import gather_objects, world
-from runtime.run_state import COUNTERS, parts_of, rng_state, run_tensors
-from runtime.store import save_file
+from runtime.saving import background, store
+from runtime.saving.background import submit, throttle, wait
+from runtime.saving.identity import identity_of
+from runtime.saving.run_state import COUNTERS, parts_of, rng_state, run_tensors
+from runtime.saving.store import save_file
 
 # Without a process group is what we mean.
 warnings.filterwarnings(
@@ -121,7 +121,7 @@ def write(
     except (OSError, RuntimeError, CheckpointException) as error:
         if rank == 0:
             store.clean(folder)
-        from runtime.validity import not_saved
+        from runtime.saving.validity import not_saved
 
         raise not_saved(folder, step, error) from error
 
@@ -179,7 +179,7 @@ def find_run(
     """
     if source == "none":
         return None, {}
-    from runtime import resume
+    from runtime.saving import resume
 
     return resume.find_run(folder, source, identity, accept)
 
@@ -188,7 +188,7 @@ def load_run(checkpoint: Path | None, model, optimizer, scaler) -> dict:
     """Put back a checkpoint, random generators too; returns its counters, zeros for a new run."""
     if checkpoint is None:
         return dict.fromkeys(COUNTERS, 0)
-    from runtime import resume
+    from runtime.saving import resume
 
     _newest["checkpoint"] = checkpoint
     return resume.load_run(checkpoint, model, optimizer, scaler)
@@ -198,6 +198,6 @@ def restore(checkpoint: Path | None, scaler: torch.amp.GradScaler | None = None)
     """As `load_run`, without tensors: only what is small in a checkpoint."""
     if checkpoint is None:
         return dict.fromkeys(COUNTERS, 0)
-    from runtime import resume
+    from runtime.saving import resume
 
     return resume.restore(checkpoint, scaler)

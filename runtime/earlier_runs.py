@@ -8,8 +8,8 @@ import shutil
 import time
 from pathlib import Path
 
-from runtime.identity_changes import describe_changes
-from runtime.terminal import naming
+from runtime.process.terminal import naming
+from runtime.saving.identity_changes import describe_changes
 
 
 def keep_earlier_run(folder: Path) -> list[str]:

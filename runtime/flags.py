@@ -10,7 +10,7 @@ import os
 import re
 
 from runtime.launcher import read_launch
-from runtime.terminal import shortened
+from runtime.process.terminal import shortened
 
 WHOLE = 10**12  # no count that a machine could reach
 REAL = 10**9

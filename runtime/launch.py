@@ -10,11 +10,11 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from runtime import background
 from runtime.device import keep_memory
 from runtime.flags import check_flags, usage_error  # noqa: F401  # for the scripts
 from runtime.launcher import read_launch
-from runtime.terminal import prepare_streams
+from runtime.process.terminal import prepare_streams
+from runtime.saving import background
 
 _heartbeat = None  # the module, once `start_heartbeat` was called
 
@@ -107,7 +107,7 @@ def run(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        from runtime import faults
+        from runtime.process import faults
 
         code, is_usage = faults.report_fault(error, _heartbeat)
         if code is None:
@@ -137,8 +137,8 @@ def leave_together() -> None:
 def start_heartbeat(minutes: float) -> timedelta:
     """See `heartbeat.start`; how long a collective may wait. Args: minutes: --timeout."""
     global _heartbeat
-    from runtime import faults
     from runtime.distributed import heartbeat
+    from runtime.process import faults
 
     _heartbeat = heartbeat
     return heartbeat.start(minutes, faults.tell_launcher)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from runtime.adamw import AdamW
+from runtime.optimizers.adamw import AdamW
 
 
 def make_optimizer(
@@ -25,7 +25,7 @@ def make_optimizer(
     parameters = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
     block_matrices = []
     if name == "muon":
-        from runtime.muon import Muon, OrthogonalMomentum, is_block_matrix
+        from runtime.optimizers.muon import Muon, OrthogonalMomentum, is_block_matrix
 
         block_matrices = [p for key, p in parameters if is_block_matrix(key, p.shape)]
     taken = {id(p) for p in block_matrices}
@@ -35,7 +35,7 @@ def make_optimizer(
         {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
     ]
     if name == "lamb":
-        from runtime.lamb import Lamb
+        from runtime.optimizers.lamb import Lamb
 
         return build(Lamb, groups, shard, lr=lr)
     adamw = build(AdamW, groups, shard, lr=lr, betas=(0.9, 0.95), fused=True)

@@ -15,7 +15,7 @@ from dataset.read_rows import read_rows
 from dataset.replies import final_answer
 from model.generate import generate_batch, make_sampler
 from runtime.device import keep_memory
-from runtime.terminal import naming
+from runtime.process.terminal import naming
 
 
 def score(model, path: Path, batch_size: int, show_wrong: int, eval_out: str | None) -> None:

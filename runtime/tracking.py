@@ -18,8 +18,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from runtime import kernel_loader
-from runtime.store import save_file
-from runtime.terminal import describe_error, naming
+from runtime.process.terminal import describe_error, naming
+from runtime.saving.store import save_file
 
 MAX_SKIPPED = 20  # enough for the scale of float16 to come down from its start, 2 ** 14
 

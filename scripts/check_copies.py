@@ -31,9 +31,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime import exits
 from runtime.flags import check_flags as check_values
 from runtime.flags import usage_error
+from runtime.process import exits
 
 # The script the others are copied from: of equal definitions, its own is the first
 ORIGINAL = "train_pretrain"

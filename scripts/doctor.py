@@ -24,9 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime import exits
 from runtime.flags import check_flags, usage_error
 from runtime.launcher import die_with_launcher, read_launch
+from runtime.process import exits
 
 REQUIRED = ("torch", "transformers", "numpy", "wandb")
 OPTIONAL = ("deepspeed", "accelerate", "lightning", "tensorboard")

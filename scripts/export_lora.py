@@ -19,7 +19,7 @@ from model.lora import merge_adapter, write_peft
 from model.weights import load_model, newest_weights
 from runtime import launch
 from runtime.checkpoint import save_file
-from runtime.terminal import naming
+from runtime.process.terminal import naming
 
 
 def main() -> int:

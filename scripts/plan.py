@@ -37,7 +37,7 @@ from runtime import launch
 from runtime.distributed import link, memory
 from runtime.distributed.scaling import Load, Machine, flops_per_token, step_cost
 from runtime.distributed.tensor_parallel import check_sizes
-from runtime.exits import end_with_reader
+from runtime.process.exits import end_with_reader
 from scripts.preflight import stage_flags
 from scripts.prepare_data import STAGES, open_data
 

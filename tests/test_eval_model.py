@@ -12,7 +12,7 @@ import eval_model
 from dataset.chat_format import MARKERS, chat_coder, encode_chats
 from dataset.replies import encode_prompt
 from model.lm import LMConfig, MiniMindLM
-from runtime import exits
+from runtime.process import exits
 
 SCRIPT = "eval_model.py"
 SHAPE = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=128)

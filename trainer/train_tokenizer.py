@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 from dataset.chat_format import IM_END, IM_START, MARKERS
 from dataset.chat_template import CHAT_TEMPLATE
 from dataset.file_kinds import check_kind, not_utf8
-from runtime import exits
 from runtime.flags import check_flags, usage_error
+from runtime.process import exits
 
 # Ids 0 to 15, in this order. Weights depend on them: append by using up a reserved one, never
 # insert.

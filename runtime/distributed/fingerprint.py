@@ -8,7 +8,7 @@ import torch
 from runtime import kernel_loader
 from runtime.device import dtype_of
 from runtime.folders import CODE, ROOT
-from runtime.identity import sample_hash
+from runtime.saving.identity import sample_hash
 
 SOURCES = (".py", ".cpp", ".h")
 # Flags that may differ from process to process: where things lie on a machine, and what is not

@@ -39,7 +39,7 @@ from model.cross_entropy import chunk_size
 from model.lm import LMConfig, MiniMindLM
 from runtime.launcher import read_launch
 from runtime.machine import CONTROL_GROUP, meminfo
-from runtime.muon import is_block_matrix
+from runtime.optimizers.muon import is_block_matrix
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 SHARDED = ("zero2", "zero3")

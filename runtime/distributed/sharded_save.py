@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime import background, safe_load
+from runtime.saving import background, safe_load
 
 _shared: dict = {}  # "group": of the writing threads; "stager": keeps the memory of the copies
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import checkpoint, parallel, safe_load
+from runtime import checkpoint, parallel
 from runtime.engines import deepspeed_engine
 from runtime.engines.leftovers import forget_leftovers
 from runtime.kernel_loader import compiling
@@ -23,6 +23,7 @@ from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import is_fsdp, world
 from runtime.reporters import Reporters, wandb_reachable
+from runtime.saving import safe_load
 from runtime.tracking import Tracker
 
 DTYPES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # our names, and accelerate's

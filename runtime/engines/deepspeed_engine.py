@@ -1,7 +1,7 @@
 """DeepSpeed's engine around a model: start it, save and resume it, take whole weights out of it.
 
 A checkpoint has DeepSpeed's own files, those that its `zero_to_fp32.py` reads, inside the house's
-folder: it is there when it is whole (`runtime/store.py`), and a run that goes on has as many
+folder: it is there when it is whole (`runtime/saving/store.py`), and a run that goes on has as many
 processes and the stage that it had.
 """
 
@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from torch.utils import cpp_extension
 
 from model.permissions import open_to_others
-from runtime import checkpoint, parallel, safe_load, store
+from runtime import checkpoint, parallel
 from runtime.device import one_order
 from runtime.engines.deepspeed_config import OFFLOADS, curve_settings, section
 from runtime.engines.engine_store import seal
 from runtime.engines.leftovers import forget_leftovers
 from runtime.optim import make_optimizer
 from runtime.ranks import gather_objects, world
-from runtime.validity import reason
+from runtime.saving import safe_load, store
+from runtime.saving.validity import reason
 
 TAG = "deepspeed"  # of a checkpoint inside its folder
 LOUD = (

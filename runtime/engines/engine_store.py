@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from runtime import checkpoint, store
+from runtime import checkpoint
 from runtime.device import is_sharded
 from runtime.ranks import gather_objects, world
-from runtime.validity import not_saved
+from runtime.saving import store
+from runtime.saving.validity import not_saved
 
 
 def save(

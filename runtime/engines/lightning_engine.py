@@ -17,13 +17,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset.packing import Plan, batches
-from runtime import launch, safe_load
+from runtime import launch
 from runtime.engines.leftovers import forget_leftovers
 from runtime.kernel_loader import compiling
 from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import data_world, is_fsdp, sync_gradients, world, wrap
 from runtime.reporters import Reporters, wandb_reachable
+from runtime.saving import safe_load
 from runtime.tracking import Tracker
 
 

@@ -125,9 +125,8 @@ def generate(
     training = model.training
     device = model.lm_head.weight.device
     N = len(prompts) * samples
-    seeds = [[seed, step, number, sample] for number in numbers for sample in range(samples)]
-    uniform = np.stack([np.random.default_rng(key).random(max_new_tokens) for key in seeds])
-    uniform = torch.from_numpy(uniform).to(device)
+    keys = [[seed, step, number, sample] for number in numbers for sample in range(samples)]
+    uniform = draw_uniform(keys, max_new_tokens).to(device)
     ids = torch.zeros(N, max_new_tokens, dtype=torch.int64, device=device)
     log_probs = torch.zeros(N, max_new_tokens, device=device)
     lengths, last = torch.zeros(2, N, dtype=torch.int64, device=device)
@@ -149,16 +148,20 @@ def generate(
             ids[row, position], lengths[row], last[row] = token, position + 1, token
     model.train(training)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
-    width = int(prompt_lengths.max())
-    padded = [F.pad(torch.tensor(prompt), (0, width - len(prompt))) for prompt in prompts]
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
     return Rollout(
-        prompt_ids=torch.stack(padded).repeat_interleave(samples, dim=0),
+        prompt_ids=padded.repeat_interleave(samples, dim=0),
         prompt_lengths=prompt_lengths.repeat_interleave(samples),
         completion_ids=ids.cpu(),
         lengths=lengths.cpu(),
         log_probs=log_probs.cpu(),
         ended=(last == end).cpu(),
     )
+
+
+def draw_uniform(keys: list[list[int]], count: int) -> Tensor:
+    """Random numbers in [0, 1) that follow from each row's key alone: (len(keys), count) float64."""
+    return torch.from_numpy(np.stack([np.random.default_rng(key).random(count) for key in keys]))
 
 
 def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:

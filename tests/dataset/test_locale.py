@@ -8,7 +8,7 @@ import pytest
 from conftest import RUN_FLAGS, write_jsonl
 from running import ROOT, run_script
 
-from runtime.terminal import prepare_streams
+from runtime.process.terminal import prepare_streams
 from runtime.tracking import Tracker
 
 # GBK has the Chinese and neither the emoji nor the n with a tilde, ASCII has none of them.

@@ -18,7 +18,7 @@ from running import ROOT, run_ranks
 from dataset import cache_builder, lm_dataset, sft_encoder, token_cache
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import batches, plan_epoch
-from runtime import faults
+from runtime.process import faults
 
 FORK = multiprocessing.get_context("fork")  # the imports are made: a child starts in no time
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from running import STAGE_SCRIPTS, module_of
 
-from runtime.identity import HARMLESS, identity_of
-from runtime.identity_changes import FIXED, changes_between, check_identity
+from runtime.saving.identity import HARMLESS, identity_of
+from runtime.saving.identity_changes import FIXED, changes_between, check_identity
 
 STAGES = sorted(STAGE_SCRIPTS)
 READ_BY = (

@@ -5,8 +5,8 @@ import pytest
 from conftest import chat, write_jsonl
 from running import LAUNCHER_VARIABLES, launched_as
 
-from runtime.faults import is_quiet
 from runtime.launcher import Launch, read_launch
+from runtime.process.faults import is_quiet
 
 SFT = "trainer/train_full_sft.py"
 

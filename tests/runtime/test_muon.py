@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model.lm import LMConfig, MiniMindLM
-from runtime import muon, optim
+from runtime import optim
+from runtime.optimizers import muon
 
 MOE = LMConfig(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64, use_moe=True, n_shared_experts=1

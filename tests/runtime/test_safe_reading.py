@@ -15,8 +15,9 @@ from model.lm import LMConfig, MiniMindLM
 from model.lora import read_adapter
 from model.reward import load_reward_model
 from model.weights import load_model
-from runtime import checkpoint, store
+from runtime import checkpoint
 from runtime.optim import make_optimizer
+from runtime.saving import store
 
 IDENTITY = {"the last step": 1, "--dim": 32}
 
@@ -227,7 +228,7 @@ UNSAFE += r"yaml\.(unsafe_)?load\(|(?<!\.)\b(eval|exec)\("
 
 
 def test_no_other_reader_of_files_than_the_safe_ones():
-    """`runtime/safe_load.py` is the one place for pickles; whatever else loads tensors says
+    """`runtime/saving/safe_load.py` is the one place for pickles; whatever else loads tensors says
     weights_only=True."""
     wrong = []
     for path in sorted(ROOT.rglob("*.py")):
@@ -239,7 +240,7 @@ def test_no_other_reader_of_files_than_the_safe_ones():
                 continue
             loads = "torch.load(" in line and "weights_only=True" not in line
             if (loads or re.search(UNSAFE, line)) and name not in (
-                "runtime/safe_load.py",
+                "runtime/saving/safe_load.py",
                 "dataset/file_kinds.py",
             ):
                 wrong.append(f"{name}:{number}: {line.strip()}")

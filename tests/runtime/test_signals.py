@@ -12,7 +12,8 @@ import pytest
 from conftest import chat, write_jsonl
 from running import ROOT, kill_all, processes_of, start, wait_for_steps
 
-from runtime import launch, store, validity
+from runtime import launch
+from runtime.saving import store, validity
 
 NAME = "full_sft_32"
 

@@ -10,9 +10,9 @@ from running import run_script
 from dataset import sft_encoder
 from dataset.packing import plan_epoch
 from dataset.preference_dataset import PreferenceDataset
-from runtime.identity import identity_of
-from runtime.identity_changes import check_identity
 from runtime.launch import check_flags
+from runtime.saving.identity import identity_of
+from runtime.saving.identity_changes import check_identity
 
 
 def plan_of(difficulty, lengths=None, packing=0, seed=3, epoch=0, documents=None):

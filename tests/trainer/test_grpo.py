@@ -9,7 +9,7 @@ from conftest import curve
 from running import run_script
 from stage_runs import prompt_runs, same_bits, same_rollouts
 
-from runtime import store, validity
+from runtime.saving import store, validity
 from trainer import train_grpo as grpo
 
 FLAGS = (

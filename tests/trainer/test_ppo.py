@@ -12,8 +12,8 @@ from stage_runs import prompt_runs, same_bits, same_rollouts
 from model.lm import LMConfig
 from model.reward import RewardConfig, RewardModel
 from model.weights import load_model
-from runtime import store, validity
 from runtime.checkpoint import save_file
+from runtime.saving import store, validity
 from trainer import train_ppo as ppo
 
 FLAGS = (

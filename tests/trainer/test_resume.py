@@ -13,7 +13,8 @@ import torch
 from running import run_script, wait_for_steps
 
 from benchmarks import kill_resume
-from runtime import earlier_runs, resume, store, validity
+from runtime import earlier_runs
+from runtime.saving import resume, store, validity
 
 FLAGS = (
     "--dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --device=cpu --max_seq_len=64"

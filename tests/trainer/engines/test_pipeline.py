@@ -11,8 +11,8 @@ from conftest import RUN_FLAGS, check_same_run, checkpoint_tensors, curve
 from running import wait_for_steps
 
 from model.lm import LMConfig, MiniMindLM
-from runtime import store, validity
 from runtime.engines import pipeline
+from runtime.saving import store, validity
 
 SCRIPT = "train_sft_pipeline"
 FLAGS = [

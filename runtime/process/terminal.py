@@ -23,7 +23,7 @@ def prepare_streams(encoding: str | None = None) -> None:
     """
     for descriptor, (name, mode) in enumerate(MODES.items()):
         if getattr(sys, name) is None:
-            from runtime.closed_streams import open_null_stream
+            from runtime.process.closed_streams import open_null_stream
 
             setattr(sys, name, open_null_stream(descriptor, mode))
         stream, is_input = getattr(sys, name), name == "stdin"

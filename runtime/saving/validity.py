@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from runtime.store import MANIFEST, describe, list_checkpoints
+from runtime.saving.store import MANIFEST, describe, list_checkpoints
 
 
 def fault(checkpoint: Path) -> str:

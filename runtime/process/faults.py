@@ -10,9 +10,9 @@ import traceback
 
 import torch.distributed as dist
 
-from runtime.exits import is_usage_error
 from runtime.launcher import read_launch
-from runtime.terminal import describe_error
+from runtime.process.exits import is_usage_error
+from runtime.process.terminal import describe_error
 
 # What needs no traceback
 ONE_LINE = (ValueError, OSError, FloatingPointError, dist.DistNetworkError)

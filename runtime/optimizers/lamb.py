@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.adamw import Uncompiled
 from runtime.device import is_sharded, local
+from runtime.optimizers.adamw import Uncompiled
 
 
 class Lamb(Uncompiled):

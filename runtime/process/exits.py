@@ -4,7 +4,7 @@ import errno
 import sys
 from collections.abc import Callable
 
-from runtime.terminal import OutlivingStream, describe_error, prepare_streams
+from runtime.process.terminal import OutlivingStream, describe_error, prepare_streams
 
 # Errors of files that another value of a flag would mend.
 USAGE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)

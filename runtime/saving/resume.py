@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import safe_load, store
-from runtime.identity import LAST_STEP
-from runtime.identity_changes import check_identity
 from runtime.ranks import gather_objects, world
-from runtime.run_state import run_tensors, states_of
-from runtime.validity import fault
+from runtime.saving import safe_load, store
+from runtime.saving.identity import LAST_STEP
+from runtime.saving.identity_changes import check_identity
+from runtime.saving.run_state import run_tensors, states_of
+from runtime.saving.validity import fault
 
 RUN = ("progress", "identity", "rng")  # what run.pt has, at least
 

@@ -6,7 +6,7 @@ What differs is refused by name with both values, or accepted by --resume_with_c
 import re
 from pathlib import Path
 
-from runtime.identity import LAST_STEP, ROWS
+from runtime.saving.identity import LAST_STEP, ROWS
 
 # What a checkpoint holds tensors or files for, or that is not used any more: no flag can change it
 # in the same run.

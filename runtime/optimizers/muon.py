@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from runtime.adamw import Uncompiled
 from runtime.device import fast_dtype, is_sharded
+from runtime.optimizers.adamw import Uncompiled
 
 
 def is_block_matrix(name: str, shape: torch.Size) -> bool:
