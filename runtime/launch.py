@@ -10,8 +10,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from runtime import flags
 from runtime.device import keep_memory
-from runtime.flags import check_flags, usage_error  # noqa: F401  # for the scripts
+from runtime.flags import usage_error  # noqa: F401  # for the scripts
 from runtime.launcher import read_launch
 from runtime.process.terminal import prepare_streams
 from runtime.saving import background
@@ -41,6 +42,13 @@ def command_line(parser) -> list[str]:
     from runtime.config import config_to_argv
 
     return config_to_argv(argv, parser) + argv
+
+
+def check_flags(args: dict) -> None:
+    """See `flags.check_flags`."""
+    flags.check_flags(args)
+    if args.get("num_workers"):  # a reader that dies interrupts anything, an import, too
+        from runtime.process import faults  # noqa: F401
 
 
 class StopSignal:
