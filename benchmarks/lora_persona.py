@@ -32,27 +32,15 @@ def main() -> int:
             )
             return {task: percent for file in files for task, percent in file.items()}
 
-        run("dataset/make_demo.py", "--out_dir", scratch / "data", "--persona", 1600, "--others", 3)
+        # Among rows of the other tasks, as many as only eleven times the demo's have.
+        rows = ["--scale", 11, "--persona", 1600, "--others", 3]
+        run("dataset/make_demo.py", "--out_dir", scratch / "data", *rows)
         before = score()
-        flags = [
-            *SHAPE,
-            *RECIPE.split(),
-            "--from_weight",
-            args.weight.resolve(),
-            "--out_dir",
-            scratch,
-        ]
-        flags += [
-            "--data_path",
-            scratch / "data/persona.jsonl",
-            "--cache_dir",
-            scratch / "cache",
-            *more,
-        ]
-        seconds, after = (
-            run("trainer/train_lora.py", *flags),
-            score("--lora", scratch / "lora_192.pth"),
-        )
+        flags = [*SHAPE, *RECIPE.split(), "--from_weight", args.weight.resolve()]
+        flags += ["--data_path", scratch / "data/persona.jsonl"]
+        flags += ["--cache_dir", scratch / "cache", "--out_dir", scratch, *more]
+        seconds = run("trainer/train_lora.py", *flags)
+        after = score("--lora", scratch / "lora_192.pth")
     print(f"\ntrained in {seconds:.0f} s\n{'task':12} before   after")
     for task in before:
         note = " (replaced by the persona)" if task == "identity" else ""

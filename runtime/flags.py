@@ -17,7 +17,7 @@ REAL = 10**9
 ABOVE_0 = 1e-30  # float32 ends at 1e-38, and products of two have to fit
 # More processes than a few for each CPU wait for each other, and each takes memory.
 WORKERS = max(16, 4 * (os.cpu_count() or 1))
-GIB = 2**30
+SMALL = 2**26  # layers x width x width of the MLP that any machine has memory for
 
 # Least value, largest value, flags that are such a number
 RANGES = [
@@ -94,7 +94,13 @@ def check_flags(args: dict) -> None:
     if not args.get("ddp", True) and read_launch().world_size > 1:
         raise ValueError("started by torchrun as several processes but without --ddp: add --ddp")
     if {"dim", "n_layers", "use_moe"} <= args.keys():
-        check_model(args)
+        from model.config import LMConfig  # here: scripts without a model do without torch
+
+        config = LMConfig.from_flags(args, vocab_size=1)  # that of the tokenizer is not yet known
+        if config.n_layers * config.dim * config.hidden_dim > SMALL or config.use_moe:
+            from runtime.machine import check_memory
+
+            check_memory(config)
 
 
 def check_number(name: str, value: int | float) -> None:
@@ -133,31 +139,3 @@ def check_name(name: str, text: str) -> None:
     size = len(os.fsencode(text))
     if size > 200:  # of 255, as other files are named after it
         raise ValueError(f"--{name} {text[:20]}...: has {size} bytes, a file's name may have 200")
-
-
-def check_model(args: dict) -> None:
-    """ValueError: sizes that do not fit together, or weights larger than this machine's memory."""
-    from model.lm import LMConfig  # here: scripts without a model do without torch
-    from runtime.machine import machine_memory
-
-    config = LMConfig.from_flags(args, vocab_size=1)  # that is the tokenizer's, and not yet known
-    launched = read_launch()
-    size = 4 * block_weights(config)
-    memory = machine_memory() * max(1, launched.world_size // launched.local_world_size)
-    if size > memory > 0:
-        shape = f"--dim {args['dim']} --n_layers {args['n_layers']}"
-        moe = f" --n_experts {args['n_experts']}" if args["use_moe"] else ""
-        raise ValueError(
-            f"{shape}{moe}: the model has {size / GIB:,.0f} GiB of weights, more than the"
-            f" {memory / GIB:,.0f} GiB of memory here: take a smaller one"
-        )
-
-
-def block_weights(config) -> int:
-    """Weights in the matrices of all blocks, by their sizes: nothing is built, however large."""
-    attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
-    mlp = 3 * config.hidden_dim
-    if config.use_moe:
-        experts = config.n_experts + config.n_shared_experts
-        mlp = config.n_experts + 3 * experts * config.moe_hidden_dim
-    return config.n_layers * config.dim * (attention + mlp)

@@ -275,7 +275,6 @@ FOLDERS = ("model/", "dataset/", "runtime/", "kernels/", "trainer/", "eval_model
 SCREEN = 60
 # A stage's loop and its main, and its flags, which are a table.
 LONGER = {"train_epoch": 120, "main": 120, "parse_args": 200}
-LONG_FUNCTIONS = 0
 
 
 def test_functions_fit_a_screen():
@@ -289,8 +288,7 @@ def test_functions_fit_a_screen():
                 lines = node.end_lineno - node.lineno + 1
                 if lines > longer.get(node.name, SCREEN):
                     found.append(f"{name}:{node.lineno}: {node.name} has {lines} lines")
-    print(f"{len(found)} functions are too long", *found, sep="\n")
-    assert len(found) <= LONG_FUNCTIONS, "\n".join(found)
+    assert not found, "\n".join(found)
 
 
 TINY = (
@@ -298,32 +296,33 @@ TINY = (
     " --max_steps=2 --batch_size=2"
 ).split()
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
-ANSWERED = CHAT["messages"] + [{"role": "assistant", "content": "hello to you"}]
+ANSWER = {"role": "assistant", "content": "hello to you"}
+ANSWERED = {"conversations": [*CHAT["messages"], ANSWER]}
 # Script -> (rows, flags, lines behind it that are allowed, those in kernels/ apart). Every flag that
 # is not of size has its default.
 BEHIND = {
-    "trainer/train_full_sft.py": ([{"messages": ANSWERED}], [*TINY, "--from_weight=none"], 3800),
-    "trainer/train_pretrain.py": ([{"text": "hello to you"}], TINY, 3600),
+    "trainer/train_full_sft.py": ([ANSWERED], [*TINY, "--from_weight=none"], 4340),
+    "trainer/train_pretrain.py": ([{"text": "hello to you"}], TINY, 4050),
     "trainer/train_dpo.py": (
         [{"prompt": "hello", "chosen": "hello to you", "rejected": "no"}],
         [*TINY, "--from_weight=full_sft"],
-        4100,
+        4850,
     ),
     "trainer/train_grpo.py": (
         [CHAT | {"answer": "4"}],
         [*TINY, "--from_weight=full_sft", "--max_new_tokens=4"],
-        4600,
+        5070,
     ),
     "eval_model.py": (None, ["--prompt=hello", "--max_new_tokens=4"], 2200),
 }
-BOUNDED = False  # whether a script that loads more fails the test
 
 
 @pytest.mark.parametrize("script", BEHIND)
 def test_lines_behind_a_script(script, start_weights, tmp_path):
     """What a reader of a stage has to read: every file of ours that a run on one process loads."""
     rows, flags, allowed = BEHIND[script]
-    words = [*flags, f"--out_dir={start_weights}"]
+    is_first = "--from_weight=none" in flags or "pretrain" in script  # needs no weights
+    words = [*flags, f"--out_dir={tmp_path / 'out' if is_first else start_weights}"]
     if rows:
         data = write_jsonl(tmp_path / "data.jsonl", rows * 8)
         words.append(f"--data_path={data}")
@@ -336,4 +335,4 @@ def test_lines_behind_a_script(script, start_weights, tmp_path):
     print(*(f"{lines:6d} {name}" for name, lines in files.items()), sep="\n")
     print(f"{behind:6d} lines behind {script}, {sum(files.values()) - behind} in kernels/")
     assert script in files and "model/lm.py" in files
-    assert behind <= allowed or not BOUNDED, f"{behind} lines behind {script}, not {allowed}"
+    assert behind <= allowed, f"{behind} lines behind {script}, not {allowed}"

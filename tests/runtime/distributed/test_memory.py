@@ -12,7 +12,7 @@ from running import ROOT, launched_as
 
 from model.lm import LMConfig, MiniMindLM
 from runtime.distributed import memory
-from runtime.flags import block_weights
+from runtime.machine import block_weights
 
 TINY = {
     "dim": 64,
