@@ -410,9 +410,12 @@ def main() -> None:
     add("--pairs", type=count, default=480, help="preference pairs to train on")
     add("--persona", type=count, default=PERSONA_ROWS, help="rows about the persona")
     others = "share of OTHER_ROWS that go beside those"
-    add("--others", type=number(float, 0, 1), default=0.1, help=others)
+    add("--others", type=number(float, 0, 1000), default=0.1, help=others)
+    args = parser.parse_args()
+    if args.others > args.scale:
+        fail(f"--others {args.others}: there are rows for {args.scale} only, see --scale")
     try:
-        make_demo(**vars(parser.parse_args()))
+        make_demo(**vars(args))
     except OSError as error:
         fail(f"--out_dir: cannot write to {error.filename}: {error.strerror}")
 
