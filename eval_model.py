@@ -34,7 +34,7 @@ from model.lm import MiniMindLM
 from model.weights import load_model, newest_weights
 from runtime.flags import check_flags, usage_error
 from runtime.kernel_loader import apply_kernels
-from runtime.process.exits import end_with_reader, run
+from runtime.process import exits
 from runtime.process.terminal import prepare_streams
 
 
@@ -243,7 +243,7 @@ def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> Ch
 def main() -> int:
     # 1. Flags and device
     args = parse_args()
-    end_with_reader()
+    exits.end_with_reader()
     if args.eval_file and args.eval_out:
         from runtime.scoring import check_writable
 
@@ -280,4 +280,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    exits.run(main)

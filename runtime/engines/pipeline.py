@@ -254,8 +254,8 @@ class Pipeline:
         rank, data_rank, _ = mesh.get_coordinate()
         size, data_ranks, tensor = mesh.shape
         stages = stages_of(args.pipeline_schedule, size)
-        n_layers = model.config.n_layers
-        layers = {n: layers_of(n, stages, n_layers) for n in range(rank, stages, size)}
+        config = model.config  # of the whole model; that of a part is another one
+        layers = {n: layers_of(n, stages, config.n_layers) for n in range(rank, stages, size)}
         own = [layer for index in layers for layer in layers[index]]
         self.module = cut(model, own, rank == 0, rank == size - 1).to(args.device)
         if args.compile:
@@ -268,7 +268,7 @@ class Pipeline:
         self.micro_batches, self.device = micro_batches, args.device
         self.data_group, self.tied_group = mesh.get_group("data"), None
         # Both ends hold a tied matrix, each has the gradient of its own use
-        if model.config.tie_embeddings and size > 1:
+        if config.tie_embeddings and size > 1:
             for ends in mesh.mesh[[0, -1]].flatten(1).T.tolist():
                 group = dist.new_group(ends)
                 self.tied_group = group if world()[0] in ends else self.tied_group

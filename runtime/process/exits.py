@@ -1,7 +1,9 @@
 """How scripts that do without torch end, and which errors are the user's to mend."""
 
 import errno
+import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from runtime.process.terminal import OutlivingStream, describe_error, prepare_streams
@@ -22,6 +24,8 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError) as error:
+        if os.environ.get("MINIMIND_DEBUG"):
+            traceback.print_exc()
         print(f"error: {describe_error(error)}", file=sys.stderr, flush=True)
         code = 2 if is_usage_error(error) else 1
     sys.stdout.flush()

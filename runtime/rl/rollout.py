@@ -116,14 +116,12 @@ def generate(
         numbers: of the prompts in the data: with seed, step and sample they decide what is sampled.
         batch_size: prompts that are worked on at once.
         max_new_tokens: longest completion; prompt and completion fit the model's max_seq_len.
-        temperature: logits are divided by it; 0 takes the most probable token (log_probs are then
-            those at 1).
+        temperature: of the logits; 0 takes the likeliest token, with log_probs as at 1.
         end: the token that ends a completion.
     """
     if not prompts:
         return empty()
-    training = model.training
-    device = model.lm_head.weight.device
+    training, device = model.training, model.lm_head.weight.device
     N = len(prompts) * samples
     keys = [[seed, step, number, sample] for number in numbers for sample in range(samples)]
     uniform = draw_uniform(keys, max_new_tokens).to(device)

@@ -92,7 +92,7 @@ MISTAKES = {
         "no nothere weights in ",
     ),
     "empty": (SFT, [], {"WORLD_SIZE": ""}, "WORLD_SIZE is '' in the environment"),
-    "no number": ("eval_model.py", [], {"RANK": "x"}, "RANK is 'x' in the environment"),
+    "no number": (SFT, [], {"RANK": "x"}, "RANK is 'x' in the environment"),
     "half a launch": (
         SFT,
         ["--ddp", "--device=cpu"],
