@@ -111,11 +111,11 @@ def generate(
     """Complete every prompt `samples` times.
 
     Args:
-        model: as `whole_copy` returns it; is in its mode again afterwards.
+        model: as `whole_copy` returns it.
         prompts: token ids.
-        numbers: of the prompts in the data: with seed, step and sample they decide what is sampled.
+        numbers: of the prompts in the data: with seed and step they decide what is sampled.
         batch_size: prompts that are worked on at once.
-        max_new_tokens: longest completion; prompt and completion fit the model's max_seq_len.
+        max_new_tokens: longest completion; both fit the model's max_seq_len.
         temperature: of the logits; 0 takes the likeliest token, with log_probs as at 1.
         end: the token that ends a completion.
     """
@@ -131,10 +131,9 @@ def generate(
 
     def sampler(logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
         distribution = (logits / (temperature or 1.0)).log_softmax(dim=-1)  # (R, vocab)
+        token = distribution.argmax(dim=-1)
         if temperature:
             token = draw(distribution, uniform[row, position])
-        else:
-            token = distribution.argmax(dim=-1)
         log_probs[row, position] = distribution.gather(1, token.unsqueeze(1)).squeeze(1)
         return token
 
