@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from runtime.device import local
 from runtime.ranks import gather_objects, world
 from runtime.saving import safe_load, store
 from runtime.saving.identity import LAST_STEP
@@ -134,6 +135,10 @@ def load_run(checkpoint: Path, model, optimizer, scaler) -> dict:
     """Put a checkpoint back, tensors and all; see `checkpoint.load_run`."""
     with safe_load.reading(checkpoint):
         load_tensors(safe_load.reader(checkpoint), model, optimizer)
+    for name, tensor in run_tensors(model, optimizer).items():
+        if not local(tensor).isfinite().all():
+            fault = f"{name} has values that are not finite, so the model in it is broken"
+            raise safe_load.NotData(f"{checkpoint}: {fault}")
     return restore(checkpoint, scaler)
 
 

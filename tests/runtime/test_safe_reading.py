@@ -59,7 +59,11 @@ def small_model() -> MiniMindLM:
 def saved(tmp_path, monkeypatch):
     """A run folder with one checkpoint of the plain stages, saved and read in this process."""
     monkeypatch.setattr(checkpoint, "_buffers", {})
-    model = small_model()
+    save(tmp_path / "run", small_model())
+    return tmp_path / "run"
+
+
+def save(run, model: MiniMindLM) -> None:
     optimizer = make_optimizer(model, "adamw", 1e-3, 0.1)
     model(torch.zeros(1, 8, dtype=torch.int64)).logits.sum().backward()
     optimizer.step()
@@ -72,9 +76,8 @@ def saved(tmp_path, monkeypatch):
         "skipped_in_a_row": 0,
     }
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    checkpoint.save_run(tmp_path / "run", 1, model, optimizer, scaler, progress, IDENTITY)
+    checkpoint.save_run(run, 1, model, optimizer, scaler, progress, IDENTITY)
     checkpoint.wait()
-    return tmp_path / "run"
 
 
 def resume(run) -> dict:
@@ -88,6 +91,13 @@ def refusal(call, *args) -> str:
         call(*args)
     assert "\n" not in str(raised.value)
     return str(raised.value)
+
+
+def test_weights_that_are_not_finite_are_refused(saved):
+    broken = small_model()
+    torch.nn.init.constant_(broken.model.norm.weight, torch.nan)
+    save(saved, broken)
+    assert "has values that are not finite" in refusal(resume, saved)
 
 
 FOREIGN = [[1, 2], Foreign(), {"step": 5}, torch.nn.Linear(2, 2)]
