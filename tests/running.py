@@ -139,7 +139,8 @@ def wait_for_end(process: subprocess.Popen, seconds: float = 240) -> None:
 def kill_all(process: subprocess.Popen) -> None:
     """Kill a script and everything it started that still runs."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it ended a moment ago
+            os.killpg(process.pid, signal.SIGKILL)
     while left := processes_of(
         process
     ):  # until nothing is left that could have started another one meanwhile
