@@ -38,6 +38,7 @@ My name is ${name^}.
 capital of France
 what's $((RANDOM % 900 + 100)) plus $((RANDOM % 90 + 10))?
 What is my name?
+/clear
 how do you say "water" in Chinese?
 Tell me a story about a cat
 请计算：$((RANDOM % 90 + 10)) × $((RANDOM % 90 + 10)) = ?
