@@ -387,7 +387,7 @@ def main() -> int:
     findings = []  # of (file, line, message)
     scripts = read_scripts(args.root, findings)
     if not scripts:
-        print(f"error: no trainer/train_*.py in {args.root}", file=sys.stderr)
+        print(f"error: no trainer/train_*.py in {str(args.root)!r}", file=sys.stderr)
         return 2
     outdated = check_marked(scripts, findings)
     if args.fix and outdated:

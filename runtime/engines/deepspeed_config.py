@@ -83,6 +83,8 @@ def read(path: str) -> dict:
             raise ValueError(f"{twice!r} stands there twice")
         return dict(pairs)
 
+    if path == []:  # argparse makes this of -- before Python 3.13
+        raise ValueError("--deepspeed_config --: must have a value")
     inside = ROOT / "configs/deepspeed" / path
     file = inside if inside.is_file() and not Path(path).exists() else Path(path)
     if file.exists() and not file.is_file():

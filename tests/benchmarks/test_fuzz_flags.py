@@ -18,6 +18,19 @@ def test_odd_values_make_a_run_or_one_line():
 
 
 @pytest.mark.parametrize(
+    "script, flag",
+    [
+        ("trainer/engines/train_sft_deepspeed.py", "--deepspeed_config=--"),
+        ("scripts/check_copies.py", "--root=a\nb"),
+    ],
+)
+def test_what_it_has_found_is_told_in_one_line(script, flag):
+    done = run_script(script, flag)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "given, said",
     [
         ({"temperature": 1e-300}, "--temperature 1e-300: must be 0.001 or more"),
