@@ -171,13 +171,6 @@ class SFTDataset(CachedDataset):
         super().__init__(data_path, tokenizer, options, make_encoder, *settings)
 
 
-def preview(dataset: CachedDataset, tokenizer, count: int, colour: bool = False) -> str:
-    """Samples as the model sees them, and the counts of the file; see `preview.show_rows`."""
-    from dataset.preview import show_rows
-
-    return f"{show_rows(dataset, tokenizer, count, colour)}--- {describe(dataset)}"
-
-
 def describe(dataset: CachedDataset) -> str:
     """One line of counts: rows, tokens, supervised share, dropped, truncated and bad rows."""
     stats = dataset.stats

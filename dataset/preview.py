@@ -2,19 +2,21 @@
 
 import numpy as np
 
+from dataset.lm_dataset import CachedDataset, describe
 
-def show_rows(dataset, tokenizer, count: int, colour: bool) -> str:
-    """The first samples of a `CachedDataset`, each with its counts and a newline behind it."""
+
+def preview(dataset: CachedDataset, tokenizer, count: int, colour: bool = False) -> str:
+    """The first samples as the model sees them, each with its counts; then those of the file."""
     shown = ""
     for row in range(min(count, len(dataset))):
         counts = f"{dataset.lengths[row]} tokens, {dataset.supervised[row]} supervised"
         text = mark_supervised(*dataset.cache[row], tokenizer, colour)
         shown += f"--- sample {row}: {counts}\n{text}\n"
-    return shown
+    return f"{shown}--- {describe(dataset)}"
 
 
 def show_pairs(dataset, tokenizer, count: int, colour: bool) -> str:
-    """As `show_rows`, of the pairs of a `PreferenceDataset`."""
+    """The first pairs of a `PreferenceDataset`, each side with its counts."""
     shown = ""
     for row in range(min(count, len(dataset))):
         for side, name in enumerate(("chosen", "rejected")):

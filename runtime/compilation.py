@@ -4,9 +4,7 @@ from torch import nn
 
 from runtime.device import one_order
 from runtime.kernel_loader import compiling, in_use
-from runtime.ranks import mesh_sizes, world
-
-SHARDED = ("zero2", "zero3")
+from runtime.ranks import SHARDED, mesh_sizes, world
 
 
 def is_worth_it(model: nn.Module, args, dtype: str, operations: float) -> int:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model.lm import LMConfig
 from runtime.device import is_sharded, local, one_order
 from runtime.ranks import (  # noqa: F401  # for the scripts
+    SHARDED,
     data_world,
     gather_numbers,
     gather_objects,
@@ -28,7 +29,6 @@ from runtime.ranks import (  # noqa: F401  # for the scripts
 )
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "dp")
-SHARDED = ("zero2", "zero3")
 WORTH_COMPILING = 2e16  # operations of a run, per process: minutes on a GPU, of which part is saved
 
 

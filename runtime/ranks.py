@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 # Sizes of the mesh, set by `distributed.mesh`; what is left of the processes are data ranks.
 mesh_sizes = {"context": 1, "tensor": 1}
+SHARDED = ("zero2", "zero3")  # strategies under which a process holds a part of the weights
 
 
 def world() -> tuple[int, int]:

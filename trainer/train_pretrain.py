@@ -282,7 +282,7 @@ def main() -> int:
     dataset = parallel.rank_zero_first(lambda: PretrainDataset(args.data_path, tokenizer, *options))
     Logger(f"{args.data_path}: {describe(dataset)}")
     if args.preview:
-        from dataset.lm_dataset import preview
+        from dataset.preview import preview
 
         Logger(preview(dataset, tokenizer, args.preview, colour=sys.stdout.isatty()))
         return 0

@@ -40,9 +40,9 @@ from model.lm import LMConfig, MiniMindLM
 from runtime.launcher import read_launch
 from runtime.machine import CONTROL_GROUP, meminfo
 from runtime.optimizers.muon import is_block_matrix
+from runtime.ranks import SHARDED
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
-SHARDED = ("zero2", "zero3")
 FLOAT = 4  # bytes of a float32
 SAFE_SHARE = (
     0.9  # of the device: the rest is for the allocator's gaps and the communication library

@@ -8,11 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.ranks import mesh_sizes, sum_over_world, world
+from runtime.ranks import SHARDED, mesh_sizes, sum_over_world, world
 
 # Of a rank that waits for another one to tokenise; a dead one is noticed at once.
 PATIENCE = timedelta(hours=12)
-SHARDED = ("zero2", "zero3")
 groups: dict[str, dist.ProcessGroup] = {}  # "context" and "tensor", where one of them is split
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.lm import blocks
-from runtime.distributed.mesh import SHARDED, groups
-from runtime.ranks import data_world, mesh_sizes, replicas
+from runtime.distributed.mesh import groups
+from runtime.ranks import SHARDED, data_world, mesh_sizes, replicas
 
 
 def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:

@@ -15,6 +15,7 @@ from pathlib import Path
 from model.lm import LMConfig
 from runtime.device import dtype_of
 from runtime.distributed import memory
+from runtime.flags import check_flags
 from runtime.launcher import read_launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,8 +84,7 @@ def read(path: str) -> dict:
             raise ValueError(f"{twice!r} stands there twice")
         return dict(pairs)
 
-    if path == []:  # argparse makes this of -- before Python 3.13
-        raise ValueError("--deepspeed_config --: must have a value")
+    check_flags({"deepspeed_config": path})  # read before the other flags are known, and checked
     inside = ROOT / "configs/deepspeed" / path
     file = inside if inside.is_file() and not Path(path).exists() else Path(path)
     if file.exists() and not file.is_file():

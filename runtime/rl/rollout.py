@@ -131,8 +131,9 @@ def generate(
 
     def sampler(logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
         distribution = (logits / (temperature or 1.0)).log_softmax(dim=-1)  # (R, vocab)
-        drawn = temperature > 0
-        token = draw(distribution, uniform[row, position]) if drawn else distribution.argmax(dim=-1)
+        token = (
+            draw(distribution, uniform[row, position]) if temperature else distribution.argmax(-1)
+        )
         log_probs[row, position] = distribution.gather(1, token.unsqueeze(1)).squeeze(1)
         return token
 

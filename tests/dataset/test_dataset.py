@@ -13,7 +13,8 @@ from running import ROOT
 from test_data_files import layouts
 
 from dataset.chat_format import chat_coder
-from dataset.lm_dataset import PretrainDataset, SFTDataset, describe, load_tokenizer, preview
+from dataset.lm_dataset import PretrainDataset, SFTDataset, describe, load_tokenizer
+from dataset.preview import preview
 from dataset.replies import encode_chat
 from dataset.token_cache import describe_tokenizer
 from dataset.tokenizer import plain_encoder

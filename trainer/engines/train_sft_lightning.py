@@ -312,7 +312,7 @@ def main() -> int:
     )
     Logger(f"{args.data_path}: {describe(dataset)}")
     if args.preview:
-        from dataset.lm_dataset import preview
+        from dataset.preview import preview
 
         Logger(preview(dataset, tokenizer, args.preview, colour=sys.stdout.isatty()))
         return 0
