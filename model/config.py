@@ -24,6 +24,9 @@ class LMConfig:
     hidden_dim: int | None = None  # inner width of SwiGLU; default: 8/3 dim, a multiple of 64
     max_seq_len: int = 512  # longest context in tokens
     rope_theta: float = 1e6
+    rope_scaling: dict | None = None  # for a longer context: {"rope_type", "factor", ...}, as HF's
+    qk_norm: bool = True  # RMSNorm on queries and keys: Qwen3; Llama and Qwen2 have none
+    qkv_bias: bool = False  # on queries, keys and values: Qwen2
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     dropout: float = 0.0  # on the output of every attention and MLP, in training only
@@ -34,6 +37,7 @@ class LMConfig:
     moe_hidden_dim: int | None = None  # of one expert; default: hidden_dim / n_experts_per_tok
     norm_topk_prob: bool = True  # rescale the weights of the chosen experts to sum 1
     aux_loss_alpha: float = 0.01  # weight of the load-balancing loss
+    tokenizer: dict | None = None  # that it was trained with: {"folder", "sha256", "chat_template"}
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):

@@ -73,12 +73,12 @@ class Attention(nn.Module):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
         q_size, kv_size = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, q_size, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_size, bias=False)
+        self.q_proj = nn.Linear(config.dim, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.dim, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         B, T, _ = x.shape
