@@ -316,9 +316,9 @@ def main() -> int:
     suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
     model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
-    apply_kernels(model, args.device, dtype)
     Logger(start_weights(model, args.from_weight, "full_sft", args.out_dir, suffix))
     lora = add_lora(model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    apply_kernels(model, args.device, dtype)
     args.lora_targets = lora["targets"]
     base = {"the weights of --from_weight": lora["base_sha256"]}
     parallel.assert_same_on_all_ranks(base)
