@@ -12,7 +12,6 @@ from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
 from model.weights import allocate, is_path, load_weights
 from runtime import tokenizer_record
-from runtime.machine import check_memory
 from runtime.ranks import SHARDED, mesh_sizes, world
 
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")
@@ -118,6 +117,8 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     set_context(args, shape)
     shape = replace(shape, dropout=args.dropout, aux_loss_alpha=LMConfig.aux_loss_alpha)
     if shape.n_layers * shape.dim * shape.hidden_dim > SMALL or shape.use_moe:
+        from runtime.machine import check_memory
+
         check_memory(shape)
     values = asdict(shape)
     vars(args).update({name: int(values[name]) for name in (*SIZES, *EXPERT_SIZES)})
