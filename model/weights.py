@@ -1,4 +1,7 @@
-"""Weights files: a plain state dict (NAME.pth) with the LMConfig beside it (NAME.json)."""
+"""Weights: NAME.pth, a plain state dict with the LMConfig beside it in NAME.json, or a folder.
+
+A folder is one in Hugging Face's format, see model/hf.py.
+"""
 
 import hashlib
 from pathlib import Path
@@ -32,8 +35,8 @@ def start_weights(
 
 
 def is_path(name: str) -> bool:
-    """Whether it names a file, not a stage or a run."""
-    return name.endswith(".pth") or "/" in name
+    """Whether it names a file or a folder, not a stage or a run."""
+    return name.endswith(".pth") or "/" in name or (Path(name) / "config.json").is_file()
 
 
 def load_weights(model: MiniMindLM, path: str | Path, new_head: bool = False) -> None:
@@ -46,6 +49,10 @@ def load_weights(model: MiniMindLM, path: str | Path, new_head: bool = False) ->
         ValueError: the file is not a state dict, or was made for a model of another shape; names
             the first difference.
     """
+    if Path(path).is_dir():
+        from model.hf import load_hf_weights
+
+        return load_hf_weights(model, path)
     from model.tensor_file import read_tensors
 
     state, own = read_tensors(path), model.state_dict()
@@ -85,17 +92,21 @@ def newest_weights(weight: str, out_dir: str | Path, flag: str = "--weight") -> 
     """The weights that a name means where the model's shape is not known: chat, scoring, serving.
 
     Args:
-        weight: a path, a run (`full_sft_512`), or a stage (`full_sft`): its newest run.
+        weight: a path, a hub name, a run (`full_sft_512`), or a stage (`full_sft`): its newest run.
         flag: what named them, for the error.
 
     Raises:
         ValueError: there are none; says what to run.
     """
     path = Path(weight) if is_path(weight) else Path(out_dir) / f"{weight}.pth"
-    if path.is_file():
+    if path.is_file() or is_path(weight) and path.is_dir():
         return path
-    if is_path(weight):
+    if is_path(weight) and weight.endswith(".pth"):
         raise ValueError(f"{flag} {weight}: no such file")
+    if is_path(weight):
+        from model.hf import resolve_folder
+
+        return resolve_folder(weight, flag)
     runs = [other for other in Path(out_dir).glob("*.pth") if other.name.startswith(f"{weight}_")]
     if not runs:
         remedy = f"run `python trainer/train_{weight}.py` first or name others with {flag}"
@@ -103,12 +114,17 @@ def newest_weights(weight: str, out_dir: str | Path, flag: str = "--weight") -> 
     return max(runs, key=lambda other: other.stat().st_mtime)
 
 
-def load_model(path: Path) -> MiniMindLM:
-    """The model in a weights file, on the CPU, float32, in evaluation mode.
+def read_config(path: str | Path) -> LMConfig:
+    """The shape of the language model in a weights file or a folder in Hugging Face's format.
 
     Raises:
-        ValueError: the configuration beside the file is missing, or one of the two is damaged.
+        ValueError: the configuration is missing or damaged, or not that of a language model.
     """
+    path = Path(path)
+    if path.is_dir():
+        from model.hf import config_from_hf
+
+        return config_from_hf(path)
     config_path = path.with_suffix(".json")
     if not config_path.is_file():
         fault = f"missing; it holds the shape of the model in {path.name}, keep them together"
@@ -120,6 +136,20 @@ def load_model(path: Path) -> MiniMindLM:
     if '"lora": {' in text:
         fault = "an adapter: name its base model here, and the adapter with --lora"
         raise ValueError(f"{path}: {fault}")
-    model = MiniMindLM(LMConfig.from_json(config_path))
+    return LMConfig.from_json(config_path)
+
+
+def load_model(path: str | Path) -> MiniMindLM:
+    """The model in a weights file or a folder in Hugging Face's format: CPU, float32, for evaluation.
+
+    Raises:
+        ValueError: the configuration is missing, or weights or configuration are damaged.
+    """
+    config = read_config(path)
+    if Path(path).is_dir():
+        from model.hf import load_hf_model
+
+        return load_hf_model(path)
+    model = MiniMindLM(config)
     load_weights(model, path)
     return model.eval()
