@@ -26,10 +26,9 @@ ARCHITECTURES = {architecture: kind for kind, (architecture, _) in FAMILIES.item
 # generation.
 HARMLESS = set(
     """
-    architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id flash_attn
-    id2label initializer_range is_llama_config keys_to_ignore_at_inference label2id
+    architectures auto_map chunk_size_feed_forward dtype flash_attn id2label initializer_range is_llama_config keys_to_ignore_at_inference label2id
     max_window_layers model_type output_attentions output_hidden_states output_router_logits
-    pad_token_id pretraining_tp problem_type return_dict seq_aux tokenizer_class torch_dtype
+    pretraining_tp problem_type return_dict seq_aux tokenizer_class torch_dtype
     torchscript transformers_version transformers.js_config unsloth_fixed unsloth_version
     use_bfloat16 use_cache
     do_sample length_penalty max_length max_new_tokens min_length num_beams num_beam_groups
@@ -53,7 +52,6 @@ ONLY = {
     "final_logit_softcapping": (None, "it caps its logits"),
     "is_encoder_decoder": (False, "no decoder alone"),
     "add_cross_attention": (False, "no decoder alone"),
-    "is_decoder": (True, "no decoder alone"),
 }
 ROPE_KEYS = {
     "default": set(),
@@ -124,7 +122,8 @@ class Keys:
             if self.values.get(key) not in (None, value):
                 raise self.refuse(key, reason)
         for key, value in self.values.items():
-            known = key in HARMLESS or key in ONLY or key.startswith("_")
+            known = key in HARMLESS or key in ONLY
+            known = known or key.startswith("_") or key.endswith("_token_id")
             if not known and value not in (None, False, 0, "", [], {}):
                 fault = "not a key that is known here; take it out if the model computes the same"
                 raise self.refuse(key, f"{fault} without it")
