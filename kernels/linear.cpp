@@ -63,10 +63,11 @@ static void pack(const float *weight, int64_t from, int64_t to, int64_t N, int64
     }
 }
 
-// out (M, N) = x (M, K) @ weight.T, ROWS, or x @ weight; the same of a second pair is added, if there is one.
+// out (M, N) = x (M, K) @ weight.T, ROWS, or x @ weight; the same of a second pair and bias (N,) are added, if there are
+// these.
 template <bool ROWS>
-static void multiply(const T *x, const float *weight, const T *x2, const float *weight2, T *out, int64_t M, int64_t N,
-                     int64_t K) {
+static void multiply(const T *x, const float *weight, const T *x2, const float *weight2, const float *bias, T *out,
+                     int64_t M, int64_t N, int64_t K) {
     const T *const factors[] = {x, x2};
     const int64_t pairs = x2 ? 2 : 1, words = K / 2, whole = M / 32 * 32;
     auto most = [&](int64_t numbers) { return std::max<int64_t>(32, numbers / (pairs * K) / 32 * 32); };
@@ -99,8 +100,11 @@ static void multiply(const T *x, const float *weight, const T *x2, const float *
                             else
                                 product<false>(left, words, right, 32, sum, 32, 32, 32, words);
                         }
+                        const floats left = bias ? load(bias + n) : floats{};
+                        const floats right = bias ? load(bias + n + LANES) : floats{};
                         for (int64_t r = 0; r < std::min<int64_t>(32, M - m); r++)
-                            stream(out + (m + r) * N + n, load(sum + r * 32), load(sum + r * 32 + LANES));
+                            stream(out + (m + r) * N + n, load(sum + r * 32) + left,
+                                   load(sum + r * 32 + LANES) + right);
                     }
         }
         streamed();
@@ -178,16 +182,16 @@ extern "C" {
 #ifdef __AVX512BF16__
 int64_t has_products() { return 1; }
 
-// out (M, N) = x (M, K) @ weight.T; weight (N, K) float. K and N are multiples of 32.
-void linear(const T *x /* M * K */, const float *weight /* N * K */, T *out /* M * N */, int64_t M, int64_t N,
-            int64_t K) {
-    multiply<true>(x, weight, nullptr, nullptr, out, M, N, K);
+// out (M, N) = x (M, K) @ weight.T + bias, if there is one; weight (N, K) float. K and N are multiples of 32.
+void linear(const T *x /* M * K */, const float *weight /* N * K */, const float *OPTIONAL bias /* N */,
+            T *out /* M * N */, int64_t M, int64_t N, int64_t K) {
+    multiply<true>(x, weight, nullptr, nullptr, bias, out, M, N, K);
 }
 
 // out (M, K) = grad (M, N) @ weight + grad2 @ weight2, if there are these
 void linear_grad_x(const T *grad /* M * N */, const float *weight /* N * K */, const T *OPTIONAL grad2 /* M * N */,
                    const float *OPTIONAL weight2 /* N * K */, T *out /* M * K */, int64_t M, int64_t K, int64_t N) {
-    multiply<false>(grad, weight, grad2, weight2, out, M, K, N);
+    multiply<false>(grad, weight, grad2, weight2, nullptr, out, M, K, N);
 }
 
 // total (M, N) float = or += grad.T @ x; grad (K, M), x (K, N)

@@ -52,6 +52,10 @@ class LMConfig:
         require(self.head_dim % 2 == 0, fault)
         require(self.n_heads % self.n_kv_heads == 0, f"{heads} is not a multiple of {kv_heads}")
         require(0.0 <= self.dropout < 1.0, f"dropout {self.dropout} must lie in [0, 1)")
+        if self.rope_scaling is not None:
+            from model.rope import check_rope_scaling
+
+            self.rope_scaling = check_rope_scaling(self.rope_scaling, self.max_seq_len)
         self.hidden_dim = self.hidden_dim or 64 * math.ceil(dim * 8 / 3 / 64)
         width = self.hidden_dim / max(1, self.n_experts_per_tok)
         self.moe_hidden_dim = self.moe_hidden_dim or 8 * math.ceil(width / 8)

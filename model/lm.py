@@ -272,10 +272,10 @@ class MiniMindLM(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for name, p in self.named_parameters():  # as GPT-2: residual outputs shrink with depth
-            if p.dim() > 1:
+            if p.dim() > 1 or name.endswith("bias"):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
                 std = 0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02
-                nn.init.normal_(p, std=std)
+                nn.init.normal_(p, std=std if p.dim() > 1 else 0.0)
 
     def forward(
         self,

@@ -186,8 +186,9 @@ def casts(config: LMConfig, local: dict[str, float], width: int) -> float:
 
 
 def splits(name: str, shape: torch.Size) -> bool:
-    """Whether tensor parallelism divides a parameter: matrices, except the router."""
-    return len(shape) > 1 and not name.endswith("mlp.gate.weight")
+    """Whether tensor parallelism divides a parameter: matrices but the router, and biases."""
+    is_matrix = len(shape) > 1 and not name.endswith("mlp.gate.weight")
+    return is_matrix or name.endswith("_proj.bias")
 
 
 def fullest(sizes, ranks: int) -> int:
@@ -211,7 +212,7 @@ def activations(
 
     Per token and block, with `width` bytes of what matrix products read: both RMSNorms keep their
     input, in float32 the normalised input, too (a GPU's fused kernel does not: there this is an
-    upper bound), and give one tensor to the projections; so do the norms of q and k; attention
+    upper bound), and give one tensor to the projections; so do norms of q and k; attention
     reads rotated q, k and v and keeps its result twice (per document, and laid out for o_proj);
     SwiGLU keeps gate, up, silu(gate) and their product. The kernels for a CPU keep up to a third
     less: no normalised input, the result of attention once, no silu(gate).
@@ -223,8 +224,9 @@ def activations(
     q, kv = config.n_heads * config.head_dim / tp, config.n_kv_heads * config.head_dim / tp
     tokens, supervised = tokens / context_parallel, supervised / context_parallel
     kept = kept_by_norm(width)
+    of_qk = kept if config.qk_norm else 0
     # All of a row's keys and values
-    attention = q * (kept + 3 * width) + kv * (kept + 2 * width * context_parallel)
+    attention = q * (of_qk + 3 * width) + kv * (of_qk + 2 * width * context_parallel)
     # Sequence parallel between the products, gathered before them
     norms = 2 * (kept * dim / tp + width * dim)
     visits, inner, mlp = mlp_activations(config, tokens, width, tp)

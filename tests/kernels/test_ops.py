@@ -349,6 +349,13 @@ def test_a_linear_layer_is_the_product_of_rounded_factors(tokens, shape, dtype):
     with torch.autocast("cpu", torch.bfloat16):
         layer(x).backward(upstream)
     assert torch.equal(x.grad, before)
+    layer.bias = torch.nn.Parameter(torch.randn(shape[0], generator=generator).to(dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.backward(upstream)
+    exact = rows @ weight.T + layer.bias.detach().double(), grad.sum(0)
+    for ours, theirs in zip((y.flatten(0, -2), layer.bias.grad), exact, strict=True):
+        assert (ours.double() - theirs).norm() <= 2**-7 * theirs.norm()
 
 
 def test_selective_checkpointing_keeps_products():

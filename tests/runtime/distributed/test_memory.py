@@ -27,6 +27,8 @@ MODELS = {
     "untied": {"tie_embeddings": False},
     "dropout": {"dropout": 0.1},
     "moe": {"use_moe": True},
+    "llama": {"qk_norm": False},
+    "qwen2": {"qk_norm": False, "qkv_bias": True},
     "shared experts": {"use_moe": True, "n_experts": 8, "n_shared_experts": 1},
 }
 LARGE = LMConfig(dim=1024, n_layers=8, n_heads=16, n_kv_heads=4, max_seq_len=2048)
