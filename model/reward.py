@@ -5,7 +5,7 @@ label.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,11 @@ class RewardConfig(LMConfig):
 
     tie_embeddings: bool = False  # there is no language head that the embedding could be
     head: str = "score"
+
+    @classmethod
+    def of(cls, config: LMConfig) -> "RewardConfig":
+        """That of a reward model with the decoder of a language model."""
+        return cls(**asdict(config) | {"tie_embeddings": False})
 
 
 class RewardOutput(NamedTuple):  # a tuple: DDP finds the tensors in it
