@@ -182,6 +182,7 @@ def generation_config(tokenizer, ids: dict) -> dict:
     path = Path(tokenizer.folder) / "generation_config.json"
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(path.read_text(encoding="utf-8"))
+    known = {key: value for key, value in known.items() if not key.startswith("_")}
     ends = known.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     ends = list(dict.fromkeys([ids["eos_token_id"], *ends]))
