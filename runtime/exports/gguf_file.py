@@ -7,17 +7,20 @@ follows llama.cpp's loader.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dataset.tokenizer import LazyTokenizer, load_tokenizer
 from model.config import LMConfig
+from model.weights import read_config
 from runtime.process.terminal import naming
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
+ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "pip install gguf"
 
 
@@ -43,7 +46,6 @@ def export_gguf(weights: Path, out: Path, dtype: str, tokenizer_dir: str | None)
         ValueError: no such weights, or something in them that llama.cpp does not compute; names it.
     """
     from runtime.exports.modelfile import write_modelfile
-    from runtime.exports.sources import open_weights
 
     source = open_weights(weights, tokenizer_dir)
     write_gguf(source.config, source.tensors, source.tokenizer, out, dtype)
@@ -77,6 +79,8 @@ def write_gguf(
     writer = gguf.GGUFWriter(temporary, architecture(config))
     write_shape(writer, config, path.stem, dtype)
     write_tokenizer(writer, tokenizer, config.vocab_size)
+    if is_llama3(config):
+        tensors = {**tensors, ROPE_FACTORS: rope_factors(config)}
     plan = [(entry, type_of(entry, dtype)) for entry in list_entries(config)]
     for entry, kind in plan:
         size = byte_size(entry.shape, kind)
@@ -87,9 +91,7 @@ def write_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for entry, kind in plan:
-                value = entry.read(tensors)
-                assert value.shape == entry.shape, (entry.name, value.shape, entry.shape)
-                writer.write_tensor_data(encode(value, kind, entry.name))
+                writer.write_tensor_data(encode(entry.read(tensors), kind, entry.source))
             writer.flush()
             os.fsync(writer.fout[0].fileno())
         writer.close()
@@ -194,80 +196,77 @@ class Entry:
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[Mapping[str, Tensor]], Tensor]
+    source: str
+    part: tuple[int | None, int | None] = (None, None)  # from, to along the second dimension
+    heads: int = 0  # a Llama's queries and keys, see `read`
 
     @property
     def keeps_float32(self) -> bool:
         return len(self.shape) == 1 or "ffn_gate_inp" in self.name
 
+    def read(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor, as the file has it but for its dtype."""
+        lazy = tensors[self.source]
+        value = lazy[:] if len(self.shape) == 1 else lazy[:, slice(*self.part)]
+        if self.heads:  # llama.cpp rotates its pairs (x[2i], x[2i + 1]), we (x[i], x[i + D/2])
+            value = value.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        assert value.shape == self.shape, (self.name, value.shape, self.shape)
+        return value
+
 
 def list_entries(config: LMConfig) -> Iterator[Entry]:
-    """The tensors of the file, in its order; none is read yet."""
+    """The tensors of the file, in its order."""
     dim, vocab = config.dim, config.vocab_size
-
-    def plain(name: str, source: str, *shape: int) -> Entry:
-        return Entry(name, shape, lambda tensors: load(tensors[source]))
-
-    yield plain("token_embd.weight", "model.embed_tokens.weight", vocab, dim)
-    if config.rope_scaling and config.rope_scaling["rope_type"] == "llama3":
-        yield Entry("rope_freqs.weight", (config.head_dim // 2,), lambda _: rope_factors(config))
+    yield Entry("token_embd.weight", (vocab, dim), "model.embed_tokens.weight")
+    if is_llama3(config):
+        yield Entry("rope_freqs.weight", (config.head_dim // 2,), ROPE_FACTORS)
     for n in range(config.n_layers):
         block, ours = f"blk.{n}", f"model.layers.{n}"
-        yield plain(f"{block}.attn_norm.weight", f"{ours}.input_layernorm.weight", dim)
+        yield Entry(f"{block}.attn_norm.weight", (dim,), f"{ours}.input_layernorm.weight")
         yield from attention_entries(config, block, f"{ours}.self_attn")
-        yield plain(f"{block}.ffn_norm.weight", f"{ours}.post_attention_layernorm.weight", dim)
+        yield Entry(f"{block}.ffn_norm.weight", (dim,), f"{ours}.post_attention_layernorm.weight")
         yield from mlp_entries(config, block, f"{ours}.mlp")
-    yield plain("output_norm.weight", "model.norm.weight", dim)
+    yield Entry("output_norm.weight", (dim,), "model.norm.weight")
     if not config.tie_embeddings:
-        yield plain("output.weight", "lm_head.weight", vocab, dim)
+        yield Entry("output.weight", (vocab, dim), "lm_head.weight")
 
 
 def attention_entries(config: LMConfig, block: str, ours: str) -> Iterator[Entry]:
     D, dim = config.head_dim, config.dim
+    rotates_pairs = architecture(config) == "llama"
     heads = {"q": config.n_heads, "k": config.n_kv_heads, "v": config.n_kv_heads}
-    for letter, H in heads.items():
-        # llama.cpp rotates the pairs (x[2i], x[2i + 1]) in a Llama, we (x[i], x[i + D/2])
-        pairs = architecture(config) == "llama" and letter != "v"
-
-        def read(tensors, name=f"{ours}.{letter}_proj.weight", H=H, pairs=pairs) -> Tensor:
-            value = load(tensors[name])
-            return value.view(H, 2, D // 2, dim).transpose(1, 2).flatten(0, 2) if pairs else value
-
-        yield Entry(f"{block}.attn_{letter}.weight", (H * D, dim), read)
+    for name, H in heads.items():
+        is_rotated = name != "v"
+        order = H if rotates_pairs and is_rotated else 0
+        source = f"{ours}.{name}_proj"
+        yield Entry(f"{block}.attn_{name}.weight", (H * D, dim), f"{source}.weight", heads=order)
         if config.qkv_bias:
-            bias = f"{ours}.{letter}_proj.bias"
-            yield Entry(f"{block}.attn_{letter}.bias", (H * D,), lambda t, bias=bias: load(t[bias]))
-        if config.qk_norm and letter != "v":
-            norm = f"{ours}.{letter}_norm.weight"
-            name = f"{block}.attn_{letter}_norm.weight"
-            yield Entry(name, (D,), lambda t, norm=norm: load(t[norm]))
-    name = f"{ours}.o_proj.weight"
-    shape = (dim, config.n_heads * D)
-    yield Entry(f"{block}.attn_output.weight", shape, lambda t: load(t[name]))
+            yield Entry(f"{block}.attn_{name}.bias", (H * D,), f"{source}.bias")
+        if config.qk_norm and is_rotated:
+            yield Entry(f"{block}.attn_{name}_norm.weight", (D,), f"{ours}.{name}_norm.weight")
+    yield Entry(f"{block}.attn_output.weight", (dim, config.n_heads * D), f"{ours}.o_proj.weight")
 
 
 def mlp_entries(config: LMConfig, block: str, ours: str) -> Iterator[Entry]:
     dim, hidden = config.dim, config.hidden_dim
     if not config.use_moe:
-        for letter, shape in {"gate": (hidden, dim), "up": (hidden, dim)}.items():
-            name = f"{ours}.{letter}_proj.weight"
-            yield Entry(f"{block}.ffn_{letter}.weight", shape, lambda t, name=name: load(t[name]))
-        down = f"{ours}.down_proj.weight"
-        yield Entry(f"{block}.ffn_down.weight", (dim, hidden), lambda t: load(t[down]))
+        yield Entry(f"{block}.ffn_gate.weight", (hidden, dim), f"{ours}.gate_proj.weight")
+        yield Entry(f"{block}.ffn_up.weight", (hidden, dim), f"{ours}.up_proj.weight")
+        yield Entry(f"{block}.ffn_down.weight", (dim, hidden), f"{ours}.down_proj.weight")
         return
-    E, hidden = config.n_experts, config.moe_hidden_dim
-    router, stack = f"{ours}.gate.weight", f"{ours}.experts.gate_up_proj"
-    yield Entry(f"{block}.ffn_gate_inp.weight", (E, dim), lambda t: load(t[router]))
-    shape = (E, hidden, dim)
-    yield Entry(f"{block}.ffn_gate_exps.weight", shape, lambda t: load(t[stack])[:, :hidden])
-    yield Entry(f"{block}.ffn_up_exps.weight", shape, lambda t: load(t[stack])[:, hidden:])
-    down = f"{ours}.experts.down_proj"
-    yield Entry(f"{block}.ffn_down_exps.weight", (E, dim, hidden), lambda t: load(t[down]))
+    E, hidden, stack = config.n_experts, config.moe_hidden_dim, f"{ours}.experts.gate_up_proj"
+    gate, up, shape = (None, hidden), (hidden, None), (E, hidden, dim)
+    yield Entry(f"{block}.ffn_gate_inp.weight", (E, dim), f"{ours}.gate.weight")
+    yield Entry(f"{block}.ffn_gate_exps.weight", shape, stack, gate)
+    yield Entry(f"{block}.ffn_up_exps.weight", shape, stack, up)
+    yield Entry(f"{block}.ffn_down_exps.weight", (E, dim, hidden), f"{ours}.experts.down_proj")
 
 
-def load(value) -> Tensor:
-    """A tensor, or one that is read from its file now."""
-    return value if isinstance(value, Tensor) else value[:]
+ROPE_FACTORS = "rope_factors"  # a tensor that is computed, not read
+
+
+def is_llama3(config: LMConfig) -> bool:
+    return config.rope_scaling is not None and config.rope_scaling["rope_type"] == "llama3"
 
 
 def rope_factors(config: LMConfig) -> Tensor:
@@ -317,3 +316,38 @@ def encode(value: Tensor, kind: str, name: str):
     from gguf import GGMLQuantizationType, quants
 
     return quants.quantize(value.numpy(), GGMLQuantizationType[kind])
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What an export reads."""
+
+    config: LMConfig
+    tensors: Mapping[str, Tensor]
+    tokenizer: LazyTokenizer
+
+
+def open_weights(weights: Path, tokenizer_dir: str | None) -> Weights:
+    """Shape, tensors and tokenizer of a .pth file, or of a folder in Hugging Face's format.
+
+    Args:
+        tokenizer_dir: None: the one that the weights name.
+
+    Raises:
+        ValueError: they are damaged or do not belong together; names the file.
+    """
+    weights, config = Path(weights), read_config(weights)
+    if weights.is_dir():
+        from model.hf import read_hf_tensors
+
+        tensors, own = read_hf_tensors(weights, config), weights
+    else:
+        from model.tensor_file import read_tensors
+
+        tensors, own = read_tensors(weights), (config.tokenizer or {}).get("folder")
+        for entry in list_entries(config):
+            if entry.source not in tensors and entry.source != ROPE_FACTORS:
+                fault = f"has no {entry.source}, which the model in {weights.stem}.json has"
+                raise ValueError(f"{weights}: {fault}; keep the two files together")
+    folder = tokenizer_dir or own or ROOT / "model/minimind_tokenizer"
+    return Weights(config, tensors, load_tokenizer(folder, config.vocab_size))

@@ -239,7 +239,10 @@ def end_of_turn(tokenizer) -> int:
     """The id of the token that ends a turn of the chat template."""
     from dataset.chat_format import IM_END, chat_coder
 
-    return chat_coder(tokenizer).fixed[IM_END][0]
+    try:
+        return chat_coder(tokenizer).fixed[IM_END][0]
+    except ValueError:
+        return tokenizer.eos_token_id
 
 
 def write_special_tokens(writer, tokenizer) -> None:
