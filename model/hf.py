@@ -135,15 +135,9 @@ def file_names(
 def check_tie(tensors: Mapping[str, LazyTensor]) -> None:
     """A tied model's file may hold the matrix twice, but not two matrices."""
     head, embedding = tensors.get("lm_head.weight"), tensors["model.embed_tokens.weight"]
-    if head is None:
-        return
-    (one, _), (other, _) = head.pieces[0], embedding.pieces[0]
-    if (one.path, one.offset) == (other.path, other.offset):
-        return
-    pairs = zip(head.chunks(), embedding.chunks(), strict=True)
-    if one.dtype != other.dtype or not all(torch.equal(a, b) for a, b in pairs):
+    if head is not None and not head.equal(embedding):
         fault = "lm_head.weight is not the embedding, but config.json has tie_word_embeddings true"
-        raise ValueError(f"{one.path}: {fault}")
+        raise ValueError(f"{head.pieces[0][0].path}: {fault}")
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.lm import LMConfig, MiniMindLM
-from model.weights import load_weights
+from model.weights import allocate, load_weights
 
 
 @dataclass
@@ -138,6 +138,8 @@ def load_reward_model(path: str | Path) -> RewardModel:
     if not is_reward:
         fault = "a language model, not a reward model"
         raise ValueError(f"{path}: {fault}; trainer/train_reward.py makes one")
-    model = RewardModel(RewardConfig.from_json(config_path))
+    with torch.device("meta"):
+        model = RewardModel(RewardConfig.from_json(config_path))
+    allocate(model, "cpu")
     load_weights(model, path)
     return model.eval()

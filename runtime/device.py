@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -59,10 +59,3 @@ def local(tensor: Tensor) -> Tensor:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor: one that may lie on several processes."""
     return hasattr(tensor, "to_local")
-
-
-def allocate(model: nn.Module, device: torch.device) -> None:
-    """Give a model of the meta device memory, without values."""
-    model.to_empty(device=device)
-    if model.config.tie_embeddings:  # to_empty makes two parameters of one
-        model.lm_head.weight = model.model.embed_tokens.weight

@@ -10,9 +10,8 @@ from torch import nn
 
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
-from model.weights import is_path, load_weights
+from model.weights import allocate, is_path, load_weights
 from runtime import tokenizer_record
-from runtime.device import allocate
 from runtime.machine import check_memory
 from runtime.ranks import SHARDED, mesh_sizes, world
 
@@ -36,6 +35,7 @@ class Start:
         tokenizer: of the weights; loaded on first use.
         vocab_size: of the weights; None: as many as the tokenizer has entries.
         is_recorded: whether the weights say what tokenizer they were trained with.
+        run_dir: of what the run writes; its weights lie beside it.
         fill: of `build`, where processes share the model: gives their parts the values.
     """
 
@@ -45,6 +45,7 @@ class Start:
     tokenizer: LazyTokenizer
     vocab_size: int | None
     is_recorded: bool
+    run_dir: Path
     fill: Callable[[nn.Module, torch.device], None] | None = None
 
     @functools.cached_property
@@ -90,21 +91,23 @@ class Start:
         return model
 
 
-def open_start(args, default: str, teacher: Path | None = None) -> Start:
+def open_start(args, default: str, teacher: Path | None = None, required: bool = True) -> Start:
     """Find what --from_weight means; sets the flags of the shape, of rows and of the tokenizer.
 
     Args:
         args: the flags of the stage.
         default: the stage whose weights are taken, if they are there, without --from_weight.
         teacher: weights whose vocabulary and tokenizer a model without weights takes over.
+        required: weights that are named must be there. A run that goes on does without.
 
     Raises:
         ValueError: there are no such weights; a flag contradicts their shape; their tokenizer is
             not there, or another one is given.
     """
-    path, line = find_weights(args.from_weight, default, args)
+    required = required and args.resume == "none"
+    path, line = find_weights(args.from_weight, default, args, required)
     weights = read_shape(path)
-    if path is not None and not path.exists():  # a run that goes on does not need them any more
+    if path is not None and not path.exists():
         weights = read_shape(Path(args.out_dir) / f"{args.save_weight}{suffix_of(args)}.pth")
     given = {n: vars(args)[n] for n in (*SIZES, *EXPERT_SIZES) if vars(args)[n] is not None}
     if "use_moe" in given:
@@ -126,10 +129,13 @@ def open_start(args, default: str, teacher: Path | None = None) -> Start:
     )
     args.tokenizer_dir = str(tokenizer.folder)
     vocab_size = known.vocab_size if known else None
-    return Start(path, line, shape, tokenizer, vocab_size, record is not None)
+    run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix_of(args)}"
+    return Start(path, line, shape, tokenizer, vocab_size, record is not None, run_dir)
 
 
-def find_weights(name: str | None, default: str, args) -> tuple[Path | None, str]:
+def find_weights(
+    name: str | None, default: str, args, required: bool = True
+) -> tuple[Path | None, str]:
     """The weights that a flag means, None for random ones; a line that says so.
 
     Args:
@@ -138,7 +144,7 @@ def find_weights(name: str | None, default: str, args) -> tuple[Path | None, str
             its file is there.
 
     Raises:
-        ValueError: they are not there.
+        ValueError: they are not there, and required.
     """
     if "none" in (name, name or default):
         return None, "starting from random weights"
@@ -152,7 +158,7 @@ def find_weights(name: str | None, default: str, args) -> tuple[Path | None, str
         path = Path(args.out_dir) / f"{name or default}{suffix_of(args)}.pth"
     if not path.exists() and name is None:
         return None, f"starting from random weights: there is no {path}"
-    if not path.exists() and args.resume == "none":
+    if not path.exists() and required:
         advice = "train that stage first, or see --from_weight"
         raise ValueError(f"{path}: no such weights file; {advice}")
     return path, f"starting from {path}"

@@ -50,9 +50,24 @@ def find_record(weights: Path | None, recorded: dict | None) -> dict | None:
         recorded: `LMConfig.tokenizer` of the weights. A folder in Hugging Face's format has none,
             but may hold the tokenizer itself.
     """
-    if weights is not None and (weights / "tokenizer.json").is_file():
+    if not recorded and weights is not None and (weights / "tokenizer.json").is_file():
         return {"folder": str(weights), "sha256": file_hash(weights), "chat_template": None}
     return recorded
+
+
+def check_same(weights: Path, recorded: dict | None, record: dict) -> None:
+    """ValueError: these weights were trained with another tokenizer than a run has.
+
+    Args:
+        recorded: `LMConfig.tokenizer` of the weights.
+        record: that of the run.
+    """
+    own = find_record(weights, recorded)
+    if own and own["sha256"] != record["sha256"]:
+        fault = (
+            f"trained with the tokenizer of {own['folder']}, not with that of {record['folder']}"
+        )
+        raise ValueError(f"{weights}: {fault}: both models must have the same tokenizer")
 
 
 def check_size(tokenizer: LazyTokenizer, vocab_size: int, may_be_padded: bool) -> None:

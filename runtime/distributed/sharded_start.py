@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from model.initial import init_parameter
 from model.lm import MiniMindLM
-from runtime.device import allocate, is_sharded, local
+from model.weights import allocate, open_weights
+from runtime.device import is_sharded, local
 
 
 def build(
@@ -64,9 +65,10 @@ def fill_randomly(model: MiniMindLM, device: torch.device, state: Tensor) -> Non
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(state)
         for name, p in model.named_parameters():
-            whole = torch.ones(p.shape) if "norm" in name else torch.zeros(p.shape)
-            if name != "score.weight":  # the head of a reward model begins at zero
-                init_parameter(name, whole, model.config.n_layers)
+            if name == "score.weight":  # of a reward model, which keeps its zeros
+                continue
+            whole = torch.ones(p.shape)  # norms stay so
+            init_parameter(name, whole, model.config.n_layers)
             local(p).copy_(whole[own_part(p)])
 
 
@@ -77,13 +79,11 @@ def fill_from_files(model: MiniMindLM, device: torch.device, path: Path) -> None
     Raises:
         ValueError: it is damaged, or made for another model.
     """
-    tensors = model_tensors(model, path)
+    tensors = open_weights(model, path, new_head=True)
     allocate(model, device)
     for name, p in model.named_parameters():
         if name in tensors:
             tensors[name].copy_to(local(p), own_part(p))
-        else:
-            local(p).zero_()  # the new head of a reward model
 
 
 def own_part(p: Tensor) -> tuple[slice, ...]:
