@@ -117,7 +117,10 @@ def expected_mask(
     for message in messages:
         if message["role"] != "assistant":
             continue
-        begin = re.compile(head).search(whole, at).end()
+        begins = re.compile(head).search(whole, at)
+        if not begins:
+            return []
+        begin = begins.end()
         stops = [(n, end) for end in ends if (n := whole.find(end, begin)) >= 0]
         at = min(stops)[0] + len(min(stops)[1])
         for n, (first, last) in enumerate(encoded.offset_mapping):
@@ -176,6 +179,10 @@ def check_hostile(coder: ChatCoder, chat: tuple, tokens: list[str], result: Resu
     for messages, tools in (chat, (harmless(chat[0], tokens), harmless(chat[1], tokens))):
         try:
             ids = coder.encode_chats([(messages, tools)])[0][0]
+            if any(
+                "<think>" in (m["content"] or "")[:20] for m in messages if m["role"] == "assistant"
+            ):
+                return  # thinking is control text
             found.append([n for n in ids if n in control])
         except ValueError:
             return
@@ -219,7 +226,7 @@ def main() -> int:
         if args.tokenizer_dir:
             from dataset.tokenizer import load_tokenizer
 
-            coder = chat_coder(load_tokenizer(args.tokenizer_dir))
+            coder = chat_coder(load_tokenizer(args.tokenizer_dir).loaded)
             manner = coder.reader.manner
             head, ends = "|".join(map(re.escape, manner.heads)), tuple(manner.ends)
             name, fields = args.tokenizer_dir, ("system", "tools", "thinking")
