@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.initial import init_parameter
+from model.initial import init_parameter, on_meta_device
 from model.lm import MiniMindLM
 from model.weights import allocate, open_weights
 from runtime.device import is_sharded, local
@@ -30,7 +30,7 @@ def build(
     if resumed is None and path is None:
         model = make_without_memory(make)
         return model, functools.partial(fill_randomly, state=torch.get_rng_state())
-    with torch.device("meta"):
+    with on_meta_device():
         model = make()
     if resumed is not None:
         return model, allocate
