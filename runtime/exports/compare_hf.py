@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from model.hf import config_from_hf, read_hf_tensors
-from model.lm import MiniMindLM
 from runtime.exports.compare import TEXTS, compare
 from runtime.exports.source import Source
 
@@ -26,8 +25,7 @@ def check_hf(folder: Path, source: Source) -> tuple[bool, list[str]]:
     """
     config = config_from_hf(folder)
     lazy = read_hf_tensors(folder, config)
-    model = MiniMindLM(source.config).eval()
-    model.load_state_dict(dict(source.tensors))
+    model = source.model()
     equal, own = 0, model.state_dict()
     for name, tensor in lazy.items():
         if name in own and own[name].shape == tensor.shape:
