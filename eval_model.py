@@ -239,7 +239,7 @@ def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> Ch
     apply_kernels(model, device, dtype)
     record = find_record(path, record)
     tokenizer = open_tokenizer(args.tokenizer_dir, args.chat_template, path, record)
-    check_size(tokenizer, model.config.vocab_size, may_be_padded=record is not None)
+    check_size(tokenizer, model.config.vocab_size, record is not None or path.is_dir())
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags}
     sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
