@@ -185,6 +185,10 @@ def parse_args() -> argparse.Namespace:
     tokenizer = str(ROOT / "model/minimind_tokenizer")
     model.add_argument("--tokenizer_dir", default=tokenizer, help="tokenizer folder")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    spread = "auto: a model that no device holds, over GPUs, CPU memory and disk"
+    model.add_argument("--device_map", choices=("auto",), help=spread)
+    most = "for --device_map, by default what is free: 0=20GiB cpu=64GiB"
+    model.add_argument("--max_memory", nargs="+", metavar="DEVICE=SIZE", help=most)
     dtypes = ("float32", "float16", "bfloat16")
     model.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on GPU")
     reply = parser.add_argument_group("reply")
@@ -206,6 +210,8 @@ def parse_args() -> argparse.Namespace:
         ("prompt", args.prompt is None or args.prompt.strip(), "not be empty"),
         ("raw", not args.raw or args.prompt is not None, "come with --prompt"),
         ("eval_file", not args.eval_file or args.prompt is None, "not come with --prompt"),
+        ("max_memory", not args.max_memory or args.device_map, "come with --device_map auto"),
+        ("lora", not (args.lora and args.device_map), "not come with --device_map: merge it first"),
     ):
         if not good:
             raise ValueError(f"--{name} {getattr(args, name)}: must {must}")
@@ -223,13 +229,19 @@ def open_device(name: str) -> torch.device:
 
 def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> ChatModel:
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model = load_model(path)
-    if args.lora:
-        from model.lora import merge_adapter
+    if args.device_map:
+        from runtime.device_map import load_spread
 
-        merge_adapter(model, newest_weights(args.lora, args.out_dir, "--lora"))
-    model = model.to(device, getattr(torch, dtype))
-    apply_kernels(model, device, dtype)
+        model = load_spread(path, getattr(torch, dtype), args.max_memory)
+        device = model.lm_head.weight.device
+    else:
+        model = load_model(path)
+        if args.lora:
+            from model.lora import merge_adapter
+
+            merge_adapter(model, newest_weights(args.lora, args.out_dir, "--lora"))
+        model = model.to(device, getattr(torch, dtype))
+        apply_kernels(model, device, dtype)
     tokenizer = load_tokenizer(args.tokenizer_dir, model.config.vocab_size)
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags}
