@@ -519,7 +519,7 @@ def main() -> int:
         args=args,
         rewards=rewards,
         dataset=dataset,
-        tokenizer=tokenizer,
+        coder=dataset.coder,
         autocast=autocast,
         copy=plain_copy,
     )
