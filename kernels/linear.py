@@ -92,24 +92,27 @@ def multiply(
     matrix2: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> None:
-    """In place: out (M, N) = x (M, K) @ matrix (K, N), + x2 @ matrix2 or + bias (N,) if given.
+    """In place: out (M, N) = x (M, K) @ matrix (K, N), + x2 (M, K2) @ matrix2, + bias (N,) if given.
 
     A matrix may have another dtype: in float32 it is rounded on the way, where a CPU can.
     """
     functions = products(x.dtype) if x.device.type == "cpu" else None
     K, N = matrix.shape
-    if functions is None or matrix.dtype != torch.float32 or K % 32 or N % 32:
+    K2 = 0 if matrix2 is None else len(matrix2)
+    if functions is None or matrix.dtype != torch.float32 or K % 32 or N % 32 or K2 % 32:
         torch.mm(x, matrix.to(x.dtype), out=out)
         if bias is not None:
             out += bias
         if x2 is not None:
             out.addmm_(x2, matrix2.to(x.dtype))
     elif matrix.is_contiguous():
+        assert bias is None
         pair = (None, None) if x2 is None else (x2.contiguous(), matrix2)
-        functions.linear_grad_x(x.contiguous(), matrix, *pair, out, len(x), N, K)
+        functions.linear_grad_x(x.contiguous(), matrix, *pair, out, len(x), N, K, K2)
     else:
         bias = None if bias is None else bias.float()
-        functions.linear(x.contiguous(), matrix.T.contiguous(), bias, out, len(x), N, K)
+        pair = (None, None) if x2 is None else (x2.contiguous(), matrix2.T.contiguous())
+        functions.linear(x.contiguous(), matrix.T.contiguous(), *pair, bias, out, len(x), N, K, K2)
 
 
 def sum_of_products(total: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:

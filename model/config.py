@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
@@ -68,12 +68,6 @@ class LMConfig:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_flags(cls, flags: dict, vocab_size: int) -> "LMConfig":
-        """The shape that a stage script's flags describe."""
-        flags = {**flags, "use_moe": bool(flags["use_moe"]), "vocab_size": vocab_size}
-        return cls(**{f.name: flags[f.name] for f in fields(cls) if f.name in flags})
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LMConfig":

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from model.hf_config import config_from_hf, config_to_hf  # noqa: F401  # the second for others
 from model.lazy_tensors import FileTensor, LazyTensor, read_folder
@@ -74,8 +76,7 @@ def read_hf_tensors(folder: str | Path, config: LMConfig) -> Mapping[str, LazyTe
     """
     folder = Path(folder)
     tensors = read_folder(folder)
-    with torch.device("meta"):
-        shapes = {name: tuple(v.shape) for name, v in MiniMindLM(config).state_dict().items()}
+    shapes = {name: tuple(v.shape) for name, v in meta_model(config).state_dict().items()}
     rest = {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(name)}
     read = {}
     for name, shape in shapes.items():
@@ -134,15 +135,9 @@ def file_names(
 def check_tie(tensors: Mapping[str, LazyTensor]) -> None:
     """A tied model's file may hold the matrix twice, but not two matrices."""
     head, embedding = tensors.get("lm_head.weight"), tensors["model.embed_tokens.weight"]
-    if head is None:
-        return
-    (one, _), (other, _) = head.pieces[0], embedding.pieces[0]
-    if (one.path, one.offset) == (other.path, other.offset):
-        return
-    pairs = zip(head.chunks(), embedding.chunks(), strict=True)
-    if one.dtype != other.dtype or not all(torch.equal(a, b) for a, b in pairs):
+    if head is not None and not head.equal(embedding):
         fault = "lm_head.weight is not the embedding, but config.json has tie_word_embeddings true"
-        raise ValueError(f"{one.path}: {fault}")
+        raise ValueError(f"{head.pieces[0][0].path}: {fault}")
 
 
 @torch.no_grad()
@@ -168,11 +163,26 @@ def load_hf_model(folder: str | Path) -> MiniMindLM:
     return model.eval()
 
 
+class SkipRandomInit(TorchFunctionMode):
+    """Parameters on the meta device get no random numbers: torch would import its compiler."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def meta_model(config: LMConfig) -> MiniMindLM:
+    """A model on the meta device: names, shapes and ties of its parameters, without memory."""
+    with torch.device("meta"), SkipRandomInit():
+        return MiniMindLM(config)
+
+
 def empty_model(config: LMConfig) -> MiniMindLM:
-    """A model whose parameters have no values yet: memory that nobody touched."""
-    with torch.device("meta"):
-        model = MiniMindLM(config)
-    model.to_empty(device="cpu")
-    if config.tie_embeddings:  # to_empty parts them
-        model.lm_head.weight = model.model.embed_tokens.weight
+    """A model on the CPU whose parameters have no values yet: memory that nobody touched."""
+    model = meta_model(config)
+    memory = {id(p): nn.Parameter(torch.empty(p.shape)) for p in model.parameters()}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, memory[id(parameter)])  # a tied one twice
     return model

@@ -26,12 +26,11 @@ ARCHITECTURES = {architecture: kind for kind, (architecture, _) in FAMILIES.item
 # generation.
 HARMLESS = set(
     """
-    architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id flash_attn
-    id2label initializer_range is_llama_config keys_to_ignore_at_inference label2id
-    max_window_layers model_type output_attentions output_hidden_states output_router_logits
-    pad_token_id pretraining_tp problem_type return_dict seq_aux tokenizer_class torch_dtype
-    torchscript transformers_version transformers.js_config unsloth_fixed unsloth_version
-    use_bfloat16 use_cache
+    architectures auto_map chunk_size_feed_forward dtype flash_attn id2label initializer_range
+    is_llama_config keys_to_ignore_at_inference label2id max_window_layers model_type
+    output_attentions output_hidden_states output_router_logits pretraining_tp problem_type
+    return_dict seq_aux tokenizer_class torch_dtype torchscript transformers_version
+    transformers.js_config unsloth_fixed unsloth_version use_bfloat16 use_cache
     do_sample length_penalty max_length max_new_tokens min_length num_beams num_beam_groups
     num_return_sequences diversity_penalty encoder_no_repeat_ngram_size no_repeat_ngram_size
     repetition_penalty temperature top_k top_p typical_p tie_encoder_decoder
@@ -53,7 +52,6 @@ ONLY = {
     "final_logit_softcapping": (None, "it caps its logits"),
     "is_encoder_decoder": (False, "no decoder alone"),
     "add_cross_attention": (False, "no decoder alone"),
-    "is_decoder": (True, "no decoder alone"),
 }
 ROPE_KEYS = {
     "default": set(),
@@ -124,7 +122,8 @@ class Keys:
             if self.values.get(key) not in (None, value):
                 raise self.refuse(key, reason)
         for key, value in self.values.items():
-            known = key in HARMLESS or key in ONLY or key.startswith("_")
+            known = key in HARMLESS or key in ONLY
+            known = known or key.startswith("_") or key.endswith("_token_id")
             if not known and value not in (None, False, 0, "", [], {}):
                 fault = "not a key that is known here; take it out if the model computes the same"
                 raise self.refuse(key, f"{fault} without it")
@@ -142,12 +141,13 @@ def config_from_hf(folder: str | Path) -> LMConfig:
     keys = Keys(Path(folder) / "config.json")
     kind = family(keys)
     heads = keys.take("num_attention_heads", int)
+    may_lack = kind in ("llama", "minimind") or "num_key_value_heads" in keys.values
     shape = {
         **FAMILIES[kind][1],
         "dim": keys.take("hidden_size", int),
         "n_layers": keys.take("num_hidden_layers", int),
         "n_heads": heads,
-        "n_kv_heads": keys.take("num_key_value_heads", int, heads if kind == "llama" else None),
+        "n_kv_heads": keys.take("num_key_value_heads", int, heads if may_lack else None),
         "vocab_size": keys.take("vocab_size", int),
         "max_seq_len": keys.take("max_position_embeddings", int),
         "norm_eps": keys.take("rms_norm_eps", float, 1e-6),
@@ -173,14 +173,17 @@ def config_from_hf(folder: str | Path) -> LMConfig:
 def family(keys: Keys) -> str:
     """The model_type, which `architectures` must agree with."""
     kind, named = keys.values.get("model_type"), keys.values.get("architectures")
-    if named is not None and (not isinstance(named, list) or len(named) != 1):
-        raise keys.refuse("architectures", "one is wanted")
-    if named and (kind is None or ARCHITECTURES.get(named[0]) != kind):
-        kind = ARCHITECTURES.get(named[0]) if kind in (None, *FAMILIES) else None
-    if kind not in FAMILIES:
-        known = " ".join(ARCHITECTURES)
-        raise keys.refuse("architectures" if named else "model_type", f"supported are {known}")
-    return kind
+    known = f"supported are {' '.join(ARCHITECTURES)}"
+    if named is None:
+        if kind not in FAMILIES:
+            raise keys.refuse("model_type", known)
+        return kind
+    architecture = named[0] if isinstance(named, list) and len(named) == 1 else None
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise keys.refuse("architectures", known)
+    if kind not in (None, ARCHITECTURES[architecture]):
+        raise keys.refuse("architectures", f"model_type is {kind!r}")
+    return ARCHITECTURES[architecture]
 
 
 def moe_shape(keys: Keys) -> dict:
@@ -227,8 +230,8 @@ def minimind_shape(keys: Keys, folder: Path, dim: int) -> dict:
 def refuse_windows(keys: Keys, kind: str, shape: dict) -> None:
     """Refuse a sliding window that cuts anything off; one as wide as the context is none."""
     layers = keys.values.pop("layer_types", None)
-    if layers is not None and set(layers) != {"full_attention"}:
-        keys.values["layer_types"] = sorted(set(layers))
+    if layers is not None and layers != ["full_attention"] * len(layers):
+        keys.values["layer_types"] = layers
         raise keys.refuse("layer_types", "full attention in every layer is what runs here")
     window = keys.values.get("sliding_window")
     if kind == "mistral":  # a missing one is 4096

@@ -97,6 +97,22 @@ def parse_rope_scaling(text: str, max_seq_len: int) -> dict:
         raise ValueError(f"--rope_scaling {text}: {error}") from None
 
 
+def extend_context(config, text: str) -> None:
+    """Give a config what the flag --rope_scaling says, with max_seq_len to match.
+
+    Raises:
+        ValueError: see `parse_rope_scaling`; positions are scaled already, and otherwise.
+    """
+    scaling, own = parse_rope_scaling(text, config.max_seq_len), config.rope_scaling
+    if own is None:
+        context = scaling.get("original_max_position_embeddings", config.max_seq_len)
+        config.rope_scaling, config.max_seq_len = scaling, int(scaling["factor"] * context)
+    elif any(own[key] != scaling[key] for key in ("rope_type", "factor")):
+        have = f"{own['rope_type']}:{own['factor']:g}"
+        fault = f"the weights have {have} already; leave the flag out"
+        raise ValueError(f"--rope_scaling {text}: {fault}")
+
+
 def scaled_frequencies(config, device: torch.device) -> tuple[Tensor, float]:
     """The rotary frequencies of a config with rope_scaling.
 

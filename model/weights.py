@@ -6,32 +6,10 @@ A folder is one in Hugging Face's format, see model/hf.py.
 import hashlib
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from model.lm import LMConfig, MiniMindLM
-
-
-def start_weights(
-    model: MiniMindLM, from_weight: str | None, default: str, out_dir: str | Path, suffix: str
-) -> str:
-    """Load the weights that `--from_weight` means; returns a line that says what happened.
-
-    Args:
-        from_weight: a stage name (`pretrain` is `{out_dir}/pretrain{suffix}.pth`), a path, 'none',
-            or None for the stage `default` if its file is there.
-        suffix: what the model's shape adds to a name, e.g. `_512` or `_512_moe`.
-
-    Raises:
-        ValueError: the file does not exist or does not fit.
-    """
-    if from_weight == "none":
-        return "starting from random weights"
-    name = from_weight or default
-    path = Path(name) if is_path(name) else Path(out_dir) / f"{name}{suffix}.pth"
-    if from_weight is None and not path.is_file():
-        return f"starting from random weights: there is no {path}"
-    load_weights(model, path, new_head=True)
-    return f"starting from {path}"
 
 
 def is_path(name: str) -> bool:
@@ -39,28 +17,43 @@ def is_path(name: str) -> bool:
     return name.endswith(".pth") or "/" in name or (Path(name) / "config.json").is_file()
 
 
+@torch.no_grad()
 def load_weights(model: MiniMindLM, path: str | Path, new_head: bool = False) -> None:
-    """Load a weights file into the model; every name and shape must fit.
+    """Load a weights file, or a folder in Hugging Face's format, into the model, piece by piece.
 
     Args:
+        new_head: as for `open_weights`.
+
+    Raises:
+        ValueError: see `open_weights`; a value is not finite.
+    """
+    tensors = open_weights(model, path, new_head)
+    for name, p in model.named_parameters():
+        if name in tensors:
+            tensors[name].copy_to(p)
+
+
+def open_weights(model: MiniMindLM, path: str | Path, new_head: bool = False):
+    """The tensors of a weights file or a folder, none of them read yet: every name and shape fits.
+
+    Args:
+        model: for which they are; may be spread over processes, or have no memory yet.
         new_head: a reward model may take the decoder of a language model and keep its own head.
+
+    Returns:
+        name -> LazyTensor.
 
     Raises:
         ValueError: the file is not a state dict, or was made for a model of another shape; names
             the first difference.
     """
-    if Path(path).is_dir():
-        from model.hf import load_hf_weights
-
-        return load_hf_weights(model, path)
-    from model.tensor_file import read_tensors
-
-    state, own = read_tensors(path), model.state_dict()
+    path, own = Path(path), model.state_dict()
+    state = read_lazily(path)
     if "score.weight" in state and "score.weight" not in own:
         raise ValueError(f"{path}: a reward model, a language model is wanted here")
     if new_head and "score.weight" in own and "score.weight" not in state:
-        state["score.weight"] = own["score.weight"]
         state.pop("lm_head.weight", None)
+        own.pop("score.weight")
     if model.config.tie_embeddings and "model.embed_tokens.weight" in state:
         embedding = state["model.embed_tokens.weight"]
         if not embedding.equal(state.setdefault("lm_head.weight", embedding)):
@@ -77,7 +70,31 @@ def load_weights(model: MiniMindLM, path: str | Path, new_head: bool = False) ->
             fault = f"made for a model of another shape: {name} is {shapes}"
             advice = "check --dim, --n_heads, --n_kv_heads and the tokenizer"
             raise ValueError(f"{path}: {fault}; {advice}")
-    model.load_state_dict(state)
+    return state
+
+
+def read_lazily(path: Path) -> dict:
+    """What a weights file or a folder holds, under our names, as LazyTensors."""
+    if path.is_dir():
+        from model.hf import config_from_hf, read_hf_tensors
+
+        return dict(read_hf_tensors(path, config_from_hf(path)))
+    from model.lazy_tensors import LazyTensor, read_torch_file
+
+    if not path.is_file():
+        fault = "no such weights file; train that stage first, or see --from_weight"
+        raise ValueError(f"{path}: {'not a file' if path.exists() else fault}")
+    tensors = read_torch_file(path)
+    return {n: LazyTensor(t.shape, [(t, [(0, m) for m in t.shape])]) for n, t in tensors.items()}
+
+
+def allocate(model: MiniMindLM, device: torch.device | str) -> None:
+    """Give a model of the meta device memory, without values; a reward model's head begins at zero."""
+    model.to_empty(device=device)
+    if model.config.tie_embeddings:  # to_empty makes two parameters of one
+        model.lm_head.weight = model.model.embed_tokens.weight
+    if hasattr(model, "score"):
+        nn.init.zeros_(model.score.weight)
 
 
 def hash_weights(state_dict: dict[str, Tensor]) -> str:
@@ -145,11 +162,8 @@ def load_model(path: str | Path) -> MiniMindLM:
     Raises:
         ValueError: the configuration is missing, or weights or configuration are damaged.
     """
-    config = read_config(path)
-    if Path(path).is_dir():
-        from model.hf import load_hf_model
-
-        return load_hf_model(path)
-    model = MiniMindLM(config)
+    with torch.device("meta"):
+        model = MiniMindLM(read_config(path))
+    allocate(model, "cpu")
     load_weights(model, path)
     return model.eval()
