@@ -18,6 +18,7 @@ from dataset.tokenizer import LazyTokenizer, load_tokenizer
 from model.config import LMConfig
 from model.weights import read_config
 from runtime.process.terminal import naming
+from runtime.stored_tensors import open_tensors
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 ROOT = Path(__file__).resolve().parents[2]
@@ -337,17 +338,7 @@ def open_weights(weights: Path, tokenizer_dir: str | None) -> Weights:
         ValueError: they are damaged or do not belong together; names the file.
     """
     weights, config = Path(weights), read_config(weights)
-    if weights.is_dir():
-        from model.hf import read_hf_tensors
-
-        tensors, own = read_hf_tensors(weights, config), weights
-    else:
-        from model.tensor_file import read_tensors
-
-        tensors, own = read_tensors(weights), (config.tokenizer or {}).get("folder")
-        for entry in list_entries(config):
-            if entry.source not in tensors and entry.source != ROPE_FACTORS:
-                fault = f"has no {entry.source}, which the model in {weights.stem}.json has"
-                raise ValueError(f"{weights}: {fault}; keep the two files together")
+    own = weights if weights.is_dir() else (config.tokenizer or {}).get("folder")
     folder = tokenizer_dir or own or ROOT / "model/minimind_tokenizer"
+    tensors = open_tensors(weights, config)
     return Weights(config, tensors, load_tokenizer(folder, config.vocab_size))
