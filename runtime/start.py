@@ -10,6 +10,7 @@ from torch import nn
 
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
+from model.initial import on_meta_device
 from model.weights import allocate, is_path, load_weights
 from runtime import tokenizer_record
 from runtime.ranks import SHARDED, mesh_sizes, world
@@ -83,7 +84,7 @@ class Start:
             return model
         if self.path is None and resumed is None:
             return make().to(args.device)
-        with torch.device("meta"):  # the values come from elsewhere: none are made
+        with on_meta_device():  # the values come from elsewhere: none are made
             model = make()
         allocate(model, args.device)
         if resumed is None:
