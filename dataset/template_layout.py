@@ -25,8 +25,9 @@ NONCE = secrets.token_hex(8)
 SLOT = re.compile(rf'{NONCE}(\d+)(\\*)"{NONCE}')  # a backslash: the slot is inside a JSON string
 HIDDEN = ("loss", "from_model")  # fields of a message that are not for the template
 
-# Public reasoning data keeps the thinking inside the content, in exactly this shape.
-_THINKING = re.compile(r"<think>\n(.*?)\n</think>\n\n(.*)", re.DOTALL)
+# Public reasoning data keeps the thinking inside the content, most often in exactly this shape.
+_SHAPE = re.compile(r"<think>\n(.*?)\n</think>\n\n(.*)", re.DOTALL)
+_LOOSE = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 def stand_in(n: int) -> str:
@@ -65,13 +66,13 @@ class Layout:
 class Cutting:
     """A way to cut a conversation into stand-ins.
 
-    thinking: what becomes of "<think>...</think>" inside the content of an assistant turn: it is
-        'kept' in there, or taken out as reasoning_content, in one of the ways that templates have.
+    thinking: "<think>" and "</think>" inside the content of an assistant turn are control text, and
+        what is between and behind them are texts; else they are text, too.
     empty: an answer without text or call is a text of no characters; else it is left as it is.
     leaves: all strings inside of tools and calls are texts; else those that spell a control token.
     """
 
-    thinking: str = "kept"
+    thinking: bool = False
     empty: bool = True
     leaves: bool = True
 
@@ -105,15 +106,20 @@ class Cut:
 
     def _message(self, n: int, message: dict) -> dict:
         speaks = message["role"] == "assistant"
-        if speaks and self.way.thinking != "kept":
-            message = split_thinking(message, self.way.thinking)
         shown, first = {}, len(self.values)
         for name, value in message.items():
             if name == "content" and isinstance(value, str):
                 empty = speaks and self.way.empty and not message.get("tool_calls")
-                value = self._put(value, n, name, empty)
+                if speaks and self.way.thinking and (parts := _LOOSE.fullmatch(value)):
+                    lead = value[: value.index(THINK)]
+                    thought = self._put(parts[1], n, "reasoning_content", self.way.empty)
+                    value = (
+                        f"{lead}{THINK}{thought}{END_THINK}{self._put(parts[2], n, name, empty)}"
+                    )
+                else:
+                    value = self._put(value, n, name, empty)
             elif name == "reasoning_content":
-                value = self._put(value, n, name, self.way.empty)
+                value = self._put(value, n, name)
             elif name == "tool_calls":
                 value = [self._named(as_call(call), n, "tool_calls") for call in value]
             elif name != "role":
@@ -170,40 +176,15 @@ def plain_message(message: dict) -> dict:
     return shown
 
 
-def split_thinking(message: dict, how: str) -> dict:
-    """An assistant turn with the thinking inside its content as reasoning_content.
-
-    Args:
-        how: 'exact': as public data has it; 'stripped': without newlines around both parts; 'raw'.
-    """
-    content = message.get("content") or ""
-    if END_THINK not in content or message.get("reasoning_content"):
-        return message
-    if how == "exact":
-        match = _THINKING.fullmatch(content)
-        if not match:
-            return message
-        thinking, answer = match.groups()
-    else:
-        thinking, _, answer = content.partition(END_THINK)
-        thinking = thinking.rpartition(THINK)[2]
-        if how == "stripped":
-            thinking, answer = thinking.strip("\n"), answer.lstrip("\n")
-    return {**message, "reasoning_content": thinking, "content": answer}
-
-
-def cuttings(messages: list[dict], tools: list | None, thinks: bool) -> Iterator[Cutting]:
-    """The ways to cut a conversation, the likeliest first.
-
-    Args:
-        thinks: the template knows reasoning_content.
-    """
+def cuttings(messages: list[dict], tools: list | None) -> Iterator[Cutting]:
+    """The ways to cut a conversation, the likeliest first."""
     answers = [message for message in messages if message["role"] == "assistant"]
-    thinking, empty, leaves = ["kept"], [True], [True]
-    if any(END_THINK in (answer.get("content") or "") for answer in answers):
-        split = ["exact", "stripped", "raw"]
-        thinking = [*split, "kept"] if thinks else ["kept", *split]
-    if not all((a.get("content") or "").strip() or a.get("tool_calls") for a in answers):
+    contents = [answer.get("content") or "" for answer in answers]
+    thinking, empty, leaves = [False], [True], [True]
+    if any(END_THINK in content and _LOOSE.fullmatch(content) for content in contents):
+        exact = any(_SHAPE.fullmatch(content) for content in contents)
+        thinking = [True, False] if exact else [False, True]
+    if not all(c.strip() or a.get("tool_calls") for c, a in zip(contents, answers, strict=True)):
         empty = [True, False]
     if tools or any(answer.get("tool_calls") for answer in answers):
         leaves = [True, False]

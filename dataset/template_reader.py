@@ -104,28 +104,32 @@ class TemplateReader:
             raise ValueError(f"{self.place}: {error}; {OTHER}") from None
         if any(mark not in text for mark, text in ((stand_in(0), asked), (stand_in(1), said))):
             raise ValueError(f"{self.place}: the chat template leaves turns out; {OTHER}")
-        head = said[: _common(prompt, said)]
-        generation = _common(prompt, asked)
+        head = said[: self._common(prompt, said)]
+        generation = self._common(prompt, asked)
         heads = [prompt[generation:], head[generation:], head.rpartition(stand_in(0))[2]]
         thoughtful = [user[0], {**answer[0], "reasoning_content": stand_in(2)}]
         try:
             thinks = stand_in(2) in self.render(thoughtful)
         except ValueError:
             thinks = False
-        opener = asked.partition(stand_in(0))[0]
-        ends = self._ends(said.partition(stand_in(1))[2], [])
-        if not ends:
-            tail = said.partition(stand_in(1))[2]
+        first = self.encoder.tokens.search
+        tail = said.partition(stand_in(1))[2]
+        end = first(tail)
+        if not end:
             fault = f"no token ends an assistant turn: behind it stands {tail!r}"
             raise ValueError(f"{self.place}: {fault}; {OTHER}")
-        between = later.partition(stand_in(1))[2].partition(stand_in(2))[0]
-        ends += self._ends(between, [*ends, *self.encoder.tokens.findall(opener)])
-        return Manner(list(dict.fromkeys(filter(None, heads))), ends, thinks)
+        # An answer that is not the last one may have an end of its own, that of all other turns.
+        earlier, user_end = (first(later.partition(stand_in(n))[2]) for n in (1, 0))
+        same = earlier and user_end and earlier[0] == user_end[0]
+        ends = [end[0], *([earlier[0]] if same else [])]
+        unique = [list(dict.fromkeys(filter(None, texts))) for texts in (heads, ends)]
+        return Manner(*unique, thinks)
 
-    def _ends(self, tail: str, known: list[str]) -> list[str]:
-        """The first control token behind an answer, if it is not a known one."""
-        first = self.encoder.tokens.search(tail)
-        return [first[0]] if first and first[0] not in known else []
+    def _common(self, text: str, other: str) -> int:
+        """How many characters of a text, in whole control tokens, stand before another, too."""
+        size = _common(text, other)
+        spans = (match.span() for match in self.encoder.tokens.finditer(text))
+        return next((begin for begin, end in spans if begin < size < end), size)
 
     def opening(self, thinking: bool | None) -> str:
         """What a prompt says already of the reply: "<think>\\n", or nothing."""
@@ -149,13 +153,13 @@ class TemplateReader:
             ValueError: what the template does to a turn so that it cannot be learned from.
         """
         reasons, real = [], None
-        for way in cuttings(messages, tools, self.manner.thinks):
+        for way in cuttings(messages, tools):
             cut = Cut(messages, tools, way, self.encoder.tokens)
             layout = self._layout(cut, messages, flags)
             if isinstance(layout, str):
                 reasons.append(layout)
                 continue
-            if layout.verified and way.thinking == "kept" and not self._sees(cut.values):
+            if layout.verified and not way.thinking and not self._sees(cut.values):
                 return self._fill(layout, cut)
             if real is None:
                 real = self.render([plain_message(m) for m in messages], tools, **flags)
@@ -211,7 +215,7 @@ class TemplateReader:
                 raise ValueError(f"{where}the chat template leaves out {what} of this {role} turn")
             is_old = turn is not None and turn < last
             if name == "reasoning_content" and not (is_old and self.manner.thinks):
-                if not is_old or cut.way.thinking == "kept":
+                if not is_old or not cut.way.thinking:
                     advice = "take it out of the row, or use a template that has it"
                     raise ValueError(f"{where}the chat template leaves out the thinking: {advice}")
 
@@ -230,19 +234,24 @@ class TemplateReader:
             if begin < 0:
                 fault = f"cannot tell where this turn begins: before it stands {before!r}"
                 raise ValueError(f"turn {turn + 1}: {fault}")
-        ends = [match for match in tokens.finditer(behind) if match[0] in self.manner.ends]
-        end = ends[0].end() if ends else self._own_end(cut, behind, turn)
+        end = self._end(cut, behind, turn)
         return slots[0], len(rename(before[:begin])), slots[-1], len(rename(behind[:end]))
 
-    def _own_end(self, cut: Cut, behind: str, turn: int) -> int:
-        """Where a turn ends that does not end as others do, a call with <|eom_id|>, say."""
-        text = self.render(cut.messages[: turn + 1], cut.tools)
-        tail = parse_layout(text).pieces[-1]
-        tokens = self.encoder.tokens.findall(tail)
-        at = behind.find(tokens[-1]) if tokens else -1
-        if at < 0:
-            raise ValueError(f"turn {turn + 1}: no token ends this turn: behind it stands {tail!r}")
-        return at + len(tokens[-1])
+    def _end(self, cut: Cut, behind: str, turn: int) -> int:
+        """Where a turn ends in the control text behind it."""
+        tokens, tail = list(self.encoder.tokens.finditer(behind)), ""
+        if "tool_calls" in cut.messages[turn]:  # a call may end otherwise, with <|eom_id|>, say
+            tail = parse_layout(self.render(cut.messages[: turn + 1], cut.tools)).pieces[-1]
+            own = self.encoder.tokens.findall(tail)
+            at = next((n for n, token in enumerate(own) if token in self.manner.ends), len(own) - 1)
+            if own[: at + 1] == [match[0] for match in tokens[: at + 1]] and own:
+                return tokens[at].end()
+        ends = [match.end() for match in tokens if match[0] in self.manner.ends]
+        if not ends:
+            raise ValueError(
+                f"turn {turn + 1}: no token ends this turn: behind it stands {behind!r}"
+            )
+        return ends[0]
 
     def _fill(self, layout: Layout, cut: Cut) -> Rendered:
         values = cut.values
