@@ -13,7 +13,6 @@ that you type is always text, also where it spells a control token.
 """
 
 import argparse
-import functools
 import os
 import signal
 import sys
@@ -26,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from dataset.chat_format import IM_END, THINK, ChatCoder, chat_coder
-from dataset.replies import decode_reply, encode_chat, encode_prompt
+from dataset.chat_format import ChatCoder, chat_coder
+from dataset.talk import Talk
 from model.generate import stream_text
 from model.lm import MiniMindLM
 from model.weights import load_model, newest_weights
@@ -45,19 +44,21 @@ class ChatModel:
     model: MiniMindLM
     coder: ChatCoder
     decode: Callable[[list[int]], str]  # ids of a reply -> its text
-    thinking: bool
+    thinking: bool | None  # None: as the chat template does by itself
     sampling: dict  # arguments of MiniMindLM.stream
 
     def __post_init__(self) -> None:
         self.context = self.model.config.max_seq_len
-        self.end_of_turn = self.coder.fixed[IM_END][0]
-        # What stands behind a reply in a conversation, and what before it, in the prompt already.
-        self.end_of_reply = [*self.coder.fixed[IM_END], *self.coder.fixed["\n"]]
-        self.opening = f"{THINK}\n" if self.thinking else ""
+        self.end_of_turn = self.coder.end_of_turn
+        self.opening = self.coder.opening(self.thinking)  # of a reply, in the prompt already
+
+    def talk(self, tools: list[dict] | None = None) -> Talk:
+        """A conversation that begins."""
+        return Talk(self.coder, tools, self.thinking)
 
     def encode(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
         """The prompt ids of a conversation, up to where the model is to speak."""
-        return encode_prompt(messages, tools, self.coder, self.thinking)
+        return self.coder.encode_prompt(messages, tools, self.thinking)
 
     def check(self, ids: list[int]) -> list[int]:
         """The ids of a prompt. ValueError: they leave no room for a reply."""
@@ -66,27 +67,25 @@ class ChatModel:
             raise ValueError(f"the prompt makes {sizes}: shorten it")
         return ids
 
-    def fit(
-        self, system: list[int], turns: list[list[int]], question: list[int]
-    ) -> tuple[list[int], int]:
+    def fit(self, talk: Talk, question: list[dict]) -> tuple[list[int], int]:
         """Drop turns from the front until the prompt leaves a quarter of the context for a reply.
 
         Args:
-            system: ids of the system turn, which is never dropped.
-            turns: ids of each earlier question with its reply.
-            question: ids of the new one, up to where the model is to speak.
+            talk: what was said; its system turn is never dropped.
+            question: the new turns.
 
         Returns:
-            The ids of the prompt, and how many turns were dropped.
+            The ids of the prompt, and how many questions with their replies were dropped.
 
         Raises:
             ValueError: the question alone does not fit.
         """
         room = self.context - min(self.sampling["max_new_tokens"], self.context // 4)
-        length, dropped = len(system) + sum(map(len, turns)) + len(question), 0
-        while dropped < len(turns) and length > room:
-            length, dropped = length - len(turns[dropped]), dropped + 1
-        return self.check(sum(turns[dropped:], system) + question), dropped
+        prompt, dropped = talk.prompt(question), 0
+        while len(prompt) > room and 2 * (dropped + 1) <= len(talk.messages):
+            dropped += 1
+            prompt = talk.prompt(question, 2 * dropped)
+        return self.check(prompt), dropped
 
     def stream_reply(self, prompt: list[int], name: str = "") -> tuple[list[int], bool]:
         """Print one reply as it comes, behind a name; its ids, and whether Ctrl-C cut it short."""
@@ -135,13 +134,8 @@ def read_input(interactive: bool) -> Iterator[str | None]:
 
 
 def chat(model: ChatModel, system: list[dict], interactive: bool) -> None:
-    """The conversation, until /exit, the end of the input, or Ctrl-C twice.
-
-    What was said is kept as ids: a reply is read again as it was written, with its thinking and its
-    tool calls.
-    """
-    system_ids = encode_chat(system, None, model.coder)[0] if system else []
-    turns, interrupted = [], False
+    """The conversation, until /exit, the end of the input, or Ctrl-C twice."""
+    talk, interrupted = model.talk(), False
     for line in read_input(interactive):
         if line is None:
             if interrupted:
@@ -153,12 +147,13 @@ def chat(model: ChatModel, system: list[dict], interactive: bool) -> None:
         if text == "/exit":
             return
         if text == "/clear":
-            turns = []
+            talk = model.talk()
             write("(the conversation starts anew)\n")
         elif text:
-            question = model.encode([{"role": "user", "content": text}])
+            question = [{"role": "user", "content": text}]
+            question = question if talk.messages else [*system, *question]
             try:
-                prompt, dropped = model.fit(system_ids, turns, question)
+                prompt, dropped = model.fit(talk, question)
             except ValueError as error:
                 write(f"({error})\n")
                 continue
@@ -166,7 +161,7 @@ def chat(model: ChatModel, system: list[dict], interactive: bool) -> None:
                 oldest = f"the oldest {dropped} turn{'s' * (dropped > 1)}"
                 write(f"(the context is full: dropped {oldest})\n")
             reply, interrupted = model.stream_reply(prompt, "bot> ")
-            turns = [*turns[dropped:], question + reply + model.end_of_reply]
+            talk.add(question, reply, 2 * dropped)
 
 
 def parse_args() -> argparse.Namespace:
@@ -189,11 +184,16 @@ def parse_args() -> argparse.Namespace:
     scaling = "longer context: linear, llama3 or yarn:4"
     model.add_argument("--rope_scaling", metavar="KIND:FACTOR", help=scaling)
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    spread = "auto: a model that no device holds, over GPUs, CPU memory and disk"
+    model.add_argument("--device_map", choices=("auto",), help=spread)
+    most = "for --device_map, by default what is free: 0=20GiB cpu=64GiB"
+    model.add_argument("--max_memory", nargs="+", metavar="DEVICE=SIZE", help=most)
     dtypes = ("float32", "float16", "bfloat16")
     model.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on GPU")
     reply = parser.add_argument_group("reply")
     reply.add_argument("--system", default="", help="system message")
-    reply.add_argument("--thinking", type=int, choices=(0, 1), default=0, help="1: think first")
+    think = "1: think first, 0: do not (default: as the chat template does)"
+    reply.add_argument("--thinking", type=int, choices=(0, 1), help=think)
     reply.add_argument("--temperature", type=float, default=0.0, help="0: take the likeliest token")
     reply.add_argument("--top_k", type=int, default=0, help="among so many tokens (0: all)")
     reply.add_argument("--top_p", type=float, default=1.0, help="among those of this probability")
@@ -210,6 +210,8 @@ def parse_args() -> argparse.Namespace:
         ("prompt", args.prompt is None or args.prompt.strip(), "not be empty"),
         ("raw", not args.raw or args.prompt is not None, "come with --prompt"),
         ("eval_file", not args.eval_file or args.prompt is None, "not come with --prompt"),
+        ("max_memory", not args.max_memory or args.device_map, "come with --device_map auto"),
+        ("lora", not (args.lora and args.device_map), "not come with --device_map: merge it first"),
     ):
         if not good:
             raise ValueError(f"--{name} {getattr(args, name)}: must {must}")
@@ -227,7 +229,13 @@ def open_device(name: str) -> torch.device:
 
 def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> ChatModel:
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model = load_model(path)
+    if args.device_map:
+        from runtime.device_map import load_spread
+
+        model = load_spread(path, getattr(torch, dtype), args.max_memory)
+        device = model.lm_head.weight.device
+    else:
+        model = load_model(path)
     record = model.config.tokenizer
     if args.lora:
         from model.lora import merge_adapter, read_adapter
@@ -239,16 +247,19 @@ def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> Ch
         from model.rope import extend_context
 
         extend_context(model.config, args.rope_scaling)
-    model = model.to(device, getattr(torch, dtype))
-    apply_kernels(model, device, dtype)
+    if not args.device_map:
+        model = model.to(device, getattr(torch, dtype))
+        apply_kernels(model, device, dtype)
     record = find_record(path, record)
     tokenizer = open_tokenizer(args.tokenizer_dir, args.chat_template, path, record)
-    check_size(tokenizer, model.config.vocab_size, may_be_padded=record is not None)
+    check_size(tokenizer, model.config.vocab_size, record is not None or path.is_dir())
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags}
     sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
-    decode = tokenizer.decode if args.raw else functools.partial(decode_reply, tokenizer=tokenizer)
-    chat_model = ChatModel(model, chat_coder(tokenizer), decode, bool(args.thinking), sampling)
+    coder = chat_coder(tokenizer)
+    decode = tokenizer.decode if args.raw else coder.decode_reply
+    thinking = None if args.thinking is None else bool(args.thinking)
+    chat_model = ChatModel(model, coder, decode, thinking, sampling)
     sampling["eos_token_id"] = tokenizer.pad_token_id if args.raw else chat_model.end_of_turn
     return chat_model
 

@@ -1,151 +1,195 @@
-"""The chat layout: messages -> token ids and a loss mask. Pure functions, no torch.
+"""Conversations to token ids and a loss mask, with whatever chat template a tokenizer brings.
 
     row (MiniMind, ShareGPT, Alpaca, OpenAI) -> chat_rows.normalise_row -> messages, tools
-    messages, tools -> encode_chats -> ids and a mask that is 1 on what the model has to say
-    ids that a model wrote -> replies.decode_reply -> text
+    messages, tools -> ChatCoder.encode_chats -> ids, and a mask that is 1 on what the model says
+    messages, tools -> ChatCoder.encode_prompt -> ids up to where the model is to speak
+    ids that a model wrote -> ChatCoder.decode_reply -> text
 
-One turn is `<|im_start|>{role}\\n{content}<|im_end|>\\n` with role system, user, assistant or tool.
-A conversation is never tokenised as one string: `render` cuts it into control segments, which are
-looked up by id, and text segments, which go through an encoder that does not know the control
-tokens. So text that spells `<|im_end|>` stays text, and the mask is known while encoding. For
-ordinary text the ids are those of `tokenizer.apply_chat_template` (`chat_template.py`).
+`template_reader.py` finds out which part of the text that a template writes is control text, and
+what an assistant turn is; `text_encoder.py` encodes the text so that no content can spell a control
+token. For ordinary text the ids are those of `tokenizer.apply_chat_template`.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dataset.tokenizer import PlainEncoder, plain_encoder
+from tokenizers import Encoding
 
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-THINK, END_THINK = "<think>", "</think>"
-MARKERS = (THINK, END_THINK, "<tool_call>", "</tool_call>")
-
-# Public reasoning data keeps the thinking inside the content, in exactly this shape.
-_THINKING = re.compile(r"<think>\n(.*?)\n</think>\n\n(.*)", re.DOTALL)
+from dataset.template_reader import OTHER, TemplateReader
+from dataset.text_encoder import TextEncoder, text_encoder
 
 
-def render(
-    messages: list[dict], tools: list[dict] | None = None, loss_on: str = "all"
-) -> list[tuple[str, bool, bool]]:
-    """Cut a conversation into segments (text, control, loss); their texts joined are all of it.
+@dataclass
+class Chat:
+    """A conversation as text, ready to be encoded; spans: (begin, end) of what is supervised."""
 
-    control: the text is a token or a turn header, to be looked up. loss: it belongs to an assistant
-    turn to learn from, that is to its body or its <|im_end|>, not to its header nor to the newline
-    behind it. A turn with "loss": False is not to be learned from.
-    """
-    if loss_on not in ("all", "last"):
-        raise ValueError(f"loss_on must be 'all' or 'last', found {loss_on!r}")
-    if tools and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": ""}, *messages]
-    last = max((n for n, turn in enumerate(messages) if turn["role"] == "assistant"), default=-1)
-    segments = []
-    for n, message in enumerate(messages):
-        role, loss = message["role"], False
-        segments.append((f"{IM_START}{role}\n", True, False))
-        if role == "assistant":
-            loss = (loss_on == "all" or n == last) and message.get("loss", True)
-            segments += [(text, control, loss) for text, control in assistant_segments(message)]
-        elif tools and n == 0:
-            from dataset.tools import tools_segments
-
-            system = tools_segments(message["content"], tools)
-            segments += [(text, control, False) for text, control in system]
-        else:
-            segments.append((message["content"], False, False))
-        segments.append((IM_END, True, loss))
-        segments.append(("\n", True, False))
-    return segments
+    text: str
+    spans: list[tuple[int, int]]
 
 
-def assistant_segments(message: dict) -> list[tuple[str, bool]]:
-    """[<think> block] content [<tool_call> blocks] as (text, control)."""
-    content = message.get("content") or ""
-    thinking = message.get("reasoning_content") or None
-    if thinking is None and (match := _THINKING.fullmatch(content)):
-        thinking, content = match.groups()
-    segments, text = [], content
-    if thinking is not None:
-        segments = [(THINK, True), (f"\n{thinking}\n", False), (END_THINK, True)]
-        text = f"\n\n{content}"
-    if calls := message.get("tool_calls"):
-        from dataset.tools import call_segments
-
-        return [*segments, *call_segments(calls, text, bool(content))]
-    return [*segments, (text, False)]
-
-
-@dataclass(frozen=True)
 class ChatCoder:
-    """What encoding a chat needs of a tokenizer. Can be pickled.
+    """What encoding and decoding chats needs of a tokenizer; made by `chat_coder`. Can be pickled.
 
-    plain: encodes the text segments. fixed: ids of the control segments by their text; a marker
-    such as <think> that is no token of a foreign tokenizer is missing here and is encoded as text.
+    Attributes:
+        plain: encodes text that is no chat; control tokens that it spells stay text.
+        end_of_turn: id of the token with which an assistant turn ends.
+        ends: ids of all tokens that may end one.
     """
 
-    plain: PlainEncoder
-    fixed: dict[str, list[int]]
+    def __init__(self, tokenizer, reader: TemplateReader, tool_reader: TemplateReader):
+        self.tokenizer = tokenizer
+        self.reader, self.tool_reader = reader, tool_reader
+        self.plain: TextEncoder = reader.encoder
+        self.ends = [self.plain.ids[token] for token in reader.manner.ends]
+        self.end_of_turn = self.ends[0]
+        self._end_names = tuple(self.plain.names[token] for token in reader.manner.ends)
+        self.control_ids = frozenset(self.plain.ids.values())
+
+    # ----------------------------------------------------------------------------------------------
+    # Conversations
+    # ----------------------------------------------------------------------------------------------
+
+    def read_chat(
+        self, messages: list[dict], tools: list[dict] | None, loss_on: str = "all"
+    ) -> Chat:
+        """A conversation as text, with the turns to learn from.
+
+        Args:
+            messages, tools: as `normalise_row` gives them; a turn with "loss": False is read, but
+                not learned from.
+            loss_on: 'all' assistant turns or the 'last' one.
+
+        Raises:
+            ValueError: what the chat template does to which turn, so that it cannot be learned.
+        """
+        if loss_on not in ("all", "last"):
+            raise ValueError(f"loss_on must be 'all' or 'last', found {loss_on!r}")
+        reader = self.tool_reader if tools else self.reader
+        rendered = reader.read(messages, tools)
+        turns = sorted(rendered.spans)
+        if loss_on == "last":
+            turns = turns[-1:]
+        spans = [rendered.spans[turn] for turn in turns if messages[turn].get("loss", True)]
+        return Chat(rendered.text, spans)
+
+    def encode(self, chats: Sequence[Chat]) -> list[tuple[list[int], list[int]]]:
+        """Encode many conversations at once, which makes millions of rows quick.
+
+        Returns:
+            (ids, mask) of each, of equal length; the mask is 1 on what assistant turns say, their
+            end-of-turn tokens included. A token that begins in the text before counts, too.
+        """
+        encodings = self.plain.encodings([chat.text for chat in chats])
+        pairs = zip(encodings, chats, strict=True)
+        return [self._with_mask(encoding, chat.spans) for encoding, chat in pairs]
+
+    def _with_mask(
+        self, encoding: Encoding, spans: list[tuple[int, int]]
+    ) -> tuple[list[int], list[int]]:
+        ids = encoding.ids
+        mask = [0] * len(ids)
+        for begin, end in spans:
+            first = encoding.char_to_token(begin)
+            at = begin
+            while first is None and at < end:  # a blank that this tokenizer leaves out
+                at += 1
+                first = encoding.char_to_token(at)
+            last = encoding.char_to_token(end - 1)
+            if ids[first] in self.control_ids and encoding.token_to_chars(first)[0] < begin:
+                first += 1  # a control token that takes the blanks behind it
+            mask[first : last + 1] = [1] * (last + 1 - first)
+        return ids, mask
+
+    def encode_chats(
+        self, chats: Sequence[tuple], loss_on: str = "all"
+    ) -> list[tuple[list[int], list[int]]]:
+        """`read_chat` and `encode`: (ids, mask) of each (messages, tools)."""
+        return self.encode([self.read_chat(*chat, loss_on) for chat in chats])
+
+    def encode_prompt(
+        self,
+        messages: list[dict],
+        tools: list[dict] | None = None,
+        thinking: bool | None = None,
+    ) -> list[int]:
+        """Ids of a conversation up to where the assistant is to speak.
+
+        Args:
+            messages: those of `read_chat`; what a model itself wrote has "from_model": True, and
+                its control tokens are control tokens again.
+            thinking: the template's enable_thinking; None: what it does by itself.
+
+        Raises:
+            ValueError: the chat template refuses the conversation, or does not write all of it.
+        """
+        return self.plain(self.prompt_text(messages, tools, thinking))
+
+    def prompt_text(self, messages, tools=None, thinking: bool | None = None) -> str:
+        """What `encode_prompt` encodes: text in which control tokens have their random names."""
+        reader = self.tool_reader if tools else self.reader
+        flags = {} if thinking is None else {"enable_thinking": thinking}
+        return reader.read(messages, tools, add_generation_prompt=True, **flags).text
+
+    def ends_turn(self, text: str) -> bool:
+        """Whether such a text begins with an end-of-turn token."""
+        return text.startswith(self._end_names)
+
+    # ----------------------------------------------------------------------------------------------
+    # Replies
+    # ----------------------------------------------------------------------------------------------
+
+    def opening(self, thinking: bool | None = None) -> str:
+        """What a prompt says already of the reply: "<think>\\n", or nothing."""
+        return self.reader.opening(thinking)
+
+    def decode_reply(self, ids: Sequence[int]) -> str:
+        """What a model wrote, as text: all up to its end-of-turn token; padding is left out.
+
+        Markers such as <think> stay, whether this tokenizer calls them special or not.
+        """
+        ids = list(ids)
+        stop = next((n for n, token in enumerate(ids) if token in self.ends), len(ids))
+        pad = self.tokenizer.pad_token_id
+        ids = [token for token in ids[:stop] if token != pad]
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def said(self, messages: list[dict], tools: list[dict] | None = None) -> str:
+        """The last turn, an assistant's, as `decode_reply` gives it, without its thinking."""
+        last = {name: v for name, v in messages[-1].items() if name != "reasoning_content"}
+        if not last.get("tool_calls"):
+            return last["content"]
+        chat = [*messages[:-1], {**last, "loss": True}]
+        ids, mask = self.encode_chats([(chat, tools)], "last")[0]
+        return self.decode_reply([token for token, said in zip(ids, mask, strict=True) if said])
 
 
 def chat_coder(tokenizer) -> ChatCoder:
-    """Look up once what every conversation needs.
+    """Look up once what every conversation needs, and check it.
 
     Raises:
-        ValueError: the tokenizer lacks <|im_start|> or <|im_end|>, or is not a fast BPE.
+        ValueError: the tokenizer is no fast BPE; it has no chat template, or one with a fault.
     """
-    plain, added = plain_encoder(tokenizer), tokenizer.get_added_vocab()
-    for token in (IM_START, IM_END):
-        if token not in added:
-            advice = "add it with tokenizer.add_special_tokens and resize the model's embedding"
-            ours = "use model/minimind_tokenizer"
-            raise ValueError(f"the tokenizer has no {token} token: {advice}, or {ours}")
-    roles = ("system", "user", "assistant", "tool")
-    fixed = {f"{IM_START}{role}\n": [added[IM_START], *plain(f"{role}\n")] for role in roles}
-    fixed.update({IM_END: [added[IM_END]], "\n": plain("\n")})
-    fixed.update({token: [added[token]] for token in MARKERS if token in added})
-    return ChatCoder(plain, fixed)
+    from dataset.template_checks import check_battery
 
-
-def encode_chats(
-    chats: Sequence[tuple], coder: ChatCoder, loss_on: str = "all"
-) -> list[tuple[list[int], list[int]]]:
-    """Encode many conversations with one call of the tokenizer, which makes millions of rows quick.
-
-    Args:
-        chats: (messages, tools) as `normalise_row` gives them.
-        loss_on: 'all' assistant turns or the 'last' one.
-
-    Returns:
-        (ids, mask) per conversation, of equal length; mask is 1 on every assistant body and its
-        <|im_end|>.
-    """
-    return encode_segments([render(messages, tools, loss_on) for messages, tools in chats], coder)
-
-
-def encode_segments(
-    rendered: list[list[tuple[str, bool, bool]]], coder: ChatCoder
-) -> list[tuple[list[int], list[int]]]:
-    """(ids, mask) of conversations that `render` has cut into segments."""
-    texts, plans = [], []  # a plan lists (ids, or the index of a text; loss)
-    for segments in rendered:
-        plan = []
-        for text, control, loss in segments:
-            ids = coder.fixed.get(text) if control else None
-            if ids is not None:
-                plan.append((ids, loss))
-            elif plan and isinstance(plan[-1][0], int):  # beside a marker that is no token here
-                texts[-1] += text
-            elif text:
-                plan.append((len(texts), loss))
-                texts.append(text)
-        plans.append(plan)
-    encoded = coder.plain.batch(texts)
-    chats = []
-    for plan in plans:
-        ids, mask = [], []
-        for part, loss in plan:
-            part = encoded[part] if isinstance(part, int) else part
-            ids += part
-            mask += [int(loss)] * len(part)
-        chats.append((ids, mask))
-    return chats
+    encoder = text_encoder(tokenizer)
+    place = str(getattr(tokenizer, "template_place", "the tokenizer's chat template"))
+    templates = tokenizer.chat_template
+    if not templates:
+        fault = "there is no chat template (chat_template.jinja, or in tokenizer_config.json)"
+        folder = getattr(tokenizer, "folder", "") or tokenizer.name_or_path or "the tokenizer"
+        raise ValueError(f"{folder}: {fault}; {OTHER}")
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    if "default" not in templates:
+        found = ", ".join(templates)
+        raise ValueError(f"{place}: no template is named 'default' (found: {found}); {OTHER}")
+    variables = dict(tokenizer.special_tokens_map)
+    reader = TemplateReader(templates["default"], place, variables, encoder)
+    tool_reader = reader
+    if "tool_use" in templates:
+        tool_reader = TemplateReader(templates["tool_use"], place, variables, encoder)
+    coder = ChatCoder(tokenizer, reader, tool_reader)
+    check_battery(coder, place)
+    return coder

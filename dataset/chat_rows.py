@@ -50,7 +50,7 @@ def is_sharegpt(turns: list) -> bool:
 def normalise_row(
     row: object, fmt: str, need_assistant: bool = True
 ) -> tuple[list[dict], list[dict] | None]:
-    """Bring one row into the shape that `encode_chats` and `apply_chat_template` take.
+    """Bring one row into the shape that `ChatCoder` and `apply_chat_template` take.
 
     Args:
         row: a parsed JSON row.

@@ -1,9 +1,18 @@
-"""The chat layout as a Jinja template, for transformers and every server that reads one.
+"""Our own chat layout: its control tokens and its Jinja template.
 
-Tests hold it equal to `chat_format.render`.
+One turn is `<|im_start|>{role}\\n{content}<|im_end|>\\n` with role system, user, assistant or tool.
+`trainer/train_tokenizer.py` puts the template beside the tokenizer, where transformers, every
+server and `chat_format.py` find it.
 """
 
-from dataset.tools import TOOLS_HEAD, TOOLS_SHAPE, TOOLS_TAIL
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+TOOLS_HEAD = (
+    "# Tools\n\nYou can call these functions, given as one JSON object per line:\n<tools>\n"
+)
+TOOLS_TAIL = "</tools>\n\nTo call a function, answer with its name and its arguments as JSON:\n"
+TOOLS_SHAPE = '\n{"name": "...", "arguments": {...}}\n'
 
 CHAT_TEMPLATE = """\
 {%- if tools -%}

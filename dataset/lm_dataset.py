@@ -56,7 +56,9 @@ class CachedDataset(Dataset):
         curriculum: str,
     ):
         cache_dir = Path(cache_dir or CACHE_DIR)
-        backend = describe_tokenizer(tokenizer, cache_dir)
+        backend, template = describe_tokenizer(tokenizer, cache_dir)
+        if masked:  # a conversation
+            options = options | {"chat_template": template}
         self.cache = open_cache(
             Path(data_path),
             cache_dir,
@@ -142,7 +144,7 @@ class SFTDataset(CachedDataset):
     """Conversations: MiniMind, ShareGPT, Alpaca or OpenAI messages, as JSONL or one JSON array.
 
     The format is that of the first row. The loss mask covers the assistant turns with their
-    <|im_end|>, but for those that say not to learn from them (weight, train or loss: 0); a row with
+    end-of-turn tokens, but for those that say not to learn from them (weight, train or loss: 0); a row with
     no supervised token within max_length is dropped and counted.
 
     Args:

@@ -11,7 +11,7 @@ Turns have role and content, or from and value; roles and fields are those of ch
 import numpy as np
 from torch import Tensor
 
-from dataset.chat_format import chat_coder, encode_chats
+from dataset.chat_format import Chat, chat_coder
 from dataset.chat_rows import add_row_fields, is_sharegpt, normalise_turns
 from dataset.checks import present
 from dataset.lm_dataset import CachedDataset
@@ -25,7 +25,7 @@ Sample = tuple[Tensor, Tensor, Tensor]  # X, Y, loss_mask
 
 
 class PreferenceDataset(CachedDataset):
-    """A row is a pair; the loss mask covers the last turn, the answer, with its <|im_end|>.
+    """A row is a pair; the loss mask covers the last turn, the answer, with its end-of-turn token.
 
     In the token cache a pair has two rows, chosen and rejected. `lengths` and `supervised` count
     the pair together, so that a pair is what an epoch shuffles and packs: its two sides always go
@@ -113,18 +113,17 @@ class PairEncoder:
         self.coder = chat_coder(tokenizer)
         self.max_length = max_length
 
-    def parse(self, row: object) -> list[tuple]:
-        return normalise_pair(row)
+    def parse(self, row: object) -> list[Chat]:
+        return [self.coder.read_chat(*side, "last") for side in normalise_pair(row)]
 
-    def encode(self, pairs: list[list[tuple]]) -> list[tuple[list, bool]]:
-        chats = [chat for pair in pairs for chat in pair]
-        encoded = iter(encode_chats(chats, self.coder, loss_on="last"))
+    def encode(self, pairs: list[list[Chat]]) -> list[tuple[list, bool]]:
+        encoded = iter(self.coder.encode([chat for pair in pairs for chat in pair]))
         sides = zip(encoded, encoded, strict=True)
         return [truncate(list(pair), self.max_length) for pair in sides]
 
 
 def normalise_pair(row: object) -> list[tuple[list[dict], list[dict] | None]]:
-    """Bring a row into two conversations, chosen and rejected, as `encode_chats` takes them.
+    """Bring a row into two conversations, chosen and rejected, as `ChatCoder` takes them.
 
     They are alike up to the last turn, which is the assistant's.
 

@@ -1,6 +1,6 @@
 """What a document becomes for pretraining."""
 
-from dataset.tokenizer import plain_encoder
+from dataset.text_encoder import text_encoder
 
 END_OF_TEXT = "<|endoftext|>"  # stands between the documents
 
@@ -12,7 +12,7 @@ class PretrainEncoder:
         end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
         unknown = end is None or end == tokenizer.unk_token_id
         self.end = tokenizer.eos_token_id if unknown else end
-        self.plain = plain_encoder(tokenizer)
+        self.plain = text_encoder(tokenizer)
         self.max_length = max_length
 
     def parse(self, row: object) -> str | None:

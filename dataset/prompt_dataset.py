@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from dataset.chat_format import chat_coder
+from dataset.chat_format import ChatCoder, chat_coder
 from dataset.chat_rows import detect_format, normalise_row
 from dataset.read_rows import read_rows
-from dataset.replies import encode_prompt, final_answer, turn_text
+from dataset.replies import final_answer
 
 # Fields of a row that are the prompt.
 TALK = ("conversations", "messages", "instruction", "input", "output", "history", "system")
@@ -32,6 +32,7 @@ class PromptDataset(Dataset):
         skip_bad: leave bad rows out and count them.
 
     Attributes:
+        coder: what encodes them, and decodes the replies.
         rows: the parsed rows; each has "answer" where one is known.
         places: `file:line` of each row.
         key: hash of data, tokenizer and options, the identity of the data in checkpoints.
@@ -47,9 +48,10 @@ class PromptDataset(Dataset):
     def __init__(
         self, data_path, tokenizer, max_length: int, max_new_tokens: int, skip_bad: bool = False
     ):
-        path, coder, fmt = Path(data_path), chat_coder(tokenizer), None
+        path, fmt = Path(data_path), None
         if not path.is_file():
             raise ValueError(f"{path}: no such data file")
+        self.coder = chat_coder(tokenizer)
         self.prompts: list[list[int]] = []
         self.rows, self.places, bad, dropped = [], [], [], 0
         for (line, row, fault), _ in read_rows(path):
@@ -57,8 +59,8 @@ class PromptDataset(Dataset):
                 if fault:
                     raise ValueError(fault)
                 fmt = fmt or detect_format(row)
-                messages, tools, row = split_prompt(row, fmt)
-                ids = encode_prompt(messages, tools, coder)
+                messages, tools, row = split_prompt(row, fmt, self.coder)
+                ids = self.coder.encode_prompt(messages, tools)
             except (ValueError, RecursionError) as error:
                 if not skip_bad:
                     raise ValueError(f"{path}:{line}: {error}") from None
@@ -93,7 +95,9 @@ class PromptDataset(Dataset):
         return self.prompts[row]
 
 
-def split_prompt(row: object, fmt: str) -> tuple[list[dict], list[dict] | None, dict]:
+def split_prompt(
+    row: object, fmt: str, coder: ChatCoder
+) -> tuple[list[dict], list[dict] | None, dict]:
     """A row as (messages of the prompt, tools, the row with its "answer" where there is one).
 
     Raises:
@@ -109,7 +113,8 @@ def split_prompt(row: object, fmt: str) -> tuple[list[dict], list[dict] | None, 
             row = {"output": ""} | row  # a prompt needs none
     messages, tools = normalise_row(row, fmt, need_assistant=False)
     if messages[-1]["role"] == "assistant":
-        answer = final_answer(turn_text(messages.pop()))
+        answer = final_answer(coder.said(messages, tools))
+        messages.pop()
         row = ({"answer": answer} if answer else {}) | row
     if not any(message["role"] == "user" for message in messages):
         raise ValueError("no user turn, so there is nothing to answer")

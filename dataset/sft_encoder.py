@@ -1,6 +1,6 @@
 """What a row of conversations becomes for supervised fine-tuning."""
 
-from dataset.chat_format import chat_coder, encode_chats
+from dataset.chat_format import Chat, chat_coder
 from dataset.chat_rows import detect_format, normalise_row
 
 
@@ -13,14 +13,14 @@ class SFTEncoder:
         self.loss_on = loss_on
         self.format = None
 
-    def parse(self, row: object) -> tuple:
-        """(messages, tools) of a row; the first one says which format all of them have."""
+    def parse(self, row: object) -> Chat:
+        """The conversation of a row; the first one says which format all of them have."""
         self.format = self.format or detect_format(row)
-        return normalise_row(row, self.format)
+        return self.coder.read_chat(*normalise_row(row, self.format), self.loss_on)
 
-    def encode(self, chats: list[tuple]) -> list[tuple[list, bool]]:
+    def encode(self, chats: list[Chat]) -> list[tuple[list, bool]]:
         results, size = [], self.max_length + 1
-        for ids, mask in encode_chats(chats, self.coder, self.loss_on):
+        for ids, mask in self.coder.encode(chats):
             truncated = len(ids) > size
             ids, mask = ids[:size], mask[:size]
             results.append(([(ids, mask)] if 1 in mask else [], truncated))

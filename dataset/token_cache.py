@@ -141,27 +141,31 @@ def file_hash(path: Path, cache_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def describe_tokenizer(tokenizer, cache_dir: Path) -> str:
-    """All that encoding depends on, as text.
+def describe_tokenizer(tokenizer, cache_dir: Path) -> tuple[str, str]:
+    """All that encoding depends on, as text: the tokenizer, its chat template.
 
     Of a `LazyTokenizer` that is remembered in cache_dir: a start with a warm cache loads none.
     """
     if not isinstance(tokenizer, LazyTokenizer):
-        return tokenizer.backend_tokenizer.to_str()
-    files = sorted(tokenizer.folder.iterdir())
+        return tokenizer.backend_tokenizer.to_str(), json.dumps(tokenizer.chat_template)
+    folder = tokenizer.folder
+    files = sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja")])
     parts = [version(name).encode() for name in ("transformers", "tokenizers")]
-    parts += [path.read_bytes() for path in files if path.suffix in (".json", ".txt")]
+    parts += [path.read_bytes() for path in files if path.suffix in (".json", ".txt", ".jinja")]
+    parts.append(tokenizer.given_template.encode())
     memo = cache_dir / f"tokenizer_{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.json"
     known = recall(memo)
     if known is None:
-        known = {"size": len(tokenizer), "text": tokenizer.backend_tokenizer.to_str()}
+        template = json.dumps(tokenizer.chat_template)
+        text = tokenizer.backend_tokenizer.to_str()
+        known = {"size": len(tokenizer), "text": text, "template": template}
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             remember(memo, known)
         except OSError:  # what cannot be written is loaded next time, too
             pass
     tokenizer.size = known["size"]
-    return known["text"]
+    return known["text"], known["template"]
 
 
 def open_cache(

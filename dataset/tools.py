@@ -1,42 +1,12 @@
-"""Tools and their calls: how rows spell them, and how the chat layout writes them."""
+"""Tools and their calls: how rows spell them."""
 
 import json
 
 from dataset.checks import check_text, json_type
 
-TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
-TOOLS_HEAD = (
-    "# Tools\n\nYou can call these functions, given as one JSON object per line:\n<tools>\n"
-)
-TOOLS_TAIL = "</tools>\n\nTo call a function, answer with its name and its arguments as JSON:\n"
-TOOLS_SHAPE = '\n{"name": "...", "arguments": {...}}\n'
-
 
 def dump_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def tools_segments(system: str, tools: list[dict]) -> list[tuple[str, bool]]:
-    """The system turn that offers tools, as (text, control).
-
-    Its last two control tokens are the layout's own, never the row's.
-    """
-    listed = "".join(dump_json(tool) + "\n" for tool in tools)
-    text = (system + "\n\n" if system else "") + TOOLS_HEAD + listed + TOOLS_TAIL
-    return [(text, False), (TOOL_CALL, True), (TOOLS_SHAPE, False), (END_TOOL_CALL, True)]
-
-
-def call_segments(calls: list[dict], text: str, has_content: bool) -> list[tuple[str, bool]]:
-    """The text of an assistant turn and the calls behind it, a line each, as (text, control)."""
-    segments = []
-    for n, call in enumerate(calls):
-        call = call.get("function") or call
-        text += "\n" if has_content or n > 0 else ""
-        shown = dump_json({"name": call["name"], "arguments": call["arguments"]})
-        segments += [(text, False), (TOOL_CALL, True), (f"\n{shown}\n", False)]
-        segments.append((END_TOOL_CALL, True))
-        text = ""
-    return segments
 
 
 def parse_tools(value: object, where: str) -> list[dict]:

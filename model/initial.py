@@ -14,18 +14,17 @@ def init_parameter(name: str, p: Tensor, n_layers: int) -> None:
 
     Vectors keep what they were built with, biases apart, which begin at zero.
     """
-    if p.dim() > 1:
+    if p.dim() > 1 or name.endswith("bias"):
         residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
-        nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layers) if residual else 0.02)
-    elif name.endswith(".bias"):
-        nn.init.zeros_(p)
+        std = 0.02 / math.sqrt(2 * n_layers) if residual else 0.02
+        nn.init.normal_(p, std=std if p.dim() > 1 else 0.0)
 
 
 class SkipRandomInit(TorchFunctionMode):
     """No random numbers for parameters without memory: torch would import its compiler for that."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.init.normal_:
+        if func is nn.init.normal_ and kwargs["tensor"].is_meta:
             return kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 

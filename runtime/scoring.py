@@ -8,11 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from dataset.chat_format import THINK
 from dataset.chat_rows import detect_format, normalise_row
 from dataset.checks import present
 from dataset.read_rows import read_rows
-from dataset.replies import final_answer
+from dataset.replies import THINK, final_answer
 from model.generate import generate_batch, make_sampler
 from runtime.device import keep_memory
 from runtime.process.terminal import naming
@@ -75,9 +74,10 @@ def read_questions(path: Path, model) -> list[dict]:
 
 
 def read_question(row: dict, model) -> dict:
-    """One row as {task, prompt, answer or accept, parts}.
+    """One row as {task, prompt, answer or accept, talk, parts, sizes}.
 
-    parts: ids up to each position where the model speaks.
+    talk: the conversation, nothing of which was said yet. parts: the turns up to each position
+    where the model speaks. sizes: their tokens.
     """
     messages, tools = normalise_row(row, detect_format(row), need_assistant=False)
     if messages[-1]["role"] == "assistant":
@@ -97,11 +97,10 @@ def read_question(row: dict, model) -> dict:
     turns = [message["role"] for message in messages]
     ends = [n for n in range(1, len(turns)) if turns[n - 1] == turns[n] == "user"] + [len(turns)]
     starts = [0, *ends[:-1]]
-    question["parts"] = [
-        model.check(model.encode(messages[start:end], tools if start == 0 else None))
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    model.check(sum(question["parts"], []))
+    parts = [messages[start:end] for start, end in zip(starts, ends, strict=True)]
+    ids = [model.encode(part, tools if n == 0 else None) for n, part in enumerate(parts)]
+    question |= {"parts": parts, "sizes": list(map(len, ids)), "talk": model.talk(tools)}
+    model.check(sum(ids, []))
     return question
 
 
@@ -129,16 +128,16 @@ def answer_all(questions: list[dict], model, batch_size: int) -> None:
     """
     longest = model.sampling["max_new_tokens"]
     for question in questions:
-        question["ids"] = question["parts"][0]
+        question["ids"] = question["talk"].prompt(question["parts"][0])
     for turn in range(1, max(len(question["parts"]) for question in questions)):
         rows = [question for question in questions if len(question["parts"]) > turn]
-        room = [model.context - len(q["ids"]) - sum(map(len, q["parts"][turn:])) for q in rows]
+        room = [model.context - len(q["ids"]) - sum(q["sizes"][turn:]) for q in rows]
         limits = [max(1, min(longest, tokens // 2)) for tokens in room]
         generate_replies(rows, limits, model, batch_size)
         for question in rows:
-            talk = question["ids"] + question["reply_ids"] + model.end_of_reply
-            talk += question["parts"][turn]
-            question["ids"] = talk[1 - model.context :]  # a full context loses its beginning
+            question["talk"].add(question["parts"][turn - 1], question["reply_ids"])
+            prompt = question["talk"].prompt(question["parts"][turn])
+            question["ids"] = prompt[1 - model.context :]  # a full context loses its beginning
     limits = [reply_limit(question, model) for question in questions]
     generate_replies(questions, limits, model, batch_size)
     thinkers = [question for question in questions if THINK in question["reply"]]

@@ -13,7 +13,6 @@ from model.config import LMConfig
 from model.initial import on_meta_device
 from model.weights import allocate, is_path, load_weights
 from runtime import tokenizer_record
-from runtime.machine import check_memory
 from runtime.ranks import SHARDED, mesh_sizes, world
 
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")
@@ -35,7 +34,8 @@ class Start:
         shape: of the model, without its vocabulary.
         tokenizer: of the weights; loaded on first use.
         vocab_size: of the weights; None: as many as the tokenizer has entries.
-        is_recorded: whether the weights say what tokenizer they were trained with.
+        may_be_padded: the vocabulary beyond the tokenizer. Not in weights of ours that do not say
+            what tokenizer they were trained with.
         run_dir: of what the run writes; its weights lie beside it.
         fill: of `build`, where processes share the model: gives their parts the values.
     """
@@ -45,7 +45,7 @@ class Start:
     shape: LMConfig
     tokenizer: LazyTokenizer
     vocab_size: int | None
-    is_recorded: bool
+    may_be_padded: bool
     run_dir: Path
     fill: Callable[[nn.Module, torch.device], None] | None = None
 
@@ -59,7 +59,7 @@ class Start:
             ValueError: the tokenizer does not fit the weights.
         """
         entries = self.vocab_size or len(self.tokenizer)
-        tokenizer_record.check_size(self.tokenizer, entries, may_be_padded=self.is_recorded)
+        tokenizer_record.check_size(self.tokenizer, entries, self.may_be_padded)
         record = tokenizer_record.record_of(self.tokenizer)
         return replace(self.shape, vocab_size=entries, tokenizer=record)
 
@@ -119,6 +119,8 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     set_context(args, shape)
     shape = replace(shape, dropout=args.dropout, aux_loss_alpha=LMConfig.aux_loss_alpha)
     if shape.n_layers * shape.dim * shape.hidden_dim > SMALL or shape.use_moe:
+        from runtime.machine import check_memory
+
         check_memory(shape)
     values = asdict(shape)
     vars(args).update({name: int(values[name]) for name in (*SIZES, *EXPERT_SIZES)})
@@ -131,7 +133,9 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     args.tokenizer_dir = str(tokenizer.folder)
     vocab_size = known.vocab_size if known else None
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix_of(args)}"
-    return Start(path, line, shape, tokenizer, vocab_size, record is not None, run_dir)
+    is_foreign = source is not None and source.is_dir()
+    may_be_padded = record is not None or is_foreign
+    return Start(path, line, shape, tokenizer, vocab_size, may_be_padded, run_dir)
 
 
 def find_weights(

@@ -87,7 +87,7 @@ def record_of(tokenizer: LazyTokenizer) -> dict:
     """
     folder = Path(tokenizer.folder).resolve()
     place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    template = getattr(tokenizer, "template", None) or own_template(folder)
+    template = tokenizer.given_template or own_template(folder)
     return {"folder": str(place), "sha256": file_hash(folder), "chat_template": template}
 
 
@@ -102,8 +102,11 @@ def template_option(template: str | None, own: str | None = None) -> dict[str, s
 
 
 def own_template(folder: Path) -> str | None:
-    """The chat template in a tokenizer folder."""
+    """The chat template of a tokenizer folder, of several the one that is named "default"."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    return json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import eval_model
-from dataset.chat_format import MARKERS, chat_coder, encode_chats
-from dataset.replies import encode_prompt
+from dataset.chat_format import chat_coder
+from dataset.chat_template import MARKERS
 from model.lm import LMConfig, MiniMindLM
 from runtime.process import exits
 
@@ -54,7 +54,7 @@ def knowing(tmp_path_factory, tokenizer):
     model = MiniMindLM(LMConfig(vocab_size=len(tokenizer), **SHAPE))
     chats = [turns(question, answer) for question, answer in FACTS.items()]
     chats.append(turns("hi", FACTS["hi"], *SECOND_TURN))
-    encoded = encode_chats([(chat, None) for chat in chats], chat_coder(tokenizer))
+    encoded = chat_coder(tokenizer).encode_chats([(chat, None) for chat in chats])
     x, at = torch.tensor([sum((ids for ids, _ in encoded), [])]), []
     lens = [len(ids) for ids, _ in encoded]
     mask = torch.tensor(sum((mask for _, mask in encoded), []))
@@ -232,7 +232,7 @@ def test_a_reply_is_read_again_as_it_was_written(run, knowing, tokenizer, monkey
     output = ok(run(knowing, "--system", "s", stdin="a\nb\nc\nd\n"))
     assert bot_lines(output)[:2] == ["<think>h</think>i", "hi<tool_call>h</tool_call>"]
     for n, question in enumerate("bcd"):
-        asked = encode_prompt(turns(question), None, chat_coder(tokenizer))
+        asked = chat_coder(tokenizer).encode_prompt(turns(question))
         assert prompts[n + 1] == prompts[n] + written[n] + [tokenizer.eos_token_id, newline] + asked
 
 

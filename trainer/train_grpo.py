@@ -522,7 +522,7 @@ def main() -> int:
         args=args,
         rewards=rewards,
         dataset=dataset,
-        tokenizer=start.tokenizer,
+        coder=dataset.coder,
         autocast=autocast,
         copy=plain_copy,
     )

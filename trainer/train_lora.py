@@ -318,8 +318,8 @@ def main() -> int:
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
     run_dir = start.run_dir
     model = start.build(make, args, whole=True)
-    apply_kernels(model, args.device, dtype)
     lora = add_lora(model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    apply_kernels(model, args.device, dtype)
     args.lora_targets = lora["targets"]
     base = {"the weights of --from_weight": lora["base_sha256"]}
     parallel.assert_same_on_all_ranks(base)

@@ -24,8 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.chat_format import IM_END, IM_START, MARKERS
-from dataset.chat_template import CHAT_TEMPLATE
+from dataset.chat_template import CHAT_TEMPLATE, IM_END, IM_START, MARKERS
 from dataset.file_kinds import check_kind, not_utf8
 from runtime.flags import check_flags, usage_error
 from runtime.process import exits

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.initial import init_parameter, on_meta_device
+from model.initial import SkipRandomInit, init_parameter, on_meta_device
 from model.lm import MiniMindLM
 from model.weights import allocate, open_weights
 from runtime.device import is_sharded, local
@@ -28,8 +28,8 @@ def build(
         resumed: a checkpoint, which brings the values later.
     """
     if resumed is None and path is None:
-        model = make_without_memory(make)
-        return model, functools.partial(fill_randomly, state=torch.get_rng_state())
+        model, state = make_without_memory(make)
+        return model, functools.partial(fill_randomly, state=state)
     with on_meta_device():
         model = make()
     if resumed is not None:
@@ -37,19 +37,27 @@ def build(
     return model, functools.partial(fill_from_files, path=path)
 
 
-def make_without_memory(make: Callable[[], nn.Module]) -> nn.Module:
+def make_without_memory(make: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
     """A model on the meta device that has drawn the random numbers of a real one.
 
     Layers are made one after the other, and give their memory back when they are put into place.
+
+    Returns:
+        The model; the state of the generator when all its layers were there, and it would have
+        drawn its values.
     """
+    states = []
 
     def drop_memory(parent: nn.Module, name: str, layer: nn.Module) -> None:
+        if name == "lm_head":  # the last one of a MiniMindLM; what is based on it may replace it
+            states.append(torch.get_rng_state())
         for key, p in layer.named_parameters(recurse=False):
             setattr(layer, key, nn.Parameter(torch.empty_like(p, device="meta")))
 
     hook = nn.modules.module.register_module_module_registration_hook(drop_memory)
     try:
-        return make()
+        with SkipRandomInit():
+            return make(), states[0]
     finally:
         hook.remove()
 
@@ -59,7 +67,7 @@ def fill_randomly(model: MiniMindLM, device: torch.device, state: Tensor) -> Non
     """Values of a random start: whole tensors are drawn one after the other, parts of them kept.
 
     Args:
-        state: of the generator, behind the making of the layers.
+        state: of the generator, see `make_without_memory`.
     """
     allocate(model, device)
     with torch.random.fork_rng(devices=[]):

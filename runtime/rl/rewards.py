@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.replies import decode_reply, final_answer
+from dataset.chat_format import ChatCoder
+from dataset.replies import final_answer
 from runtime.parallel import gather_objects
 from runtime.rl.rollout import Rollout
 
@@ -121,7 +122,7 @@ def function_in(name: str) -> Callable:
 
 
 def compute_rewards(
-    rewards: list[Reward], rollout: Rollout, rows: list[dict], places: list[str], tokenizer
+    rewards: list[Reward], rollout: Rollout, rows: list[dict], places: list[str], coder: ChatCoder
 ) -> Tensor:
     """The weighted rewards of a rollout, (N, rewards) float64: their sum is learned from.
 
@@ -135,7 +136,7 @@ def compute_rewards(
         ValueError: on every rank: a function that raised on some rank, or returned what is no list
             of numbers; names the function and the row.
     """
-    prompts, completions = texts_of(rollout, tokenizer)
+    prompts, completions = texts_of(rollout, coder)
     columns, problem = [], ""
     try:
         for reward in rewards:
@@ -152,11 +153,11 @@ def compute_rewards(
     return torch.tensor(columns, dtype=torch.float64).view(len(rewards), -1).T
 
 
-def texts_of(rollout: Rollout, tokenizer) -> tuple[list[str], list[str]]:
+def texts_of(rollout: Rollout, coder: ChatCoder) -> tuple[list[str], list[str]]:
     """Prompts in the layout of a chat, and completions as the model wrote them."""
     pairs = [rollout.ids(row) for row in range(len(rollout))]
-    prompts = tokenizer.batch_decode([prompt.tolist() for prompt, _ in pairs])
-    return prompts, [decode_reply(ids.tolist(), tokenizer) for _, ids in pairs]
+    prompts = coder.tokenizer.batch_decode([prompt.tolist() for prompt, _ in pairs])
+    return prompts, [coder.decode_reply(ids.tolist()) for _, ids in pairs]
 
 
 def call(reward: Reward, prompts, completions, rows, places) -> list[float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dataset.chat_format import IM_END
+from dataset.chat_format import ChatCoder
 from dataset.prompt_dataset import PromptDataset
 from runtime.parallel import data_world, sum_over_ranks
 from runtime.rl.rewards import Reward, compute_rewards, texts_of
@@ -20,7 +20,7 @@ class Sampler:
     args: Any  # the flags batch_size, max_new_tokens, temperature and seed
     rewards: list[Reward]  # of --reward
     dataset: PromptDataset
-    tokenizer: Any
+    coder: ChatCoder
     autocast: Any  # around forward passes
     copy: nn.Module | None  # to generate with, where the policy is sharded or compiled
 
@@ -55,7 +55,7 @@ class Sampler:
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature if temperature is None else temperature,
-            end=self.tokenizer.convert_tokens_to_ids(IM_END),
+            end=self.coder.end_of_turn,
             seed=args.seed,
             step=step,
             autocast=self.autocast,
@@ -63,7 +63,7 @@ class Sampler:
         sources = [n for n in numbers for _ in range(samples)]
         rows = [self.dataset.rows[n] for n in sources]
         places = [self.dataset.places[n] for n in sources]
-        return rollout, compute_rewards(self.rewards, rollout, rows, places, self.tokenizer)
+        return rollout, compute_rewards(self.rewards, rollout, rows, places, self.coder)
 
     def greedy_reward(self, policy: nn.Module, numbers) -> float:
         """Mean reward of the most probable completions of some prompts, each counted once.
@@ -78,7 +78,7 @@ class Sampler:
 
     def show(self, rollout: Rollout, rewards: Tensor, count: int = 3) -> str:
         """A few completions of a rollout with their rewards, in a line each."""
-        prompts, completions = texts_of(rollout, self.tokenizer)
+        prompts, completions = texts_of(rollout, self.coder)
         total = rewards.sum(dim=1).tolist()
         count = min(count, len(rollout))
         rows = [n * len(rollout) // count for n in range(count)]

@@ -56,7 +56,7 @@ def identity_of(flags: dict, global_batch: int, rows_key: str) -> dict:
         identity["--learning_rate"] = flags["peak_lr"]
     if "data_path" in flags:
         identity["the content of --data_path"] = sample_hash(Path(flags["data_path"]))
-    if "tokenizer_dir" in flags:
+    if flags.get("tokenizer_dir"):
         tokenizer = Path(flags["tokenizer_dir"]) / "tokenizer.json"
         identity["the content of --tokenizer_dir"] = sample_hash(tokenizer)
     if flags.get("chat_template"):

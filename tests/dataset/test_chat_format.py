@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dataset.chat_format import chat_coder, encode_chats, render
+from dataset.chat_format import chat_coder
 from dataset.chat_rows import normalise_row
-from dataset.replies import encode_chat, encode_prompt
-from dataset.tokenizer import plain_encoder
+from dataset.text_encoder import text_encoder
 
 TOKENIZER = AutoTokenizer.from_pretrained(
     str(Path(__file__).resolve().parents[2] / "model" / "minimind_tokenizer")
@@ -52,6 +51,10 @@ def body_of(message) -> str:
     thinking = message.get("reasoning_content")
     text = f"<think>\n{thinking}\n</think>\n\n" if thinking else ""
     return text + "\n".join([message["content"], *calls] if message["content"] else calls)
+
+
+def encode_chat(messages, tools, coder, loss_on="all"):
+    return coder.encode_chats([(messages, tools)], loss_on)[0]
 
 
 def supervised(ids, mask):
@@ -136,7 +139,7 @@ def test_ids_equal_apply_chat_template(chat):
     assert ids == TOKENIZER.apply_chat_template(messages, tools=tools, return_dict=False)
     assert len(mask) == len(ids) and set(mask) <= {0, 1}
     text = TOKENIZER.apply_chat_template(messages, tools=tools, tokenize=False)
-    assert "".join(text for text, _, _ in render(messages, tools)) == text
+    assert TOKENIZER.decode(ids) == text
 
 
 @pytest.mark.parametrize("chat", CHATS)
@@ -150,7 +153,7 @@ def test_prompt_equals_apply_chat_template(chat, thinking):
         add_generation_prompt=True,
         enable_thinking=thinking,
     )
-    assert encode_prompt(messages, tools, CODER, enable_thinking=thinking) == expected
+    assert CODER.encode_prompt(messages, tools, thinking) == expected
 
 
 def test_template_reads_openai_tool_calls_too():
@@ -174,16 +177,15 @@ def test_template_reads_openai_tool_calls_too():
 def test_prompt_and_answer_join_to_the_conversation():
     messages = [system("s"), user("q"), assistant("\n answer", reasoning_content="\nthought")]
     ids, mask = encode_chat(messages, None, CODER)
-    prompt = encode_prompt(messages[:2], None, CODER)
+    prompt = CODER.encode_prompt(messages[:2])
     assert ids[: len(prompt)] == prompt and not any(mask[: len(prompt)])
     # The newline behind <|im_end|> carries no loss.
     assert all(mask[len(prompt) : -1]) and mask[-1] == 0
-    thinking = encode_prompt(messages[:2], None, CODER, enable_thinking=True)
+    thinking = CODER.encode_prompt(messages[:2], thinking=True)
     assert ids[: len(thinking)] == thinking
 
 
 def test_nothing_is_invented():
-    assert render([user("q"), assistant("a")])[0] == ("<|im_start|>user\n", True, False)
     ids, _ = encode_chat([user("q"), assistant("a")], None, CODER)
     assert ids[0] == TOKENIZER.bos_token_id and ids.count(1) == 2
 
@@ -206,10 +208,10 @@ def test_loss_on_is_checked():
 
 def test_batch_equals_single_and_coder_can_be_pickled():
     coder = pickle.loads(pickle.dumps(CODER))
-    assert encode_chats(CHATS, coder) == [
+    assert coder.encode_chats(CHATS) == [
         encode_chat(messages, tools, CODER) for messages, tools in CHATS
     ]
-    assert encode_chats([], coder) == []
+    assert coder.encode_chats([]) == []
 
 
 # --- fuzz ---
@@ -344,7 +346,7 @@ def test_injected_text_gives_no_control_id(text):
     assert texts == [
         t.replace("HARMLESS", text).replace("IN_JSON", in_json) for t in harmless_texts
     ]
-    assert control_ids(plain_encoder(TOKENIZER)(text)) == []
+    assert control_ids(text_encoder(TOKENIZER)(text)) == []
 
 
 def test_only_the_canonical_shape_is_read_as_thinking():

@@ -6,7 +6,6 @@ import pytest
 from test_chat_format import CALL, CODER, SEARCH, WEATHER, assistant, supervised, system, tool, user
 
 from dataset import chat_rows, row_fields, turn_fields
-from dataset.chat_format import encode_chats
 from dataset.chat_rows import detect_format, normalise_row
 
 AB = [user("a"), assistant("b")]
@@ -243,9 +242,9 @@ def test_weights_of_rows_and_turns_are_obeyed(fmt, field):
 
 def test_turns_that_are_not_learned_carry_no_loss():
     turns = [*AB, user("c"), assistant("d", weight=0), user("e"), assistant("f", train=True)]
-    (chat,) = encode_chats([normalised({"messages": turns})], CODER)
+    (chat,) = CODER.encode_chats([normalised({"messages": turns})])
     assert supervised(*chat) == "b<|im_end|>f<|im_end|>"
-    (chat,) = encode_chats([normalised({"messages": turns[:4]})], CODER, loss_on="last")
+    (chat,) = CODER.encode_chats([normalised({"messages": turns[:4]})], "last")
     assert supervised(*chat) == ""
 
 

@@ -13,11 +13,11 @@ from running import ROOT
 from test_data_files import layouts
 
 from dataset.chat_format import chat_coder
+from dataset.chat_template import CHAT_TEMPLATE
 from dataset.lm_dataset import PretrainDataset, SFTDataset, describe, load_tokenizer
 from dataset.preview import preview
-from dataset.replies import encode_chat
+from dataset.text_encoder import text_encoder
 from dataset.token_cache import describe_tokenizer
-from dataset.tokenizer import plain_encoder
 from trainer import train_full_sft
 
 QUESTION, ANSWER = "What is 2 + 3? \u4f60\u597d \U0001f642", "2 + 3 = 5.\n\u518d\u89c1 caf\u00e9"
@@ -49,7 +49,7 @@ def samples(dataset) -> list[list[list[int]]]:
 def test_sft_sample(sft, coder):
     dataset = sft([chat(QUESTION, ANSWER), chat("Hi", "Hello"), chat("a", "b")])
     assert len(dataset) == 3
-    ids, mask = encode_chat(CHAT, None, coder)
+    ids, mask = coder.encode_chats([(CHAT, None)])[0]
     X, Y, loss_mask = dataset[0]
     for part in (X, Y, loss_mask):
         assert part.dtype == torch.int64 and part.shape == (len(ids) - 1,)
@@ -92,7 +92,7 @@ def test_sft_row_is_cut_counted_and_dropped(sft, coder):
         and dataset.stats["dropped"] == 1
         and dataset.stats["bad"] == 0
     )
-    ids, mask = encode_chat(chats[1]["conversations"], None, coder)
+    ids, mask = coder.encode_chats([(chats[1]["conversations"], None)])[0]
     X, Y, loss_mask = dataset[1]
     assert len(X) == 32
     assert X.tolist() == ids[:32] and Y.tolist() == ids[1:33] and loss_mask.tolist() == mask[1:33]
@@ -107,7 +107,7 @@ def test_row_of_exactly_max_length_is_not_cut(sft):
 def test_pretrain_document_ends_with_its_token_and_all_tokens_count(pretrain, tokenizer):
     text = "Once upon a time, \u4ece\u524d."
     X, Y, loss_mask = pretrain([{"text": text}])[0]
-    ids = [*plain_encoder(tokenizer)(text), tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    ids = [*text_encoder(tokenizer)(text), tokenizer.convert_tokens_to_ids("<|endoftext|>")]
     assert (
         X.tolist() == ids[:-1]
         and Y.tolist() == ids[1:]
@@ -126,7 +126,7 @@ def test_control_text_in_a_document_stays_text(pretrain, tokenizer):
 @pytest.mark.parametrize("words", range(1, 24))
 def test_long_documents_predict_every_token_once(pretrain, tokenizer, words):
     text = " ".join(f"word{n}" for n in range(words))
-    ids = [*plain_encoder(tokenizer)(text), tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    ids = [*text_encoder(tokenizer)(text), tokenizer.convert_tokens_to_ids("<|endoftext|>")]
     dataset = pretrain([{"text": text}], max_length=7)
     predicted, before = [], []
     for X, Y, loss_mask in dataset:
@@ -202,7 +202,7 @@ def test_dataset_can_be_pickled_and_read_by_workers(sft):
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_and_layouts_give_the_same_samples(sft, tmp_path, coder, name):
     rows = [FORMATS[name], FORMATS[name]]
-    ids, mask = encode_chat(CHAT, None, coder)
+    ids, mask = coder.encode_chats([(CHAT, None)])[0]
     expected = [[ids[:-1], ids[1:], mask[1:]]] * 2
     for layout, content in layouts(rows).items():
         path = tmp_path / "data.json"
@@ -271,13 +271,14 @@ def test_what_a_tokenizer_says_of_itself_is_kept_until_its_files_change(tmp_path
     folder, cache = tmp_path / "tokenizer", tmp_path / "cache"
     shutil.copytree(ROOT / "model/minimind_tokenizer", folder)
     first, again, changed = (load_tokenizer(folder) for _ in range(3))
-    text = describe_tokenizer(first, cache)
+    text, template = describe_tokenizer(first, cache)
     assert text == first.backend_tokenizer.to_str()
-    assert describe_tokenizer(again, cache) == text and len(again) == len(first) == 6400
+    assert template == json.dumps(CHAT_TEMPLATE)
+    assert describe_tokenizer(again, cache) == (text, template) and len(again) == len(first) == 6400
     assert "loaded" in vars(first) and "loaded" not in vars(again)
     first.add_tokens(["<|new|>"])
     first.save_pretrained(folder)
-    assert "<|new|>" in describe_tokenizer(changed, cache) and len(changed) == 6401
+    assert "<|new|>" in describe_tokenizer(changed, cache)[0] and len(changed) == 6401
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.json is damaged"):
         describe_tokenizer(load_tokenizer(folder), cache)
@@ -300,7 +301,7 @@ def test_what_a_file_does_not_need_is_not_loaded(kind, tmp_path):
     command = [sys.executable, "-c", LOADED, kind, str(path), str(tmp_path / "cache")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {name.removeprefix("dataset.") for name in done.stdout.split()}
-    special = {"alpaca", "curriculum", "file_kinds", "preview", "read_array", "readers", "replies"}
+    special = {"alpaca", "curriculum", "file_kinds", "preview", "read_array", "readers"}
     special |= {"row_faults", "row_fields", "tools", "turn_fields"}
     other = {"sft": {"pretrain_encoder"}, "pretrain": {"chat_format", "chat_rows", "sft_encoder"}}
     assert not loaded & (special | other[kind]) and f"{kind}_encoder" in loaded

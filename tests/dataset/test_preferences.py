@@ -12,7 +12,6 @@ from dataset.lm_dataset import describe
 from dataset.packing import batches, plan_epoch
 from dataset.preference_dataset import PreferenceDataset, open_pairs
 from dataset.preview import show_pairs
-from dataset.replies import encode_chat
 from runtime.reference import ReferencedPairs
 
 
@@ -49,7 +48,7 @@ def sides(dataset, row=0):
 def test_a_pair_is_two_conversations_with_loss_on_the_answer(open_rows, tokenizer):
     dataset = open_rows([GOOD])
     for side, name in zip(dataset[0], ("chosen", "rejected"), strict=True):
-        ids, mask = encode_chat(GOOD[name], None, chat_coder(tokenizer), loss_on="last")
+        ids, mask = chat_coder(tokenizer).encode_chats([(GOOD[name], None)], "last")[0]
         assert [part.tolist() for part in side] == [ids[:-1], ids[1:], mask[1:]]
         answer = tokenizer.decode(side[1][side[2].bool()].tolist())
         assert answer == GOOD[name][1]["content"] + "<|im_end|>"

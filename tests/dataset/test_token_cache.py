@@ -15,9 +15,10 @@ import pytest
 from conftest import RUN_FLAGS, chat, curve, write_jsonl
 from running import ROOT, run_ranks
 
-from dataset import cache_builder, lm_dataset, sft_encoder, token_cache
+from dataset import cache_builder, lm_dataset, token_cache
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import batches, plan_epoch
+from dataset.sft_encoder import SFTEncoder
 from runtime.process import faults
 
 FORK = multiprocessing.get_context("fork")  # the imports are made: a child starts in no time
@@ -26,13 +27,13 @@ FORK = multiprocessing.get_context("fork")  # the imports are made: a child star
 @pytest.fixture
 def encoder_calls(monkeypatch):
     """A list that grows by one with every chunk that the tokenizer is asked to encode."""
-    calls, encode = [], sft_encoder.encode_chats
+    calls, encode = [], SFTEncoder.encode
 
     def counted(*args):
-        calls.append(len(args[0]))
+        calls.append(len(args[1]))
         return encode(*args)
 
-    monkeypatch.setattr(sft_encoder, "encode_chats", counted)
+    monkeypatch.setattr(SFTEncoder, "encode", counted)
     return calls
 
 
@@ -128,7 +129,7 @@ def test_killed_build_leaves_nothing_half_usable(sft, tmp_path, monkeypatch, mom
     def die_midway():
         # All is there, under the wrong name; the first is the hash.
         count, module, name = {
-            "encode": (5, sft_encoder, "encode_chats"),  # some chunks are written
+            "encode": (5, SFTEncoder, "encode"),  # some chunks are written
             "save": (2, cache_builder.np, "save"),  # the arrays are there, the counts are not
             "replace": (
                 2,
@@ -160,14 +161,14 @@ def test_killed_build_leaves_nothing_half_usable(sft, tmp_path, monkeypatch, mom
 def test_two_starts_at_once_build_once(sft, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "data.jsonl", [chat(f"q{n}", f"a{n}") for n in range(50)])
     results, second_starts = FORK.SimpleQueue(), FORK.Event()
-    encode = sft_encoder.encode_chats
+    encode = SFTEncoder.encode
 
     def first():
         def slow(*args):  # holds the lock until the second one is at the door
             second_starts.wait(60)
             return encode(*args)
 
-        monkeypatch.setattr(sft_encoder, "encode_chats", slow)
+        monkeypatch.setattr(SFTEncoder, "encode", slow)
         results.put(samples(sft(path)))
 
     def second():
@@ -176,7 +177,7 @@ def test_two_starts_at_once_build_once(sft, tmp_path, monkeypatch):
 
         while not list((tmp_path / "cache").glob("*.building")):
             os.sched_yield()
-        monkeypatch.setattr(sft_encoder, "encode_chats", refuse)
+        monkeypatch.setattr(SFTEncoder, "encode", refuse)
         second_starts.set()
         results.put(samples(sft(path)))
 
@@ -224,7 +225,7 @@ def test_build_that_is_interrupted_cleans_up(sft, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sft_encoder, "encode_chats", interrupt)
+    monkeypatch.setattr(SFTEncoder, "encode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         sft([chat("a", "b")])
     assert cache_content(tmp_path / "cache") == {}

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from dataset.chat_format import chat_coder
 from dataset.prompt_dataset import PromptDataset
-from dataset.replies import decode_reply, encode_chat, final_answer
+from dataset.replies import final_answer
 from runtime.rl import rewards, rollout
 from runtime.rl.sampler import Sampler
 
@@ -41,9 +41,8 @@ def any_tokenizer(request, tmp_path_factory):
 
 def written(message: dict, tokenizer) -> list[int]:
     """The ids that a model writes for an assistant turn, its end-of-turn token the last."""
-    ids, mask = encode_chat(
-        [{"role": "user", "content": "x"}, message], None, chat_coder(tokenizer)
-    )
+    chat = [{"role": "user", "content": "x"}, message]
+    ids, mask = chat_coder(tokenizer).encode_chats([(chat, None)])[0]
     return [i for i, m in zip(ids, mask, strict=True) if m]
 
 
@@ -53,16 +52,20 @@ def test_only_padding_and_the_end_of_turn_are_left_out(any_tokenizer):
     pad, start = (
         tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_start|>")
     )
-    assert decode_reply(ids, tokenizer) == decode_reply(ids[:-1], tokenizer) == text
-    assert decode_reply([pad, *ids, pad, *ids], tokenizer) == text
-    assert decode_reply([*ids[:-1], pad, pad], tokenizer) == text
-    assert decode_reply([start, *ids], tokenizer) == "<|im_start|>" + text
-    assert decode_reply([], tokenizer) == ""
+    assert (
+        chat_coder(tokenizer).decode_reply(ids)
+        == chat_coder(tokenizer).decode_reply(ids[:-1])
+        == text
+    )
+    assert chat_coder(tokenizer).decode_reply([pad, *ids, pad, *ids]) == text
+    assert chat_coder(tokenizer).decode_reply([*ids[:-1], pad, pad]) == text
+    assert chat_coder(tokenizer).decode_reply([start, *ids]) == "<|im_start|>" + text
+    assert chat_coder(tokenizer).decode_reply([]) == ""
 
 
 def test_spaces_are_those_that_were_written(any_tokenizer):
     ids = written({"role": "assistant", "content": " a , b . do n't \n"}, any_tokenizer)
-    assert decode_reply(ids, any_tokenizer) == " a , b . do n't \n"
+    assert chat_coder(any_tokenizer).decode_reply(ids) == " a , b . do n't \n"
 
 
 def test_other_programs_keep_the_markers(tokenizer):
@@ -94,16 +97,17 @@ def test_rewards_see_what_the_model_wrote(any_tokenizer, tmp_path):
     )
     words = ["exact", "format", f"{tmp_path}/mine.py:calls"]
     functions = rewards.load_rewards(words, len(any_tokenizer), 64, torch.device("cpu"))
+    coder = chat_coder(any_tokenizer)
     thinking = {"role": "assistant", "content": "42", "reasoning_content": "6x7"}
     messages = [thinking, {"role": "assistant", "content": "42"}, {**MESSAGE, "content": "41"}]
     sampled = rollout_of([written(message, any_tokenizer) for message in messages])
     rows, places = [{"answer": "42"}] * 3, ["data:1", "data:2", "data:3"]
-    assert rewards.compute_rewards(functions, sampled, rows, places, any_tokenizer).tolist() == [
+    assert rewards.compute_rewards(functions, sampled, rows, places, coder).tolist() == [
         [1, 1, 0],
         [1, 0, 0],
         [0, 1, 1],
     ]
-    sampler = Sampler(None, functions, None, any_tokenizer, None, None)
+    sampler = Sampler(None, functions, None, coder, None, None)
     assert repr(THOUGHT) in sampler.show(sampled, torch.zeros(3, 3))
 
 
@@ -156,6 +160,6 @@ def test_the_last_turn_of_a_row_is_its_answer_without_the_thinking(tokenizer, tm
     assert answers == ["42", "42", "42", "42", CALLED, "look\n" + CALLED, None]
     # Whoever says the reference is right.
     for reply, row in zip(replies[:-1], dataset.rows, strict=False):
-        assert rewards.exact([""], [decode_reply(written(reply, tokenizer), tokenizer)], [row]) == [
-            1
-        ]
+        assert rewards.exact(
+            [""], [chat_coder(tokenizer).decode_reply(written(reply, tokenizer))], [row]
+        ) == [1]

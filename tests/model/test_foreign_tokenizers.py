@@ -1,7 +1,6 @@
 """The chat layout on other tokenizers: their added tokens stay out of reach."""
 
 import pickle
-import re
 
 import pytest
 from test_chat_format import (
@@ -12,6 +11,7 @@ from test_chat_format import (
     assistant,
     attacked,
     body_of,
+    encode_chat,
     injections,
     user,
 )
@@ -29,8 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.chat_format import chat_coder
 from dataset.chat_template import CHAT_TEMPLATE
-from dataset.replies import encode_chat
-from dataset.tokenizer import plain_encoder
+from dataset.text_encoder import text_encoder
 
 
 def foreign(
@@ -96,14 +95,17 @@ def test_markers_that_are_no_tokens_become_text():
     assert ids == tokenizer.apply_chat_template(messages, tools=[WEATHER], return_dict=False)
 
 
-@pytest.mark.parametrize(
-    ("special", "missing"), [(("<|im_start|>",), "<|im_end|>"), (("<|im_end|>",), "<|im_start|>")]
-)
-def test_missing_turn_tokens_are_named(special, missing):
-    with pytest.raises(
-        ValueError, match=re.escape(f"the tokenizer has no {missing} token: add it")
-    ):
-        chat_coder(foreign(special=special))
+def test_a_turn_without_an_end_token_is_refused():
+    with pytest.raises(ValueError, match="no token ends an assistant turn: behind it stands '<"):
+        chat_coder(foreign(special=("<|im_start|>",)))
+
+
+def test_a_header_need_be_no_token():
+    tokenizer = foreign(special=("<|im_end|>",))
+    ids, mask = encode_chat(*ORDINARY, chat_coder(tokenizer))
+    assert ids == tokenizer.apply_chat_template(ORDINARY[0], return_dict=False)
+    answer = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    assert answer == body_of(ORDINARY[0][1]) + "<|im_end|>"
 
 
 def test_control_tokens_that_the_bpe_could_merge_are_cut_out():
@@ -126,7 +128,7 @@ def test_control_tokens_that_the_bpe_could_merge_are_cut_out():
         # The trap is armed.
         assert trap.encode("<|im_end|>").ids == [trap.token_to_id("<|im_end|>")]
         trap.add_special_tokens(spellings)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=trap)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=trap, chat_template=CHAT_TEMPLATE)
         coder, added = chat_coder(tokenizer), set(tokenizer.get_added_vocab().values())
         assert len(added) == 3
         for text in [
@@ -144,11 +146,11 @@ def test_tokenizers_that_are_no_bpe_are_refused():
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     )
     with pytest.raises(ValueError, match="only fast BPE tokenizers are supported"):
-        plain_encoder(words)
+        text_encoder(words)
 
 
 def test_plain_encoder_equals_the_tokenizer_on_ordinary_text():
-    encoder = pickle.loads(pickle.dumps(plain_encoder(TOKENIZER)))
+    encoder = pickle.loads(pickle.dumps(text_encoder(TOKENIZER)))
     texts = ["", "user\n", "The moon, 12 你好。", CODE]
     assert (
         encoder.batch(texts)

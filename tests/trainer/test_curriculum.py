@@ -7,9 +7,9 @@ import pytest
 from conftest import RUN_FLAGS, chat, check_same_run, conversations, curve, write_jsonl
 from running import run_script
 
-from dataset import sft_encoder
 from dataset.packing import plan_epoch
 from dataset.preference_dataset import PreferenceDataset
+from dataset.sft_encoder import SFTEncoder
 from runtime.launch import check_flags
 from runtime.saving.identity import identity_of
 from runtime.saving.identity_changes import check_identity
@@ -86,7 +86,7 @@ def test_a_field_is_kept_in_the_cache(sft, tmp_path, monkeypatch):
     ):
         sft(path, curriculum="field:other")
     with monkeypatch.context() as patch:
-        patch.setattr(sft_encoder, "encode_chats", None)  # nothing is tokenised again
+        patch.setattr(SFTEncoder, "encode", None)  # nothing is tokenised again
         again = sft(path, curriculum="field:level")
     assert (
         again.difficulty.tolist() == first.difficulty.tolist()

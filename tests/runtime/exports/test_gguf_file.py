@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from running import ROOT
-from toy_tokenizers import byte_level, sentencepiece
 
+from benchmarks.toy_tokenizers import byte_level, sentencepiece
 from dataset.tokenizer import load_tokenizer
 from model.lm import LMConfig, MiniMindLM
 from runtime.exports.compare import check_gguf

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import write_jsonl
 
+from dataset.chat_format import chat_coder
 from dataset.packing import plan_epoch
 from dataset.prompt_dataset import PromptDataset, describe_prompts, preview_prompts
 from model.generate import Decoder
@@ -421,7 +422,7 @@ def rewards_of(functions, tokenizer, replies: list[str]):
     )
     rows = [{"answer": "four"}] * n
     return rewards.compute_rewards(
-        functions, sampled, rows, [f"data:{k}" for k in range(1, n + 1)], tokenizer
+        functions, sampled, rows, [f"data:{k}" for k in range(1, n + 1)], chat_coder(tokenizer)
     )
 
 

@@ -1,0 +1,293 @@
+"""A chat template, understood: the text of a conversation and what in it an assistant says."""
+
+from dataclasses import dataclass
+from datetime import date
+from itertools import accumulate
+
+import jinja2
+
+from dataset.template_layout import (
+    Cut,
+    Layout,
+    cuttings,
+    parse_layout,
+    plain_message,
+    stand_in,
+)
+from dataset.template_literals import looks_of
+from dataset.text_encoder import TextEncoder
+
+LAYOUTS = 1 << 14  # kept in memory
+OTHER = "name another with --chat_template FILE"
+
+
+@dataclass
+class Rendered:
+    """A conversation as text for the encoder, and from where to where each assistant turn says it.
+
+    spans: number of a turn -> (begin, end) in characters, its end-of-turn token included.
+    """
+
+    text: str
+    spans: dict[int, tuple[int, int]]
+
+
+@dataclass
+class Manner:
+    """How a template writes assistant turns.
+
+    heads: what stands before one, the likeliest first. ends: the tokens that end one. thinks: it
+    knows reasoning_content.
+    """
+
+    heads: list[str]
+    ends: list[str]
+    thinks: bool
+
+
+class TemplateReader:
+    """A chat template.
+
+    Args:
+        source: Jinja.
+        place: where it is from, for messages.
+        variables: the tokens that templates name (bos_token, ...).
+        encoder: knows which tokens are control.
+
+    Raises:
+        ValueError: a syntax error, a template that fails on an exchange of two turns or that ends
+            no assistant turn with a token.
+    """
+
+    def __init__(self, source: str, place: str, variables: dict, encoder: TextEncoder):
+        self.source, self.place = source, place
+        self.variables, self.encoder = variables, encoder
+        self.layouts: dict[str, Layout | str] = {}
+        self.dated = "strftime_now" in source
+        try:
+            self.looks = looks_of(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{place}:{error.lineno}: {error.message}; {OTHER}") from None
+        self.manner = self._learn_manner()
+
+    # ----------------------------------------------------------------------------------------------
+    # The template itself
+    # ----------------------------------------------------------------------------------------------
+
+    def render(self, messages: list[dict], tools: list | None = None, **flags) -> str:
+        """What the template gives, as `apply_chat_template` does.
+
+        Raises:
+            ValueError: it refuses the conversation, or fails.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, _ = render_jinja_template(
+                [messages], tools=tools, chat_template=self.source, **self.variables, **flags
+            )
+        except Exception as error:  # a template is a program: it fails as programs do
+            reason = " ".join(str(error).split()) or type(error).__name__
+            kind = "refuses" if type(error) is jinja2.TemplateError else "fails on"
+            raise ValueError(f"the chat template {kind} the conversation: {reason}") from None
+        return texts[0]
+
+    def _learn_manner(self) -> Manner:
+        user = [{"role": "user", "content": stand_in(n)} for n in (0, 2)]
+        answer = [{"role": "assistant", "content": stand_in(n)} for n in (1, 3)]
+        try:
+            asked = self.render(user[:1])
+            prompt = self.render(user[:1], add_generation_prompt=True)
+            said = self.render([user[0], answer[0]])
+            later = self.render([user[0], answer[0], user[1], answer[1]])
+        except ValueError as error:
+            raise ValueError(f"{self.place}: {error}; {OTHER}") from None
+        if any(mark not in text for mark, text in ((stand_in(0), asked), (stand_in(1), said))):
+            raise ValueError(f"{self.place}: the chat template leaves turns out; {OTHER}")
+        head = said[: self._common(prompt, said)]
+        generation = self._common(prompt, asked)
+        heads = [prompt[generation:], head[generation:], head.rpartition(stand_in(0))[2]]
+        thoughtful = [user[0], {**answer[0], "reasoning_content": stand_in(2)}]
+        try:
+            thinks = stand_in(2) in self.render(thoughtful)
+        except ValueError:
+            thinks = False
+        first = self.encoder.tokens.search
+        tail = said.partition(stand_in(1))[2]
+        end = first(tail)
+        if not end:
+            fault = f"no token ends an assistant turn: behind it stands {tail!r}"
+            raise ValueError(f"{self.place}: {fault}; {OTHER}")
+        # An answer that is not the last one may have an end of its own, that of all other turns.
+        earlier, user_end = (first(later.partition(stand_in(n))[2]) for n in (1, 0))
+        same = earlier and user_end and earlier[0] == user_end[0]
+        ends = [end[0], *([earlier[0]] if same else [])]
+        unique = [list(dict.fromkeys(filter(None, texts))) for texts in (heads, ends)]
+        return Manner(*unique, thinks)
+
+    def _common(self, text: str, other: str) -> int:
+        """How many characters of a text, in whole control tokens, stand before another, too."""
+        size = _common(text, other)
+        spans = (match.span() for match in self.encoder.tokens.finditer(text))
+        return next((begin for begin, end in spans if begin < size < end), size)
+
+    def opening(self, thinking: bool | None) -> str:
+        """What a prompt says already of the reply: "<think>\\n", or nothing."""
+        user = [{"role": "user", "content": stand_in(0)}]
+        flags = {} if thinking is None else {"enable_thinking": thinking}
+        prompt = self.render(user, add_generation_prompt=True, **flags)
+        at = prompt.rfind("<think>")
+        return prompt[at:] if at >= 0 and "</think>" not in prompt[at:] else ""
+
+    # ----------------------------------------------------------------------------------------------
+    # Conversations
+    # ----------------------------------------------------------------------------------------------
+
+    def read(self, messages: list[dict], tools: list | None = None, **flags) -> Rendered:
+        """The text of a conversation, and what is whose in it.
+
+        Args:
+            flags: add_generation_prompt, enable_thinking.
+
+        Raises:
+            ValueError: what the template does to a turn so that it cannot be learned from.
+        """
+        reasons, real = [], None
+        for way in cuttings(messages, tools):
+            cut = Cut(messages, tools, way, self.encoder.tokens)
+            layout = self._layout(cut, messages, flags)
+            if isinstance(layout, str):
+                reasons.append(layout)
+                continue
+            if layout.verified and not way.thinking and not self._sees(cut.values):
+                return self._fill(layout, cut)
+            if real is None:
+                real = self.render([plain_message(m) for m in messages], tools, **flags)
+            filled = layout.fill(cut.values)
+            if filled == real:
+                layout.verified = True
+                return self._fill(layout, cut)
+            reasons.append(_difference(cut, layout, filled, real))
+        raise ValueError(reasons[0])
+
+    def _sees(self, values: list[str]) -> bool:
+        return any(self.looks.sees(value) for value in values if value)
+
+    def _layout(self, cut: Cut, messages: list[dict], flags: dict) -> Layout | str:
+        """The layout of a conversation's shape, or why there is none."""
+        key = repr((cut.messages, cut.tools, flags, date.today() if self.dated else 0))
+        layout = self.layouts.get(key)
+        if layout is None:
+            if len(self.layouts) >= LAYOUTS:
+                self.layouts.clear()
+            try:
+                layout = self._new_layout(cut, messages, flags)
+            except ValueError as error:
+                layout = str(error)
+            self.layouts[key] = layout
+        return layout
+
+    def _new_layout(self, cut: Cut, messages: list[dict], flags: dict) -> Layout:
+        layout = parse_layout(self.render(cut.messages, cut.tools, **flags))
+        self._check_complete(cut, layout)
+        layout.renamed = [self.encoder.rename(piece) for piece in layout.pieces]
+        for n, message in enumerate(messages):
+            if message["role"] == "assistant" and not flags:  # in a prompt nothing is learned
+                layout.spans[n] = self._span(cut, layout, n)
+        return layout
+
+    def _check_complete(self, cut: Cut, layout: Layout) -> None:
+        """Refuse a conversation of which the template leaves out what counts."""
+        written = {n for n, _ in layout.slots}
+        last = max((n for n, m in enumerate(cut.messages) if m["role"] == "user"), default=-1)
+        for n, (turn, name) in enumerate(cut.owners):
+            if n in written or not cut.values[n]:
+                continue
+            where = "" if turn is None else f"turn {turn + 1}: "
+            if name == "tool name":
+                shape = '{"type": "function", "function": {"name", ...}}'
+                raise ValueError(
+                    f"the chat template leaves tools out: it knows none, or wants {shape}"
+                )
+            if name in ("content", "tool_calls name"):
+                what = "the content" if name == "content" else "a call"
+                role = cut.messages[turn or 0]["role"]
+                raise ValueError(f"{where}the chat template leaves out {what} of this {role} turn")
+            is_old = turn is not None and turn < last
+            if name == "reasoning_content" and not (is_old and self.manner.thinks):
+                if not is_old or not cut.way.thinking:
+                    advice = "take it out of the row, or use a template that has it"
+                    raise ValueError(f"{where}the chat template leaves out the thinking: {advice}")
+
+    def _span(self, cut: Cut, layout: Layout, turn: int) -> tuple[int, int, int, int]:
+        """Where in the layout an assistant turn says what is to be learned, see `Layout`."""
+        slots = [i for i, (n, _) in enumerate(layout.slots) if cut.owners[n][0] == turn]
+        if not slots:
+            raise ValueError(f"turn {turn + 1}: the chat template writes no answer without text")
+        rename, tokens = self.encoder.rename, self.encoder.tokens
+        before, behind = layout.pieces[slots[0]], layout.pieces[slots[-1] + 1]
+        head = next((head for head in self.manner.heads if head in before), None)
+        if head is not None:
+            begin = before.rfind(head) + len(head)
+        else:  # an answer behind the result of a tool, say
+            begin = max((match.end() for match in tokens.finditer(before)), default=-1)
+            if begin < 0:
+                fault = f"cannot tell where this turn begins: before it stands {before!r}"
+                raise ValueError(f"turn {turn + 1}: {fault}")
+        end = self._end(cut, behind, turn)
+        return slots[0], len(rename(before[:begin])), slots[-1], len(rename(behind[:end]))
+
+    def _end(self, cut: Cut, behind: str, turn: int) -> int:
+        """Where a turn ends in the control text behind it."""
+        tokens, tail = list(self.encoder.tokens.finditer(behind)), ""
+        if "tool_calls" in cut.messages[turn]:  # a call may end otherwise, with <|eom_id|>, say
+            tail = parse_layout(self.render(cut.messages[: turn + 1], cut.tools)).pieces[-1]
+            own = self.encoder.tokens.findall(tail)
+            at = next((n for n, token in enumerate(own) if token in self.manner.ends), len(own) - 1)
+            if own[: at + 1] == [match[0] for match in tokens[: at + 1]] and own:
+                return tokens[at].end()
+        ends = [match.end() for match in tokens if match[0] in self.manner.ends]
+        if not ends:
+            raise ValueError(
+                f"turn {turn + 1}: no token ends this turn: behind it stands {behind!r}"
+            )
+        return ends[0]
+
+    def _fill(self, layout: Layout, cut: Cut) -> Rendered:
+        values = cut.values
+        if cut.from_model:  # what a model wrote says its control tokens itself
+            rename = self.encoder.rename
+            values = [rename(v) if n in cut.from_model else v for n, v in enumerate(values)]
+        parts, pieces = [layout.renamed[0]], layout.renamed
+        for text, piece in zip(layout.texts(values), pieces[1:], strict=True):
+            parts.append(text)
+            parts.append(piece)
+        spans = {}
+        if layout.spans:
+            ends = list(accumulate(map(len, parts)))
+            for turn, (first, begin, last, end) in layout.spans.items():
+                at = ends[2 * first] - len(pieces[first]) + begin
+                spans[turn] = at, ends[2 * last + 1] + end
+        return Rendered("".join(parts), spans)
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _difference(cut: Cut, layout: Layout, filled: str, real: str) -> str:
+    """What a template did to a text that it was to write as it is."""
+    at, end, turn = _common(filled, real), len(layout.pieces[0]), None
+    for (n, _), text, piece in zip(
+        layout.slots, layout.texts(cut.values), layout.pieces[1:], strict=True
+    ):
+        if end > at:
+            break
+        turn = cut.owners[n][0]
+        end += len(text) + len(piece)
+    where = "" if turn is None else f"turn {turn + 1}: "
+    begin = max(0, at - 10)
+    shown = f"it writes {real[begin : at + 30]!r}, not {filled[begin : at + 30]!r}"
+    return f"{where}the chat template changes what the row says: {shown}"
