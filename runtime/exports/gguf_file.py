@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.tokenizer import LazyTokenizer, load_tokenizer
+from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
 from model.weights import read_config
 from runtime.process.terminal import naming
 from runtime.stored_tensors import open_tensors
+from runtime.tokenizer_record import check_size, find_record, open_tokenizer
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
-ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "pip install gguf"
 
 
@@ -338,7 +338,7 @@ def open_weights(weights: Path, tokenizer_dir: str | None) -> Weights:
         ValueError: they are damaged or do not belong together; names the file.
     """
     weights, config = Path(weights), read_config(weights)
-    own = weights if weights.is_dir() else (config.tokenizer or {}).get("folder")
-    folder = tokenizer_dir or own or ROOT / "model/minimind_tokenizer"
-    tensors = open_tensors(weights, config)
-    return Weights(config, tensors, load_tokenizer(folder, config.vocab_size))
+    record = find_record(weights, config.tokenizer)
+    tokenizer = open_tokenizer(tokenizer_dir, None, weights, record)
+    check_size(tokenizer, config.vocab_size, may_be_padded=True)
+    return Weights(config, open_tensors(weights, config), tokenizer)
