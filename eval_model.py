@@ -13,6 +13,7 @@ that you type is always text, also where it spells a control token.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -295,7 +296,8 @@ def main() -> int:
     else:
         interactive = sys.stdin.isatty()
         if interactive:
-            import readline  # noqa: F401  # arrow keys and history in input()
+            with contextlib.suppress(ImportError):  # Windows' own terminal does it by itself
+                import readline  # noqa: F401  # arrow keys and history in input()
         size = f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.1f} M parameters"
         leave = "/clear forgets, /exit leaves"
         name = path.name if path.is_dir() else path.stem
