@@ -13,6 +13,7 @@ that you type is always text, also where it spells a control token.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -184,6 +185,10 @@ def parse_args() -> argparse.Namespace:
     scaling = "longer context: linear, llama3 or yarn:4"
     model.add_argument("--rope_scaling", metavar="KIND:FACTOR", help=scaling)
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    spread = "auto: a model that no device holds, over GPUs, CPU memory and disk"
+    model.add_argument("--device_map", choices=("auto",), help=spread)
+    most = "for --device_map, by default what is free: 0=20GiB cpu=64GiB"
+    model.add_argument("--max_memory", nargs="+", metavar="DEVICE=SIZE", help=most)
     dtypes = ("float32", "float16", "bfloat16")
     model.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on GPU")
     reply = parser.add_argument_group("reply")
@@ -206,6 +211,8 @@ def parse_args() -> argparse.Namespace:
         ("prompt", args.prompt is None or args.prompt.strip(), "not be empty"),
         ("raw", not args.raw or args.prompt is not None, "come with --prompt"),
         ("eval_file", not args.eval_file or args.prompt is None, "not come with --prompt"),
+        ("max_memory", not args.max_memory or args.device_map, "come with --device_map auto"),
+        ("lora", not (args.lora and args.device_map), "not come with --device_map: merge it first"),
     ):
         if not good:
             raise ValueError(f"--{name} {getattr(args, name)}: must {must}")
@@ -223,7 +230,13 @@ def open_device(name: str) -> torch.device:
 
 def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> ChatModel:
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model = load_model(path)
+    if args.device_map:
+        from runtime.device_map import load_spread
+
+        model = load_spread(path, getattr(torch, dtype), args.max_memory)
+        device = model.lm_head.weight.device
+    else:
+        model = load_model(path)
     record = model.config.tokenizer
     if args.lora:
         from model.lora import merge_adapter, read_adapter
@@ -235,11 +248,12 @@ def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> Ch
         from model.rope import extend_context
 
         extend_context(model.config, args.rope_scaling)
-    model = model.to(device, getattr(torch, dtype))
-    apply_kernels(model, device, dtype)
+    if not args.device_map:
+        model = model.to(device, getattr(torch, dtype))
+        apply_kernels(model, device, dtype)
     record = find_record(path, record)
     tokenizer = open_tokenizer(args.tokenizer_dir, args.chat_template, path, record)
-    check_size(tokenizer, model.config.vocab_size, may_be_padded=record is not None)
+    check_size(tokenizer, model.config.vocab_size, record is not None or path.is_dir())
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags}
     sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
@@ -282,7 +296,8 @@ def main() -> int:
     else:
         interactive = sys.stdin.isatty()
         if interactive:
-            import readline  # noqa: F401  # arrow keys and history in input()
+            with contextlib.suppress(ImportError):  # Windows' own terminal does it by itself
+                import readline  # noqa: F401  # arrow keys and history in input()
         size = f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.1f} M parameters"
         leave = "/clear forgets, /exit leaves"
         name = path.name if path.is_dir() else path.stem

@@ -22,12 +22,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from benchmarks.toy_tokenizers import byte_level, sentencepiece
 from model.config import LMConfig
 from model.lm import MiniMindLM
 from runtime.exports.compare import check_gguf
 from runtime.exports.gguf_file import DTYPES, export_gguf
 from runtime.process import exits
-from tests.toy_tokenizers import byte_level, sentencepiece
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CONTEXT = {"original_max_position_embeddings": 128}

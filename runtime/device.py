@@ -45,7 +45,10 @@ def keep_memory() -> None:
     Linux would set it to zero, page by page, to give it again. Other C libraries than GNU's stay as
     they are.
     """
-    library = ctypes.CDLL(None)
+    try:
+        library = ctypes.CDLL(None)
+    except TypeError:  # on Windows
+        return
     if hasattr(library, "mallopt"):
         library.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest
         library.mallopt(-1, -1)  # M_TRIM_THRESHOLD, none

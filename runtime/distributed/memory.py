@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 
 from model.cross_entropy import chunk_size
+from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
 from runtime.launcher import read_launch
 from runtime.machine import CONTROL_GROUP, meminfo
@@ -59,7 +60,7 @@ def parameter_shapes(config: LMConfig) -> dict[str, torch.Size]:
 
 @functools.cache
 def shapes_of(config: str) -> dict[str, torch.Size]:
-    with torch.device("meta"):
+    with on_meta_device():
         return {
             name: p.shape
             for name, p in MiniMindLM(LMConfig(**json.loads(config))).named_parameters()

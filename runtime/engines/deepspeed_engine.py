@@ -5,7 +5,6 @@ folder: it is there when it is whole (`runtime/saving/store.py`), and a run that
 processes and the stage that it had.
 """
 
-import fcntl
 import importlib.util
 import json
 import math
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
@@ -163,8 +163,7 @@ def load_ops(config: dict) -> None:
     root = extensions()
     for builder in builders:
         root.mkdir(parents=True, exist_ok=True)
-        with open(root / ".build_lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(root / ".build_lock"):
             if not [*root.rglob(f"{builder.name}/*.so")]:
                 print(
                     f"DeepSpeed's {builder.name} is built in {root}, once: this takes minutes",

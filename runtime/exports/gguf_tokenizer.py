@@ -235,20 +235,22 @@ def text_ends(tokenizer) -> tuple[int | None, int | None]:
     return before[0] if before else None, behind[0] if behind else None
 
 
-def end_of_turn(tokenizer) -> int:
-    """The id of the token that ends a turn of the chat template."""
-    from dataset.chat_format import IM_END, chat_coder
+def end_of_turn(tokenizer) -> int | None:
+    """The id of the token that ends a turn of the chat template; None: there is none to be found."""
+    from dataset.chat_format import chat_coder
 
     try:
-        return chat_coder(tokenizer).fixed[IM_END][0]
-    except ValueError:
-        return tokenizer.eos_token_id
+        return chat_coder(tokenizer).end_of_turn
+    except (
+        ValueError
+    ):  # no template, or one without such a token: weights can be exported all the same
+        return None
 
 
 def write_special_tokens(writer, tokenizer) -> None:
     """Beginning and end of a text or turn, and which of them llama.cpp writes by itself."""
     before, behind = text_ends(tokenizer)
-    turn = end_of_turn(tokenizer) if tokenizer.chat_template else None
+    turn = end_of_turn(tokenizer)
     ends = (behind, tokenizer.eos_token_id, turn, tokenizer.pad_token_id)
     eos = next((number for number in ends if number is not None), None)
     if eos is None:

@@ -9,12 +9,13 @@ nothing of the project: it may run in a Python that has llama_cpp alone.
 import json
 import sys
 
-import llama_cpp
 import numpy as np
-from llama_cpp import llama_cpp as api
 
 
 def main() -> None:
+    import llama_cpp
+    from llama_cpp import llama_cpp as api
+
     path, folder = sys.argv[1:]
     texts = json.load(sys.stdin)
     defaults = api.llama_model_default_params

@@ -127,8 +127,9 @@ def write_modelfile(tokenizer, context: int, gguf_path: Path) -> Path | None:
             lines.append(f'TEMPLATE """{template}"""')
         except ValueError as error:
             lines.append(f"# No TEMPLATE: {error}")
-        end = tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))
-        lines.append(f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}")
+    if (end := end_of_turn(tokenizer)) is not None:
+        text = tokenizer.convert_ids_to_tokens(end)
+        lines.append(f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}")
     lines.append(f"PARAMETER num_ctx {context}")
     path = gguf_path.with_suffix(".Modelfile")
     save_file(path, "\n".join(lines) + "\n")
