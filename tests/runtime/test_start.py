@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import chat, write_jsonl
 from running import ROOT, run_ranks
-from toy_tokenizers import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.toy_tokenizers import byte_level
 from model.config import LMConfig
 from model.lm import MiniMindLM
 from runtime import start
