@@ -27,7 +27,6 @@ import torch
 
 from dataset.chat_format import ChatCoder, chat_coder
 from dataset.talk import Talk
-from dataset.tokenizer import load_tokenizer
 from model.generate import stream_text
 from model.lm import MiniMindLM
 from model.weights import load_model, newest_weights
@@ -35,6 +34,7 @@ from runtime.flags import check_flags, usage_error
 from runtime.kernel_loader import apply_kernels
 from runtime.process import exits
 from runtime.process.terminal import prepare_streams
+from runtime.tokenizer_record import check_size, find_record, open_tokenizer
 
 
 @dataclass
@@ -174,12 +174,20 @@ def parse_args() -> argparse.Namespace:
         "--eval_file", help="score on its rows: task, conversations, answer or accept"
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--weight", default="full_sft", help="stage (its newest run), run or path")
+    model.add_argument(
+        "--weight", default="full_sft", help="stage (its newest run), run, path or folder"
+    )
     model.add_argument("--lora", help="adapter on top of these weights: stage, run or path")
     model.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights are looked for")
-    tokenizer = str(ROOT / "model/minimind_tokenizer")
-    model.add_argument("--tokenizer_dir", default=tokenizer, help="tokenizer folder")
+    model.add_argument("--tokenizer_dir", help="tokenizer folder (default: that of the weights)")
+    model.add_argument("--chat_template", help="Jinja file, instead of the tokenizer's own")
+    scaling = "longer context: linear, llama3 or yarn:4"
+    model.add_argument("--rope_scaling", metavar="KIND:FACTOR", help=scaling)
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    spread = "auto: a model that no device holds, over GPUs, CPU memory and disk"
+    model.add_argument("--device_map", choices=("auto",), help=spread)
+    most = "for --device_map, by default what is free: 0=20GiB cpu=64GiB"
+    model.add_argument("--max_memory", nargs="+", metavar="DEVICE=SIZE", help=most)
     dtypes = ("float32", "float16", "bfloat16")
     model.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on GPU")
     reply = parser.add_argument_group("reply")
@@ -202,6 +210,8 @@ def parse_args() -> argparse.Namespace:
         ("prompt", args.prompt is None or args.prompt.strip(), "not be empty"),
         ("raw", not args.raw or args.prompt is not None, "come with --prompt"),
         ("eval_file", not args.eval_file or args.prompt is None, "not come with --prompt"),
+        ("max_memory", not args.max_memory or args.device_map, "come with --device_map auto"),
+        ("lora", not (args.lora and args.device_map), "not come with --device_map: merge it first"),
     ):
         if not good:
             raise ValueError(f"--{name} {getattr(args, name)}: must {must}")
@@ -219,14 +229,30 @@ def open_device(name: str) -> torch.device:
 
 def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> ChatModel:
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model = load_model(path)
-    if args.lora:
-        from model.lora import merge_adapter
+    if args.device_map:
+        from runtime.device_map import load_spread
 
-        merge_adapter(model, newest_weights(args.lora, args.out_dir, "--lora"))
-    model = model.to(device, getattr(torch, dtype))
-    apply_kernels(model, device, dtype)
-    tokenizer = load_tokenizer(args.tokenizer_dir, model.config.vocab_size)
+        model = load_spread(path, getattr(torch, dtype), args.max_memory)
+        device = model.lm_head.weight.device
+    else:
+        model = load_model(path)
+    record = model.config.tokenizer
+    if args.lora:
+        from model.lora import merge_adapter, read_adapter
+
+        adapter = newest_weights(args.lora, args.out_dir, "--lora")
+        merge_adapter(model, adapter)
+        record = read_adapter(adapter)[0].tokenizer or record
+    if args.rope_scaling:
+        from model.rope import extend_context
+
+        extend_context(model.config, args.rope_scaling)
+    if not args.device_map:
+        model = model.to(device, getattr(torch, dtype))
+        apply_kernels(model, device, dtype)
+    record = find_record(path, record)
+    tokenizer = open_tokenizer(args.tokenizer_dir, args.chat_template, path, record)
+    check_size(tokenizer, model.config.vocab_size, record is not None or path.is_dir())
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags}
     sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
@@ -272,7 +298,8 @@ def main() -> int:
             import readline  # noqa: F401  # arrow keys and history in input()
         size = f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.1f} M parameters"
         leave = "/clear forgets, /exit leaves"
-        write(f"{path.stem}: {size}, context of {model.context} tokens. {leave}\n")
+        name = path.name if path.is_dir() else path.stem
+        write(f"{name}: {size}, context of {model.context} tokens. {leave}\n")
         chat(model, system, interactive)
     return 0
 

@@ -303,7 +303,8 @@ def make_weights(work: Path) -> None:
     from model.lm import LMConfig, MiniMindLM
     from runtime.checkpoint import save_file
 
-    config = LMConfig.from_flags(TINY | {"use_moe": 0}, vocab_size=6400)
+    sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")
+    config = LMConfig(**{name: TINY[name] for name in sizes}, vocab_size=6400)
     save_file(work / "weights/full_sft_32.pth", MiniMindLM(config).state_dict())
     save_file(work / "weights/full_sft_32.json", config.to_json())
     script = "trainer/train_lora.py"

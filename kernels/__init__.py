@@ -5,6 +5,7 @@ Each replacement falls back to the plain one at call time where it cannot work: 
 another dtype or device, spread over processes (DTensor), or traced by torch.compile.
 """
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -93,6 +94,10 @@ def apply(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[st
         See `available`; of those, what this model uses.
     """
     replacements = REPLACEMENTS.get(device.type, {})
+    if device.type == "cpu" and "model.lora" in sys.modules:  # else there is no layer of it
+        from kernels.lora import FastLoRALinear, LoRALinear
+
+        replacements = {**replacements, LoRALinear: FastLoRALinear}
     for module in model.modules():
         if fast := replacements.get(type(module)):
             module.__class__ = fast

@@ -16,15 +16,18 @@ static inline void read(const T *from, floats *head) {
     for (int i = 0; i < N; i++) head[i] = load(from + i * LANES);
 }
 
-// A head over its root mean square, times gain, turned by its position's angles (DIM / 2 cosines and sines).
+// A head, over its root mean square and times gain if there is one, turned by its position's angles (DIM / 2 cosines and
+// sines).
 static inline void norm_and_rotate(floats *head, const float *gain, const float *cos, const float *sin, float eps,
                                    T *to) {
-    floats squares = {};
-    for (int i = 0; i < N; i++) squares += head[i] * head[i];
-    float scale = 1 / std::sqrt(sum(squares) / DIM + eps);
+    if (gain) {
+        floats squares = {};
+        for (int i = 0; i < N; i++) squares += head[i] * head[i];
+        float scale = 1 / std::sqrt(sum(squares) / DIM + eps);
+        for (int i = 0; i < N; i++) head[i] = head[i] * scale * load(gain + i * LANES);
+    }
     for (int i = 0; i < N / 2; i++) {
-        floats a = head[i] * scale * load(gain + i * LANES), c = load(cos + i * LANES);
-        floats b = head[i + N / 2] * scale * load(gain + (i + N / 2) * LANES), s = load(sin + i * LANES);
+        floats a = head[i], c = load(cos + i * LANES), b = head[i + N / 2], s = load(sin + i * LANES);
         store(to + i * LANES, a * c - b * s);
         store(to + (i + N / 2) * LANES, b * c + a * s);
     }
@@ -84,7 +87,8 @@ static void multiply(const T *x, const word *weight, int64_t R, int64_t m, int64
 }
 
 template <class S>
-static void norm_and_multiply(const float *x, const word *weight, S *out, int64_t R, int64_t n, int64_t m, float eps) {
+static void norm_and_multiply(const float *x, const word *weight, const float *bias, S *out, int64_t R, int64_t n,
+                              int64_t m, float eps) {
     static thread_local Piece<T> normed;
     normed.resize(round_up(R, BLOCK) * n);
     T *const factors = normed;  // of this thread, for all of its team
@@ -92,23 +96,26 @@ static void norm_and_multiply(const float *x, const word *weight, S *out, int64_
     {
         norm(x, factors, R, n, eps);
         multiply(factors, weight, R, m, n, [=](int64_t row, int64_t column, const float *sums) {
-            for (int64_t i = 0; i < BLOCK && column + i < m; i += LANES)
-                store(out + row * m + column + i, load(sums + i), m - column - i);
+            for (int64_t i = 0; i < BLOCK && column + i < m; i += LANES) {
+                const int64_t at = column + i;
+                const floats sum = bias ? load(sums + i) + load(bias + at, m - at) : load(sums + i);
+                store(out + row * m + at, sum, m - at);
+            }
         });
     }
 }
 
 extern "C" {
 
-// out (R, m) = the norm of x (R, n) @ weight.T, whose rows are multiplied by the gains of the norm already
-void project(const float *x /* R * n */, const word *weight /* round_up(m, 32) * n */, T *out /* R * m */, int64_t R,
-             int64_t n, int64_t m, float eps) {
-    norm_and_multiply(x, weight, out, R, n, m, eps);
+// out (R, m) = the norm of x (R, n) @ weight.T, whose rows are multiplied by the gains of the norm already, + bias
+void project(const float *x /* R * n */, const word *weight /* round_up(m, 32) * n */,
+             const float *OPTIONAL bias /* m */, T *out /* R * m */, int64_t R, int64_t n, int64_t m, float eps) {
+    norm_and_multiply(x, weight, bias, out, R, n, m, eps);
 }
 
 void project_to_floats(const float *x /* R * n */, const word *weight /* round_up(m, 32) * n */,
                        float *out /* R * m */, int64_t R, int64_t n, int64_t m, float eps) {
-    norm_and_multiply(x, weight, out, R, n, m, eps);
+    norm_and_multiply(x, weight, nullptr, out, R, n, m, eps);
 }
 
 // What is behind attention in a layer: x (R, n) += attended (R, heads) @ out.T, and then += its MLP with h inner numbers.
@@ -140,12 +147,13 @@ void mlp(float *x /* R * n */, const T *attended /* round_up(R, 32) * heads */, 
 
 // Attention of the new tokens to all that their rows hold, and themselves.
 //   qkv (R, KV * GROUP + KV + KV heads of DIM): their queries, keys and values
-//   q_gain, k_gain (DIM,), cos, sin (capacity, DIM / 2): for norm_and_rotate
+//   q_gain, k_gain (DIM,) if queries and keys are normed, cos, sin (capacity, DIM / 2): for norm_and_rotate
 //   positions (R,): where the tokens stand in their rows, which is how many each row holds
 //   keys, values (rows, KV, capacity, DIM): take up the new ones
 //   row_ids (R,): which of these rows are meant, if they are not the first R
 //   out (R, KV * GROUP * DIM)
-void attend(const T *qkv /* R * (GROUP + 2) * KV * DIM */, const float *q_gain /* DIM */, const float *k_gain /* DIM */,
+void attend(const T *qkv /* R * (GROUP + 2) * KV * DIM */, const float *OPTIONAL q_gain /* DIM */,
+            const float *OPTIONAL k_gain /* DIM */,
             const float *cos /* capacity * DIM / 2 */, const float *sin /* capacity * DIM / 2 */,
             const int64_t *positions /* R */, const int64_t *OPTIONAL row_ids /* R */,
             T *keys /* rows * KV * capacity * DIM */, T *values /* rows * KV * capacity * DIM */,

@@ -23,6 +23,7 @@ from model.layout import rotary_angles
 from model.lm import RMSNorm
 
 MAX_BYTES = 2**30  # of weights: of more there should be no second copy
+LAYERS = (nn.Linear, FastLinear, RMSNorm, FastRMSNorm, nn.Identity)
 BLOCK = 32  # rows and columns that cpu_decoder.cpp multiplies at once
 
 
@@ -33,7 +34,7 @@ def is_supported(model, dtype: torch.dtype) -> bool:
         return False
     for block in model.model.layers:
         for layer in (*block.self_attn.children(), *block.mlp.children()):
-            if type(layer) not in (nn.Linear, FastLinear, RMSNorm, FastRMSNorm):
+            if type(layer) not in LAYERS:
                 return False
     size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     widths = config.dim, config.hidden_dim, config.n_heads * config.head_dim
@@ -82,11 +83,14 @@ class CpuDecoder(Decoder):
         self.head = self.behind(model.model.norm, model.lm_head.weight)
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
-            qkv = torch.cat(
-                [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
-            )
-            norms = attention.q_norm, attention.k_norm
-            gains = [norm.weight.detach().float().contiguous() for norm in norms]
+            projections = attention.q_proj, attention.k_proj, attention.v_proj
+            qkv = torch.cat([p.weight for p in projections])
+            bias, gains = None, [None, None]
+            if self.config.qkv_bias:
+                bias = torch.cat([p.bias for p in projections]).detach().float()
+            if self.config.qk_norm:
+                norms = attention.q_norm, attention.k_norm
+                gains = [norm.weight.detach().float().contiguous() for norm in norms]
             gate_up = [
                 layer.weight.view(-1, BLOCK // 2, self.config.dim)
                 for layer in (mlp.gate_proj, mlp.up_proj)
@@ -97,7 +101,8 @@ class CpuDecoder(Decoder):
                 self.behind(block.post_attention_layernorm, gate_up),
                 packed(mlp.down_proj.weight.to(self.dtype)),
             )
-            self.layers.append((self.behind(block.input_layernorm, qkv), gains, rest))
+            qkv = self.behind(block.input_layernorm, qkv), bias
+            self.layers.append((qkv, gains, rest))
         angles = rotary_angles(self.config, torch.arange(cache.kv.size(-2)).unsqueeze(0))
         self.angles = [part.view(-1, self.config.head_dim // 2) for part in angles]
 
@@ -117,7 +122,7 @@ class CpuDecoder(Decoder):
         attended = torch.empty(round_up(rows, BLOCK), width, dtype=self.dtype)
         slots, sizes = (positions, cache.row_ids), (rows, cache.kv.size(2), capacity)
         for (qkv, gains, rest), kv in zip(self.layers, cache.kv, strict=True):
-            inputs = self.project(x, qkv), *gains, *self.angles, *slots, *kv
+            inputs = self.project(x, *qkv), *gains, *self.angles, *slots, *kv
             self.functions.attend(*inputs, attended, *sizes, config.norm_eps)
             self.mlp(x, attended, *rest)
         cache.lengths += 1
@@ -132,7 +137,7 @@ class CpuDecoder(Decoder):
         heads = config.n_heads, config.n_kv_heads, config.n_kv_heads
         with torch.autocast("cpu", enabled=False):
             for index, (qkv, _, rest) in enumerate(self.layers):
-                qkv = self.project(x, qkv).view(1, len(x), -1, config.head_dim)
+                qkv = self.project(x, *qkv).view(1, len(x), -1, config.head_dim)
                 q, k, v = qkv.split(heads, dim=2)
                 attention = self.model.model.layers[index].self_attn
                 q = apply_rope(attention.q_norm(q), layout.cos, layout.sin).transpose(1, 2)
@@ -147,11 +152,11 @@ class CpuDecoder(Decoder):
                 self.mlp(x, attended, *rest)
         return self.logits(x)[: len(lens)]
 
-    def project(self, x: Tensor, weight: Tensor) -> Tensor:
+    def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Project x (R, dim) float32 to queries, keys and values, (R, all heads * head_dim)."""
         heads = self.config.n_heads + 2 * self.config.n_kv_heads
         out = torch.empty(len(x), heads * self.config.head_dim, dtype=self.dtype)
-        self.functions.project(x, weight, out, *x.shape, out.size(1), self.config.norm_eps)
+        self.functions.project(x, weight, bias, out, *x.shape, out.size(1), self.config.norm_eps)
         return out
 
     def logits(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 # benchmarks/results are with it and with `prefill_tokens`: h200.json, part generation of
 # benchmarks/speed.
 STEP = 128
-# Weights that are read in float32; all other matrices are cast once for all steps.
+# Weights that are read in float32; all other matrices, and biases, are cast once for all steps.
 UNCAST = ("embed_tokens.weight", "mlp.gate.weight")
 
 
@@ -42,8 +42,10 @@ class DecodeGraph(Decoder):
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)  # what a recording reads
         self.held = torch.zeros(rows, dtype=torch.int64, device=device)
         named = model.named_parameters(remove_duplicate=False)
-        matrices = ((name, p) for name, p in named if p.dim() > 1 and not name.endswith(UNCAST))
-        self.weights = {name: p.to(cache.kv.dtype) for name, p in matrices}
+        factors = ((name, p) for name, p in named if p.dim() > 1 or name.endswith("bias"))
+        self.weights = {
+            name: p.to(cache.kv.dtype) for name, p in factors if not name.endswith(UNCAST)
+        }
 
     def step(self, token: Tensor) -> Tensor:
         self.token.copy_(token)

@@ -63,44 +63,50 @@ static void pack(const float *weight, int64_t from, int64_t to, int64_t N, int64
     }
 }
 
-// out (M, N) = x (M, K) @ weight.T, ROWS, or x @ weight; the same of a second pair is added, if there is one.
+// out (M, N) = x (M, K) @ weight.T, ROWS, or x @ weight; the same of a second pair with K2 instead of K, and bias (N,), are
+// added, if there are these.
 template <bool ROWS>
-static void multiply(const T *x, const float *weight, const T *x2, const float *weight2, T *out, int64_t M, int64_t N,
-                     int64_t K) {
+static void multiply(const T *x, const float *weight, const T *x2, const float *weight2, const float *bias, T *out,
+                     int64_t M, int64_t N, int64_t K, int64_t K2) {
     const T *const factors[] = {x, x2};
-    const int64_t pairs = x2 ? 2 : 1, words = K / 2, whole = M / 32 * 32;
-    auto most = [&](int64_t numbers) { return std::max<int64_t>(32, numbers / (pairs * K) / 32 * 32); };
+    const int64_t pairs = x2 ? 2 : 1, words[] = {K / 2, x2 ? K2 / 2 : 0}, all = words[0] + words[1];
+    const int64_t whole = M / 32 * 32;
+    auto most = [&](int64_t numbers) { return std::max<int64_t>(32, numbers / (2 * all) / 32 * 32); };
     const int64_t rows = most(1 << 18), columns = most(3 << 18);  // that stay in a core's cache: 0.5 and 1.5 MiB
 #pragma omp parallel
     {
         const Rectangle my = part(M, N, 2);  // a column's factors are float, and packed
         static thread_local Piece<word> memory, padded;
-        padded.resize(32 * words * pairs);
-        memset(padded, 0, 32 * words * pairs * sizeof(word));
+        padded.resize(32 * all);
+        memset(padded, 0, 32 * all * sizeof(word));
         for (int64_t p = 0; p < pairs; p++)  // beyond the last row there is no memory of ours
-            memcpy(padded + p * 32 * words, factors[p] + whole * K, (M - whole) * K * sizeof(T));
+            memcpy(padded + p * 32 * words[0], factors[p] + whole * 2 * words[p], (M - whole) * words[p] * sizeof(word));
         alignas(64) float sums[2][32 * 32];  // in turns: one is read while the other is made
         int turn = 0;
         Tiles tiles;
         for (int64_t from = my.from; from < my.to; from += columns) {
-            const int64_t to = std::min(from + columns, my.to), size = (to - from) * words;
-            memory.resize(size * pairs);
+            const int64_t to = std::min(from + columns, my.to), size = (to - from) * words[0];
+            memory.resize((to - from) * all);
             pack<ROWS>(weight, from, to, N, K, memory);
-            if (x2) pack<ROWS>(weight2, from, to, N, K, memory + size);
+            if (x2) pack<ROWS>(weight2, from, to, N, K2, memory + size);
             for (int64_t begin = my.top; begin < my.bottom; begin += rows)
                 for (int64_t n = from; n < to; n += 32)
                     for (int64_t m = begin; m < std::min(begin + rows, my.bottom); m += 32, turn ^= 1) {
                         float *const sum = sums[turn];
                         for (int64_t p = 0; p < pairs; p++) {
-                            const word *left = m < whole ? (word *)(factors[p] + m * K) : padded + p * 32 * words;
-                            const word *right = memory + p * size + (n - from) * words;
+                            const int64_t count = words[p];
+                            const word *left = m < whole ? (word *)factors[p] + m * count : padded + p * 32 * words[0];
+                            const word *right = memory + p * size + (n - from) * count;
                             if (p)
-                                product<true>(left, words, right, 32, sum, 32, 32, 32, words);
+                                product<true>(left, count, right, 32, sum, 32, 32, 32, count);
                             else
-                                product<false>(left, words, right, 32, sum, 32, 32, 32, words);
+                                product<false>(left, count, right, 32, sum, 32, 32, 32, count);
                         }
+                        const floats left = bias ? load(bias + n) : floats{};
+                        const floats right = bias ? load(bias + n + LANES) : floats{};
                         for (int64_t r = 0; r < std::min<int64_t>(32, M - m); r++)
-                            stream(out + (m + r) * N + n, load(sum + r * 32), load(sum + r * 32 + LANES));
+                            stream(out + (m + r) * N + n, load(sum + r * 32) + left,
+                                   load(sum + r * 32 + LANES) + right);
                     }
         }
         streamed();
@@ -178,16 +184,19 @@ extern "C" {
 #ifdef __AVX512BF16__
 int64_t has_products() { return 1; }
 
-// out (M, N) = x (M, K) @ weight.T; weight (N, K) float. K and N are multiples of 32.
-void linear(const T *x /* M * K */, const float *weight /* N * K */, T *out /* M * N */, int64_t M, int64_t N,
-            int64_t K) {
-    multiply<true>(x, weight, nullptr, nullptr, out, M, N, K);
+// out (M, N) = x (M, K) @ weight.T + x2 (M, K2) @ weight2.T + bias, if there are these; weights (N, K) float. K, K2 and N
+// are multiples of 32.
+void linear(const T *x /* M * K */, const float *weight /* N * K */, const T *OPTIONAL x2 /* M * K2 */,
+            const float *OPTIONAL weight2 /* N * K2 */, const float *OPTIONAL bias /* N */, T *out /* M * N */, int64_t M,
+            int64_t N, int64_t K, int64_t K2) {
+    multiply<true>(x, weight, x2, weight2, bias, out, M, N, K, K2);
 }
 
-// out (M, K) = grad (M, N) @ weight + grad2 @ weight2, if there are these
-void linear_grad_x(const T *grad /* M * N */, const float *weight /* N * K */, const T *OPTIONAL grad2 /* M * N */,
-                   const float *OPTIONAL weight2 /* N * K */, T *out /* M * K */, int64_t M, int64_t K, int64_t N) {
-    multiply<false>(grad, weight, grad2, weight2, out, M, K, N);
+// out (M, K) = grad (M, N) @ weight + grad2 (M, N2) @ weight2, if there are these
+void linear_grad_x(const T *grad /* M * N */, const float *weight /* N * K */, const T *OPTIONAL grad2 /* M * N2 */,
+                   const float *OPTIONAL weight2 /* N2 * K */, T *out /* M * K */, int64_t M, int64_t K, int64_t N,
+                   int64_t N2) {
+    multiply<false>(grad, weight, grad2, weight2, nullptr, out, M, K, N, N2);
 }
 
 // total (M, N) float = or += grad.T @ x; grad (K, M), x (K, N)

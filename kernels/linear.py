@@ -15,17 +15,18 @@ FEW_ROWS = range(8, 129)
 
 
 class FastLinear(nn.Linear):
-    """x @ weight.T, by linear.cpp in training where that has products of the dtype."""
+    """x @ weight.T + bias, by linear.cpp in training where that has products of the dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not native.is_local_cpu_tensor(x, self.weight):
             return super().forward(x)
         dtype, training = native.autocast_dtype(x), torch.is_grad_enabled()
         if training and products(dtype) is not None:
-            return LinearFunction.apply(x, self.weight, dtype)
+            return LinearFunction.apply(x, self.weight, self.bias, dtype)
         one_token_each = x.dim() == 3 and x.size(1) == 1 and x.size(0) in FEW_ROWS
         if not training and dtype == torch.float32 and one_token_each:  # a step of generation
-            return (self.weight @ x.squeeze(1).T).T.contiguous().unsqueeze(1)
+            out = (self.weight @ x.squeeze(1).T).T.contiguous().unsqueeze(1)
+            return out if self.bias is None else out.add_(self.bias)
         return super().forward(x)
 
 
@@ -36,19 +37,20 @@ def products(dtype: torch.dtype) -> native.Library | None:
 
 
 class LinearFunction(torch.autograd.Function):
-    """Product x @ weight.T by linear.cpp; the gradient of the weight is summed in float32."""
+    """x @ weight.T + bias by linear.cpp; gradients of weight and bias are summed in float32."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.dtypes, x = (x.dtype, weight.dtype), x.to(dtype)
         ctx.save_for_backward(x, weight)
-        return torch.ops.minimind.linear(x, weight)
+        return torch.ops.minimind.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad, grad_x, grad_weight = grad.reshape(-1, grad.size(-1)), None, None
+        grad = grad.reshape(-1, grad.size(-1))
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty(weight.shape)
             sum_of_products(grad_weight, grad, x.reshape(-1, x.size(-1)))
@@ -57,18 +59,20 @@ class LinearFunction(torch.autograd.Function):
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
             multiply(grad_x.view(-1, x.size(-1)), grad, weight)
             grad_x = grad_x.to(ctx.dtypes[0])
-        return grad_x, grad_weight, None
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(dim=0, dtype=torch.float32).to(ctx.dtypes[1])
+        return grad_x, grad_weight, grad_bias, None
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Product x @ weight.T as an operator of torch: `recompute` can keep its result."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Product x @ weight.T + bias as an operator of torch: `recompute` can keep its result."""
     out = x.new_empty(*x.shape[:-1], len(weight))
-    multiply(out.view(-1, len(weight)), x.reshape(-1, x.size(-1)), weight.T)
+    multiply(out.view(-1, len(weight)), x.reshape(-1, x.size(-1)), weight.T, bias=bias)
     return out
 
 
 OPERATORS = torch.library.Library("minimind", "DEF")
-OPERATORS.define("linear(Tensor x, Tensor weight) -> Tensor")
+OPERATORS.define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
 OPERATORS.impl("linear", linear, "CPU")
 
 
@@ -86,22 +90,29 @@ def multiply(
     matrix: Tensor,
     x2: Tensor | None = None,
     matrix2: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> None:
-    """In place: out (M, N) = x (M, K) @ matrix (K, N), + x2 @ matrix2 if there are these.
+    """In place: out (M, N) = x (M, K) @ matrix (K, N), + x2 (M, K2) @ matrix2, + bias (N,) if given.
 
     A matrix may have another dtype: in float32 it is rounded on the way, where a CPU can.
     """
     functions = products(x.dtype) if x.device.type == "cpu" else None
     K, N = matrix.shape
-    if functions is None or matrix.dtype != torch.float32 or K % 32 or N % 32:
+    K2 = 0 if matrix2 is None else len(matrix2)
+    if functions is None or matrix.dtype != torch.float32 or K % 32 or N % 32 or K2 % 32:
         torch.mm(x, matrix.to(x.dtype), out=out)
+        if bias is not None:
+            out += bias
         if x2 is not None:
             out.addmm_(x2, matrix2.to(x.dtype))
     elif matrix.is_contiguous():
+        assert bias is None
         pair = (None, None) if x2 is None else (x2.contiguous(), matrix2)
-        functions.linear_grad_x(x.contiguous(), matrix, *pair, out, len(x), N, K)
+        functions.linear_grad_x(x.contiguous(), matrix, *pair, out, len(x), N, K, K2)
     else:
-        functions.linear(x.contiguous(), matrix.T.contiguous(), out, len(x), N, K)
+        bias = None if bias is None else bias.float()
+        pair = (None, None) if x2 is None else (x2.contiguous(), matrix2.T.contiguous())
+        functions.linear(x.contiguous(), matrix.T.contiguous(), *pair, bias, out, len(x), N, K, K2)
 
 
 def sum_of_products(total: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:

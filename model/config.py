@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
@@ -52,6 +52,10 @@ class LMConfig:
         require(self.head_dim % 2 == 0, fault)
         require(self.n_heads % self.n_kv_heads == 0, f"{heads} is not a multiple of {kv_heads}")
         require(0.0 <= self.dropout < 1.0, f"dropout {self.dropout} must lie in [0, 1)")
+        if self.rope_scaling is not None:
+            from model.rope import check_rope_scaling
+
+            self.rope_scaling = check_rope_scaling(self.rope_scaling, self.max_seq_len)
         self.hidden_dim = self.hidden_dim or 64 * math.ceil(dim * 8 / 3 / 64)
         width = self.hidden_dim / max(1, self.n_experts_per_tok)
         self.moe_hidden_dim = self.moe_hidden_dim or 8 * math.ceil(width / 8)
@@ -64,12 +68,6 @@ class LMConfig:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_flags(cls, flags: dict, vocab_size: int) -> "LMConfig":
-        """The shape that a stage script's flags describe."""
-        flags = {**flags, "use_moe": bool(flags["use_moe"]), "vocab_size": vocab_size}
-        return cls(**{f.name: flags[f.name] for f in fields(cls) if f.name in flags})
 
     @classmethod
     def from_json(cls, path: str | Path) -> "LMConfig":

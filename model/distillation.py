@@ -94,8 +94,7 @@ def load_teacher(weight: str, out_dir: str, vocab_size: int, max_seq_len: int) -
         ValueError: there is none, or teacher and student do not match.
     """
     path = newest_weights(weight, out_dir, "--teacher_weight")
-    with torch.random.fork_rng(devices=[]):  # the student starts as it would without a teacher
-        teacher = load_model(path)
+    teacher = load_model(path)
     if teacher.config.vocab_size != vocab_size:
         raise ValueError(
             f"--teacher_weight {path}: it has a vocabulary of {teacher.config.vocab_size}, the"

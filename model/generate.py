@@ -34,18 +34,19 @@ class KVCache:
         """Count new tokens: so many in each row, or the documents of a packed row.
 
         Returns:
-            Their rows, (rows * tokens,) int64, or (copies, sum of doc_lens).
+            Their rows of kv, (rows * tokens,) int64 on the host, or (copies, sum of doc_lens).
         """
         if doc_lens is not None:
             self.lengths[self.prompt_rows] = doc_lens
-            return self.prompt_rows.repeat_interleave(doc_lens, dim=1)
-        self.lengths += tokens
-        self.longest = int(self.lengths.max())
-        return torch.arange(len(self.lengths)).repeat_interleave(tokens)
+            rows = self.prompt_rows.repeat_interleave(doc_lens, dim=1)
+        else:
+            self.lengths += tokens
+            self.longest = int(self.lengths.max())
+            rows = torch.arange(len(self.lengths)).repeat_interleave(tokens)
+        return rows if self.row_ids is None else self.row_ids[rows]
 
     def write(self, layer: int, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor) -> None:
         """Put k, v (B, n_kv_heads, T, head_dim) there: rows (copies, n) or (n,), positions (n,)."""
-        rows = rows if self.row_ids is None else self.row_ids[rows]
         for held, new in zip(self.kv[layer], (k, v), strict=True):
             new = new.transpose(1, 2).flatten(0, 1)[: len(positions)]  # (n, n_kv_heads, head_dim)
             held[rows, :, positions] = new.to(held.dtype)

@@ -7,7 +7,6 @@ shared experts, `Qwen3MoeForCausalLM`.
 Shapes: B rows, T tokens, C = dim, D = head_dim, H query heads, H_kv KV heads, E experts.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from model.config import LMConfig
 from model.cross_entropy import linear_cross_entropy
+from model.initial import init_parameter
 from model.layout import Layout, make_layout
 
 
@@ -271,11 +271,8 @@ class MiniMindLM(nn.Module):
         self.lm_head = Head(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        for name, p in self.named_parameters():  # as GPT-2: residual outputs shrink with depth
-            if p.dim() > 1:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
-                std = 0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02
-                nn.init.normal_(p, std=std)
+        for name, p in self.named_parameters():
+            init_parameter(name, p, config.n_layers)
 
     def forward(
         self,

@@ -20,7 +20,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LoRALinear(nn.Linear):
-    """W x + alpha / rank * B A dropout(x), where W is frozen.
+    """W x + b + alpha / rank * B A dropout(x), where W, and b if there is one, are frozen.
 
     B starts at zero, so the layer starts as the one that it replaces. Names of the base weights
     stay as they are.
@@ -30,7 +30,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight = base.weight  # the Parameter itself
+        self.weight, self.bias = base.weight, base.bias  # the Parameters themselves
         self.scale, self.dropout, self.training = alpha / rank, dropout, base.training
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, base.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(base.out_features, rank))
@@ -38,7 +38,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., rank)
-        return F.linear(x, self.weight) + self.scale * F.linear(low, self.lora_B)
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(low, self.lora_B)
 
 
 def add_lora(
@@ -125,12 +125,15 @@ def read_adapter(path: str | Path) -> tuple[LMConfig, dict, dict[str, Tensor]]:
 def merge_adapter(model: MiniMindLM, path: str | Path) -> None:
     """Add an adapter to the weights of its base model: W + alpha / rank * B A.
 
+    One that was trained on scaled rotary positions brings these with it.
+
     Raises:
         ValueError: not an adapter; it was trained on other weights, or does not fit the model.
     """
     config, settings, tensors = read_adapter(path)
     own, theirs = asdict(model.config), asdict(config)
-    shape = own.keys() - {"dropout", "max_seq_len", "aux_loss_alpha"}
+    of_the_run = {"dropout", "max_seq_len", "aux_loss_alpha", "tokenizer", "rope_scaling"}
+    shape = own.keys() - of_the_run
     if differing := sorted(name for name in shape if own[name] != theirs[name]):
         what = ", ".join(f"{name} {theirs[name]}, here {own[name]}" for name in differing)
         fault = f"an adapter for a model of another shape: {what}"
@@ -140,9 +143,8 @@ def merge_adapter(model: MiniMindLM, path: str | Path) -> None:
         fault = "an adapter for another base: it was trained on other weights"
         raise ValueError(f"{path}: {fault}; name those")
     layers = sorted({name.rpartition(".lora_")[0] for name in tensors})
-    wanted = sorted(
-        name.removesuffix(".weight") for name in state if name.split(".")[-2] in settings["targets"]
-    )
+    weights = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
+    wanted = sorted(name for name in weights if name.rpartition(".")[2] in settings["targets"])
     if layers != wanted or len(tensors) != 2 * len(layers):
         named = " ".join(settings["targets"])
         raise ValueError(f"{path}: its tensors are not those of the layers {named}")
@@ -154,6 +156,9 @@ def merge_adapter(model: MiniMindLM, path: str | Path) -> None:
             fault = f"{layer} is {tuple(weight.shape)}, which does not fit {shapes}"
             raise ValueError(f"{path}: {fault}")
         weight += settings["alpha"] / rank * (B @ A)  # in the model itself
+    if config.rope_scaling != model.config.rope_scaling:
+        model.config.rope_scaling = config.rope_scaling
+        model.config.max_seq_len = max(config.max_seq_len, model.config.max_seq_len)
 
 
 def write_peft(path: str | Path, folder: str | Path, base: str) -> None:

@@ -5,7 +5,7 @@ label.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
-from model.weights import load_weights
+from model.weights import allocate, load_weights
 
 
 @dataclass
@@ -23,6 +24,11 @@ class RewardConfig(LMConfig):
 
     tie_embeddings: bool = False  # there is no language head that the embedding could be
     head: str = "score"
+
+    @classmethod
+    def of(cls, config: LMConfig) -> "RewardConfig":
+        """That of a reward model with the decoder of a language model."""
+        return cls(**asdict(config) | {"tie_embeddings": False})
 
 
 class RewardOutput(NamedTuple):  # a tuple: DDP finds the tensors in it
@@ -133,6 +139,8 @@ def load_reward_model(path: str | Path) -> RewardModel:
     if not is_reward:
         fault = "a language model, not a reward model"
         raise ValueError(f"{path}: {fault}; trainer/train_reward.py makes one")
-    model = RewardModel(RewardConfig.from_json(config_path))
+    with on_meta_device():
+        model = RewardModel(RewardConfig.from_json(config_path))
+    allocate(model, "cpu")
     load_weights(model, path)
     return model.eval()

@@ -1,59 +1,60 @@
-"""Weights files: a plain state dict (NAME.pth) with the LMConfig beside it (NAME.json)."""
+"""Weights: NAME.pth, a plain state dict with the LMConfig beside it in NAME.json, or a folder.
+
+A folder is one in Hugging Face's format, see model/hf.py.
+"""
 
 import hashlib
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
 
 
-def start_weights(
-    model: MiniMindLM, from_weight: str | None, default: str, out_dir: str | Path, suffix: str
-) -> str:
-    """Load the weights that `--from_weight` means; returns a line that says what happened.
+def is_path(name: str) -> bool:
+    """Whether it names a file or a folder, not a stage or a run."""
+    return name.endswith(".pth") or "/" in name or (Path(name) / "config.json").is_file()
+
+
+@torch.no_grad()
+def load_weights(model: MiniMindLM, path: str | Path, new_head: bool = False) -> None:
+    """Load a weights file, or a folder in Hugging Face's format, into the model, piece by piece.
 
     Args:
-        from_weight: a stage name (`pretrain` is `{out_dir}/pretrain{suffix}.pth`), a path, 'none',
-            or None for the stage `default` if its file is there.
-        suffix: what the model's shape adds to a name, e.g. `_512` or `_512_moe`.
+        new_head: as for `open_weights`.
 
     Raises:
-        ValueError: the file does not exist or does not fit.
+        ValueError: see `open_weights`; a value is not finite.
     """
-    if from_weight == "none":
-        return "starting from random weights"
-    name = from_weight or default
-    path = Path(name) if is_path(name) else Path(out_dir) / f"{name}{suffix}.pth"
-    if from_weight is None and not path.is_file():
-        return f"starting from random weights: there is no {path}"
-    load_weights(model, path, new_head=True)
-    return f"starting from {path}"
+    tensors = open_weights(model, path, new_head)
+    for name, p in model.named_parameters():
+        if name in tensors:
+            tensors[name].copy_to(p)
 
 
-def is_path(name: str) -> bool:
-    """Whether it names a file, not a stage or a run."""
-    return name.endswith(".pth") or "/" in name
-
-
-def load_weights(model: MiniMindLM, path: str | Path, new_head: bool = False) -> None:
-    """Load a weights file into the model; every name and shape must fit.
+def open_weights(model: MiniMindLM, path: str | Path, new_head: bool = False):
+    """The tensors of a weights file or a folder, none of them read yet: every name and shape fits.
 
     Args:
+        model: for which they are; may be spread over processes, or have no memory yet.
         new_head: a reward model may take the decoder of a language model and keep its own head.
+
+    Returns:
+        name -> LazyTensor.
 
     Raises:
         ValueError: the file is not a state dict, or was made for a model of another shape; names
             the first difference.
     """
-    from model.tensor_file import read_tensors
-
-    state, own = read_tensors(path), model.state_dict()
+    path, own = Path(path), model.state_dict()
+    state = read_lazily(path)
     if "score.weight" in state and "score.weight" not in own:
         raise ValueError(f"{path}: a reward model, a language model is wanted here")
     if new_head and "score.weight" in own and "score.weight" not in state:
-        state["score.weight"] = own["score.weight"]
         state.pop("lm_head.weight", None)
+        own.pop("score.weight")
     if model.config.tie_embeddings and "model.embed_tokens.weight" in state:
         embedding = state["model.embed_tokens.weight"]
         if not embedding.equal(state.setdefault("lm_head.weight", embedding)):
@@ -70,7 +71,37 @@ def load_weights(model: MiniMindLM, path: str | Path, new_head: bool = False) ->
             fault = f"made for a model of another shape: {name} is {shapes}"
             advice = "check --dim, --n_heads, --n_kv_heads and the tokenizer"
             raise ValueError(f"{path}: {fault}; {advice}")
-    model.load_state_dict(state)
+    return state
+
+
+def read_lazily(path: Path) -> dict:
+    """What a weights file or a folder holds, under our names, as LazyTensors."""
+    if path.is_dir():
+        from model.hf import config_from_hf, read_hf_tensors
+
+        return dict(read_hf_tensors(path, config_from_hf(path)))
+    from model.lazy_tensors import LazyTensor, read_torch_file
+
+    if not path.is_file():
+        fault = "no such weights file; train that stage first, or see --from_weight"
+        raise ValueError(f"{path}: {'not a file' if path.exists() else fault}")
+    tensors = read_torch_file(path)
+    return {n: LazyTensor(t.shape, [(t, [(0, m) for m in t.shape])]) for n, t in tensors.items()}
+
+
+def allocate(model: MiniMindLM, device: torch.device | str) -> None:
+    """Give a model of the meta device memory, without values; a reward model's head begins at zero."""
+    if any(hasattr(p, "to_local") for p in model.parameters()):  # spread over processes
+        model.to_empty(device=device)
+        if model.config.tie_embeddings:  # to_empty makes two parameters of one
+            model.lm_head.weight = model.model.embed_tokens.weight
+    else:
+        new = {id(p): nn.Parameter(torch.empty(p.shape, device=device)) for p in model.parameters()}
+        for module in model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, new[id(p)].requires_grad_(p.requires_grad))
+    if hasattr(model, "score"):
+        nn.init.zeros_(model.score.weight)
 
 
 def hash_weights(state_dict: dict[str, Tensor]) -> str:
@@ -85,17 +116,21 @@ def newest_weights(weight: str, out_dir: str | Path, flag: str = "--weight") -> 
     """The weights that a name means where the model's shape is not known: chat, scoring, serving.
 
     Args:
-        weight: a path, a run (`full_sft_512`), or a stage (`full_sft`): its newest run.
+        weight: a path, a hub name, a run (`full_sft_512`), or a stage (`full_sft`): its newest run.
         flag: what named them, for the error.
 
     Raises:
         ValueError: there are none; says what to run.
     """
     path = Path(weight) if is_path(weight) else Path(out_dir) / f"{weight}.pth"
-    if path.is_file():
+    if path.is_file() or is_path(weight) and path.is_dir():
         return path
-    if is_path(weight):
+    if is_path(weight) and weight.endswith(".pth"):
         raise ValueError(f"{flag} {weight}: no such file")
+    if is_path(weight):
+        from model.hf import resolve_folder
+
+        return resolve_folder(weight, flag)
     runs = [other for other in Path(out_dir).glob("*.pth") if other.name.startswith(f"{weight}_")]
     if not runs:
         remedy = f"run `python trainer/train_{weight}.py` first or name others with {flag}"
@@ -103,12 +138,17 @@ def newest_weights(weight: str, out_dir: str | Path, flag: str = "--weight") -> 
     return max(runs, key=lambda other: other.stat().st_mtime)
 
 
-def load_model(path: Path) -> MiniMindLM:
-    """The model in a weights file, on the CPU, float32, in evaluation mode.
+def read_config(path: str | Path) -> LMConfig:
+    """The shape of the language model in a weights file or a folder in Hugging Face's format.
 
     Raises:
-        ValueError: the configuration beside the file is missing, or one of the two is damaged.
+        ValueError: the configuration is missing or damaged, or not that of a language model.
     """
+    path = Path(path)
+    if path.is_dir():
+        from model.hf import config_from_hf
+
+        return config_from_hf(path)
     config_path = path.with_suffix(".json")
     if not config_path.is_file():
         fault = f"missing; it holds the shape of the model in {path.name}, keep them together"
@@ -120,6 +160,17 @@ def load_model(path: Path) -> MiniMindLM:
     if '"lora": {' in text:
         fault = "an adapter: name its base model here, and the adapter with --lora"
         raise ValueError(f"{path}: {fault}")
-    model = MiniMindLM(LMConfig.from_json(config_path))
+    return LMConfig.from_json(config_path)
+
+
+def load_model(path: str | Path) -> MiniMindLM:
+    """The model in a weights file or a folder in Hugging Face's format: CPU, float32, for evaluation.
+
+    Raises:
+        ValueError: the configuration is missing, or weights or configuration are damaged.
+    """
+    with on_meta_device():
+        model = MiniMindLM(read_config(path))
+    allocate(model, "cpu")
     load_weights(model, path)
     return model.eval()

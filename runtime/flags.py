@@ -1,8 +1,7 @@
 """What values flags may have, for all scripts in one place.
 
 A number that makes no sense is refused before anything is read, built or written: a run that cannot
-be would else end in the middle, in the words of a library, or never. Needs no package until a
-model's size is asked for.
+be would else end in the middle, in the words of a library, or never. Needs no package.
 """
 
 import math
@@ -17,7 +16,6 @@ REAL = 10**9
 ABOVE_0 = 1e-30  # float32 ends at 1e-38, and products of two have to fit
 # More processes than a few for each CPU wait for each other, and each takes memory.
 WORKERS = max(16, 4 * (os.cpu_count() or 1))
-SMALL = 2**26  # layers x width x width of the MLP that any machine has memory for
 
 # Least value, largest value, flags that are such a number
 RANGES = [
@@ -69,7 +67,7 @@ def usage_error(message: str) -> None:
 
 
 def check_flags(args: dict) -> None:
-    """Refuse values that make no sense, and a model that this machine cannot hold.
+    """Refuse values that make no sense.
 
     Args:
         args: flag -> value.
@@ -93,14 +91,6 @@ def check_flags(args: dict) -> None:
         check_name("save_weight", args["save_weight"])
     if not args.get("ddp", True) and read_launch().world_size > 1:
         raise ValueError("started by torchrun as several processes but without --ddp: add --ddp")
-    if {"dim", "n_layers", "use_moe"} <= args.keys():
-        from model.config import LMConfig  # here: scripts without a model do without torch
-
-        config = LMConfig.from_flags(args, vocab_size=1)  # that of the tokenizer is not yet known
-        if config.n_layers * config.dim * config.hidden_dim > SMALL or config.use_moe:
-            from runtime.machine import check_memory
-
-            check_memory(config)
 
 
 def check_number(name: str, value: int | float) -> None:

@@ -29,10 +29,13 @@ def command_line(parser) -> list[str]:
         parser: the ArgumentParser that knows the flags.
 
     Raises:
-        ValueError: see `config.config_to_argv`.
+        ValueError: see `config.config_to_argv`; --device_map, which is for chatting alone.
     """
     argv, words = [], iter(sys.argv[1:])
     for word in words:
+        if word.split("=")[0] == "--device_map":
+            advice = "training spreads a model with --strategy (zero3), or --tensor_parallel"
+            raise ValueError(f"--device_map is for eval_model.py: {advice}")
         if re.fullmatch("--local[-_]rank", word):
             next(words, None)
         elif not re.match("--local[-_]rank=", word):

@@ -73,13 +73,20 @@ def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: in
     return compilation.is_worth_it(model, args, dtype, operations)
 
 
-def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
+def wrap(
+    model: nn.Module,
+    args,
+    dtype: str,
+    global_batch: int,
+    fill: Callable[[nn.Module, torch.device], None] | None = None,
+) -> nn.Module:
     """The model as the training loop calls it; the optimizer is made of its parameters.
 
     Args:
         args: the flags of the stage; `strategy` is chosen.
         dtype: of the matrix products; gradients are reduced in float32.
         global_batch: rows of an optimizer step.
+        fill: of `start.Start`; where processes share a model: gives it memory and values.
     """
     if args.compile:
         from runtime import compilation
@@ -89,7 +96,7 @@ def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
         return model
     from runtime.distributed import wrapping
 
-    return wrapping.wrap(model, args, dtype, global_batch)
+    return wrapping.wrap(model, args, dtype, global_batch, fill)
 
 
 def describe(model: nn.Module, args, dtype: str) -> str:

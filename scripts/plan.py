@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from dataset.lm_dataset import describe, load_tokenizer
+from dataset.lm_dataset import describe
 from dataset.packing import plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import launch
@@ -39,7 +39,7 @@ from runtime.distributed.scaling import Load, Machine, flops_per_token, step_cos
 from runtime.distributed.tensor_parallel import check_sizes
 from runtime.process.exits import end_with_reader
 from scripts.preflight import stage_flags
-from scripts.prepare_data import STAGES, open_data
+from scripts.prepare_data import STAGES, open_data, open_stage
 
 # From the vendors' data sheets: memory in GiB, dense bfloat16 TFLOPS, GB/s one way between the
 # devices of a machine (NVLink or PCIe), and Gbit/s of the network of a usual machine of 8.
@@ -131,14 +131,14 @@ def measure(machine: Machine, config: LMConfig, load: Load, args, cuda: bool) ->
 # --------------------------------------------------------------------------------------------------
 
 
-def read_load(stage: str, args) -> tuple[Load, str]:
+def read_load(stage: str, args, tokenizer) -> tuple[Load, str]:
     """Means of the stage's data as the first epoch would lay it out, and a line about it."""
     if args.data_path == "none":
         return (
             Load(args.max_seq_len, args.max_seq_len, args.max_seq_len, 1.0, None),
             "none: every row is full",
         )
-    dataset = open_data(stage, args)
+    dataset = open_data(stage, args, tokenizer)
     train_rows, _ = split_rows(len(dataset), args.eval_ratio, args.seed)
     plan = plan_epoch(dataset, train_rows, args.seed, args.max_seq_len, args.packing, 1, 0, 0)
     tokens, supervised = plan.tokens[-1], plan.supervised[-1]
@@ -226,13 +226,11 @@ def main() -> int:
     # 1. Flags, model, data
     own, args = parse_args()
     end_with_reader()
-    vocab_size = own.vocab_size or len(load_tokenizer(args.tokenizer_dir))
-    shape = {
-        f.name: getattr(args, f.name) for f in dataclasses.fields(LMConfig) if hasattr(args, f.name)
-    }
-    config = LMConfig(**shape | {"vocab_size": vocab_size, "use_moe": bool(args.use_moe)})
+    start = open_stage(own.stage, args)
+    shape, vocab_size = start.shape, own.vocab_size
+    config = dataclasses.replace(shape, vocab_size=vocab_size) if vocab_size else start.config
     check_sizes(config, args.tensor_parallel)
-    load, described = read_load(own.stage, args)
+    load, described = read_load(own.stage, args, start.tokenizer)
 
     # 2. The machine: as asked for, or as it is
     machine, assumptions = read_machine(own, args, config, load)

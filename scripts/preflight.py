@@ -115,12 +115,10 @@ def check_disk(flags: argparse.Namespace) -> str:
     Raises:
         ValueError: not even one of them fits, or the model cannot be built.
     """
-    from dataset.lm_dataset import load_tokenizer  # here: they take seconds to import
-    from model.lm import LMConfig
-    from runtime.distributed.memory import parameter_count
+    from runtime.distributed.memory import parameter_count  # here: they take seconds to import
+    from runtime.start import open_start
 
-    config = LMConfig.from_flags(vars(flags), len(load_tokenizer(flags.tokenizer_dir)))
-    one = PER_PARAMETER * parameter_count(config)
+    one = PER_PARAMETER * parameter_count(open_start(flags, "none", required=False).config)
     out_dir = Path(flags.out_dir).absolute()
     place = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
     free = shutil.disk_usage(place).free

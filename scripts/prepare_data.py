@@ -18,17 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.lm_dataset import (
-    CACHE_DIR,
-    CachedDataset,
-    PretrainDataset,
-    SFTDataset,
-    describe,
-    load_tokenizer,
-)
+from dataset.lm_dataset import CACHE_DIR, CachedDataset, PretrainDataset, SFTDataset, describe
 from runtime import launch
 from runtime.distributed.environment import whole_number
 from runtime.launcher import Launch, read_launch
+from runtime.start import Start, open_start
 from scripts.preflight import stage_flags
 
 STAGES = {"pretrain": ("train_pretrain", PretrainDataset), "sft": ("train_full_sft", SFTDataset)}
@@ -37,7 +31,12 @@ ENGINES = {f"sft_{engine}": (f"train_sft_{engine}", SFTDataset)
            for engine in ("deepspeed", "accelerate", "lightning", "pipeline")}  # fmt: skip
 
 
-def open_data(stage: str, args: argparse.Namespace) -> CachedDataset:
+def open_stage(stage: str, args: argparse.Namespace) -> Start:
+    """What the stage would start from, where it is there already; sets flags that follow from it."""
+    return open_start(args, "none" if stage == "pretrain" else "pretrain", required=False)
+
+
+def open_data(stage: str, args: argparse.Namespace, tokenizer) -> CachedDataset:
     """The dataset that the stage would train on; builds its cache where there is none."""
     options = {
         "cache_dir": args.cache_dir,
@@ -46,9 +45,7 @@ def open_data(stage: str, args: argparse.Namespace) -> CachedDataset:
     }
     if hasattr(args, "loss_on"):
         options["loss_on"] = args.loss_on
-    return (STAGES | ENGINES)[stage][1](
-        args.data_path, load_tokenizer(args.tokenizer_dir), args.max_seq_len, **options
-    )
+    return (STAGES | ENGINES)[stage][1](args.data_path, tokenizer, args.max_seq_len, **options)
 
 
 def slurm_task() -> Launch:
@@ -86,7 +83,7 @@ def main() -> int:
     cache_dir = Path(args.cache_dir or CACHE_DIR)
     before = set(cache_dir.iterdir()) if cache_dir.is_dir() else set()
     begin = time.monotonic()
-    dataset = open_data(own.stage, args)
+    dataset = open_data(own.stage, args, open_stage(own.stage, args).tokenizer)
     folder, seconds = dataset.cache.folder, time.monotonic() - begin
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{args.data_path}: {describe(dataset)}")

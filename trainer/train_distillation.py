@@ -29,15 +29,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset.lm_dataset import SFTDataset, describe, load_tokenizer
+from dataset.lm_dataset import SFTDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.distillation import Student, load_teacher
 from model.lm import LMConfig
-from model.weights import hash_weights, start_weights
+from model.weights import hash_weights, newest_weights
 from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
+from runtime.start import open_start
+from runtime.tokenizer_record import check_same
 from runtime.tracking import Tracker
 
 
@@ -244,9 +246,10 @@ def parse_args() -> argparse.Namespace:
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default=str(ROOT / "dataset/demo/sft.jsonl"), help="training data")
-    add("--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder")
+    add("--tokenizer_dir", help="tokenizer folder (default: that of the weights, else our own)")
+    add("--chat_template", help="Jinja file, instead of the tokenizer's own chat template")
     add("--cache_dir", help="where token caches live (default: out/cache)")
-    add("--max_seq_len", type=int, default=512, help="longest row and context, in tokens")
+    add("--max_seq_len", type=int, help="longest row in tokens; the context is at least that")
     add("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
     add("--curriculum", default="none", help="easy first: none, length, field:NAME")
     add("--loss_on", choices=("all", "last"), default="all", help="assistant turns that carry loss")
@@ -255,16 +258,17 @@ def parse_args() -> argparse.Namespace:
     add("--num_workers", type=int, default=0, help="processes that read data")
 
     add = parser.add_argument_group("model").add_argument
-    add("--dim", type=int, default=512, help="width")
-    add("--n_layers", type=int, default=8, help="blocks")
-    add("--n_heads", type=int, default=8, help="query heads")
-    add("--n_kv_heads", type=int, default=2, help="key and value heads")
+    add("--dim", type=int, help="width (default, as of all sizes: that of the weights, or 512)")
+    add("--n_layers", type=int, help="blocks (8)")
+    add("--n_heads", type=int, help="query heads (8)")
+    add("--n_kv_heads", type=int, help="key and value heads (2)")
     add("--dropout", type=float, default=0.0, help="dropout in training")
-    add("--use_moe", type=int, choices=(0, 1), default=0, help="1: mixture of experts")
-    add("--n_experts", type=int, default=4, help="routed experts per layer")
-    add("--n_experts_per_tok", type=int, default=2, help="routed experts per token")
-    add("--n_shared_experts", type=int, default=0, help="experts that every token visits")
-    add("--from_weight", help="stage name, path or none")
+    add("--use_moe", type=int, choices=(0, 1), help="1: mixture of experts")
+    add("--n_experts", type=int, help="routed experts per layer (4)")
+    add("--n_experts_per_tok", type=int, help="routed experts per token (2)")
+    add("--n_shared_experts", type=int, help="experts that every token visits (0)")
+    add("--rope_scaling", metavar="KIND:FACTOR", help="longer context: linear, llama3 or yarn:4")
+    add("--from_weight", help="stage name, path, folder, hub name or none")
     add("--teacher_weight", default="full_sft", help="teacher: stage name, run name or path")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -320,17 +324,18 @@ def main() -> int:
     # 1. Flags, processes, seed
     args = parse_args()
     launch.check_flags(vars(args))
+    teacher_path = newest_weights(args.teacher_weight, args.out_dir, "--teacher_weight")
+    start = open_start(args, "pretrain", teacher_path)
     args.device = init_distributed_mode(args)
     parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
-    tokenizer = load_tokenizer(args.tokenizer_dir)
     options = {"cache_dir": args.cache_dir, "skip_bad": args.skip_bad}
     options |= {"loss_on": args.loss_on, "curriculum": args.curriculum}
     dataset = parallel.rank_zero_first(
-        lambda: SFTDataset(args.data_path, tokenizer, args.max_seq_len, **options)
+        lambda: SFTDataset(args.data_path, start.tokenizer, args.max_seq_len, **options)
     )
     Logger(f"{args.data_path}: {describe(dataset)}")
     train_rows, held_out = split_rows(len(dataset), args.eval_ratio, args.seed)
@@ -351,26 +356,25 @@ def main() -> int:
 
     # 4. The teacher, and the student: new, from other weights, or from a checkpoint, whose tensors
     #    come in step 5
-    teacher_size = (len(tokenizer), args.max_seq_len)
-    teacher = load_teacher(args.teacher_weight, args.out_dir, *teacher_size).to(args.device)
+    config = start.config
+    sizes = (config.vocab_size, args.max_seq_len)
+    teacher = load_teacher(args.teacher_weight, args.out_dir, *sizes).to(args.device)
+    check_same(teacher_path, teacher.config.tokenizer, config.tokenizer)
     apply_kernels(teacher, args.device, dtype)
     teacher_weights = {"the weights of --teacher_weight": hash_weights(teacher.state_dict())}
     parallel.assert_same_on_all_ranks(teacher_weights)
-    config = LMConfig.from_flags(vars(args), vocab_size=len(tokenizer))
-    suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
-    run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
+    run_dir = start.run_dir
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | teacher_weights
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     losses_of = functools.partial(chunk_losses, kind=args.kl, temperature=args.kl_temperature)
-    model = Student(config, teacher, losses_of, args.gradient_checkpointing).to(args.device)
-    apply_kernels(model, args.device, dtype)
-    if resumed is None:
-        Logger(start_weights(model, args.from_weight, "pretrain", args.out_dir, suffix))
-
-    # 5. Strategy, compile, wrap, optimizer. Every rank has the same model, but its own dropout.
-    setup_seed(args.seed + parallel.world()[0])
     args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
-    model = parallel.wrap(model, args, dtype, global_batch)
+    make = functools.partial(Student, config, teacher, losses_of, args.gradient_checkpointing)
+    model = start.build(make, args, resumed)
+    apply_kernels(model, args.device, dtype)
+
+    # 5. Compile, wrap, optimizer. Every rank has the same model, but its own dropout.
+    setup_seed(args.seed + parallel.world()[0])
+    model = parallel.wrap(model, args, dtype, global_batch, start.fill)
     shard = args.strategy == "zero1"
     optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, shard)
     progress = checkpoint.load_run(resumed, model, optimizer, scaler)

@@ -16,6 +16,7 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,16 +31,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dataset.lm_dataset import describe, load_tokenizer
+from dataset.lm_dataset import describe
 from dataset.packing import Plan, batches, plan_epoch
 from dataset.preference_dataset import open_pairs
 from model.lm import LMConfig, MiniMindLM
 from model.preference_loss import METRICS, bradley_terry, logps_of, sum_metrics
-from model.weights import hash_weights, start_weights
+from model.weights import hash_weights
 from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
+from runtime.start import open_start
 from runtime.tracking import Tracker
 
 Losses = tuple[Tensor, Tensor, Tensor]  # losses, rewards of chosen and rejected: (P,) each
@@ -291,9 +293,10 @@ def parse_args() -> argparse.Namespace:
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default=str(ROOT / "dataset/demo/preferences.jsonl"), help="training data")
-    add("--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder")
+    add("--tokenizer_dir", help="tokenizer folder (default: that of the weights, else our own)")
+    add("--chat_template", help="Jinja file, instead of the tokenizer's own chat template")
     add("--cache_dir", help="where token caches live (default: out/cache)")
-    add("--max_seq_len", type=int, default=512, help="longest row and context, in tokens")
+    add("--max_seq_len", type=int, help="longest row in tokens; the context is at least that")
     add("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
     add("--curriculum", default="none", help="easy first: none, length, field:NAME")
     add("--skip_bad", action="store_true", help="leave bad rows out and count them")
@@ -303,16 +306,17 @@ def parse_args() -> argparse.Namespace:
     add("--preview", type=int, default=0, metavar="N", help="print N samples and exit")
 
     add = parser.add_argument_group("model").add_argument
-    add("--dim", type=int, default=512, help="width")
-    add("--n_layers", type=int, default=8, help="blocks")
-    add("--n_heads", type=int, default=8, help="query heads")
-    add("--n_kv_heads", type=int, default=2, help="key and value heads")
+    add("--dim", type=int, help="width (default, as of all sizes: that of the weights, or 512)")
+    add("--n_layers", type=int, help="blocks (8)")
+    add("--n_heads", type=int, help="query heads (8)")
+    add("--n_kv_heads", type=int, help="key and value heads (2)")
     add("--dropout", type=float, default=0.0, help="dropout in training")
-    add("--use_moe", type=int, choices=(0, 1), default=0, help="1: mixture of experts")
-    add("--n_experts", type=int, default=4, help="routed experts per layer")
-    add("--n_experts_per_tok", type=int, default=2, help="routed experts per token")
-    add("--n_shared_experts", type=int, default=0, help="experts that every token visits")
-    add("--from_weight", help="stage name, path or none")
+    add("--use_moe", type=int, choices=(0, 1), help="1: mixture of experts")
+    add("--n_experts", type=int, help="routed experts per layer (4)")
+    add("--n_experts_per_tok", type=int, help="routed experts per token (2)")
+    add("--n_shared_experts", type=int, help="experts that every token visits (0)")
+    add("--rope_scaling", metavar="KIND:FACTOR", help="longer context: linear, llama3 or yarn:4")
+    add("--from_weight", help="stage name, path, folder, hub name or none")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=1, help="passes over the data")
@@ -370,6 +374,7 @@ def main() -> int:
     # 1. Flags, processes, seed
     args = parse_args()
     launch.check_flags(vars(args))
+    start = open_start(args, "full_sft")
     check_loss(args)
     args.device = init_distributed_mode(args)
     parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
@@ -377,15 +382,14 @@ def main() -> int:
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
-    tokenizer = load_tokenizer(args.tokenizer_dir)
     dataset, train_rows, *held_out = parallel.rank_zero_first(
-        lambda: open_pairs(vars(args), tokenizer)
+        lambda: open_pairs(vars(args), start.tokenizer)
     )
     counts = f"--- {describe(dataset)}"
     if args.preview:
         from dataset.preview import show_pairs
 
-        Logger(show_pairs(dataset, tokenizer, args.preview, sys.stdout.isatty()) + counts)
+        Logger(show_pairs(dataset, start.tokenizer, args.preview, sys.stdout.isatty()) + counts)
         return 0
     Logger(counts)
     data_ranks = parallel.data_world()[1]
@@ -407,12 +411,11 @@ def main() -> int:
     #    the two would differ
     if args.dropout:
         Logger(f"--dropout {args.dropout}: left out, as the policy is compared with the reference")
-    config = LMConfig.from_flags(vars(args) | {"dropout": 0.0}, vocab_size=len(tokenizer))
-    suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
-    run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
-    model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
+    config = replace(start.config, dropout=0.0)
+    make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
+    run_dir = start.run_dir
+    model = start.build(make, args, whole=True)
     apply_kernels(model, args.device, dtype)
-    Logger(start_weights(model, args.from_weight, "full_sft", args.out_dir, suffix))
     weights, reference = {}, None
     if args.loss_type != "simpo":
         weights = {"the weights of --from_weight": hash_weights(model.state_dict())}

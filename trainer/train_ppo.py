@@ -22,6 +22,7 @@ import math
 import random
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,10 +39,9 @@ from torch import Tensor
 
 from dataset.packing import Plan, plan_epoch, split_rows
 from dataset.prompt_dataset import PromptDataset, describe_prompts
-from dataset.tokenizer import load_tokenizer
 from model.lm import LMConfig, MiniMindLM
 from model.reward import ActorCritic, RewardConfig, RewardModel
-from model.weights import hash_weights, start_weights
+from model.weights import hash_weights
 from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
@@ -56,6 +56,7 @@ from runtime.rl.rollout import (
 )
 from runtime.rl.sampler import Sampler, rollout_metrics
 from runtime.run import Run
+from runtime.start import find_weights, open_start
 from runtime.tracking import Tracker
 
 
@@ -348,24 +349,26 @@ def parse_args() -> argparse.Namespace:
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default=str(ROOT / "dataset/demo/rl_prompts.jsonl"), help="training data")
-    add("--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder")
-    add("--max_seq_len", type=int, default=512, help="longest row and context, in tokens")
+    add("--tokenizer_dir", help="tokenizer folder (default: that of the weights, else our own)")
+    add("--chat_template", help="Jinja file, instead of the tokenizer's own chat template")
+    add("--max_seq_len", type=int, help="longest row in tokens; the context is at least that")
     add("--drop_last", type=int, choices=(0, 1), default=0, help="1: no shorter last global batch")
     add("--skip_bad", action="store_true", help="leave bad rows out and count them")
     add("--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation")
     add("--preview", type=int, default=0, metavar="N", help="print N samples and exit")
 
     add = parser.add_argument_group("model").add_argument
-    add("--dim", type=int, default=512, help="width")
-    add("--n_layers", type=int, default=8, help="blocks")
-    add("--n_heads", type=int, default=8, help="query heads")
-    add("--n_kv_heads", type=int, default=2, help="key and value heads")
+    add("--dim", type=int, help="width (default, as of all sizes: that of the weights, or 512)")
+    add("--n_layers", type=int, help="blocks (8)")
+    add("--n_heads", type=int, help="query heads (8)")
+    add("--n_kv_heads", type=int, help="key and value heads (2)")
     add("--dropout", type=float, default=0.0, help="dropout in training")
-    add("--use_moe", type=int, choices=(0, 1), default=0, help="1: mixture of experts")
-    add("--n_experts", type=int, default=4, help="routed experts per layer")
-    add("--n_experts_per_tok", type=int, default=2, help="routed experts per token")
-    add("--n_shared_experts", type=int, default=0, help="experts that every token visits")
-    add("--from_weight", help="stage name, path or none")
+    add("--use_moe", type=int, choices=(0, 1), help="1: mixture of experts")
+    add("--n_experts", type=int, help="routed experts per layer (4)")
+    add("--n_experts_per_tok", type=int, help="routed experts per token (2)")
+    add("--n_shared_experts", type=int, help="experts that every token visits (0)")
+    add("--rope_scaling", metavar="KIND:FACTOR", help="longer context: linear, llama3 or yarn:4")
+    add("--from_weight", help="stage name, path, folder, hub name or none")
     add("--critic_weight", help="a reward model to start the critic from (default: --from_weight)")
 
     add = parser.add_argument_group("rollouts").add_argument
@@ -435,20 +438,20 @@ def main() -> int:
     # 1. Flags, processes, seed
     args = parse_args()
     launch.check_flags(vars(args))
+    start = open_start(args, "full_sft")
     args.device = init_distributed_mode(args)
     parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 
     # 2. Prompts, the plan of the epochs, and rewards
-    tokenizer = load_tokenizer(args.tokenizer_dir)
     sizes = (args.max_seq_len, args.max_new_tokens)
-    dataset = PromptDataset(args.data_path, tokenizer, *sizes, args.skip_bad)
+    dataset = PromptDataset(args.data_path, start.tokenizer, *sizes, args.skip_bad)
     Logger(f"{args.data_path}: {describe_prompts(dataset)}")
     if args.preview:
         from dataset.prompt_dataset import preview_prompts
 
-        Logger(preview_prompts(dataset, tokenizer, args.preview))
+        Logger(preview_prompts(dataset, start.tokenizer, args.preview))
         return 0
     train_rows, held_out = split_rows(len(dataset), args.eval_ratio, args.seed)
     data_ranks = parallel.data_world()[1]
@@ -461,7 +464,9 @@ def main() -> int:
     wanted = math.ceil(args.max_steps / steps_per_rollout) or rollouts
     args.total_steps = steps_per_rollout * min(rollouts, wanted)
     args.peak_lr = scale_lr(args.learning_rate, args.lr_scaling, data_ranks)
-    rewards = load_rewards(args.reward, len(tokenizer), args.max_seq_len, args.device)
+    config = replace(start.config, dropout=0.0)
+    sizes = (config.vocab_size, args.max_seq_len)
+    rewards = load_rewards(args.reward, *sizes, args.device, config.tokenizer)
 
     # 3. Precision: float16 alone needs its gradients scaled
     dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
@@ -475,18 +480,15 @@ def main() -> int:
     if args.dropout:
         reason = "a policy with dropout is not the one that wrote the rollout"
         Logger(f"--dropout {args.dropout} is taken as 0: {reason}")
-    config = LMConfig.from_flags(vars(args) | {"dropout": 0.0}, vocab_size=len(tokenizer))
-    suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
-    run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
-    actor = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
+    make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
+    run_dir = start.run_dir
+    actor = start.build(make, args, whole=True)
     apply_kernels(actor, args.device, dtype)
-    Logger(start_weights(actor, args.from_weight, "full_sft", args.out_dir, suffix))
-    shape = RewardConfig.from_flags(vars(args) | {"dropout": 0.0}, vocab_size=len(tokenizer))
-    critic = RewardModel(shape, args.gradient_checkpointing).to(args.device)
+    make = functools.partial(RewardModel, RewardConfig.of(config), args.gradient_checkpointing)
+    path, line = find_weights(args.critic_weight or args.from_weight, "full_sft", args)
+    of_critic = replace(start, path=path, line=f"the critic: {line}")
+    critic = of_critic.build(make, args, whole=True)
     apply_kernels(critic, args.device, dtype)
-    critic_weight = args.critic_weight or args.from_weight
-    origin = start_weights(critic, critic_weight, "full_sft", args.out_dir, suffix)
-    Logger(f"the critic: {origin}")
     identity = checkpoint.identity_of(vars(args), args.global_batch_size, dataset.key)
     reference = None
     if args.kl_beta:

@@ -27,14 +27,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dataset.lm_dataset import PretrainDataset, describe, load_tokenizer
+from dataset.lm_dataset import PretrainDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
-from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
+from runtime.start import open_start
 from runtime.tracking import Tracker
 
 
@@ -195,9 +195,10 @@ def parse_args() -> argparse.Namespace:
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default=str(ROOT / "dataset/demo/pretrain.jsonl"), help="training data")
-    add("--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder")
+    add("--tokenizer_dir", help="tokenizer folder (default: that of the weights, else our own)")
+    add("--chat_template", help="Jinja file, instead of the tokenizer's own chat template")
     add("--cache_dir", help="where token caches live (default: out/cache)")
-    add("--max_seq_len", type=int, default=512, help="longest row and context, in tokens")
+    add("--max_seq_len", type=int, help="longest row in tokens; the context is at least that")
     add("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
     add("--curriculum", default="none", help="easy first: none, length, field:NAME")
     add("--drop_last", type=int, choices=(0, 1), default=0, help="1: no shorter last global batch")
@@ -207,16 +208,17 @@ def parse_args() -> argparse.Namespace:
     add("--preview", type=int, default=0, metavar="N", help="print N samples and exit")
 
     add = parser.add_argument_group("model").add_argument
-    add("--dim", type=int, default=512, help="width")
-    add("--n_layers", type=int, default=8, help="blocks")
-    add("--n_heads", type=int, default=8, help="query heads")
-    add("--n_kv_heads", type=int, default=2, help="key and value heads")
+    add("--dim", type=int, help="width (default, as of all sizes: that of the weights, or 512)")
+    add("--n_layers", type=int, help="blocks (8)")
+    add("--n_heads", type=int, help="query heads (8)")
+    add("--n_kv_heads", type=int, help="key and value heads (2)")
     add("--dropout", type=float, default=0.0, help="dropout in training")
-    add("--use_moe", type=int, choices=(0, 1), default=0, help="1: mixture of experts")
-    add("--n_experts", type=int, default=4, help="routed experts per layer")
-    add("--n_experts_per_tok", type=int, default=2, help="routed experts per token")
-    add("--n_shared_experts", type=int, default=0, help="experts that every token visits")
-    add("--from_weight", default="none", help="stage name, path or none")
+    add("--use_moe", type=int, choices=(0, 1), help="1: mixture of experts")
+    add("--n_experts", type=int, help="routed experts per layer (4)")
+    add("--n_experts_per_tok", type=int, help="routed experts per token (2)")
+    add("--n_shared_experts", type=int, help="experts that every token visits (0)")
+    add("--rope_scaling", metavar="KIND:FACTOR", help="longer context: linear, llama3 or yarn:4")
+    add("--from_weight", default="none", help="stage name, path, folder, hub name or none")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=1, help="passes over the data")
@@ -270,6 +272,7 @@ def main() -> int:
     # 1. Flags, processes, seed
     args = parse_args()
     launch.check_flags(vars(args))
+    start = open_start(args, "none")
     args.device = init_distributed_mode(args)
     parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     sizes = (args.context_parallel, args.tensor_parallel)
@@ -277,14 +280,15 @@ def main() -> int:
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
-    tokenizer = load_tokenizer(args.tokenizer_dir)
     options = (args.max_seq_len, args.cache_dir, args.skip_bad, args.curriculum)
-    dataset = parallel.rank_zero_first(lambda: PretrainDataset(args.data_path, tokenizer, *options))
+    dataset = parallel.rank_zero_first(
+        lambda: PretrainDataset(args.data_path, start.tokenizer, *options)
+    )
     Logger(f"{args.data_path}: {describe(dataset)}")
     if args.preview:
         from dataset.preview import preview
 
-        Logger(preview(dataset, tokenizer, args.preview, colour=sys.stdout.isatty()))
+        Logger(preview(dataset, start.tokenizer, args.preview, colour=sys.stdout.isatty()))
         return 0
     train_rows, held_out = split_rows(len(dataset), args.eval_ratio, args.seed)
     data_ranks = parallel.data_world()[1]
@@ -302,22 +306,21 @@ def main() -> int:
         autocast = torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
-    # 4. The model: new, from other weights, or from a checkpoint, whose tensors come in step 5
-    config = LMConfig.from_flags(vars(args), vocab_size=len(tokenizer))
-    suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
-    run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
+    # 4. Strategy and model: new, from other weights, or from a checkpoint, whose tensors come in
+    #    step 5
+    config = start.config
+    run_dir = start.run_dir
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key)
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
-    model = MiniMindLM(config, args.gradient_checkpointing).to(args.device)
-    apply_kernels(model, args.device, dtype)
-    if resumed is None:
-        Logger(start_weights(model, args.from_weight, "none", args.out_dir, suffix))
-
-    # 5. Strategy, compile, wrap, optimizer. Every rank has the same model, but its own dropout.
-    setup_seed(args.seed + parallel.world()[0])
     args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
+    make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
+    model = start.build(make, args, resumed)
+    apply_kernels(model, args.device, dtype)
+
+    # 5. Compile, wrap, optimizer. Every rank has the same model, but its own dropout.
+    setup_seed(args.seed + parallel.world()[0])
     args.compile = parallel.choose_compile(model, dataset, args, dtype, global_batch)
-    model = parallel.wrap(model, args, dtype, global_batch)
+    model = parallel.wrap(model, args, dtype, global_batch, start.fill)
     shard = args.strategy == "zero1"
     optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, shard)
     progress = checkpoint.load_run(resumed, model, optimizer, scaler)

@@ -27,17 +27,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dataset.lm_dataset import describe, load_tokenizer
+from dataset.lm_dataset import describe
 from dataset.packing import Plan, batches, plan_epoch
 from dataset.preference_dataset import PreferenceDataset, open_pairs
 from model.lm import LMConfig
 from model.preference_loss import METRICS, bradley_terry, sum_metrics
 from model.reward import RewardConfig, RewardModel
-from model.weights import start_weights
 from runtime import checkpoint, launch, parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
+from runtime.start import open_start
 from runtime.tracking import Tracker
 
 
@@ -207,9 +207,10 @@ def parse_args() -> argparse.Namespace:
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default=str(ROOT / "dataset/demo/preferences.jsonl"), help="training data")
-    add("--tokenizer_dir", default=str(ROOT / "model/minimind_tokenizer"), help="tokenizer folder")
+    add("--tokenizer_dir", help="tokenizer folder (default: that of the weights, else our own)")
+    add("--chat_template", help="Jinja file, instead of the tokenizer's own chat template")
     add("--cache_dir", help="where token caches live (default: out/cache)")
-    add("--max_seq_len", type=int, default=512, help="longest row and context, in tokens")
+    add("--max_seq_len", type=int, help="longest row in tokens; the context is at least that")
     add("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
     add("--curriculum", default="none", help="easy first: none, length, field:NAME")
     add("--skip_bad", action="store_true", help="leave bad rows out and count them")
@@ -219,16 +220,17 @@ def parse_args() -> argparse.Namespace:
     add("--preview", type=int, default=0, metavar="N", help="print N samples and exit")
 
     add = parser.add_argument_group("model").add_argument
-    add("--dim", type=int, default=512, help="width")
-    add("--n_layers", type=int, default=8, help="blocks")
-    add("--n_heads", type=int, default=8, help="query heads")
-    add("--n_kv_heads", type=int, default=2, help="key and value heads")
+    add("--dim", type=int, help="width (default, as of all sizes: that of the weights, or 512)")
+    add("--n_layers", type=int, help="blocks (8)")
+    add("--n_heads", type=int, help="query heads (8)")
+    add("--n_kv_heads", type=int, help="key and value heads (2)")
     add("--dropout", type=float, default=0.0, help="dropout in training")
-    add("--use_moe", type=int, choices=(0, 1), default=0, help="1: mixture of experts")
-    add("--n_experts", type=int, default=4, help="routed experts per layer")
-    add("--n_experts_per_tok", type=int, default=2, help="routed experts per token")
-    add("--n_shared_experts", type=int, default=0, help="experts that every token visits")
-    add("--from_weight", help="stage name, path or none")
+    add("--use_moe", type=int, choices=(0, 1), help="1: mixture of experts")
+    add("--n_experts", type=int, help="routed experts per layer (4)")
+    add("--n_experts_per_tok", type=int, help="routed experts per token (2)")
+    add("--n_shared_experts", type=int, help="experts that every token visits (0)")
+    add("--rope_scaling", metavar="KIND:FACTOR", help="longer context: linear, llama3 or yarn:4")
+    add("--from_weight", help="stage name, path, folder, hub name or none")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=1, help="passes over the data")
@@ -280,21 +282,21 @@ def main() -> int:
     # 1. Flags, processes, seed
     args = parse_args()
     launch.check_flags(vars(args))
+    start = open_start(args, "full_sft")
     args.device = init_distributed_mode(args)
     parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
     parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
-    tokenizer = load_tokenizer(args.tokenizer_dir)
     dataset, train_rows, *held_out = parallel.rank_zero_first(
-        lambda: open_pairs(vars(args), tokenizer)
+        lambda: open_pairs(vars(args), start.tokenizer)
     )
     counts = f"--- {describe(dataset)}"
     if args.preview:
         from dataset.preview import show_pairs
 
-        Logger(show_pairs(dataset, tokenizer, args.preview, sys.stdout.isatty()) + counts)
+        Logger(show_pairs(dataset, start.tokenizer, args.preview, sys.stdout.isatty()) + counts)
         return 0
     Logger(counts)
     data_ranks = parallel.data_world()[1]
@@ -312,22 +314,21 @@ def main() -> int:
         autocast = torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
-    # 4. The model: new, from other weights, or from a checkpoint, whose tensors come in step 5
-    config = RewardConfig.from_flags(vars(args), vocab_size=len(tokenizer))
-    suffix = f"_{args.dim}{'_moe' if args.use_moe else ''}"
-    run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix}"
+    # 4. Strategy and model: new, from other weights, or from a checkpoint, whose tensors come in
+    #    step 5
+    config = RewardConfig.of(start.config)
+    run_dir = start.run_dir
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key)
     identity |= {"the data of --eval_data": held_out[0].key} if args.eval_data else {}
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
-    model = RewardModel(config, args.gradient_checkpointing).to(args.device)
-    apply_kernels(model, args.device, dtype)
-    if resumed is None:
-        Logger(start_weights(model, args.from_weight, "full_sft", args.out_dir, suffix))
-
-    # 5. Strategy, compile, wrap, optimizer. Every rank has the same model, but its own dropout.
-    setup_seed(args.seed + parallel.world()[0])
     args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
-    model = parallel.wrap(model, args, dtype, global_batch)
+    make = functools.partial(RewardModel, config, args.gradient_checkpointing)
+    model = start.build(make, args, resumed)
+    apply_kernels(model, args.device, dtype)
+
+    # 5. Compile, wrap, optimizer. Every rank has the same model, but its own dropout.
+    setup_seed(args.seed + parallel.world()[0])
+    model = parallel.wrap(model, args, dtype, global_batch, start.fill)
     shard = args.strategy == "zero1"
     optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, shard)
     progress = checkpoint.load_run(resumed, model, optimizer, scaler)

@@ -17,6 +17,7 @@ LOCAL = (
     "config",
     "data_path",
     "tokenizer_dir",
+    "chat_template",
     "cache_dir",
     "out_dir",
     "device",
@@ -46,4 +47,6 @@ def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
         same["data"] = sample_hash(Path(data_path))
     if args.get("tokenizer_dir"):
         same["tokenizer"] = sample_hash(Path(args["tokenizer_dir"]) / "tokenizer.json")
+    if args.get("chat_template"):
+        same["chat template"] = sample_hash(Path(args["chat_template"]))
     return same | {f"--{name}": str(value) for name, value in args.items() if name not in LOCAL}

@@ -79,11 +79,11 @@ def split_layers(model: MiniMindLM, mesh: DeviceMesh) -> None:
         "input_layernorm": OwnTokens(),
         "self_attn": enter,
         **{f"self_attn.{name}": ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")},
-        "self_attn.q_norm": OwnTokens(),  # of own heads, to be exact
-        "self_attn.k_norm": OwnTokens(),
         "self_attn.o_proj": RowwiseParallel(**leave),
         "post_attention_layernorm": OwnTokens(),
     }
+    if model.config.qk_norm:  # of own heads, to be exact
+        block |= {"self_attn.q_norm": OwnTokens(), "self_attn.k_norm": OwnTokens()}
     if model.config.use_moe:
         # All see all tokens, but through their own experts only: the gradient of the router is a
         # sum, too.

@@ -3,6 +3,8 @@
 Sharded tensors and FSDP2 are imported where they are used: they cost two seconds of every start.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,7 +14,13 @@ from runtime.distributed.mesh import groups
 from runtime.ranks import SHARDED, data_world, mesh_sizes, replicas
 
 
-def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
+def wrap(
+    model: nn.Module,
+    args,
+    dtype: str,
+    global_batch: int,
+    fill: Callable[[nn.Module, torch.device], None] | None,
+) -> nn.Module:
     """The model as several processes or GPUs train it; load checkpoints after.
 
     Args:
@@ -22,6 +30,7 @@ def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
         dtype: of the weights as FSDP2 gathers them for the blocks; gradients are reduced in
             float32.
         global_batch: rows of an optimizer step.
+        fill: gives a model of the meta device memory and values, once it is sharded.
     """
     if args.strategy == "dp":
         from runtime.distributed import data_parallel
@@ -34,7 +43,10 @@ def wrap(model: nn.Module, args, dtype: str, global_batch: int) -> nn.Module:
         model.context = Context(groups["context"])
     if mesh_sizes["tensor"] == 1 and args.strategy not in SHARDED:
         return replicate(model, args, global_batch)
-    return shard(model, args, dtype)
+    model = shard(model, args, dtype)
+    if fill is not None:
+        fill(model, torch.device("cpu") if args.offload else args.device)
+    return model
 
 
 def replicate(model: nn.Module, args, global_batch: int) -> DistributedDataParallel:

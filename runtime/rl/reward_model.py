@@ -2,16 +2,22 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from model.reward import RewardModel, load_reward_model
 from runtime.kernel_loader import apply_kernels
 from runtime.rl.rollout import Rollout
+from runtime.tokenizer_record import check_same
 
 
 def load_scorer(
-    path: str, vocab_size: int, max_seq_len: int, device: torch.device
+    path: str,
+    vocab_size: int,
+    max_seq_len: int,
+    device: torch.device,
+    tokenizer: dict | None = None,
 ) -> Callable[[Rollout], list[float]]:
     """`scores_of` with the reward model in a file.
 
@@ -21,6 +27,8 @@ def load_scorer(
     model = load_reward_model(path).to(device)
     apply_kernels(model, device, "float32")
     have = model.config
+    if tokenizer:
+        check_same(Path(path), have.tokenizer, tokenizer)
     if have.vocab_size != vocab_size or have.max_seq_len < max_seq_len:
         raise ValueError(
             f"--reward {path}: made for {have.vocab_size} tokens and contexts of"

@@ -60,9 +60,17 @@ FUNCTIONS = {"exact": exact, "format": format}
 
 
 def load_rewards(
-    words: list[str], vocab_size: int, max_seq_len: int, device: torch.device
+    words: list[str],
+    vocab_size: int,
+    max_seq_len: int,
+    device: torch.device,
+    tokenizer: dict | None = None,
 ) -> list[Reward]:
     """The rewards that the words of `--reward` name.
+
+    Args:
+        vocab_size, max_seq_len: of the policy.
+        tokenizer: the record of its tokenizer, where that of a reward model is to be compared.
 
     Raises:
         ValueError: an unknown name, a file or function that is not there or cannot be loaded, a
@@ -80,7 +88,7 @@ def load_rewards(
         if name.endswith(".pth"):
             from runtime.rl.reward_model import load_scorer
 
-            function = load_scorer(name, vocab_size, max_seq_len, device)
+            function = load_scorer(name, vocab_size, max_seq_len, device, tokenizer)
         elif ".py:" in name:
             function = function_in(name)
         elif name in FUNCTIONS:

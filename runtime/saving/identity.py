@@ -21,8 +21,10 @@ HARMLESS = {
     *("pipeline_schedule", "offload", "bucket_cap_mb", "compile", "gradient_checkpointing"),
     *("batch_size", "accumulation_steps", "lr_scaling", "cache_reference"),
     "deepspeed_config",  # its settings are compared, see `deepspeed_engine.identity_of`
+    "rope_scaling",  # a part of the shape
 }
-DERIVED = {"total_steps", "peak_lr", "deepspeed"}  # no flags, but kept beside them
+DERIVED = {"total_steps", "peak_lr", "deepspeed", "shape"}  # no flags, but kept beside them
+SHAPE = "the model's "  # begins the names of what no flag says
 ROWS = "the data of --data_path"
 LAST_STEP = "the last step"
 
@@ -31,13 +33,15 @@ def identity_of(flags: dict, global_batch: int, rows_key: str) -> dict:
     """What makes a run this run: name -> plain value, as it takes effect.
 
     Args:
-        flags: of the stage, with `peak_lr` and `total_steps`; `device` is a torch.device.
+        flags: of the stage, with `peak_lr`, `total_steps` and what of the model's `shape` has no
+            flag; `device` is a torch.device.
         global_batch: rows of an optimizer step.
         rows_key: `key` of the data set.
     """
     identity = {
         f"--{name}": value for name, value in flags.items() if name not in HARMLESS | DERIVED
     }
+    identity |= {f"{SHAPE}{name}": value for name, value in flags.get("shape", {}).items()}
     for name in ("from_weight", "teacher_weight", "critic_weight", "eval_data"):
         if flags.get(name):  # wherever they lie
             identity[f"--{name}"] = re.sub(r"(_\d+(_moe)?)?\.pth$", "", Path(flags[name]).name)
@@ -52,9 +56,11 @@ def identity_of(flags: dict, global_batch: int, rows_key: str) -> dict:
         identity["--learning_rate"] = flags["peak_lr"]
     if "data_path" in flags:
         identity["the content of --data_path"] = sample_hash(Path(flags["data_path"]))
-    if "tokenizer_dir" in flags:
+    if flags.get("tokenizer_dir"):
         tokenizer = Path(flags["tokenizer_dir"]) / "tokenizer.json"
         identity["the content of --tokenizer_dir"] = sample_hash(tokenizer)
+    if flags.get("chat_template"):
+        identity["the content of --chat_template"] = sample_hash(Path(flags["chat_template"]))
     if "total_steps" in flags:
         identity[LAST_STEP] = flags["total_steps"]
     return identity | {"--global_batch_size": global_batch, ROWS: rows_key}

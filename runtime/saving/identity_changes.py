@@ -6,7 +6,7 @@ What differs is refused by name with both values, or accepted by --resume_with_c
 import re
 from pathlib import Path
 
-from runtime.saving.identity import LAST_STEP, ROWS
+from runtime.saving.identity import LAST_STEP, ROWS, SHAPE
 
 # What a checkpoint holds tensors or files for, or that is not used any more: no flag can change it
 # in the same run.
@@ -22,6 +22,7 @@ FIXED_IN_AN_ENGINE = {"--weight_decay", "--dtype", "the settings of --deepspeed_
 READ_BY = {
     *("--skip_bad", "--loss_on", "--max_seq_len", "--max_new_tokens", "--curriculum"),
     *("the content of --data_path", "the content of --tokenizer_dir"),
+    "the content of --chat_template",
 }
 # Checkpoints of before: other names, and what it was where they have none. All else that they lack
 # is not compared.
@@ -88,6 +89,7 @@ def check_identity(
     """
     changes = changes_between(saved, current)
     fixed = changes.keys() & (FIXED | (FIXED_IN_AN_ENGINE if current.get("the engine") else set()))
+    fixed |= {name for name in changes if name.startswith(SHAPE)}
     if not changes or accept and not fixed:
         return changes
     accepting = "" if fixed else ", or --resume_with_changes to go on with these"

@@ -12,13 +12,19 @@ from model.generate import KVCache
 from model.lm import LMConfig
 from model.lora import add_lora
 
+SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA = {"qk_norm": False, "rope_scaling": SCALED}
+QWEN2 = {"qk_norm": False, "qkv_bias": True}
 HEADS = [(4, 2, 8), (6, 2, 16), (3, 3, 32), (5, 1, 64), (8, 2, 4), (16, 8, 6)]
+HEADS += [(9, 3, 64, LLAMA), (6, 2, 16, QWEN2), (1, 1, 32, QWEN2)]
 PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 0.05)]
 
 
-def with_gains(heads: tuple[int, int, int]) -> torch.nn.Module:
-    """A model whose norms have gains that are not 1."""
-    model = build(n_heads=heads[0], n_kv_heads=heads[1], head_dim=heads[2])
+def with_gains(heads: tuple) -> torch.nn.Module:
+    """A model whose norms have gains that are not 1; behind its heads stands what else it has."""
+    n_heads, n_kv_heads, head_dim, *family = heads
+    shape = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
+    model = build(**shape, **(family[0] if family else {}))
     for name, p in model.named_parameters():
         if "norm" in name:
             p.copy_(torch.rand(p.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
@@ -93,11 +99,11 @@ def test_what_stands_between_the_products_equals_its_formulas(dtype):
     most = 1e-6 if dtype == torch.float32 else 2**-8
     x = torch.randn(33, 64, generator=generator)
     exact = x / x.square().mean(1, keepdim=True).add(1e-6).sqrt()
-    for name, out in (
-        ("project", torch.empty(33, 64, dtype=dtype)),
-        ("project_to_floats", torch.empty(33, 64)),
+    for name, bias, out in (
+        ("project", (None,), torch.empty(33, 64, dtype=dtype)),
+        ("project_to_floats", (), torch.empty(33, 64)),
     ):
-        getattr(decoder.functions, name)(x, one, out, 33, 64, 64, 1e-6)
+        getattr(decoder.functions, name)(x, one, *bias, out, 33, 64, 64, 1e-6)
         torch.testing.assert_close(out, exact.to(dtype).to(out.dtype), rtol=most, atol=0)
     extremes = torch.tensor([0.0, -0.0, 1e4, -1e4, 1e30, -1e30, 1e-30, -1e-30])
     gate = torch.cat([torch.linspace(-120, 120, 4088), extremes]).to(dtype).view(64, 64)

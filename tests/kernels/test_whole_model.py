@@ -1,6 +1,7 @@
 """The tests of the plain model, run on a model with kernels."""
 
 import pytest
+import test_families
 import test_generation
 import test_model
 import torch
@@ -9,7 +10,7 @@ from test_model import KINDS, build, ids
 import kernels
 from kernels import compiling
 
-for module in (test_model, test_generation):
+for module in (test_model, test_generation, test_families):
     globals().update(
         {name: test for name, test in vars(module).items() if name.startswith("test_")}
     )

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from running import STAGE_SCRIPTS, module_of
+from running import ROOT, STAGE_SCRIPTS, module_of
 
 from runtime.saving.identity import HARMLESS, identity_of
 from runtime.saving.identity_changes import FIXED, changes_between, check_identity
@@ -37,6 +37,7 @@ def flags_of(monkeypatch, tmp_path):
             patch.setattr(argparse.ArgumentParser, "parse_args", remember)
             patch.setattr(sys, "argv", [f"{stage}.py", "--device=cpu"])
             flags = vars(importlib.import_module(module_of(stage)).parse_args())
+        flags["tokenizer_dir"] = str(ROOT / "model/minimind_tokenizer")  # as open_start sets it
         return flags, parsers[-1]
 
     return parse

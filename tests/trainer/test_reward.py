@@ -10,7 +10,7 @@ from stage_runs import pair_runs, same_bits, same_metrics
 
 from model.lm import LMConfig, MiniMindLM
 from model.reward import RewardConfig, RewardModel, load_reward_model
-from model.weights import load_model, start_weights
+from model.weights import load_model, load_weights
 
 SHAPE = {
     "dim": 64,
@@ -114,7 +114,7 @@ def test_files_of_reward_and_language_models_are_told_apart(tmp_path):
     ):
         load_model(paths["reward"])
     with pytest.raises(ValueError, match="reward.pth: a reward model, a language model is wanted"):
-        start_weights(lm, str(paths["reward"]), "pretrain", tmp_path, "")
+        load_weights(lm, paths["reward"])
     with pytest.raises(ValueError, match="absent.pth: no such weights file"):
         load_reward_model(tmp_path / "absent.pth")
     smaller = RewardModel(RewardConfig(**SHAPE | {"dim": 32}))
@@ -132,7 +132,7 @@ def test_a_reward_model_starts_from_either_kind(tmp_path):
     lm, old = MiniMindLM(LMConfig(**SHAPE)), reward_model()
     for source, head in ((lm, torch.zeros(1, 64)), (old, old.score.weight)):
         model = RewardModel(RewardConfig(**SHAPE))
-        start_weights(model, save(source, tmp_path / "a.pth"), "full_sft", tmp_path, "")
+        load_weights(model, save(source, tmp_path / "a.pth"), new_head=True)
         assert torch.equal(model.score.weight, head)
         for name, value in model.model.state_dict().items():
             assert torch.equal(value, source.model.state_dict()[name]), name

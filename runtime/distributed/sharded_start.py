@@ -1,0 +1,104 @@
+"""The start of a model that processes share: none of them ever holds all of it.
+
+The model is made without memory, wrapped, and then every process fills its own parts: from its
+files, reading no more than that, or with the random numbers that a whole model would have had.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.initial import SkipRandomInit, init_parameter, on_meta_device
+from model.lm import MiniMindLM
+from model.weights import allocate, open_weights
+from runtime.device import is_sharded, local
+
+
+def build(
+    make: Callable[[], nn.Module], path: Path | None, resumed: Path | None
+) -> tuple[nn.Module, Callable[[nn.Module, torch.device], None]]:
+    """A model on the meta device, and what gives its parts their values once they have memory.
+
+    Args:
+        make: makes the model, whose values are random.
+        path: weights, a file or a folder; None: it begins with random ones.
+        resumed: a checkpoint, which brings the values later.
+    """
+    if resumed is None and path is None:
+        model, state = make_without_memory(make)
+        return model, functools.partial(fill_randomly, state=state)
+    with on_meta_device():
+        model = make()
+    if resumed is not None:
+        return model, allocate
+    return model, functools.partial(fill_from_files, path=path)
+
+
+def make_without_memory(make: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
+    """A model on the meta device that has drawn the random numbers of a real one.
+
+    Layers are made one after the other, and give their memory back when they are put into place.
+
+    Returns:
+        The model; the state of the generator when all its layers were there, and it would have
+        drawn its values.
+    """
+    states = []
+
+    def drop_memory(parent: nn.Module, name: str, layer: nn.Module) -> None:
+        if name == "lm_head":  # the last one of a MiniMindLM; what is based on it may replace it
+            states.append(torch.get_rng_state())
+        for key, p in layer.named_parameters(recurse=False):
+            setattr(layer, key, nn.Parameter(torch.empty_like(p, device="meta")))
+
+    hook = nn.modules.module.register_module_module_registration_hook(drop_memory)
+    try:
+        with SkipRandomInit():
+            return make(), states[0]
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def fill_randomly(model: MiniMindLM, device: torch.device, state: Tensor) -> None:
+    """Values of a random start: whole tensors are drawn one after the other, parts of them kept.
+
+    Args:
+        state: of the generator, see `make_without_memory`.
+    """
+    allocate(model, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(state)
+        for name, p in model.named_parameters():
+            if name == "score.weight":  # of a reward model, which keeps its zeros
+                continue
+            whole = torch.ones(p.shape)  # norms stay so
+            init_parameter(name, whole, model.config.n_layers)
+            local(p).copy_(whole[own_part(p)])
+
+
+@torch.no_grad()
+def fill_from_files(model: MiniMindLM, device: torch.device, path: Path) -> None:
+    """Values of a weights file, or of a folder in Hugging Face's format.
+
+    Raises:
+        ValueError: it is damaged, or made for another model.
+    """
+    tensors = open_weights(model, path, new_head=True)
+    allocate(model, device)
+    for name, p in model.named_parameters():
+        if name in tensors:
+            tensors[name].copy_to(local(p), own_part(p))
+
+
+def own_part(p: Tensor) -> tuple[slice, ...]:
+    """Which part of a whole tensor this process holds."""
+    if not is_sharded(p):
+        return tuple(slice(0, size) for size in p.shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True))

@@ -1,0 +1,112 @@
+"""Weights know their tokenizer: recorded in NAME.json, found and checked by whatever loads them."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from dataset.tokenizer import LazyTokenizer, load_tokenizer
+from runtime.folders import ROOT
+
+OURS = ROOT / "model/minimind_tokenizer"
+
+
+def open_tokenizer(
+    folder: str | None, chat_template: str | None, weights: Path | None, record: dict | None
+) -> LazyTokenizer:
+    """The tokenizer of --tokenizer_dir; without the flag that of the weights, else our own.
+
+    Args:
+        folder, chat_template: the flags.
+        weights: a file or a folder, None for random ones.
+        record: of `find_record`.
+
+    Raises:
+        ValueError: it is not there, or another one than that of the weights.
+    """
+    if not record:
+        own = weights if weights is not None and weights.is_dir() else OURS
+        return load_tokenizer(folder or own, **template_option(chat_template))
+    own = ROOT / record["folder"]  # an absolute one stays as it is
+    place = Path(folder or own)
+    is_there = (place / "tokenizer.json").is_file()
+    if not is_there and not folder:
+        moved = f"its tokenizer is not at {own} any more"
+        raise ValueError(f"{weights}: {moved}: say with --tokenizer_dir where it lies now")
+    if is_there and file_hash(place) != record["sha256"]:
+        if place.resolve() == own.resolve():
+            fault = f"the tokenizer at {own} was changed since, or is another one"
+        else:
+            fault = f"trained with the tokenizer of {own}, not with that of {place}"
+        remedy = "name an unchanged copy" if place == own else "leave the flag out, or name a copy"
+        raise ValueError(f"--tokenizer_dir {place}: {weights}: {fault}; {remedy}")
+    template = chat_template or record["chat_template"]
+    return load_tokenizer(place, **template_option(template, own_template(place)))
+
+
+def find_record(weights: Path | None, recorded: dict | None) -> dict | None:
+    """The record of the tokenizer that weights were trained with; None: they have none.
+
+    Args:
+        recorded: `LMConfig.tokenizer` of the weights. A folder in Hugging Face's format has none,
+            but may hold the tokenizer itself.
+    """
+    if not recorded and weights is not None and (weights / "tokenizer.json").is_file():
+        return {"folder": str(weights), "sha256": file_hash(weights), "chat_template": None}
+    return recorded
+
+
+def check_same(weights: Path, recorded: dict | None, record: dict) -> None:
+    """ValueError: these weights were trained with another tokenizer than a run has.
+
+    Args:
+        recorded: `LMConfig.tokenizer` of the weights.
+        record: that of the run.
+    """
+    own = find_record(weights, recorded)
+    if own and own["sha256"] != record["sha256"]:
+        fault = (
+            f"trained with the tokenizer of {own['folder']}, not with that of {record['folder']}"
+        )
+        raise ValueError(f"{weights}: {fault}: both models must have the same tokenizer")
+
+
+def check_size(tokenizer: LazyTokenizer, vocab_size: int, may_be_padded: bool) -> None:
+    """ValueError: the model's vocabulary is not as large as the tokenizer, or padded beyond it."""
+    entries = len(tokenizer)
+    if entries > vocab_size or entries < vocab_size and not may_be_padded:
+        sizes = f"it has {entries} entries, the model {vocab_size}"
+        advice = "take the tokenizer that the model was trained with"
+        raise ValueError(f"--tokenizer_dir {tokenizer.folder}: {sizes}; {advice}")
+
+
+def record_of(tokenizer: LazyTokenizer) -> dict:
+    """What NAME.json says of a tokenizer.
+
+    `folder` is relative to the repository where it lies inside; `sha256` is that of its
+    tokenizer.json; `chat_template` the text of the template that counts, None where there is none.
+    """
+    folder = Path(tokenizer.folder).resolve()
+    place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    template = tokenizer.given_template or own_template(folder)
+    return {"folder": str(place), "sha256": file_hash(folder), "chat_template": template}
+
+
+def file_hash(folder: Path) -> str:
+    """SHA-256 of a folder's tokenizer.json: all that text and ids depend on."""
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def template_option(template: str | None, own: str | None = None) -> dict[str, str]:
+    """What `load_tokenizer` is told of a template: nothing where it is the folder's own."""
+    return {} if template in (None, own) else {"chat_template": template}
+
+
+def own_template(folder: Path) -> str | None:
+    """The chat template of a tokenizer folder, of several the one that is named "default"."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
