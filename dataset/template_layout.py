@@ -19,7 +19,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dataset.replies import END_THINK, THINK
+from dataset.replies import END_THINK
 
 NONCE = secrets.token_hex(8)
 SLOT = re.compile(rf'{NONCE}(\d+)(\\*)"{NONCE}')  # a backslash: the slot is inside a JSON string
@@ -155,11 +155,10 @@ class Cut:
             elif name == "content" and isinstance(value, str):
                 empty = speaks and self.way.empty and not message.get("tool_calls")
                 if speaks and self.way.thinking and (parts := _LOOSE.fullmatch(value)):
-                    lead = value[: value.index(THINK)]
+                    begin = value[: parts.start(1)]
                     thought = self._put(parts[1], n, "reasoning_content", self.way.empty)
-                    value = (
-                        f"{lead}{THINK}{thought}{END_THINK}{self._put(parts[2], n, name, empty)}"
-                    )
+                    answer = self._put(parts[2], n, name, empty)
+                    value = f"{begin}{thought}{END_THINK}{answer}"
                 else:
                     value = self._put(value, n, name, empty)
             elif name == "reasoning_content":
@@ -176,7 +175,6 @@ class Cut:
 
     def _named(self, item: dict, turn: int | None, name: str) -> dict:
         """A tool or a call; its name, which no template looks at, is always a text."""
-        every = self.way.leaves
         shown = {}
         for key, value in item.items():
             if key == "function" and isinstance(value, dict):

@@ -18,7 +18,7 @@ from dataset.template_layout import (
     plain_message,
     stand_in,
 )
-from dataset.template_literals import looks_of
+from dataset.template_literals import Looks
 from dataset.text_encoder import TextEncoder
 
 LAYOUTS = 1 << 12  # kept in memory
@@ -73,7 +73,7 @@ class TemplateReader:
         self.dated = "strftime_now" in source
         self.trims = "trim" in source or "strip" in source
         try:
-            self.looks = looks_of(source)
+            self.looks = Looks(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"{place}:{error.lineno}: {error.message}; {OTHER}") from None
         self.manner = self._learn_manner()

@@ -24,7 +24,7 @@ from dataset.lm_dataset import SFTDataset, load_tokenizer
 from dataset.prompt_dataset import PromptDataset
 from dataset.talk import Talk
 from dataset.template_layout import NONCE, stand_in
-from dataset.template_literals import looks_of
+from dataset.template_literals import Looks
 
 CALL = template_checks.CALL
 TOOL = template_checks.TOOL
@@ -368,7 +368,7 @@ def test_a_talk_follows_the_template_and_reads_replies_as_they_were_written(code
     ],
 )
 def test_what_a_template_looks_for(template, seen, unseen):
-    looks = looks_of(template)
+    looks = Looks(template)
     assert [text for text in seen if not looks.sees(text)] == []
     assert [text for text in unseen if looks.sees(text)] == []
 
