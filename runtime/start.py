@@ -116,7 +116,7 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     if weights is not None:
         check_sizes(weights, given, path)
     shape = LMConfig(**given) if weights is None else weights
-    set_context(args, shape)
+    set_context(args, shape, 0 if weights is None else weights.max_seq_len)
     shape = replace(shape, dropout=args.dropout, aux_loss_alpha=LMConfig.aux_loss_alpha)
     if shape.n_layers * shape.dim * shape.hidden_dim > SMALL or shape.use_moe:
         from runtime.machine import check_memory
@@ -212,13 +212,16 @@ def check_sizes(weights: LMConfig, given: dict, path: Path) -> None:
             raise ValueError(f"--{name} {int(given[name])}: {have}; {remedy}")
 
 
-def set_context(args, shape: LMConfig) -> None:
-    """--max_seq_len and --rope_scaling: the context of the model, and the longest row."""
+def set_context(args, shape: LMConfig, least: int) -> None:
+    """--max_seq_len and --rope_scaling: the context of the model, and the longest row.
+
+    Args:
+        least: the context of the weights, which shorter rows leave as it is; 0 without weights.
+    """
     if args.rope_scaling:
         from model.rope import extend_context
 
         extend_context(shape, args.rope_scaling)
-        shape.max_seq_len = max(shape.max_seq_len, args.max_seq_len or 0)
-    else:
-        shape.max_seq_len = args.max_seq_len or shape.max_seq_len
+        least = shape.max_seq_len
+    shape.max_seq_len = max(least, args.max_seq_len or shape.max_seq_len)
     args.max_seq_len = args.max_seq_len or min(LONGEST_ROW, shape.max_seq_len)

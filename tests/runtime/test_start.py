@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import chat, write_jsonl
 from running import ROOT, run_ranks
-from toy_tokenizers import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.toy_tokenizers import byte_level
 from model.config import LMConfig
 from model.lm import MiniMindLM
 from runtime import start
@@ -169,7 +169,8 @@ def test_without_weights_flags_and_defaults_say_the_shape(tmp_path, tokenizer):
     "flags, context, row",
     [
         ((), 96, 96),
-        (("--max_seq_len=40",), 40, 40),
+        (("--max_seq_len=40",), 96, 40),
+        (("--max_seq_len=100",), 100, 100),
         (("--rope_scaling=yarn:8",), 768, 512),
         (("--rope_scaling=linear:2", "--max_seq_len=100"), 192, 100),
     ],
