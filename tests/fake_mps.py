@@ -21,7 +21,6 @@ from types import SimpleNamespace
 
 import torch
 import torchgen
-import yaml
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import (
@@ -32,7 +31,8 @@ from torch.utils.backend_registration import (
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "fakemps"
 LACKING = (torch.float64, torch.complex128)
-ANY_DEVICE = {
+KERNELS = {
+    "MPS",
     "CompositeExplicitAutograd",
     "CompositeExplicitAutogradNonFunctional",
     "CompositeImplicitAutograd",
@@ -45,21 +45,22 @@ used: set[str] = set()
 def mps_operators() -> set[str]:
     """Names of the operators that have a kernel for MPS, or one for any device."""
     path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
-    functions = {}
-    for entry in yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        functions[entry["func"].split("(")[0]] = entry
+    entries = {}  # name -> (words of its dispatch table, delegate, what is generated of it)
+    for text in path.read_text(encoding="utf-8").split("\n- func: ")[1:]:  # yaml takes seconds
+        table = re.search(r"\n  dispatch:\n((?:    .*\n?)+)", text)
+        keys = [line.split(":")[0].split(",") for line in table[1].splitlines()] if table else []
+        delegate = re.search(r"\n  structured_delegate: (\S+)", text)
+        made = re.search(r"\n  autogen: (.*)", text)
+        names = [word.strip() for word in made[1].split(",")] if made else []
+        keys = {key.strip() for words in keys for key in words}
+        entries[text.split("(")[0]] = keys, delegate and delegate[1], names
 
-    def is_there(entry: dict) -> bool:
-        if delegate := entry.get("structured_delegate"):
-            return is_there(functions[delegate])
-        keys = {key.strip() for word in entry.get("dispatch", {}) for key in word.split(",")}
-        return not keys or bool(keys & ANY_DEVICE) or "MPS" in keys
+    def is_there(name: str) -> bool:
+        keys, delegate, _ = entries[name]
+        return is_there(delegate) if delegate else not keys or bool(keys & KERNELS)
 
-    there = {name for name, entry in functions.items() if is_there(entry)}
-    for name, entry in functions.items():
-        if name in there:
-            there |= {word.strip() for word in entry.get("autogen", "").split(",")}
-    return there
+    there = {name for name in entries if is_there(name)}
+    return there.union(*(entries[name][2] for name in there))
 
 
 class FakeTensor(torch.Tensor):
@@ -82,6 +83,12 @@ class FakeTensor(torch.Tensor):
     def __init__(self, held: torch.Tensor):
         self.held = held
 
+    def tolist(self) -> list:
+        return self.held.tolist()
+
+    def numpy(self):
+        raise TypeError("can't convert mps:0 device type tensor to numpy: copy it to the CPU first")
+
     def __repr__(self) -> str:
         return f"{NAME}({self.held})"
 
@@ -99,15 +106,17 @@ def compute(func, args: tuple, kwargs: dict):
     if there or to_there:
         check(func, given, kwargs, to_there)
     held = tree_map_only(FakeTensor, lambda x: x.held, (args, dict(kwargs)))
-    if target is not None:
+    if target is not None and to_there:
         held[1]["device"] = torch.device("cpu")
     out = func(*held[0], **held[1])
     if not to_there:
         return out
     name = func._schema.name.removeprefix("aten::")
-    if name in ("copy_",) and not isinstance(args[0], FakeTensor):
+    if name == "copy_" and not isinstance(args[0], FakeTensor):
         return args[0]
-    out = tree_map_only(torch.Tensor, lambda x: x if isinstance(x, FakeTensor) else FakeTensor(x), out)
+    out = tree_map_only(
+        torch.Tensor, lambda x: x if isinstance(x, FakeTensor) else FakeTensor(x), out
+    )
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
@@ -118,7 +127,8 @@ def check(func, given: list, kwargs: dict, to_there: bool) -> None:
     used.add(overload)
     if func.namespace == "aten" and overload not in OPERATORS:
         raise RuntimeError(f"{overload} is not there on MPS")
-    if kwargs.get("non_blocking") or name == "copy_" and False:
+    crosses = to_there != any(isinstance(x, FakeTensor) for x in given)
+    if crosses and kwargs.get("non_blocking"):
         raise RuntimeError(f"{overload} with non_blocking: the source may be gone too early")
     if to_there and kwargs.get("dtype") in LACKING:
         raise TypeError(f"{overload}: the MPS framework has no {kwargs['dtype']}")
@@ -139,7 +149,9 @@ class Backend(_DummyBackendModule):
         return [torch.float16, torch.bfloat16]
 
     def is_available(self) -> bool:
-        return True
+        return (
+            False  # to torch.distributed.checkpoint, which asks so for such a device, not for MPS
+        )
 
     def get_rng_state(self, device=None) -> torch.Tensor:
         return torch.get_rng_state()
@@ -174,12 +186,24 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec if ours else None
 
 
+def made_here(make):
+    """A function that makes a tensor on the CPU, then brings it to its device."""
+
+    def make_and_bring(data, *, device=None, **options):
+        if isinstance(data, FakeTensor) or device is None or torch.device(device).type != NAME:
+            return make(data, device=device, **options)
+        return make(data, **options).to(device)
+
+    return make_and_bring
+
+
 def install() -> None:
     _setup_privateuseone_for_python_backend(NAME, Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     builtins.kept_library = library
     setattr(torch.backends, NAME, SimpleNamespace(is_available=lambda: True))
+    torch.__future__.set_swap_module_params_on_conversion(True)  # else `to` unties what is tied
     real = torch.Generator
 
     class Generator:
@@ -187,6 +211,13 @@ def install() -> None:
             return real("cpu" if torch.device(device).type == NAME else device)
 
     torch.Generator = Generator
+    for name in ("tensor", "as_tensor"):  # they copy where no mode sees it
+        setattr(torch, name, made_here(getattr(torch, name)))
+    # It asks for the device by its name before it takes a float64.
+    path = Path(torch.amp.grad_scaler.__file__)
+    scaler = path.read_text(encoding="utf-8").replace('"mps:0"', f'"{NAME}:0"')
+    exec(compile(scaler, path, "exec"), torch.amp.grad_scaler.__dict__)
+    torch.amp.GradScaler = torch.amp.grad_scaler.GradScaler
     sys.meta_path.insert(0, Finder())
 
 
