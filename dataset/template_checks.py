@@ -57,12 +57,12 @@ def check_battery(coder, place: str) -> None:
     for messages, tools in BATTERY:
         try:
             chat = coder.read_chat(messages, tools)
-            prompt = coder.encode_prompt(messages[:1], tools)
+            prompt = coder.encode_prompt(messages[:-1], tools)
         except ValueError:
             continue
         ids, _ = coder.encode([chat])[0]
         _compare(coder, place, ids, messages, tools)
-        _compare(coder, place, prompt, messages[:1], tools, add_generation_prompt=True)
+        _compare(coder, place, prompt, messages[:-1], tools, add_generation_prompt=True)
 
 
 def _compare(coder, place: str, ids: list[int], messages, tools, **flags) -> None:

@@ -52,16 +52,16 @@ class Layout:
     controls: list[int] = field(default_factory=list)
     verified: bool = False
 
-    def texts(self, values: list[str]) -> list[str]:
-        """The texts of the slots."""
-        return [_escape(values[n], depth) if depth else values[n] for n, depth in self.slots]
-
-    def fill(self, values: list[str]) -> str:
-        """What the template gives for these texts."""
-        parts = [self.pieces[0]]
-        for text, piece in zip(self.texts(values), self.pieces[1:], strict=True):
-            parts += [text, piece]
-        return "".join(parts)
+    def fill(self, pieces: list[str], values: list[str]) -> list[str]:
+        """The pieces, plain or renamed, with the texts of the slots between them."""
+        parts = [pieces[0]]
+        for (n, depth), piece in zip(self.slots, pieces[1:], strict=True):
+            text = values[n]
+            for _ in range(depth):
+                text = json.dumps(text, ensure_ascii=False)[1:-1]
+            parts.append(text)
+            parts.append(piece)
+        return parts
 
 
 @dataclass(frozen=True)
@@ -253,9 +253,3 @@ def parse_layout(text: str) -> Layout:
         raise ValueError("the chat template does not write texts as they are")
     slots = [(int(match[1]), (len(match[2]) + 1).bit_length() - 1) for match in found]
     return Layout(pieces, [], slots)
-
-
-def _escape(text: str, depth: int) -> str:
-    for _ in range(depth):
-        text = json.dumps(text, ensure_ascii=False)[1:-1]
-    return text

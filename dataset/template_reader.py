@@ -26,8 +26,8 @@ OTHER = "name another with --chat_template FILE"
 
 
 @dataclass
-class Rendered:
-    """A conversation as text for the encoder, and from where to where each assistant turn says it.
+class Chat:
+    """A conversation as text, ready to be encoded, and what assistant turns say in it.
 
     spans: number of a turn -> (begin, end) in characters, its end-of-turn token included; the same
         in tokens, where that is known. controls: ids of the control tokens in the text.
@@ -167,7 +167,7 @@ class TemplateReader:
     # Conversations
     # ----------------------------------------------------------------------------------------------
 
-    def read(self, messages: list[dict], tools: list | None = None, **flags) -> Rendered:
+    def read(self, messages: list[dict], tools: list | None = None, **flags) -> Chat:
         """The text of a conversation, and what is whose in it.
 
         Args:
@@ -190,7 +190,7 @@ class TemplateReader:
                 real = self.render(
                     [plain_message(m, text_arguments) for m in messages], tools, **flags
                 )
-            filled = layout.fill(cut.values)
+            filled = "".join(layout.fill(layout.pieces, cut.values))
             if filled == real:
                 layout.verified = True
                 return self._fill(layout, cut)
@@ -297,18 +297,15 @@ class TemplateReader:
             )
         return ends[0]
 
-    def _fill(self, layout: Layout, cut: Cut) -> Rendered:
-        parts, pieces = [layout.renamed[0]], layout.renamed
-        for text, piece in zip(layout.texts(cut.values), pieces[1:], strict=True):
-            parts.append(text)
-            parts.append(piece)
+    def _fill(self, layout: Layout, cut: Cut) -> Chat:
+        parts, pieces = layout.fill(layout.renamed, cut.values), layout.renamed
         spans = {}
         if layout.spans:
             ends = list(accumulate(map(len, parts)))
             for turn, span in layout.spans.items():
                 begin = ends[2 * span.first] - len(pieces[span.first]) + span.begin
                 spans[turn] = begin, ends[2 * span.last + 1] + span.end, span.mark
-        return Rendered("".join(parts), spans, layout.controls)
+        return Chat("".join(parts), spans, layout.controls)
 
 
 def _common(one: str, other: str) -> int:
@@ -319,14 +316,11 @@ def _common(one: str, other: str) -> int:
 
 def _difference(cut: Cut, layout: Layout, filled: str, real: str) -> str:
     """What a template did to a text that it was to write as it is."""
-    at, end, turn = _common(filled, real), len(layout.pieces[0]), None
-    for (n, _), text, piece in zip(
-        layout.slots, layout.texts(cut.values), layout.pieces[1:], strict=True
-    ):
-        if end > at:
-            break
-        turn = cut.owners[n][0]
-        end += len(text) + len(piece)
+    at, turn = _common(filled, real), None
+    ends = list(accumulate(map(len, layout.fill(layout.pieces, cut.values))))
+    for (n, _), end in zip(layout.slots, ends[::2], strict=False):
+        if end <= at:
+            turn = cut.owners[n][0]
     where = "" if turn is None else f"turn {turn + 1}: "
     begin = max(0, at - 10)
     shown = f"it writes {real[begin : at + 30]!r}, not {filled[begin : at + 30]!r}"
