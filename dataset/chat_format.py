@@ -11,20 +11,12 @@ token. For ordinary text the ids are those of `tokenizer.apply_chat_template`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from tokenizers import Encoding
 
-from dataset.template_reader import OTHER, TemplateReader
+from dataset.template_reader import OTHER, Chat, TemplateReader
 from dataset.text_encoder import TextEncoder, text_encoder
-
-
-@dataclass
-class Chat:
-    """A conversation as text, ready to be encoded; spans: (begin, end) of what is supervised."""
-
-    text: str
-    spans: list[tuple[int, int]]
 
 
 class ChatCoder:
@@ -52,7 +44,7 @@ class ChatCoder:
     def read_chat(
         self, messages: list[dict], tools: list[dict] | None, loss_on: str = "all"
     ) -> Chat:
-        """A conversation as text, with the turns to learn from.
+        """A conversation as text; its spans are the turns to learn from.
 
         Args:
             messages, tools: as `normalise_row` gives them; a turn with "loss": False is read, but
@@ -65,12 +57,10 @@ class ChatCoder:
         if loss_on not in ("all", "last"):
             raise ValueError(f"loss_on must be 'all' or 'last', found {loss_on!r}")
         reader = self.tool_reader if tools else self.reader
-        rendered = reader.read(messages, tools)
-        turns = sorted(rendered.spans)
-        if loss_on == "last":
-            turns = turns[-1:]
-        spans = [rendered.spans[turn] for turn in turns if messages[turn].get("loss", True)]
-        return Chat(rendered.text, spans)
+        chat = reader.read(messages, tools)
+        turns = list(chat.spans)[-1 if loss_on == "last" else 0 :]
+        spans = {turn: chat.spans[turn] for turn in turns if messages[turn].get("loss", True)}
+        return replace(chat, spans=spans)
 
     def encode(self, chats: Sequence[Chat]) -> list[tuple[list[int], list[int]]]:
         """Encode many conversations at once, which makes millions of rows quick.
@@ -79,16 +69,39 @@ class ChatCoder:
             (ids, mask) of each, of equal length; the mask is 1 on what assistant turns say, their
             end-of-turn tokens included. A token that begins in the text before counts, too.
         """
-        encodings = self.plain.encodings([chat.text for chat in chats])
-        pairs = zip(encodings, chats, strict=True)
-        return [self._with_mask(encoding, chat.spans) for encoding, chat in pairs]
+        rows = self.plain.batch([chat.text for chat in chats])
+        masks = [self._mask(ids, chat) for ids, chat in zip(rows, chats, strict=True)]
+        odd = [chat for mask, chat in zip(masks, chats, strict=True) if mask is None]
+        encodings = iter(self.plain.encodings([chat.text for chat in odd]))
+        others = (self._mask_of_spans(next(encodings), chat) for chat in odd)
+        masks = [next(others) if mask is None else mask for mask in masks]
+        return list(zip(rows, masks, strict=True))
 
-    def _with_mask(
-        self, encoding: Encoding, spans: list[tuple[int, int]]
-    ) -> tuple[list[int], list[int]]:
+    def _mask(self, ids: list[int], chat: Chat) -> list[int] | None:
+        """The mask of a row by its control tokens; None: that needs each token's characters."""
+        places, at = [], -1
+        try:
+            for token in chat.controls:
+                at = ids.index(token, at + 1)
+                places.append(at)
+        except ValueError:  # a word beside it made it text
+            return None
+        mask = [0] * len(ids)
+        for _, _, mark in chat.spans.values():
+            if mark is None:
+                return None
+            first, last = places[mark.after] + 1, places[mark.end]
+            begin = first + len(mark.head)
+            if ids[first:begin] != mark.head:  # its end has merged with what is said
+                return None
+            mask[begin : last + 1] = [1] * (last + 1 - begin)
+        return mask
+
+    def _mask_of_spans(self, encoding: Encoding, chat: Chat) -> list[int]:
+        """The mask of a row by the characters that its tokens stand for."""
         ids = encoding.ids
         mask = [0] * len(ids)
-        for begin, end in spans:
+        for begin, end, _ in chat.spans.values():
             first = encoding.char_to_token(begin)
             at = begin
             while first is None and at < end:  # a blank that this tokenizer leaves out
@@ -98,7 +111,7 @@ class ChatCoder:
             if ids[first] in self.control_ids and encoding.token_to_chars(first)[0] < begin:
                 first += 1  # a control token that takes the blanks behind it
             mask[first : last + 1] = [1] * (last + 1 - first)
-        return ids, mask
+        return mask
 
     def encode_chats(
         self, chats: Sequence[tuple], loss_on: str = "all"

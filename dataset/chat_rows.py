@@ -19,7 +19,8 @@ ROLES = {
 SPECIAL = frozenset(
     "system system_prompt system_message tools functions tool_choice tool_calls function_call"
     " reasoning_content reasoning thinking weight train loss mask loss_mask loss_weight"
-    " train_detail image images video videos audio audios kto_tag label name refusal".split()
+    " train_detail image images video videos audio audios kto_tag label name refusal"
+    " tool_call_id".split()
 )
 
 
@@ -59,8 +60,9 @@ def normalise_row(
 
     Returns:
         messages: dicts with role (system, user, assistant, tool), content (str) and, on assistant
-            turns that have them, reasoning_content (str), tool_calls ([{"name", "arguments"}]) and
-            loss (False: not to learn from).
+            turns that have them, reasoning_content (str), tool_calls ([{"name", "arguments"}], each
+            with its id, if any) and loss (False: not to learn from); on tool turns that have them,
+            name and tool_call_id.
         tools: list of function specs, or None.
 
     Raises:

@@ -19,14 +19,15 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dataset.replies import END_THINK, THINK
+from dataset.replies import END_THINK
 
 NONCE = secrets.token_hex(8)
 SLOT = re.compile(rf'{NONCE}(\d+)(\\*)"{NONCE}')  # a backslash: the slot is inside a JSON string
 HIDDEN = ("loss", "from_model")  # fields of a message that are not for the template
 
-# Public reasoning data keeps the thinking inside the content, in exactly this shape.
-_THINKING = re.compile(r"<think>\n(.*?)\n</think>\n\n(.*)", re.DOTALL)
+# Public reasoning data keeps the thinking inside the content, most often in exactly this shape.
+_SHAPE = re.compile(r"<think>\n(.*?)\n</think>\n\n(.*)", re.DOTALL)
+_LOOSE = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 def stand_in(n: int) -> str:
@@ -39,55 +40,97 @@ class Layout:
 
     pieces: control text; between pieces i and i + 1 is slot i. renamed: the same for the encoder.
     slots: for each, which of the texts it holds, and how often that is escaped as JSON.
-    spans: for each assistant turn, by its number, where what the model says begins and ends: slot
-        and character in the renamed piece before it, slot and character in the one behind it.
+    spans: what each assistant turn says, by its number.
+    controls: ids of the control tokens in the pieces.
+    verified: a row of this shape was compared with what the template gives.
     """
 
     pieces: list[str]
     renamed: list[str]
     slots: list[tuple[int, int]]
-    spans: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
+    spans: dict[int, "Span"] = field(default_factory=dict)
+    controls: list[int] = field(default_factory=list)
     verified: bool = False
 
-    def texts(self, values: list[str]) -> list[str]:
-        """The texts of the slots."""
-        return [_escape(values[n], depth) if depth else values[n] for n, depth in self.slots]
+    def fill(self, pieces: list[str], values: list[str]) -> list[str]:
+        """The pieces, plain or renamed, with the texts of the slots between them."""
+        parts = [pieces[0]]
+        for (n, depth), piece in zip(self.slots, pieces[1:], strict=True):
+            text = values[n]
+            for _ in range(depth):
+                text = json.dumps(text, ensure_ascii=False)[1:-1]
+            parts.append(text)
+            parts.append(piece)
+        return parts
 
-    def fill(self, values: list[str]) -> str:
-        """What the template gives for these texts."""
-        parts = [self.pieces[0]]
-        for text, piece in zip(self.texts(values), self.pieces[1:], strict=True):
-            parts += [text, piece]
-        return "".join(parts)
+
+@dataclass(frozen=True)
+class Mark:
+    """A span in tokens.
+
+    It begins behind the control token number `after` and the ids `head`, and ends with the control
+    token number `end`.
+    """
+
+    after: int
+    head: list[int]
+    end: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """What an assistant turn says, from its first to its last slot and around them.
+
+    begin: character in the renamed piece before the first slot. end: in that behind the last one.
+    mark: None: there is no control token before it in its piece.
+    """
+
+    first: int
+    begin: int
+    last: int
+    end: int
+    mark: Mark | None
 
 
 @dataclass(frozen=True)
 class Cutting:
     """A way to cut a conversation into stand-ins.
 
-    thinking: what becomes of "<think>...</think>" inside the content of an assistant turn: it is
-        'kept' in there, or taken out as reasoning_content, in one of the ways that templates have.
+    thinking: "<think>" and "</think>" inside the content of an assistant turn are control text, and
+        what is between and behind them are texts; else they are text, too.
     empty: an answer without text or call is a text of no characters; else it is left as it is.
     leaves: all strings inside of tools and calls are texts; else those that spell a control token.
+    text_arguments: the template wants the arguments of a call as JSON text.
     """
 
-    thinking: str = "kept"
+    thinking: bool = False
     empty: bool = True
     leaves: bool = True
+    text_arguments: bool = False
 
 
 class Cut:
     """A conversation with stand-ins, and the texts that they stand for.
 
-    values: the texts, without white space at their ends: that stays, so a template that trims it
-    shows. owners: for each, its turn (None: the tools) and its field.
+    values: the texts. owners: for each, its turn (None: the tools) and its field.
+
+    Args:
+        tokens: finds control tokens.
+        trims: white space at the ends of a text is not a part of it, so that a template that trims
+            it shows.
     """
 
-    def __init__(self, messages: list[dict], tools: list | None, way: Cutting, tokens: re.Pattern):
-        self.way, self.tokens = way, tokens
+    def __init__(
+        self,
+        messages: list[dict],
+        tools: list | None,
+        way: Cutting,
+        tokens: re.Pattern,
+        trims: bool,
+    ):
+        self.way, self.tokens, self.trims = way, tokens, trims
         self.values: list[str] = []
         self.owners: list[tuple[int | None, str]] = []
-        self.from_model: set[int] = set()
         self.messages = [self._message(n, message) for n, message in enumerate(messages)]
         self.tools = [self._named(tool, None, "tool") for tool in tools] if tools else None
 
@@ -96,38 +139,42 @@ class Cut:
         if not value and not empty:
             return text
         mark = stand_in(len(self.values))
-        self.values.append(value)
+        self.values.append(value if self.trims else text)
         self.owners.append((turn, name))
-        if value == text:
+        if value == text or not self.trims:
             return mark
         at = len(text) - len(text.lstrip())
         return f"{text[:at]}{mark}{text[at + len(value) :]}"
 
     def _message(self, n: int, message: dict) -> dict:
         speaks = message["role"] == "assistant"
-        if speaks and self.way.thinking != "kept":
-            message = split_thinking(message, self.way.thinking)
-        shown, first = {}, len(self.values)
+        shown = {}
         for name, value in message.items():
-            if name == "content" and isinstance(value, str):
+            if name == "content" and message.get("from_model"):
+                pass  # what a model wrote says its control tokens itself: it is control text
+            elif name == "content" and isinstance(value, str):
                 empty = speaks and self.way.empty and not message.get("tool_calls")
-                value = self._put(value, n, name, empty)
+                if speaks and self.way.thinking and (parts := _LOOSE.fullmatch(value)):
+                    begin = value[: parts.start(1)]
+                    thought = self._put(parts[1], n, "reasoning_content", self.way.empty)
+                    answer = self._put(parts[2], n, name, empty)
+                    value = f"{begin}{thought}{END_THINK}{answer}"
+                else:
+                    value = self._put(value, n, name, empty)
             elif name == "reasoning_content":
-                value = self._put(value, n, name, self.way.empty)
+                value = self._put(value, n, name)
             elif name == "tool_calls":
                 value = [self._named(as_call(call), n, "tool_calls") for call in value]
+                value = [as_call(call, self.way.text_arguments) for call in value]
             elif name != "role":
                 if name in HIDDEN or value is None:
                     continue
                 value = self._leaf(value, n, name, every=False)
             shown[name] = value
-        if message.get("from_model"):
-            self.from_model |= set(range(first, len(self.values)))
         return shown
 
     def _named(self, item: dict, turn: int | None, name: str) -> dict:
         """A tool or a call; its name, which no template looks at, is always a text."""
-        every = self.way.leaves
         shown = {}
         for key, value in item.items():
             if key == "function" and isinstance(value, dict):
@@ -157,58 +204,40 @@ class Cut:
         return self._put(key, turn, name) if self.tokens.search(key) else key
 
 
-def as_call(call: dict) -> dict:
+def as_call(call: dict, text_arguments: bool = False) -> dict:
     """A tool call in the shape that templates read, OpenAI's."""
-    return call if "function" in call else {"type": "function", "function": call}
+    if "function" not in call:
+        function = {name: value for name, value in call.items() if name != "id"}
+        known = {"id": call["id"]} if "id" in call else {}
+        call = {"type": "function", **known, "function": function}
+    if text_arguments and not isinstance(call["function"]["arguments"], str):
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        call = {**call, "function": {**call["function"], "arguments": arguments}}
+    return call
 
 
-def plain_message(message: dict) -> dict:
+def plain_message(message: dict, text_arguments: bool) -> dict:
     """A message as the template is to see it."""
     shown = {k: v for k, v in message.items() if k not in HIDDEN and v is not None}
     if calls := shown.get("tool_calls"):
-        shown["tool_calls"] = [as_call(call) for call in calls]
+        shown["tool_calls"] = [as_call(call, text_arguments) for call in calls]
     return shown
 
 
-def split_thinking(message: dict, how: str) -> dict:
-    """An assistant turn with the thinking inside its content as reasoning_content.
-
-    Args:
-        how: 'exact': as public data has it; 'stripped': without newlines around both parts; 'raw'.
-    """
-    content = message.get("content") or ""
-    if END_THINK not in content or message.get("reasoning_content"):
-        return message
-    if how == "exact":
-        match = _THINKING.fullmatch(content)
-        if not match:
-            return message
-        thinking, answer = match.groups()
-    else:
-        thinking, _, answer = content.partition(END_THINK)
-        thinking = thinking.rpartition(THINK)[2]
-        if how == "stripped":
-            thinking, answer = thinking.strip("\n"), answer.lstrip("\n")
-    return {**message, "reasoning_content": thinking, "content": answer}
-
-
-def cuttings(messages: list[dict], tools: list | None, thinks: bool) -> Iterator[Cutting]:
-    """The ways to cut a conversation, the likeliest first.
-
-    Args:
-        thinks: the template knows reasoning_content.
-    """
+def cuttings(messages: list[dict], tools: list | None, text_arguments: bool) -> Iterator[Cutting]:
+    """The ways to cut a conversation, the likeliest first."""
     answers = [message for message in messages if message["role"] == "assistant"]
-    thinking, empty, leaves = ["kept"], [True], [True]
-    if any(END_THINK in (answer.get("content") or "") for answer in answers):
-        split = ["exact", "stripped", "raw"]
-        thinking = [*split, "kept"] if thinks else ["kept", *split]
-    if not all((a.get("content") or "").strip() or a.get("tool_calls") for a in answers):
+    contents = [answer.get("content") or "" for answer in answers]
+    thinking, empty, leaves = [False], [True], [True]
+    if any(END_THINK in content and _LOOSE.fullmatch(content) for content in contents):
+        exact = any(_SHAPE.fullmatch(content) for content in contents)
+        thinking = [True, False] if exact else [False, True]
+    if not all(c.strip() or a.get("tool_calls") for c, a in zip(contents, answers, strict=True)):
         empty = [True, False]
     if tools or any(answer.get("tool_calls") for answer in answers):
         leaves = [True, False]
     for choices in itertools.product(thinking, empty, leaves):
-        yield Cutting(*choices)
+        yield Cutting(*choices, text_arguments)
 
 
 def parse_layout(text: str) -> Layout:
@@ -224,9 +253,3 @@ def parse_layout(text: str) -> Layout:
         raise ValueError("the chat template does not write texts as they are")
     slots = [(int(match[1]), (len(match[2]) + 1).bit_length() - 1) for match in found]
     return Layout(pieces, [], slots)
-
-
-def _escape(text: str, depth: int) -> str:
-    for _ in range(depth):
-        text = json.dumps(text, ensure_ascii=False)[1:-1]
-    return text

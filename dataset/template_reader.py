@@ -1,5 +1,6 @@
 """A chat template, understood: the text of a conversation and what in it an assistant says."""
 
+import re
 from dataclasses import dataclass
 from datetime import date
 from itertools import accumulate
@@ -9,27 +10,32 @@ import jinja2
 from dataset.template_layout import (
     Cut,
     Layout,
+    Mark,
+    Span,
+    as_call,
     cuttings,
     parse_layout,
     plain_message,
     stand_in,
 )
-from dataset.template_literals import looks_of
+from dataset.template_literals import Looks
 from dataset.text_encoder import TextEncoder
 
-LAYOUTS = 1 << 14  # kept in memory
+LAYOUTS = 1 << 12  # kept in memory
 OTHER = "name another with --chat_template FILE"
 
 
 @dataclass
-class Rendered:
-    """A conversation as text for the encoder, and from where to where each assistant turn says it.
+class Chat:
+    """A conversation as text, ready to be encoded, and what assistant turns say in it.
 
-    spans: number of a turn -> (begin, end) in characters, its end-of-turn token included.
+    spans: number of a turn -> (begin, end) in characters, its end-of-turn token included; the same
+        in tokens, where that is known. controls: ids of the control tokens in the text.
     """
 
     text: str
-    spans: dict[int, tuple[int, int]]
+    spans: dict[int, tuple[int, int, Mark | None]]
+    controls: list[int]
 
 
 @dataclass
@@ -37,12 +43,13 @@ class Manner:
     """How a template writes assistant turns.
 
     heads: what stands before one, the likeliest first. ends: the tokens that end one. thinks: it
-    knows reasoning_content.
+    knows reasoning_content. text_arguments: it wants the arguments of a call as JSON text.
     """
 
     heads: list[str]
     ends: list[str]
     thinks: bool
+    text_arguments: bool
 
 
 class TemplateReader:
@@ -64,8 +71,9 @@ class TemplateReader:
         self.variables, self.encoder = variables, encoder
         self.layouts: dict[str, Layout | str] = {}
         self.dated = "strftime_now" in source
+        self.trims = "trim" in source or "strip" in source
         try:
-            self.looks = looks_of(source)
+            self.looks = Looks(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"{place}:{error.lineno}: {error.message}; {OTHER}") from None
         self.manner = self._learn_manner()
@@ -104,28 +112,48 @@ class TemplateReader:
             raise ValueError(f"{self.place}: {error}; {OTHER}") from None
         if any(mark not in text for mark, text in ((stand_in(0), asked), (stand_in(1), said))):
             raise ValueError(f"{self.place}: the chat template leaves turns out; {OTHER}")
-        head = said[: _common(prompt, said)]
-        generation = _common(prompt, asked)
-        heads = [prompt[generation:], head[generation:], head.rpartition(stand_in(0))[2]]
-        thoughtful = [user[0], {**answer[0], "reasoning_content": stand_in(2)}]
-        try:
-            thinks = stand_in(2) in self.render(thoughtful)
-        except ValueError:
-            thinks = False
-        opener = asked.partition(stand_in(0))[0]
-        ends = self._ends(said.partition(stand_in(1))[2], [])
-        if not ends:
-            tail = said.partition(stand_in(1))[2]
+        head = said[: self._common(prompt, said)]
+        generation = self._common(prompt, asked)
+        heads = self._beginnings(prompt[generation:], asked) or [head.rpartition(stand_in(0))[2]]
+        thinks = self._writes([user[0], {**answer[0], "reasoning_content": stand_in(2)}], 2)
+        call = {"name": "f", "arguments": {"x": stand_in(2)}}
+        calls = [{**answer[0], "content": "", "tool_calls": [as_call(call, t)]} for t in (0, 1)]
+        text_arguments = not self._writes([user[0], calls[0]], 2) and self._writes(
+            [user[0], calls[1]], 2
+        )
+        first = self.encoder.tokens.search
+        tail = said.partition(stand_in(1))[2]
+        end = first(tail)
+        if not end:
             fault = f"no token ends an assistant turn: behind it stands {tail!r}"
             raise ValueError(f"{self.place}: {fault}; {OTHER}")
-        between = later.partition(stand_in(1))[2].partition(stand_in(2))[0]
-        ends += self._ends(between, [*ends, *self.encoder.tokens.findall(opener)])
-        return Manner(list(dict.fromkeys(filter(None, heads))), ends, thinks)
+        # An answer that is not the last one may have an end of its own, that of all other turns.
+        earlier, user_end = (first(later.partition(stand_in(n))[2]) for n in (1, 0))
+        same = earlier and user_end and earlier[0] == user_end[0]
+        ends = [end[0], *([earlier[0]] if same else [])]
+        return Manner(heads, list(dict.fromkeys(ends)), thinks, text_arguments)
 
-    def _ends(self, tail: str, known: list[str]) -> list[str]:
-        """The first control token behind an answer, if it is not a known one."""
-        first = self.encoder.tokens.search(tail)
-        return [first[0]] if first and first[0] not in known else []
+    def _writes(self, messages: list[dict], n: int) -> bool:
+        """Whether the template writes a stand-in of a conversation."""
+        try:
+            return any(slot == n for slot, _ in parse_layout(self.render(messages)).slots)
+        except ValueError:
+            return False
+
+    def _beginnings(self, prompt: str, asked: str) -> list[str]:
+        """A generation prompt, and its beginnings: a turn that does not think may lack its end."""
+        tags = re.compile(f"{self.encoder.tokens.pattern}|<think>")
+        edges = {edge for match in tags.finditer(prompt) for edge in match.span()}
+        first = tags.match(prompt)
+        least = first.end() if first and first[0] in asked else 0  # it begins any turn
+        edges = {edge for edge in edges if edge > least} | ({len(prompt)} if prompt else set())
+        return [prompt[:edge] for edge in sorted(edges, reverse=True)]
+
+    def _common(self, text: str, other: str) -> int:
+        """How many characters of a text, in whole control tokens, stand before another, too."""
+        size = _common(text, other)
+        spans = (match.span() for match in self.encoder.tokens.finditer(text))
+        return next((begin for begin, end in spans if begin < size < end), size)
 
     def opening(self, thinking: bool | None) -> str:
         """What a prompt says already of the reply: "<think>\\n", or nothing."""
@@ -139,7 +167,7 @@ class TemplateReader:
     # Conversations
     # ----------------------------------------------------------------------------------------------
 
-    def read(self, messages: list[dict], tools: list | None = None, **flags) -> Rendered:
+    def read(self, messages: list[dict], tools: list | None = None, **flags) -> Chat:
         """The text of a conversation, and what is whose in it.
 
         Args:
@@ -149,17 +177,20 @@ class TemplateReader:
             ValueError: what the template does to a turn so that it cannot be learned from.
         """
         reasons, real = [], None
-        for way in cuttings(messages, tools, self.manner.thinks):
-            cut = Cut(messages, tools, way, self.encoder.tokens)
+        text_arguments = self.manner.text_arguments
+        for way in cuttings(messages, tools, text_arguments):
+            cut = Cut(messages, tools, way, self.encoder.tokens, self.trims)
             layout = self._layout(cut, messages, flags)
             if isinstance(layout, str):
                 reasons.append(layout)
                 continue
-            if layout.verified and way.thinking == "kept" and not self._sees(cut.values):
+            if layout.verified and not way.thinking and not self._sees(cut.values):
                 return self._fill(layout, cut)
             if real is None:
-                real = self.render([plain_message(m) for m in messages], tools, **flags)
-            filled = layout.fill(cut.values)
+                real = self.render(
+                    [plain_message(m, text_arguments) for m in messages], tools, **flags
+                )
+            filled = "".join(layout.fill(layout.pieces, cut.values))
             if filled == real:
                 layout.verified = True
                 return self._fill(layout, cut)
@@ -187,6 +218,8 @@ class TemplateReader:
         layout = parse_layout(self.render(cut.messages, cut.tools, **flags))
         self._check_complete(cut, layout)
         layout.renamed = [self.encoder.rename(piece) for piece in layout.pieces]
+        tokens = self.encoder.tokens.findall("\n".join(layout.pieces))
+        layout.controls = [self.encoder.ids[token] for token in tokens]
         for n, message in enumerate(messages):
             if message["role"] == "assistant" and not flags:  # in a prompt nothing is learned
                 layout.spans[n] = self._span(cut, layout, n)
@@ -211,15 +244,17 @@ class TemplateReader:
                 raise ValueError(f"{where}the chat template leaves out {what} of this {role} turn")
             is_old = turn is not None and turn < last
             if name == "reasoning_content" and not (is_old and self.manner.thinks):
-                if not is_old or cut.way.thinking == "kept":
+                if not is_old or not cut.way.thinking:
                     advice = "take it out of the row, or use a template that has it"
                     raise ValueError(f"{where}the chat template leaves out the thinking: {advice}")
 
-    def _span(self, cut: Cut, layout: Layout, turn: int) -> tuple[int, int, int, int]:
-        """Where in the layout an assistant turn says what is to be learned, see `Layout`."""
+    def _span(self, cut: Cut, layout: Layout, turn: int) -> Span:
+        """Where in the layout an assistant turn says what is to be learned."""
         slots = [i for i, (n, _) in enumerate(layout.slots) if cut.owners[n][0] == turn]
         if not slots:
             raise ValueError(f"turn {turn + 1}: the chat template writes no answer without text")
+        if any(cut.owners[n][0] != turn for n, _ in layout.slots[slots[0] : slots[-1]]):
+            raise ValueError(f"turn {turn + 1}: the chat template writes other turns into this one")
         rename, tokens = self.encoder.rename, self.encoder.tokens
         before, behind = layout.pieces[slots[0]], layout.pieces[slots[-1] + 1]
         head = next((head for head in self.manner.heads if head in before), None)
@@ -230,36 +265,47 @@ class TemplateReader:
             if begin < 0:
                 fault = f"cannot tell where this turn begins: before it stands {before!r}"
                 raise ValueError(f"turn {turn + 1}: {fault}")
-        ends = [match for match in tokens.finditer(behind) if match[0] in self.manner.ends]
-        end = ends[0].end() if ends else self._own_end(cut, behind, turn)
-        return slots[0], len(rename(before[:begin])), slots[-1], len(rename(behind[:end]))
+        end = self._end(cut, behind, turn)
+        mark = self._mark(layout, slots[0], before[:begin], slots[-1], behind[:end])
+        begin, end = len(rename(before[:begin])), len(rename(behind[:end]))
+        return Span(slots[0], begin, slots[-1], end, mark)
 
-    def _own_end(self, cut: Cut, behind: str, turn: int) -> int:
-        """Where a turn ends that does not end as others do, a call with <|eom_id|>, say."""
-        text = self.render(cut.messages[: turn + 1], cut.tools)
-        tail = parse_layout(text).pieces[-1]
-        tokens = self.encoder.tokens.findall(tail)
-        at = behind.find(tokens[-1]) if tokens else -1
-        if at < 0:
-            raise ValueError(f"turn {turn + 1}: no token ends this turn: behind it stands {tail!r}")
-        return at + len(tokens[-1])
+    def _mark(self, layout: Layout, first: int, before: str, last: int, behind: str) -> Mark | None:
+        """The place of a span in tokens: what the tokens between are is the same in every text."""
+        rename, tokens = self.encoder.rename, self.encoder.tokens
+        earlier = list(tokens.finditer(before))
+        if not earlier:
+            return None
+        head = self.encoder(rename(before[earlier[-1].start() :]))[1:]
+        counts = [len(tokens.findall(piece)) for piece in layout.pieces[: last + 1]]
+        after = sum(counts[:first]) + len(earlier) - 1
+        return Mark(after, head, sum(counts) + len(tokens.findall(behind)) - 1)
 
-    def _fill(self, layout: Layout, cut: Cut) -> Rendered:
-        values = cut.values
-        if cut.from_model:  # what a model wrote says its control tokens itself
-            rename = self.encoder.rename
-            values = [rename(v) if n in cut.from_model else v for n, v in enumerate(values)]
-        parts, pieces = [layout.renamed[0]], layout.renamed
-        for text, piece in zip(layout.texts(values), pieces[1:], strict=True):
-            parts.append(text)
-            parts.append(piece)
+    def _end(self, cut: Cut, behind: str, turn: int) -> int:
+        """Where a turn ends in the control text behind it."""
+        tokens, tail = list(self.encoder.tokens.finditer(behind)), ""
+        if "tool_calls" in cut.messages[turn]:  # a call may end otherwise, with <|eom_id|>, say
+            tail = parse_layout(self.render(cut.messages[: turn + 1], cut.tools)).pieces[-1]
+            own = self.encoder.tokens.findall(tail)
+            at = next((n for n, token in enumerate(own) if token in self.manner.ends), len(own) - 1)
+            if own[: at + 1] == [match[0] for match in tokens[: at + 1]] and own:
+                return tokens[at].end()
+        ends = [match.end() for match in tokens if match[0] in self.manner.ends]
+        if not ends:
+            raise ValueError(
+                f"turn {turn + 1}: no token ends this turn: behind it stands {behind!r}"
+            )
+        return ends[0]
+
+    def _fill(self, layout: Layout, cut: Cut) -> Chat:
+        parts, pieces = layout.fill(layout.renamed, cut.values), layout.renamed
         spans = {}
         if layout.spans:
             ends = list(accumulate(map(len, parts)))
-            for turn, (first, begin, last, end) in layout.spans.items():
-                at = ends[2 * first] - len(pieces[first]) + begin
-                spans[turn] = at, ends[2 * last + 1] + end
-        return Rendered("".join(parts), spans)
+            for turn, span in layout.spans.items():
+                begin = ends[2 * span.first] - len(pieces[span.first]) + span.begin
+                spans[turn] = begin, ends[2 * span.last + 1] + span.end, span.mark
+        return Chat("".join(parts), spans, layout.controls)
 
 
 def _common(one: str, other: str) -> int:
@@ -270,14 +316,11 @@ def _common(one: str, other: str) -> int:
 
 def _difference(cut: Cut, layout: Layout, filled: str, real: str) -> str:
     """What a template did to a text that it was to write as it is."""
-    at, end, turn = _common(filled, real), len(layout.pieces[0]), None
-    for (n, _), text, piece in zip(
-        layout.slots, layout.texts(cut.values), layout.pieces[1:], strict=True
-    ):
-        if end > at:
-            break
-        turn = cut.owners[n][0]
-        end += len(text) + len(piece)
+    at, turn = _common(filled, real), None
+    ends = list(accumulate(map(len, layout.fill(layout.pieces, cut.values))))
+    for (n, _), end in zip(layout.slots, ends[::2], strict=False):
+        if end <= at:
+            turn = cut.owners[n][0]
     where = "" if turn is None else f"turn {turn + 1}: "
     begin = max(0, at - 10)
     shown = f"it writes {real[begin : at + 30]!r}, not {filled[begin : at + 30]!r}"

@@ -21,12 +21,13 @@ def parse_tools(value: object, where: str) -> list[dict]:
 
 
 def parse_tool_calls(value: object, key: str, where: str) -> list[dict]:
-    """The calls of a field, [{"name": str, "arguments": dict}, ...]."""
+    """The calls of a field, [{"name": str, "arguments": dict}, ...], each with its "id", if any."""
     return [_tool_call(call, where) for call in _json_list(value, f"{where}{key!r}")]
 
 
 def _tool_call(call: object, where: str) -> dict:
     """{"function": {"name", "arguments"}} or {"name", "arguments"}; arguments may be JSON text."""
+    known = {"id": call["id"]} if isinstance(call, dict) and isinstance(call.get("id"), str) else {}
     call = call.get("function") or call if isinstance(call, dict) else call
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
         raise ValueError(f"{where}a tool call must be an object with a 'name' and 'arguments'")
@@ -37,7 +38,7 @@ def _tool_call(call: object, where: str) -> dict:
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise ValueError(f"{of} must be an object, found {json_type(arguments)}")
-    call = {"name": call["name"], "arguments": arguments}
+    call = {"name": call["name"], "arguments": arguments, **known}
     check_text(dump_json(call), f"{where}the call of {call['name']!r}")
     return call
 

@@ -94,6 +94,9 @@ def _add_turn_fields(message: dict, fields: dict, name: str, calls: dict, at: st
         if fields.get(key) and role != "assistant":
             raise ValueError(f"{at}{key!r} belongs on an assistant turn, found on {name!r}")
     message |= thinking_of(fields, at)
+    if role == "tool":  # some chat templates show them
+        known = {key: fields[key] for key in ("name", "tool_call_id") if fields.get(key)}
+        message |= {key: check_text(value, f"{at}{key!r}") for key, value in known.items()}
     if len(calls) > 1:
         raise ValueError(f"{at}{' and '.join(map(repr, calls))} are both calls: keep one of them")
     for key, value in calls.items():

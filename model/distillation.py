@@ -98,7 +98,7 @@ def load_teacher(weight: str, out_dir: str, vocab_size: int, max_seq_len: int) -
     if teacher.config.vocab_size != vocab_size:
         raise ValueError(
             f"--teacher_weight {path}: it has a vocabulary of {teacher.config.vocab_size}, the"
-            f" student's has {vocab_size}; both must have the same tokenizer"
+            f" student's tokenizer has {vocab_size}; both must have the same tokenizer"
         )
     if teacher.config.max_seq_len < max_seq_len:
         raise ValueError(

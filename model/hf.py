@@ -4,12 +4,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
-
 from model.hf_config import config_from_hf, config_to_hf  # noqa: F401  # the second for others
-from model.lazy_tensors import FileTensor, LazyTensor, read_folder
+from model.hf_files import read_folder
+from model.initial import on_meta_device
+from model.lazy_tensors import FileTensor, LazyTensor
 from model.lm import LMConfig, MiniMindLM
 
 # Buffers that older checkpoints carry; the model computes them from its configuration.
@@ -140,49 +138,7 @@ def check_tie(tensors: Mapping[str, LazyTensor]) -> None:
         raise ValueError(f"{head.pieces[0][0].path}: {fault}")
 
 
-@torch.no_grad()
-def load_hf_weights(model: MiniMindLM, folder: str | Path) -> None:
-    """Fill a model's parameters from a folder, one after the other, each read in parts.
-
-    Raises:
-        ValueError: see `read_hf_tensors`; a value is not finite.
-    """
-    tensors = read_hf_tensors(folder, model.config)
-    for name, parameter in model.named_parameters():
-        tensors[name].copy_to(parameter)
-
-
-def load_hf_model(folder: str | Path) -> MiniMindLM:
-    """The model in a folder, on the CPU, float32, in evaluation mode; its memory is paid once.
-
-    Raises:
-        ValueError: see `config_from_hf`, `load_hf_weights`.
-    """
-    model = empty_model(config_from_hf(folder))
-    load_hf_weights(model, folder)
-    return model.eval()
-
-
-class SkipRandomInit(TorchFunctionMode):
-    """Parameters on the meta device get no random numbers: torch would import its compiler."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.init.normal_:
-            return kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
 def meta_model(config: LMConfig) -> MiniMindLM:
     """A model on the meta device: names, shapes and ties of its parameters, without memory."""
-    with torch.device("meta"), SkipRandomInit():
+    with on_meta_device():
         return MiniMindLM(config)
-
-
-def empty_model(config: LMConfig) -> MiniMindLM:
-    """A model on the CPU whose parameters have no values yet: memory that nobody touched."""
-    model = meta_model(config)
-    memory = {id(p): nn.Parameter(torch.empty(p.shape)) for p in model.parameters()}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, memory[id(parameter)])  # a tied one twice
-    return model

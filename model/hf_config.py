@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model.config import LMConfig
-from model.lazy_tensors import read_folder
+from model.hf_files import read_folder
 
 # model_type -> architecture, and what sets it apart from a Qwen3
 FAMILIES = {

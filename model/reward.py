@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
 from model.weights import allocate, load_weights
 
@@ -138,7 +139,7 @@ def load_reward_model(path: str | Path) -> RewardModel:
     if not is_reward:
         fault = "a language model, not a reward model"
         raise ValueError(f"{path}: {fault}; trainer/train_reward.py makes one")
-    with torch.device("meta"):
+    with on_meta_device():
         model = RewardModel(RewardConfig.from_json(config_path))
     allocate(model, "cpu")
     load_weights(model, path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
 
 
@@ -90,9 +91,15 @@ def read_lazily(path: Path) -> dict:
 
 def allocate(model: MiniMindLM, device: torch.device | str) -> None:
     """Give a model of the meta device memory, without values; a reward model's head begins at zero."""
-    model.to_empty(device=device)
-    if model.config.tie_embeddings:  # to_empty makes two parameters of one
-        model.lm_head.weight = model.model.embed_tokens.weight
+    if any(hasattr(p, "to_local") for p in model.parameters()):  # spread over processes
+        model.to_empty(device=device)
+        if model.config.tie_embeddings:  # to_empty makes two parameters of one
+            model.lm_head.weight = model.model.embed_tokens.weight
+    else:
+        new = {id(p): nn.Parameter(torch.empty(p.shape, device=device)) for p in model.parameters()}
+        for module in model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, new[id(p)].requires_grad_(p.requires_grad))
     if hasattr(model, "score"):
         nn.init.zeros_(model.score.weight)
 
@@ -162,7 +169,7 @@ def load_model(path: str | Path) -> MiniMindLM:
     Raises:
         ValueError: the configuration is missing, or weights or configuration are damaged.
     """
-    with torch.device("meta"):
+    with on_meta_device():
         model = MiniMindLM(read_config(path))
     allocate(model, "cpu")
     load_weights(model, path)

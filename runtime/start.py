@@ -10,6 +10,7 @@ from torch import nn
 
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
+from model.initial import on_meta_device
 from model.weights import allocate, is_path, load_weights
 from runtime import tokenizer_record
 from runtime.ranks import SHARDED, mesh_sizes, world
@@ -33,7 +34,8 @@ class Start:
         shape: of the model, without its vocabulary.
         tokenizer: of the weights; loaded on first use.
         vocab_size: of the weights; None: as many as the tokenizer has entries.
-        is_recorded: whether the weights say what tokenizer they were trained with.
+        may_be_padded: the vocabulary beyond the tokenizer. Not in weights of ours that do not say
+            what tokenizer they were trained with.
         run_dir: of what the run writes; its weights lie beside it.
         fill: of `build`, where processes share the model: gives their parts the values.
     """
@@ -43,7 +45,7 @@ class Start:
     shape: LMConfig
     tokenizer: LazyTokenizer
     vocab_size: int | None
-    is_recorded: bool
+    may_be_padded: bool
     run_dir: Path
     fill: Callable[[nn.Module, torch.device], None] | None = None
 
@@ -57,7 +59,7 @@ class Start:
             ValueError: the tokenizer does not fit the weights.
         """
         entries = self.vocab_size or len(self.tokenizer)
-        tokenizer_record.check_size(self.tokenizer, entries, may_be_padded=self.is_recorded)
+        tokenizer_record.check_size(self.tokenizer, entries, self.may_be_padded)
         record = tokenizer_record.record_of(self.tokenizer)
         return replace(self.shape, vocab_size=entries, tokenizer=record)
 
@@ -82,7 +84,7 @@ class Start:
             return model
         if self.path is None and resumed is None:
             return make().to(args.device)
-        with torch.device("meta"):  # the values come from elsewhere: none are made
+        with on_meta_device():  # the values come from elsewhere: none are made
             model = make()
         allocate(model, args.device)
         if resumed is None:
@@ -114,7 +116,7 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     if weights is not None:
         check_sizes(weights, given, path)
     shape = LMConfig(**given) if weights is None else weights
-    set_context(args, shape)
+    set_context(args, shape, 0 if weights is None else weights.max_seq_len)
     shape = replace(shape, dropout=args.dropout, aux_loss_alpha=LMConfig.aux_loss_alpha)
     if shape.n_layers * shape.dim * shape.hidden_dim > SMALL or shape.use_moe:
         from runtime.machine import check_memory
@@ -131,7 +133,9 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     args.tokenizer_dir = str(tokenizer.folder)
     vocab_size = known.vocab_size if known else None
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix_of(args)}"
-    return Start(path, line, shape, tokenizer, vocab_size, record is not None, run_dir)
+    is_foreign = source is not None and source.is_dir()
+    may_be_padded = record is not None or is_foreign
+    return Start(path, line, shape, tokenizer, vocab_size, may_be_padded, run_dir)
 
 
 def find_weights(
@@ -208,13 +212,16 @@ def check_sizes(weights: LMConfig, given: dict, path: Path) -> None:
             raise ValueError(f"--{name} {int(given[name])}: {have}; {remedy}")
 
 
-def set_context(args, shape: LMConfig) -> None:
-    """--max_seq_len and --rope_scaling: the context of the model, and the longest row."""
+def set_context(args, shape: LMConfig, least: int) -> None:
+    """--max_seq_len and --rope_scaling: the context of the model, and the longest row.
+
+    Args:
+        least: the context of the weights, which shorter rows leave as it is; 0 without weights.
+    """
     if args.rope_scaling:
         from model.rope import extend_context
 
         extend_context(shape, args.rope_scaling)
-        shape.max_seq_len = max(shape.max_seq_len, args.max_seq_len or 0)
-    else:
-        shape.max_seq_len = args.max_seq_len or shape.max_seq_len
+        least = shape.max_seq_len
+    shape.max_seq_len = max(least, args.max_seq_len or shape.max_seq_len)
     args.max_seq_len = args.max_seq_len or min(LONGEST_ROW, shape.max_seq_len)

@@ -84,11 +84,12 @@ def write_weights(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.suffix != ".pth" or not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: must be a .pth file in a folder that exists")
-    template = getattr(args, "chat_template", None)
-    source = open_source(args.weights, args.tokenizer_dir, template, args.lora, args.out_dir)
+    source = open_source(
+        args.weights, args.tokenizer_dir, args.chat_template, args.lora, args.out_dir
+    )
     config = replace(source.config, tokenizer=record_of(source.tokenizer))
     save_file(out.with_suffix(".json"), config.to_json())
-    save_file(out, dict(source.tensors))
+    save_file(out, source.state_dict())
     print(f"{source.path}{merged(args)}: {out}")
     return 0
 
@@ -97,9 +98,9 @@ def to_gguf(args: argparse.Namespace) -> int:
     from model.weights import newest_weights
     from runtime.exports.gguf_file import export_gguf
 
-    path = newest_weights(args.weights, args.out_dir, "WEIGHTS")
-    export_gguf(path, Path(args.file), args.dtype, args.tokenizer_dir)
-    print(f"{path} as {args.dtype}: {args.file}")
+    path, lora = newest_weights(args.weights, args.out_dir, "WEIGHTS"), find_adapter(args)
+    export_gguf(path, Path(args.file), args.dtype, args.tokenizer_dir, args.chat_template, lora)
+    print(f"{path}{merged(args)} as {args.dtype}: {args.file}")
     return 0
 
 
@@ -109,7 +110,9 @@ def check(args: argparse.Namespace) -> int:
     export = Path(args.export)
     if not export.exists():
         raise ValueError(f"{export}: no such file or folder")
-    source = open_source(args.weights, args.tokenizer_dir, None, args.lora, args.out_dir)
+    source = open_source(
+        args.weights, args.tokenizer_dir, args.chat_template, args.lora, args.out_dir
+    )
     if export.is_dir():
         from runtime.exports.compare_hf import check_hf
 
@@ -117,7 +120,13 @@ def check(args: argparse.Namespace) -> int:
     else:
         from runtime.exports.compare import check_gguf
 
-        same, figures = check_gguf(export, source.path, tokenizer_dir=args.tokenizer_dir)
+        same, figures = check_gguf(
+            export,
+            source.path,
+            tokenizer_dir=args.tokenizer_dir,
+            chat_template=args.chat_template,
+            lora=find_adapter(args),
+        )
         lines = [str(figures)]
     for line in lines:
         print(line)
@@ -125,8 +134,15 @@ def check(args: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
+def find_adapter(args: argparse.Namespace) -> str | None:
+    """The path of --lora."""
+    from model.weights import newest_weights
+
+    return args.lora and str(newest_weights(args.lora, args.out_dir, "--lora"))
+
+
 def merged(args: argparse.Namespace) -> str:
-    return f" with {args.lora}" if getattr(args, "lora", None) else ""
+    return f" with {args.lora}" if args.lora else ""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -141,24 +157,21 @@ def make_parser() -> argparse.ArgumentParser:
             sub.add_argument(place)
         sub.add_argument("--out_dir", default=str(ROOT / "out"), help="where runs are looked for")
         sub.add_argument("--tokenizer_dir", help="instead of the tokenizer that the weights name")
-        sub.set_defaults(run=run)
+        sub.add_argument("--chat_template", help="a file; instead of the weights' own template")
+        if name != "from-hf":
+            sub.add_argument("--lora", help="an adapter to merge: stage, run or path")
+        sub.set_defaults(run=run, lora=None)
         return sub
 
     one = command("to-hf", to_hf, "write a folder in Hugging Face's format", "weights", "folder")
     one.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     one.add_argument("--shard_size", default="5GB", help="of one file of weights at most")
-    one.add_argument("--chat_template", help="a file; instead of the template of the weights")
-    one.add_argument("--lora", help="an adapter to merge: stage, run or path")
     one.add_argument("--peft", action="store_true", help="write the adapter alone, for peft")
-    one = command("from-hf", from_hf, "write NAME.pth of a folder or a hub name", "folder", "out")
-    one.add_argument("--chat_template", help="a file; instead of the template of the folder")
-    one.set_defaults(lora=None)
-    one = command("merge", merge, "write NAME.pth with an adapter merged", "weights", "out")
-    one.add_argument("--lora", help="the adapter: stage, run or path")
+    command("from-hf", from_hf, "write NAME.pth of a folder or a hub name", "folder", "out")
+    command("merge", merge, "write NAME.pth with an adapter merged", "weights", "out")
     one = command("to-gguf", to_gguf, "write a GGUF file and a Modelfile", "weights", "file")
     one.add_argument("--dtype", default="f16", choices=("f32", "f16", "bf16", "q8_0"))
-    one = command("check", check, "compare with what transformers computes", "export", "weights")
-    one.add_argument("--lora", help="the adapter that was merged into it")
+    command("check", check, "compare with transformers or llama.cpp", "export", "weights")
     return parser
 
 

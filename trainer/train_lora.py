@@ -210,7 +210,7 @@ def parse_args() -> argparse.Namespace:
     add("--tokenizer_dir", help="tokenizer folder (default: that of the weights, else our own)")
     add("--chat_template", help="Jinja file, instead of the tokenizer's own chat template")
     add("--cache_dir", help="where token caches live (default: out/cache)")
-    add("--max_seq_len", type=int, help="longest row and context, in tokens (default: 512 at most)")
+    add("--max_seq_len", type=int, help="longest row in tokens; the context is at least that")
     add("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
     add("--curriculum", default="none", help="easy first: none, length, field:NAME")
     add("--loss_on", choices=("all", "last"), default="all", help="assistant turns that carry loss")
@@ -320,8 +320,8 @@ def main() -> int:
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
     run_dir = start.run_dir
     model = start.build(make, args, whole=True)
-    apply_kernels(model, args.device, dtype)
     lora = add_lora(model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    apply_kernels(model, args.device, dtype)
     args.lora_targets = lora["targets"]
     base = {"the weights of --from_weight": lora["base_sha256"]}
     parallel.assert_same_on_all_ranks(base)

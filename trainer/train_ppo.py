@@ -352,7 +352,7 @@ def parse_args() -> argparse.Namespace:
     add("--data_path", default=str(ROOT / "dataset/demo/rl_prompts.jsonl"), help="training data")
     add("--tokenizer_dir", help="tokenizer folder (default: that of the weights, else our own)")
     add("--chat_template", help="Jinja file, instead of the tokenizer's own chat template")
-    add("--max_seq_len", type=int, help="longest row and context, in tokens (default: 512 at most)")
+    add("--max_seq_len", type=int, help="longest row in tokens; the context is at least that")
     add("--drop_last", type=int, choices=(0, 1), default=0, help="1: no shorter last global batch")
     add("--skip_bad", action="store_true", help="leave bad rows out and count them")
     add("--eval_ratio", type=float, default=0.0, help="share of the rows held out for evaluation")

@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 
 from model.cross_entropy import chunk_size
+from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
 from runtime.launcher import read_launch
 from runtime.machine import CONTROL_GROUP, meminfo
@@ -59,7 +60,7 @@ def parameter_shapes(config: LMConfig) -> dict[str, torch.Size]:
 
 @functools.cache
 def shapes_of(config: str) -> dict[str, torch.Size]:
-    with torch.device("meta"):
+    with on_meta_device():
         return {
             name: p.shape
             for name, p in MiniMindLM(LMConfig(**json.loads(config))).named_parameters()
@@ -69,6 +70,15 @@ def shapes_of(config: str) -> dict[str, torch.Size]:
 def parameter_count(config: LMConfig) -> int:
     """Parameters of the model, exactly; tied weights count once, all experts count."""
     return sum(shape.numel() for shape in parameter_shapes(config).values())
+
+
+def adapter_size(config: LMConfig, targets: list[str], rank: int) -> int:
+    """Numbers of a LoRA adapter for layers of these names, in all blocks."""
+    return sum(
+        rank * sum(shape)
+        for name, shape in parameter_shapes(config).items()
+        if ".layers." in name and name.endswith(".weight") and name.split(".")[-2] in targets
+    )
 
 
 def estimate(
@@ -85,6 +95,7 @@ def estimate(
     gradient_checkpointing: int = 0,
     offload: bool = False,
     accumulation_steps: int = 1,
+    trained: int | None = None,
 ) -> dict[str, int]:
     """Bytes per process at the peak of a step, by part, as in the table above.
 
@@ -99,6 +110,7 @@ def estimate(
         offload: zero2 and zero3 keep parameters, gradients and optimizer state in CPU memory
             ('host'); gradients that accumulate stay.
         accumulation_steps: micro-batches between two exchanges of gradients.
+        trained: numbers of a LoRA adapter, beside which the model is frozen; None: it is trained.
 
     Returns:
         parameters, gradients, optimizer, activations, buffers, and total, their sum, in bytes of
@@ -118,6 +130,11 @@ def estimate(
             *load, tensor_parallel, context_parallel, gradient_checkpointing
         ),
     }
+    if trained is not None:
+        share = trained / (1 if strategy == "ddp" else ranks)
+        parts["parameters"] += FLOAT * (share if sharded else trained)
+        parts["gradients"] = FLOAT * (share if sharded and accumulation_steps == 1 else trained)
+        parts["optimizer"] = 2 * FLOAT * share
     if sharded or tensor_parallel > 1:
         parts["buffers"] = gathered_weights(config, local, width, keeps_all=strategy != "zero3")
     else:

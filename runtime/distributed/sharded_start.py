@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.initial import init_parameter
+from model.initial import SkipRandomInit, init_parameter, on_meta_device
 from model.lm import MiniMindLM
 from model.weights import allocate, open_weights
 from runtime.device import is_sharded, local
@@ -30,7 +30,7 @@ def build(
     if resumed is None and path is None:
         model, state = make_without_memory(make)
         return model, functools.partial(fill_randomly, state=state)
-    with torch.device("meta"):
+    with on_meta_device():
         model = make()
     if resumed is not None:
         return model, allocate
@@ -56,7 +56,8 @@ def make_without_memory(make: Callable[[], nn.Module]) -> tuple[nn.Module, Tenso
 
     hook = nn.modules.module.register_module_module_registration_hook(drop_memory)
     try:
-        return make(), states[0]
+        with SkipRandomInit():
+            return make(), states[0]
     finally:
         hook.remove()
 

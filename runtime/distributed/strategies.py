@@ -20,6 +20,9 @@ def choose_strategy(config: LMConfig, dataset, args, dtype: str) -> str:
         rows = args.global_batch_size / data_ranks
     else:
         rows = args.batch_size * args.accumulation_steps
+    trained = None
+    if "lora_targets" in vars(args):
+        trained = memory.adapter_size(config, args.lora_targets, args.lora_rank)
     least = min(gather_objects(memory.device_memory(args.device) or 0))
     strategy, reason = memory.choose_strategy(
         config,
@@ -34,6 +37,7 @@ def choose_strategy(config: LMConfig, dataset, args, dtype: str) -> str:
         data_ranks=data_ranks,
         tensor_parallel=mesh_sizes["tensor"],
         context_parallel=mesh_sizes["context"],
+        trained=trained,
     )
     if world()[0] == 0:
         print(f"--strategy auto: {reason}", flush=True)

@@ -47,13 +47,15 @@ def check_gguf(
     texts: Sequence[str] = TEXTS,
     tokenizer_dir: str | None = None,
     python: str = sys.executable,
+    chat_template: str | None = None,
+    lora: str | None = None,
 ) -> tuple[bool, Figures]:
     """Compare a GGUF file, in llama.cpp, with the weights that it was made of, in float32 here.
 
     Args:
         weights: a .pth file, or a folder in Hugging Face's format.
         texts: a chat of each is compared, too, where the tokenizer has a template.
-        tokenizer_dir: None: the one that the weights name.
+        tokenizer_dir, chat_template, lora: as for `open_source`.
         python: the Python that has llama_cpp.
 
     Returns:
@@ -62,11 +64,10 @@ def check_gguf(
     Raises:
         ValueError: llama.cpp is not installed, or cannot load the file; says what it says.
     """
-    from model.weights import load_model
-    from runtime.exports.gguf_file import open_weights
+    from runtime.exports.source import open_source
 
-    tokenizer = open_weights(weights, tokenizer_dir).tokenizer
-    model = load_model(weights)
+    source = open_source(weights, tokenizer_dir, chat_template, lora)
+    tokenizer, model = source.tokenizer, source.model()
     texts = list(texts)
     if tokenizer.chat_template:
         turns = ([{"role": "user", "content": text}] for text in list(texts))

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from model.hf import config_from_hf, read_hf_tensors
-from model.lm import MiniMindLM
 from runtime.exports.compare import TEXTS, compare
 from runtime.exports.source import Source
 
@@ -26,15 +25,14 @@ def check_hf(folder: Path, source: Source) -> tuple[bool, list[str]]:
     """
     config = config_from_hf(folder)
     lazy = read_hf_tensors(folder, config)
-    model = MiniMindLM(source.config).eval()
-    model.load_state_dict(dict(source.tensors))
-    equal, own = 0, model.state_dict()
-    for name, tensor in lazy.items():
-        if name in own and own[name].shape == tensor.shape:
-            own[name].copy_(own[name].to(tensor.dtype))  # in the model itself
-            equal += torch.equal(own[name], tensor[:].to(own[name].dtype))
+    model = source.model()
+    equal, own = 0, dict(model.named_parameters())
+    for name, value in own.items():
+        if name in lazy and lazy[name].shape == value.shape:
+            value.copy_(value.to(lazy[name].dtype))  # in the model itself
+            equal += torch.equal(value, lazy[name][:].to(value.dtype))
     lines = [f"tensors: {equal} of {len(own)} equal"]
-    same = equal == len(own) == len(lazy)
+    same = equal == len(own) and len(lazy) == len(source.tensors)
     if (kind := described(folder)) == "MiniMindForCausalLM":
         lines.append(f"logits: not compared, transformers has no {kind} without its own code")
         return same, lines

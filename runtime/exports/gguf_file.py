@@ -14,12 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
-from model.weights import read_config
+from runtime.exports.source import open_source
 from runtime.process.terminal import naming
-from runtime.stored_tensors import open_tensors
-from runtime.tokenizer_record import check_size, find_record, open_tokenizer
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 INSTALL = "pip install gguf"
@@ -34,21 +31,28 @@ def import_gguf():
     return gguf
 
 
-def export_gguf(weights: Path, out: Path, dtype: str, tokenizer_dir: str | None) -> None:
+def export_gguf(
+    weights: Path,
+    out: Path,
+    dtype: str,
+    tokenizer_dir: str | None,
+    chat_template: str | None = None,
+    lora: str | None = None,
+) -> None:
     """Write weights as a GGUF file, with a Modelfile for Ollama beside it.
 
     Args:
         weights: a .pth file with its .json, or a folder in Hugging Face's format.
         out: the file, NAME.gguf; the Modelfile is NAME.Modelfile.
         dtype: of the matrices, one of DTYPES.
-        tokenizer_dir: None: the one that the weights name.
+        tokenizer_dir, chat_template, lora: as for `open_source`.
 
     Raises:
         ValueError: no such weights, or something in them that llama.cpp does not compute; names it.
     """
     from runtime.exports.modelfile import write_modelfile
 
-    source = open_weights(weights, tokenizer_dir)
+    source = open_source(weights, tokenizer_dir, chat_template, lora)
     write_gguf(source.config, source.tensors, source.tokenizer, out, dtype)
     write_modelfile(source.tokenizer, source.config.max_seq_len, out)
 
@@ -317,28 +321,3 @@ def encode(value: Tensor, kind: str, name: str):
     from gguf import GGMLQuantizationType, quants
 
     return quants.quantize(value.numpy(), GGMLQuantizationType[kind])
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What an export reads."""
-
-    config: LMConfig
-    tensors: Mapping[str, Tensor]
-    tokenizer: LazyTokenizer
-
-
-def open_weights(weights: Path, tokenizer_dir: str | None) -> Weights:
-    """Shape, tensors and tokenizer of a .pth file, or of a folder in Hugging Face's format.
-
-    Args:
-        tokenizer_dir: None: the one that the weights name.
-
-    Raises:
-        ValueError: they are damaged or do not belong together; names the file.
-    """
-    weights, config = Path(weights), read_config(weights)
-    record = find_record(weights, config.tokenizer)
-    tokenizer = open_tokenizer(tokenizer_dir, None, weights, record)
-    check_size(tokenizer, config.vocab_size, may_be_padded=True)
-    return Weights(config, open_tensors(weights, config), tokenizer)

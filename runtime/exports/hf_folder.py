@@ -137,7 +137,7 @@ def write_weights(
 def write_safetensors(
     path: Path, entries: list[Entry], tensors: Mapping, dtype: torch.dtype, bar: tqdm
 ) -> None:
-    """Write one file, a chunk of a tensor at a time; see `lazy_tensors.read_safetensors`."""
+    """Write one file, a chunk of a tensor at a time; see `hf_files.read_safetensors`."""
     kind = next(name for name, value in DTYPES.items() if value == dtype)
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for entry in entries:

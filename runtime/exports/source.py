@@ -4,19 +4,44 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
-from model.weights import load_model, newest_weights
+from model.initial import on_meta_device
+from model.lazy_tensors import LazyTensor
+from model.lm import MiniMindLM
+from model.weights import allocate, load_model, newest_weights, open_weights, read_config
 from runtime import tokenizer_record
 
 
 @dataclass(frozen=True)
 class Source:
-    """Attributes: tensors: of the state dict, float32; tokenizer: a LazyTokenizer."""
+    """Attributes: tensors: of the model's state dict, read in parts where they lie in files."""
 
     path: Path
     config: LMConfig
-    tensors: Mapping
-    tokenizer: object
+    tensors: Mapping[str, LazyTensor | torch.Tensor]
+    tokenizer: LazyTokenizer
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All of it in float32, a tied head as the embedding itself."""
+        state = {}
+        for name, tensor in self.tensors.items():
+            if name == "lm_head.weight" and self.config.tie_embeddings:
+                state[name] = state["model.embed_tokens.weight"]
+            else:
+                state[name] = tensor[:].float()
+        return state
+
+    def model(self) -> MiniMindLM:
+        """The model on the CPU, float32, in evaluation mode."""
+        with on_meta_device():
+            model = MiniMindLM(self.config)
+        allocate(model, "cpu")
+        for name, p in model.state_dict().items():
+            p.copy_(self.tensors[name][:])
+        return model.eval()
 
 
 def open_source(
@@ -36,12 +61,18 @@ def open_source(
         ValueError: they are damaged or do not belong together; names the file.
     """
     path = newest_weights(str(weights), out_dir, "WEIGHTS")
-    model = load_model(path)
-    if lora is not None:
+    config = read_config(path)
+    if lora is None:
+        with on_meta_device():
+            model = MiniMindLM(config)
+        tensors = open_weights(model, path)
+    else:
         from model.lora import merge_adapter
 
+        model = load_model(path)
         merge_adapter(model, newest_weights(lora, out_dir, "--lora"))
-    record = tokenizer_record.find_record(path, model.config.tokenizer)
+        tensors = model.state_dict()
+    record = tokenizer_record.find_record(path, config.tokenizer)
     tokenizer = tokenizer_record.open_tokenizer(tokenizer_dir, chat_template, path, record)
-    tokenizer_record.check_size(tokenizer, model.config.vocab_size, may_be_padded=True)
-    return Source(path, model.config, model.state_dict(), tokenizer)
+    tokenizer_record.check_size(tokenizer, config.vocab_size, may_be_padded=True)
+    return Source(path, config, tensors, tokenizer)

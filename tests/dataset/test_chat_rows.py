@@ -10,6 +10,13 @@ from dataset.chat_rows import detect_format, normalise_row
 
 AB = [user("a"), assistant("b")]
 CALLED = [user("a"), assistant("", tool_calls=[CALL]), tool("sunny"), assistant("b")]
+# Some chat templates show which call a result belongs to.
+IDENTIFIED = [
+    user("a"),
+    assistant("", tool_calls=[CALL | {"id": "1"}]),
+    tool("sunny") | {"tool_call_id": "1"},
+    assistant("b"),
+]
 CALL_JSON = json.dumps(CALL)
 OPENAI_CALL = {
     "id": "1",
@@ -58,7 +65,7 @@ OPENAI = [
      [user("ab"), assistant("")], None),
     ({"messages": [user("a"), {"role": "assistant", "tool_calls": [OPENAI_CALL]},
                    {"role": "tool", "tool_call_id": "1", "content": "sunny"}, assistant("b")], "tools": [WEATHER]},
-     CALLED, [WEATHER]),
+     IDENTIFIED, [WEATHER]),
     ({"messages": [user("a"), assistant(None, tool_calls=[{"function": {"name": "f", "arguments": ""}}])]},
      [user("a"), assistant("", tool_calls=[{"name": "f", "arguments": {}}])], None),
 ]  # fmt: skip
@@ -273,8 +280,9 @@ def test_reasoning_and_function_calls_by_their_other_names():
         {"role": "function", "name": "weather", "content": "sunny"},
         assistant("b"),
     ]
+    named = [*CALLED[:2], CALLED[2] | {"name": "weather"}, CALLED[3]]
     assert normalised({"messages": turns, "functions": [WEATHER], "function_call": "auto"}) == (
-        CALLED,
+        named,
         [WEATHER],
     )
     assert normalised({"messages": AB, "functions": [WEATHER], "tools": [WEATHER]}) == (
@@ -429,4 +437,5 @@ def test_the_fields_that_change_what_is_learned_are_all_known():
     """What `SPECIAL` lacks would be read over; what it has in excess would cost time only."""
     known = {*row_fields.REFUSED_ON_ROWS, *row_fields.REFUSED_ON_TURNS, *row_fields.THINKING}
     known |= {*row_fields.LEARN, *turn_fields.CALLS, *turn_fields.TOOLS, "system", "tool_choice"}
+    known |= {"tool_call_id"}
     assert chat_rows.SPECIAL == known

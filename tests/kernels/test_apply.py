@@ -10,6 +10,7 @@ from torch import nn
 import kernels
 from kernels.cpu_decoder import CpuDecoder
 from kernels.linear import FastLinear
+from kernels.lora import FastLoRALinear
 from model.generate import Decoder, KVCache
 from model.lora import LoRALinear, add_lora
 from model.reward import ActorCritic, RewardConfig, RewardModel
@@ -62,7 +63,8 @@ def test_lora_finds_its_layers_before_and_after(lora_first):
         else:
             fast(model)
     block = model.model.layers[0]
-    assert type(block.self_attn.q_proj) is type(block.mlp.down_proj) is LoRALinear
+    layer = FastLoRALinear if lora_first else LoRALinear
+    assert type(block.self_attn.q_proj) is type(block.mlp.down_proj) is layer
     assert type(block.self_attn.k_proj) is FastLinear
     assert (model(tokens).logits - plain).abs().max() <= 1e-5
     assert (

@@ -58,9 +58,20 @@ def test_gradient_of_attention_is_the_same_every_time():
         assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-def completions(device: str, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+FAMILIES = {
+    "qwen3": {},
+    "moe": {"use_moe": True, "n_shared_experts": 1},
+    "llama": {"qk_norm": False, "rope_scaling": YARN},
+    "qwen2": {"qk_norm": False, "qkv_bias": True},
+}
+
+
+def completions(
+    device: str, prompts: list[list[int]], limits: list[int], shape: dict
+) -> list[list[int]]:
     torch.manual_seed(0)
-    model = MiniMindLM(LMConfig(**SIZES, max_seq_len=256)).eval()
+    model = MiniMindLM(LMConfig(**SIZES, max_seq_len=256, **shape)).eval()
     for parameter in model.parameters():  # far from logits that are all alike
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
     model.to(device)
@@ -72,24 +83,22 @@ def completions(device: str, prompts: list[list[int]], limits: list[int]) -> lis
     return out
 
 
-def test_recorded_steps_complete_prompts_as_a_cpu_does(monkeypatch):
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2"])
+def test_recorded_steps_complete_prompts_as_a_cpu_does(family, monkeypatch):
     """Rows come and go, and outgrow the first recording."""
     monkeypatch.setattr(decode_graph, "STEP", 16)
     prompts = [[n + 5] * (3 * n + 1) for n in range(8)]
     limits = [30, 1, 60, 0, 12, 40, 7, 25]
-    assert completions("cuda", prompts, limits) == completions("cpu", prompts, limits)
-
-
-@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
-def test_recorded_logits_are_those_of_the_model(use_moe):
-    torch.manual_seed(0)
-    model = (
-        MiniMindLM(
-            LMConfig(**SIZES, max_seq_len=256, use_moe=use_moe, n_shared_experts=int(use_moe))
-        )
-        .cuda()
-        .eval()
+    on_gpu, on_cpu = (
+        completions(device, prompts, limits, FAMILIES[family]) for device in ("cuda", "cpu")
     )
+    assert on_gpu == on_cpu
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_logits_are_those_of_the_model(family):
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(**SIZES, max_seq_len=256, **FAMILIES[family])).cuda().eval()
     kernels.apply(model, torch.device("cuda"), torch.bfloat16)
     caches = [KVCache(model.config, 5, 64, torch.device("cuda"), torch.bfloat16) for _ in range(2)]
     held = torch.tensor([7, 0, 33, 21, 1])

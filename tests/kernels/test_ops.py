@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import attention, cross_entropy, linear, native, norm, pointwise
+from kernels.lora import FastLoRALinear
 from model import recompute
 from model.layout import Layout
+from model.lora import LoRALinear
 
 DIM, VOCAB = 32, 700
 
@@ -356,6 +358,38 @@ def test_a_linear_layer_is_the_product_of_rounded_factors(tokens, shape, dtype):
     exact = rows @ weight.T + layer.bias.detach().double(), grad.sum(0)
     for ours, theirs in zip((y.flatten(0, -2), layer.bias.grad), exact, strict=True):
         assert (ours.double() - theirs).norm() <= 2**-7 * theirs.norm()
+
+
+@torch.no_grad()
+def test_a_step_of_generation_adds_the_bias():
+    layer, x = linear.FastLinear(32, 48), torch.randn(16, 1, 32)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape, rank", [((96, 64), 8), ((1120, 1056), 40), ((40, 48), 4)])
+def test_a_lora_layer_and_its_gradients_are_those_of_the_formula(shape, rank, bias):
+    """Ranks that linear.cpp multiplies after filling them up, and sizes that it does not take."""
+    base = torch.nn.Linear(shape[1], shape[0], bias).requires_grad_(False)
+    layer = LoRALinear(base, rank, 16.0, 0.0)
+    torch.nn.init.normal_(layer.lora_B)
+    x, upstream = (torch.randn(3, 25, n).bfloat16() for n in reversed(shape))
+
+    def results(kind: type, low: bool) -> list[torch.Tensor]:
+        layer.__class__ = kind
+        layer.zero_grad(set_to_none=True)
+        rows = (x if low else x.float()).detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            y = layer(rows)
+        y.backward(upstream.to(y.dtype))
+        assert layer.weight.grad is None and rows.grad.dtype == rows.dtype
+        return [y.detach(), rows.grad, layer.lora_A.grad, layer.lora_B.grad]
+
+    exact = results(LoRALinear, low=False)
+    for ours, theirs in zip(results(FastLoRALinear, low=True), exact, strict=True):
+        assert (ours.float() - theirs).norm() <= 0.01 * theirs.norm()
+    for ours, theirs in zip(results(FastLoRALinear, low=False), exact, strict=True):
+        assert torch.equal(ours, theirs)  # in float32 it is the plain layer
 
 
 def test_selective_checkpointing_keeps_products():

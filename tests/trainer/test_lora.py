@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,7 +96,13 @@ def test_update_is_the_formula():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"tie_embeddings": False}, {"use_moe": True, "n_shared_experts": 1}]
+    "options",
+    [
+        {},
+        {"tie_embeddings": False},
+        {"use_moe": True, "n_shared_experts": 1},
+        {"qk_norm": False, "qkv_bias": True},
+    ],
 )
 def test_merged_weights_are_the_same_model(ids, tmp_path, options):
     model = make_model(**options).eval()
@@ -107,6 +114,20 @@ def test_merged_weights_are_the_same_model(ids, tmp_path, options):
     assert merged.state_dict().keys() == torch.load(base, weights_only=True).keys()
     assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-5)
     assert not torch.allclose(merged(ids).logits, plain, atol=1e-3)
+
+
+def test_an_adapter_brings_its_positions_and_fits_whatever_the_tokenizer_is_called(ids, tmp_path):
+    """Trained with --rope_scaling on a base that knows nothing of it."""
+    model = make_model().eval()
+    base = write_base(model, tmp_path / "base.pth")
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    model.config = replace(model.config, rope_scaling=scaling, max_seq_len=128)
+    model.config.tokenizer = {"folder": "elsewhere", "sha256": "0", "chat_template": None}
+    adapter = write_adapter(model, add_lora(model, **PLAIN), tmp_path / "lora.pth")
+    merged = load_model(base)
+    merge_adapter(merged, adapter)
+    assert merged.config.rope_scaling == scaling and merged.config.max_seq_len == 128
+    assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"]])

@@ -214,7 +214,7 @@ def parse_args() -> argparse.Namespace:
     add("--tokenizer_dir", help="tokenizer folder (default: that of the weights, else our own)")
     add("--chat_template", help="Jinja file, instead of the tokenizer's own chat template")
     add("--cache_dir", help="where token caches live (default: out/cache)")
-    add("--max_seq_len", type=int, help="longest row and context, in tokens (default: 512 at most)")
+    add("--max_seq_len", type=int, help="longest row in tokens; the context is at least that")
     add("--packing", type=int, choices=(0, 1), default=1, help="1: a row is a pack of documents")
     add("--curriculum", default="none", help="easy first: none, length, field:NAME")
     add("--drop_last", type=int, choices=(0, 1), default=0, help="1: no shorter last global batch")

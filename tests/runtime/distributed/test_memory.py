@@ -11,6 +11,7 @@ import torch
 from running import ROOT, launched_as
 
 from model.lm import LMConfig, MiniMindLM
+from model.lora import add_lora
 from runtime.distributed import memory
 from runtime.machine import block_weights
 
@@ -124,6 +125,21 @@ def test_muon_accumulation_and_offload():
     offloaded = memory.estimate(LARGE, "zero3", data_ranks=4, offload=True, **RUN)
     assert offloaded["parameters"] == offloaded["gradients"] == offloaded["optimizer"] == 0
     assert offloaded["host"] == pytest.approx(16 * n / 4, rel=0.01)
+
+
+def test_of_a_frozen_model_the_adapter_alone_has_gradients_and_a_state():
+    config = LMConfig(**TINY | MODELS["qwen2"])
+    model = MiniMindLM(config)
+    targets = add_lora(model, None, 8, 16.0, 0.0)["targets"]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert memory.adapter_size(config, targets, 8) == trained
+    whole = memory.estimate(config, "ddp", data_ranks=4, **RUN)
+    for strategy, shares in (("ddp", 1), ("zero1", 4), ("zero3", 4)):
+        need = memory.estimate(config, strategy, data_ranks=4, trained=trained, **RUN)
+        gradients = trained if strategy == "zero1" else trained / shares
+        assert need["gradients"] == 4 * gradients
+        assert need["optimizer"] == round(8 * trained / shares)
+        assert need["total"] < whole["total"]
 
 
 def test_choose_strategy_takes_the_first_that_fits():
