@@ -4,7 +4,7 @@ Reads  --data_path (MiniMind, ShareGPT, Alpaca or OpenAI conversations) and the 
        --from_weight.
 Writes out/lora_512.pth, the adapter alone, with its .json, and out/lora_512/: metrics.jsonl,
 training.log, checkpoints. `eval_model.py --lora lora` adds it to the base model;
-scripts/export_lora.py merges it, or writes it for peft.
+scripts/convert.py merges it, or writes it for peft.
 
     python trainer/train_lora.py
     torchrun --nproc_per_node 8 trainer/train_lora.py --ddp
