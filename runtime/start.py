@@ -161,6 +161,8 @@ def find_weights(
             path = resolve_folder(name, "--from_weight")
     else:
         path = Path(args.out_dir) / f"{name or default}{suffix_of(args)}.pth"
+        if name and not path.exists() and Path(name).is_dir():
+            path = Path(name)
     if not path.exists() and name is None:
         return None, f"starting from random weights: there is no {path}"
     if not path.exists() and required:
