@@ -11,7 +11,7 @@ from torch import nn
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
 from model.initial import on_meta_device
-from model.weights import allocate, is_path, load_weights
+from model.weights import allocate, is_path, load_weights, read_lazily
 from runtime import tokenizer_record
 from runtime.ranks import SHARDED, mesh_sizes, world
 
@@ -198,7 +198,11 @@ def read_shape(path: Path | None) -> LMConfig | None:
     kind = LMConfig
     if '"head": "score"' in text:
         from model.reward import RewardConfig as kind
-    shape = asdict(kind.from_json(config_path))
+    try:
+        shape = asdict(kind.from_json(config_path))
+    except ValueError:
+        read_lazily(path)  # where both are damaged, that of the weights is the error to tell
+        raise
     shape.pop("head", None)
     return LMConfig(**shape)
 
