@@ -26,8 +26,11 @@ SLOT = re.compile(rf'{NONCE}(\d+)(\\*)"{NONCE}')  # a backslash: the slot is ins
 HIDDEN = ("loss", "from_model")  # fields of a message that are not for the template
 
 # Public reasoning data keeps the thinking inside the content, most often in exactly this shape.
-_SHAPE = re.compile(r"<think>\n(.*?)\n</think>\n\n(.*)", re.DOTALL)
-_LOOSE = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+THINKING = {
+    "exact": re.compile(r"<think>\n(.*?)\n</think>\n\n(.*)", re.DOTALL),
+    "loose": re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL),
+    "none": re.compile("(?!)"),
+}
 
 
 def stand_in(n: int) -> str:
@@ -96,14 +99,14 @@ class Span:
 class Cutting:
     """A way to cut a conversation into stand-ins.
 
-    thinking: "<think>" and "</think>" inside the content of an assistant turn are control text, and
-        what is between and behind them are texts; else they are text, too.
+    thinking: the shape of answers in which "<think>" and "</think>" are control text, and what is
+        between and behind them are texts; in other answers they are text, too.
     empty: an answer without text or call is a text of no characters; else it is left as it is.
     leaves: all strings inside of tools and calls are texts; else those that spell a control token.
     text_arguments: the template wants the arguments of a call as JSON text.
     """
 
-    thinking: bool = False
+    thinking: str = "none"
     empty: bool = True
     leaves: bool = True
     text_arguments: bool = False
@@ -154,11 +157,11 @@ class Cut:
                 pass  # what a model wrote says its control tokens itself: it is control text
             elif name == "content" and isinstance(value, str):
                 empty = speaks and self.way.empty and not message.get("tool_calls")
-                if speaks and self.way.thinking and (parts := _LOOSE.fullmatch(value)):
-                    begin = value[: parts.start(1)]
+                if speaks and (parts := THINKING[self.way.thinking].fullmatch(value)):
                     thought = self._put(parts[1], n, "reasoning_content", self.way.empty)
                     answer = self._put(parts[2], n, name, empty)
-                    value = f"{begin}{thought}{END_THINK}{answer}"
+                    begin, end = value[: parts.start(1)], value[parts.end(1) : parts.start(2)]
+                    value = f"{begin}{thought}{end}{answer}"
                 else:
                     value = self._put(value, n, name, empty)
             elif name == "reasoning_content":
@@ -228,10 +231,10 @@ def cuttings(messages: list[dict], tools: list | None, text_arguments: bool) -> 
     """The ways to cut a conversation, the likeliest first."""
     answers = [message for message in messages if message["role"] == "assistant"]
     contents = [answer.get("content") or "" for answer in answers]
-    thinking, empty, leaves = [False], [True], [True]
-    if any(END_THINK in content and _LOOSE.fullmatch(content) for content in contents):
-        exact = any(_SHAPE.fullmatch(content) for content in contents)
-        thinking = [True, False] if exact else [False, True]
+    thinking, empty, leaves = ["none"], [True], [True]
+    if any(END_THINK in content and THINKING["loose"].fullmatch(content) for content in contents):
+        exact = any(THINKING["exact"].fullmatch(content) for content in contents)
+        thinking = ["exact", "none", "loose"] if exact else ["none", "loose"]
     if not all(c.strip() or a.get("tool_calls") for c, a in zip(contents, answers, strict=True)):
         empty = [True, False]
     if tools or any(answer.get("tool_calls") for answer in answers):

@@ -19,6 +19,10 @@ FILTERS += tuple("map select selectattr reject rejectattr items dictsort reverse
 TESTS = tuple("defined undefined none string mapping iterable sequence number boolean".split())
 TESTS += tuple("true false odd even integer callable equalto eq == ne in".split())
 WHOLES = (*TESTS, "selectattr", "rejectattr", "map", "default", "d")  # their arguments are no parts
+COUNTS = ("length", "count", "first", "last", "list", "reverse", "join")  # of a text: its letters
+LISTS = ("message", "turn", "user", "tool", "call", "conversation", "history", "split")
+PLAIN = ("role", "type", "index", "index0", "last", "length")
+KNOWN = (nodes.Const, nodes.List, nodes.Tuple, nodes.Compare, nodes.Test, nodes.Mod)
 GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # transformers' own tag
 
 
@@ -59,7 +63,7 @@ class Looks:
         elif isinstance(node, nodes.Call | nodes.Filter | nodes.Test):
             self._visit_call(node, shown)
         elif isinstance(node, nodes.Getitem):
-            self.always |= _cuts(node.arg) and _is_text(node.node)
+            self.always |= _cuts(node.arg) and not _is_list(node.node)
             self._visit(node.node, shown)
             self._visit(node.arg, shown=True)
         else:
@@ -76,22 +80,18 @@ class Looks:
         operator = node.ops[0].op
         if operator in ("in", "notin"):
             self._visit(node.expr, shown=False)
-        elif operator not in ("eq", "ne"):
+        if operator not in ("eq", "ne", "in", "notin"):
             self.always |= any(map(_is_text, operands))
+        elif not any(isinstance(o, KNOWN) or _name(o) in PLAIN for o in operands):
+            self.always = True  # one turn is compared with another
 
     def _visit_call(self, node: nodes.Call | nodes.Filter | nodes.Test, shown: bool) -> None:
         of, name = node.node, getattr(node, "name", "")
         known = {nodes.Filter: FILTERS, nodes.Test: TESTS}.get(type(node), ("",))
         if isinstance(node, nodes.Call) and isinstance(of, nodes.Getattr):
             of, name, known = of.node, of.attr, METHODS
-        counts = isinstance(node, nodes.Filter) and name not in (
-            *STRIPS,
-            "tojson",
-            "default",
-            "string",
-            "safe",
-        )
-        self.always |= name not in known or counts and of is not None and _is_text(of)
+        counts = isinstance(node, nodes.Filter) and name in COUNTS and of is not None
+        self.always |= name not in known or (counts and not _is_list(of))
         self.always |= name in SEARCHES and not node.args
         if of is not None:
             self._visit(of, shown)
@@ -114,9 +114,20 @@ def _cuts(key: nodes.Node) -> bool:
     return isinstance(key, nodes.Slice) or isinstance(getattr(key, "value", None), int)
 
 
+def _name(node: nodes.Node) -> str:
+    """The last name of a.b, a['b'], a[1:] or a | filter."""
+    if isinstance(node, nodes.Getitem):
+        key = getattr(node.arg, "value", None)
+        return key if isinstance(key, str) else _name(node.node)
+    if isinstance(node, nodes.Filter | nodes.Call) and node.node is not None:
+        return _name(node.node)
+    return getattr(node, "attr", None) or getattr(node, "name", None) or ""
+
+
+def _is_list(node: nodes.Node) -> bool:
+    """Whether a name says that it stands for turns or tools, or for the parts of a text."""
+    return any(word in _name(node) for word in LISTS)
+
+
 def _is_text(node: nodes.Node) -> bool:
-    """Whether a name says that what it stands for is a text, not a list of turns or tools."""
-    name = getattr(node, "name", None) or getattr(node, "attr", None) or ""
-    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
-        name = str(node.arg.value)
-    return any(word in name for word in ("content", "text", "reasoning"))
+    return any(word in _name(node) for word in ("content", "text", "reasoning"))

@@ -184,7 +184,7 @@ class TemplateReader:
             if isinstance(layout, str):
                 reasons.append(layout)
                 continue
-            if layout.verified and not way.thinking and not self._sees(cut.values):
+            if layout.verified and way.thinking == "none" and not self._sees(cut.values):
                 return self._fill(layout, cut)
             if real is None:
                 real = self.render(
@@ -244,7 +244,7 @@ class TemplateReader:
                 raise ValueError(f"{where}the chat template leaves out {what} of this {role} turn")
             is_old = turn is not None and turn < last
             if name == "reasoning_content" and not (is_old and self.manner.thinks):
-                if not is_old or not cut.way.thinking:
+                if not is_old or cut.way.thinking == "none":
                     advice = "take it out of the row, or use a template that has it"
                     raise ValueError(f"{where}the chat template leaves out the thinking: {advice}")
 
