@@ -83,6 +83,11 @@ class FakeTensor(torch.Tensor):
     def __init__(self, held: torch.Tensor):
         self.held = held
 
+    def __setitem__(self, index, value) -> None:
+        parts = index if isinstance(index, tuple) else (index,)
+        parts = (torch.tensor(part) if isinstance(part, list) else part for part in parts)
+        super().__setitem__(tuple(parts), value)
+
     def tolist(self) -> list:
         return self.held.tolist()
 
@@ -133,12 +138,18 @@ def check(func, given: list, kwargs: dict, to_there: bool) -> None:
     if to_there and kwargs.get("dtype") in LACKING:
         raise TypeError(f"{overload}: the MPS framework has no {kwargs['dtype']}")
     here = [x for x in given if not isinstance(x, FakeTensor) and x.dim()]
-    if name not in MAY_MIX and here and any(isinstance(x, FakeTensor) for x in given):
+    is_mixed = bool(here) and len(here) < len(given)
+    indexes_here = "index" in name and not isinstance(given[0], FakeTensor)
+    if is_mixed and (name not in MAY_MIX or indexes_here):
         raise RuntimeError(f"{overload}: found at least two devices, mps and cpu")
 
 
 class Everywhere(TorchDispatchMode):
     """For what makes tensors, and has none to tell the device by."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to import it takes a second and a half
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return compute(func, args, kwargs or {})

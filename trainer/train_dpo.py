@@ -22,7 +22,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime.device import choose_device
 from runtime.launcher import die_with_launcher, read_launch
 
 die_with_launcher()  # before the imports, which take seconds
@@ -39,6 +38,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.preference_loss import METRICS, bradley_terry, logps_of, sum_metrics
 from model.weights import hash_weights
 from runtime import checkpoint, launch, parallel
+from runtime.device import choose_device
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run

@@ -26,7 +26,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime.device import choose_device, to_float64
 from runtime.launcher import die_with_launcher, read_launch
 
 die_with_launcher()  # before the imports, which take seconds
@@ -41,6 +40,7 @@ from dataset.prompt_dataset import PromptDataset, describe_prompts
 from model.lm import LMConfig, MiniMindLM
 from model.weights import hash_weights
 from runtime import checkpoint, launch, parallel
+from runtime.device import choose_device, to_float64
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.rl.rewards import load_rewards

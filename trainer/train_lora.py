@@ -21,7 +21,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime.device import choose_device
 from runtime.launcher import die_with_launcher, read_launch
 
 die_with_launcher()  # before the imports, which take seconds
@@ -34,7 +33,9 @@ from dataset.lm_dataset import SFTDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.lora import adapter_json, adapter_tensors, add_lora
+from model.weights import hash_file, hash_weights
 from runtime import checkpoint, launch, parallel
+from runtime.device import choose_device
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
@@ -314,13 +315,20 @@ def main() -> int:
         autocast = torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
-    # 4. The model, whose own weights always come from --from_weight; the adapter is new, or comes
-    #    in step 5
+    # 4. Strategy and model, whose own weights always come from --from_weight; the adapter is new,
+    #    or comes in step 5
     config = start.config
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
     run_dir = start.run_dir
-    model = start.build(make, args, whole=True)
-    lora = add_lora(model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
+    model = start.build(make, args, whole=start.path is None)
+    base_hash = hash_file(model, start.path) if start.fill else hash_weights(model.state_dict())
+    settings = (args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    lora = add_lora(model, *settings, base_hash)
+    if start.fill:
+        from runtime.distributed import sharded_start
+
+        sharded_start.add_factors(start, lora["targets"])
     apply_kernels(model, args.device, dtype)
     args.lora_targets = lora["targets"]
     base = {"the weights of --from_weight": lora["base_sha256"]}
@@ -328,10 +336,9 @@ def main() -> int:
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | base
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
 
-    # 5. Strategy, compile, wrap, optimizer. Every rank has the same model, but its own dropout.
+    # 5. Compile, wrap, optimizer. Every rank has the same model, but its own dropout.
     setup_seed(args.seed + parallel.world()[0])
-    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
-    model = parallel.wrap(model, args, dtype, global_batch)
+    model = parallel.wrap(model, args, dtype, global_batch, start.fill)
     shard = args.strategy == "zero1"
     optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, shard)
     progress = checkpoint.load_run(resumed, model, optimizer, scaler)

@@ -28,7 +28,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime.device import choose_device, to_float64
 from runtime.launcher import die_with_launcher, read_launch
 
 die_with_launcher()  # before the imports, which take seconds
@@ -44,6 +43,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.reward import ActorCritic, RewardConfig, RewardModel
 from model.weights import hash_weights
 from runtime import checkpoint, launch, parallel
+from runtime.device import choose_device, to_float64
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.rl.rewards import load_rewards

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
@@ -160,6 +159,8 @@ def load_ops(config: dict) -> None:
         and config.get("zero_force_ds_cpu_optimizer", True)
     ):
         builders.append(CPUAdamBuilder())
+    from filelock import FileLock
+
     root = extensions()
     for builder in builders:
         root.mkdir(parents=True, exist_ok=True)

@@ -132,10 +132,8 @@ def generate(
 
     def sampler(logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
         distribution = (logits / (temperature or 1.0)).log_softmax(dim=-1)  # (R, vocab)
-        if temperature:
-            token = draw(distribution, uniform[row.to(exact), position.to(exact)])
-        else:
-            token = distribution.argmax(-1)
+        place = row.to(exact), position.to(exact)
+        token = draw(distribution, uniform[place]) if temperature else distribution.argmax(-1)
         log_probs[row, position] = distribution.gather(1, token.unsqueeze(1)).squeeze(1)
         return token
 

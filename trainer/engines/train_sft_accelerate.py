@@ -20,7 +20,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from runtime.device import choose_device
 from runtime.launcher import die_with_launcher, read_launch
 
 die_with_launcher()  # before the imports, which take seconds
@@ -33,7 +32,7 @@ from dataset.lm_dataset import SFTDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, launch, parallel
-from runtime.device import one_order
+from runtime.device import choose_device, one_order
 from runtime.engines import accelerated, engine_store
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr

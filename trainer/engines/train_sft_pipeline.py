@@ -22,7 +22,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from runtime.device import choose_device
 from runtime.launcher import die_with_launcher, read_launch
 
 die_with_launcher()  # before the imports, which take seconds
@@ -35,6 +34,7 @@ from dataset.lm_dataset import SFTDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, launch, parallel
+from runtime.device import choose_device
 from runtime.engines import pipeline
 from runtime.engines.pipeline import Pipeline
 from runtime.kernel_loader import apply_kernels
