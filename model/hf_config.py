@@ -5,6 +5,7 @@ accounted for: taken over, one of those that change nothing, or refused.
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,7 +205,8 @@ def minimind_shape(keys: Keys, folder: Path, dim: int) -> dict:
     dense MLP and some of them are shared.
     """
     is_older = "n_routed_experts" in keys.values
-    hidden = keys.take("intermediate_size", int, 64 * ((int(dim * 8 / 3) + 63) // 64))
+    width = int(dim * 8 / 3) if is_older else dim * math.pi
+    hidden = keys.take("intermediate_size", int, 64 * math.ceil(width / 64))
     shape = {
         "hidden_dim": hidden,
         "dropout": keys.take("dropout", float, 0.0),
