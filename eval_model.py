@@ -13,6 +13,7 @@ that you type is always text, also where it spells a control token.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ from dataset.text_encoder import text_encoder
 from model.generate import stream_text
 from model.lm import MiniMindLM
 from model.weights import load_model, newest_weights
+from runtime.device import choose_device
 from runtime.flags import check_flags, usage_error
 from runtime.kernel_loader import apply_kernels
 from runtime.process import exits
@@ -189,7 +191,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--chat_template", help="Jinja file, instead of the tokenizer's own")
     scaling = "longer context: linear, llama3 or yarn:4"
     model.add_argument("--rope_scaling", metavar="KIND:FACTOR", help=scaling)
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    model.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     spread = "auto: a model that no device holds, over GPUs, CPU memory and disk"
     model.add_argument("--device_map", choices=("auto",), help=spread)
     most = "for --device_map, by default what is free: 0=20GiB cpu=64GiB"
@@ -225,10 +227,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def open_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        return torch.zeros(1, device=choose_device(name, ddp=False)).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
@@ -303,7 +303,8 @@ def main() -> int:
     else:
         interactive = sys.stdin.isatty()
         if interactive:
-            import readline  # noqa: F401  # arrow keys and history in input()
+            with contextlib.suppress(ImportError):  # Windows' own terminal does it by itself
+                import readline  # noqa: F401  # arrow keys and history in input()
         size = f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.1f} M parameters"
         leave = "/clear forgets, /exit leaves"
         name = path.name if path.is_dir() else path.stem

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+HAS_MASK = hasattr(signal, "pthread_sigmask")  # not on Windows
+BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if HAS_MASK else ()
 
 
 def read_ahead(
@@ -37,6 +38,8 @@ def read_ahead(
         # DataLoader would draw a seed from the generator that dropout uses
         generator=torch.Generator(),
     )
+    if not HAS_MASK:
+        return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
         return iter(loader)
@@ -58,7 +61,8 @@ def end_with_parent(reader: int) -> None:
 def kill_readers() -> None:
     """Before multiprocessing's exit handler, which would send SIGTERM and wait without end."""
     # DataLoader's handler would report every one of them as a fault.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

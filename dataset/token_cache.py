@@ -10,7 +10,6 @@ when the cache is opened. A cache that is not what was written is built again: a
 next start where it is found in a run.
 """
 
-import fcntl
 import hashlib
 import json
 import mmap
@@ -94,7 +93,7 @@ class TokenCache:
         """A row as ids (n,) int64 and mask (n,) uint8, which says what tokens carry loss."""
         self.reads += 1
         if self.reads % DROP_PAGES_EVERY == 0:  # mapped pages count as memory of this process
-            for mapped in self.maps.values():
+            for mapped in self.maps.values() if hasattr(mmap, "MADV_DONTNEED") else ():
                 mapped.madvise(mmap.MADV_DONTNEED)
         stored = self._read("tokens.bin", self.dtype, row)
         mask = self._read("mask.bin", np.dtype(np.uint8), row) if self.masked else None
@@ -210,13 +209,14 @@ def open_cache(
         return TokenCache(folder)
     except ValueError as error:  # there is none, most often
         problem = f"{error}; " if folder.exists() else ""
+    from filelock import FileLock
+
     try:
-        lock = open(cache_dir / f"{key}.lock", "w")
+        lock = FileLock(cache_dir / f"{key}.lock").acquire()  # however its holder dies, it is free
     except OSError as error:
         fault = f"cannot write {error.filename}: {error.strerror}"
         raise ValueError(f"{problem}{fault}; see --cache_dir") from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it, however its holder dies
         try:
             return TokenCache(folder)  # of another process that held the lock
         except ValueError as error:

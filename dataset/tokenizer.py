@@ -92,6 +92,8 @@ def read_template(chat_template: str | Path | None) -> tuple[str, str]:
         return "", ""
     if isinstance(chat_template, str) and "{" in chat_template:
         return chat_template, "the chat template"
+    if Path(chat_template).exists() and not Path(chat_template).is_file():
+        raise ValueError(f"--chat_template {chat_template}: not a file")  # but a pipe, a device
     try:
         text = Path(chat_template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -64,15 +64,26 @@ class LinearFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Product x @ weight.T + bias as an operator of torch: `recompute` can keep its result."""
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    x2: Tensor | None = None,
+    weight2: Tensor | None = None,
+) -> Tensor:
+    """Product x @ weight.T + bias + x2 @ weight2.T: an operator, whose result `recompute` can keep.
+
+    x may have any shape (..., in), x2 has two dimensions.
+    """
     out = x.new_empty(*x.shape[:-1], len(weight))
-    multiply(out.view(-1, len(weight)), x.reshape(-1, x.size(-1)), weight.T, bias=bias)
+    second = (x2, None if weight2 is None else weight2.T)
+    multiply(out.view(-1, len(weight)), x.reshape(-1, x.size(-1)), weight.T, *second, bias)
     return out
 
 
 OPERATORS = torch.library.Library("minimind", "DEF")
-OPERATORS.define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
+OPTIONS = "Tensor? bias=None, Tensor? x2=None, Tensor? weight2=None"
+OPERATORS.define(f"linear(Tensor x, Tensor weight, {OPTIONS}) -> Tensor")
 OPERATORS.impl("linear", linear, "CPU")
 
 

@@ -44,10 +44,8 @@ class LoRAFunction(torch.autograd.Function):
         fill = -len(A) % RANK_BLOCK
         A = F.pad(A.float(), (0, 0, 0, fill))  # (rank, in)
         B = F.pad(B.float() * scale, (0, fill))  # (out, rank)
-        low = flat.new_empty(len(flat), len(A))
-        multiply(low, flat, A.T)
-        out = flat.new_empty(len(flat), len(weight))
-        multiply(out, flat, weight.T, low, B.T, bias)
+        low = torch.ops.minimind.linear(flat, A)
+        out = torch.ops.minimind.linear(flat, weight, bias, low, B)
         ctx.save_for_backward(flat, low, weight, A, B)
         return out.view(*x.shape[:-1], -1)
 

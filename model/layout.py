@@ -30,16 +30,15 @@ class Layout:
 
 def rotary_angles(config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Positions (B, T) -> cosine and sine of RoPE's angles, (B, T, 1, head_dim / 2) float32."""
-    positions = positions[:, :, None, None].float()
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
+    frequency = 1.0 / config.rope_theta ** (pairs / config.head_dim)
+    scale = 1.0
     if config.rope_scaling:
         from model.rope import scaled_frequencies
 
         frequency, scale = scaled_frequencies(config, positions.device)
-        angle = positions * frequency
-        return angle.cos() * scale, angle.sin() * scale
-    pairs = torch.arange(0, config.head_dim, 2, device=positions.device)
-    angle = positions * (1.0 / config.rope_theta ** (pairs / config.head_dim))
-    return angle.cos(), angle.sin()
+    angle = positions[:, :, None, None].float() * frequency
+    return angle.cos() * scale, angle.sin() * scale
 
 
 def make_layout(
@@ -95,7 +94,7 @@ def make_layout(
     if doc_lens is not None:
         layout.doc_lens, layout.max_seqlen = lens, int(lens.max())
         cu_seqlens = F.pad(lens.cumsum(0), (1, 0)).int()
-        layout.cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        layout.cu_seqlens = cu_seqlens.to(device)
     if config.use_moe and cache is None:  # for the load-balancing loss
         layout.doc_ids = torch.arange(len(lens)).repeat_interleave(lens)[part].to(device)
         if attention_mask is not None:

@@ -70,15 +70,12 @@ class StopSignal:
     def __init__(self) -> None:
         self.number = 0
         self.received = 0
-        signals = [signal.SIGTERM, signal.SIGINT]
-        if not ignores_hangup():
-            signals.append(signal.SIGHUP)
-        for number in signals:
+        for number in (signal.SIGTERM, signal.SIGINT, *hangup_signals()):
             signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: object) -> None:
         """The handler of the signals."""
-        if self.received and number != signal.SIGHUP:
+        if self.received and number != getattr(signal, "SIGHUP", None):
             os._exit(128 + number)
         self.received = self.received or number
 
@@ -88,15 +85,18 @@ class StopSignal:
             self.number = self.received or signal.SIGTERM
 
 
-def ignores_hangup() -> bool:
-    """Whether SIGHUP is not to end this process: nohup has it ignored.
+def hangup_signals() -> list[int]:
+    """[SIGHUP], or nothing where it is not to end this process: nohup has it ignored.
 
-    But torchrun listens to it also under nohup, passes it on, and kills what has not ended in its
+    Windows has no such signal. torchrun listens to it also under nohup, passes it on, and kills what has not ended in its
     shut-down time.
     """
+    if not hasattr(signal, "SIGHUP"):
+        return []
     torchrun_handles = "SIGHUP" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return is_ignored and not (torchrun_handles and read_launch().launched)
+    is_heard = not is_ignored or torchrun_handles and read_launch().launched
+    return [signal.SIGHUP] if is_heard else []
 
 
 def run(main: Callable[[], int]) -> None:

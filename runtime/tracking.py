@@ -4,7 +4,6 @@ Only rank 0 writes; on the other ranks every call does nothing. wandb and Tensor
 `reporters`, what a run does with what an earlier one left in `earlier_runs`.
 """
 
-import fcntl
 import importlib.util
 import json
 import math
@@ -224,19 +223,17 @@ def lock_run(folder: Path):
 
     A run that was killed a moment ago may still be on its way out, hence the patience.
     """
-    lock = open(folder.with_name(f".{folder.name}.lock"), "a+")
-    for _ in range(100):
-        try:
-            with naming(lock.name):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-            continue
-        with naming(lock.name):
-            lock.truncate(0)
-            append(lock, str(os.getpid()))
-        return lock
-    lock.seek(0)
-    raise ValueError(
-        f"process {lock.read()} is writing to {folder}: stop it, or choose another --save_weight"
-    )
+    from filelock import FileLock, Timeout
+
+    path, holder = (folder.with_name(f".{folder.name}.{end}") for end in ("lock", "pid"))
+    lock = FileLock(path)
+    try:
+        with naming(path):
+            lock.acquire(timeout=10)
+    except Timeout:
+        process = holder.read_text(encoding="utf-8") if holder.is_file() else "of someone else"
+        advice = "stop it, or choose another --save_weight"
+        raise ValueError(f"process {process} is writing to {folder}: {advice}") from None
+    with naming(holder):  # beside it: on Windows nobody reads what is locked
+        holder.write_text(str(os.getpid()), encoding="utf-8")
+    return lock

@@ -7,10 +7,10 @@ Exit code 0 without a FAIL, 1 with one. Needs nothing installed; every check has
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
-import resource
 import shutil
 import socket
 import subprocess
@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from runtime.flags import check_flags, usage_error
 from runtime.launcher import die_with_launcher, read_launch
+from runtime.machine import meminfo
 from runtime.process import exits
 
 REQUIRED = ("torch", "transformers", "numpy", "wandb")
@@ -173,7 +174,8 @@ def busy_gpus(gpus: list[list[str]]) -> list[Result]:
 def memory_for_gpus(seen: int) -> Result:
     import torch
 
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not (ram := meminfo("MemTotal")):
+        return ("ok", "RAM", "unknown on this system", "")
     memory = sum(torch.cuda.get_device_properties(n).total_memory for n in range(seen))
     finding = f"{ram / GIB:.0f} GiB for {memory / GIB:.0f} GiB of GPU memory"
     if ram >= 2 * memory:
@@ -193,11 +195,13 @@ def check_limits(args) -> list[Result]:
             else "docker run --shm-size 8g (or --ipc host); else --num_workers 0"
         )
         results.append((state, "shared memory", f"/dev/shm has {size / GIB:.2f} GiB", remedy))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = 0 <= soft < 4096
-    results.append(
-        ("warn" if few else "ok", "open files", f"limit {soft}", f"ulimit -n {hard}" if few else "")
-    )
+    with contextlib.suppress(ImportError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        few = 0 <= soft < 4096
+        remedy = f"ulimit -n {hard}" if few else ""
+        results.append(("warn" if few else "ok", "open files", f"limit {soft}", remedy))
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processes = args.nproc_per_node

@@ -137,13 +137,13 @@ def run(command: list[str], variables: dict[str, str]) -> int:
         if process is not None:
             process.send_signal(number)
 
-    hangup = [] if launch.ignores_hangup() else [signal.SIGHUP]
-    for number in (signal.SIGTERM, signal.SIGINT, *hangup):
+    for number in (signal.SIGTERM, signal.SIGINT, *launch.hangup_signals()):
         signal.signal(number, forward)
     os.environ.update(variables)
-    process = subprocess.Popen(
-        command, start_new_session=True, preexec_fn=lambda: become_launcher(pid)
-    )
+    options = {}
+    if hasattr(os, "fork"):  # not on Windows, which runs nothing in between
+        options = {"start_new_session": True, "preexec_fn": lambda: become_launcher(pid)}
+    process = subprocess.Popen(command, **options)
     if received:
         process.send_signal(received[0])
     code = process.wait()
@@ -186,7 +186,9 @@ def main() -> int:
     # Torchrun's own store would hand the addresses of dead processes to their successors.
     if args.max_restarts:
         variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    if launch.ignores_hangup():  # torchrun would listen to it all the same
+    if (
+        hasattr(signal, "SIGHUP") and not launch.hangup_signals()
+    ):  # torchrun would listen to it all the same
         variables["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
     words = torchrun_words(args)
     # `accelerate launch --cpu` would run one process, without a word.

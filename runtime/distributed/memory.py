@@ -81,6 +81,18 @@ def adapter_size(config: LMConfig, targets: list[str], rank: int) -> int:
     )
 
 
+def adapter_parts(
+    trained: int, strategy: str, ranks: int, accumulation_steps: int
+) -> dict[str, float]:
+    """Bytes of an adapter's numbers, their gradients and AdamW's state, per process."""
+    sharded, share = strategy in SHARDED, trained / (1 if strategy == "ddp" else ranks)
+    return {
+        "parameters": FLOAT * (share if sharded else trained),
+        "gradients": FLOAT * (share if sharded and accumulation_steps == 1 else trained),
+        "optimizer": 2 * FLOAT * share,
+    }
+
+
 def estimate(
     config: LMConfig,
     strategy: str,
@@ -131,10 +143,8 @@ def estimate(
         ),
     }
     if trained is not None:
-        share = trained / (1 if strategy == "ddp" else ranks)
-        parts["parameters"] += FLOAT * (share if sharded else trained)
-        parts["gradients"] = FLOAT * (share if sharded and accumulation_steps == 1 else trained)
-        parts["optimizer"] = 2 * FLOAT * share
+        adapter = adapter_parts(trained, strategy, ranks, accumulation_steps)
+        parts |= adapter | {"parameters": parts["parameters"] + adapter["parameters"]}
     if sharded or tensor_parallel > 1:
         parts["buffers"] = gathered_weights(config, local, width, keeps_all=strategy != "zero3")
     else:

@@ -17,7 +17,7 @@ def die_with_parent(started_by: str | None) -> None:
     parent = os.getppid()
     if started_by not in (None, str(parent)) or parent == 1 and not is_python(1):
         os._exit(1)  # it was killed before this process could ask
-    if not signal_when_parent_dies(signal.SIGKILL):
+    if not signal_when_parent_dies(getattr(signal, "SIGKILL", signal.SIGTERM)):
         threading.Thread(target=watch_parent, args=[parent], daemon=True).start()
     if os.getppid() != parent:  # it was killed while we asked
         os._exit(1)
@@ -39,7 +39,7 @@ def signal_when_parent_dies(number: int) -> bool:
     """Ask the kernel for it; False where that cannot be had, which is everywhere but on Linux."""
     try:
         return ctypes.CDLL(None).prctl(1, number) == 0  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # the last one on Windows
         return False
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from runtime import checkpoint, parallel
+from runtime.device import to_float64
 from runtime.engines import deepspeed_engine
 from runtime.engines.leftovers import forget_leftovers
 from runtime.kernel_loader import compiling
@@ -390,4 +391,4 @@ def evaluate(
     model.train()
     losses, rows = torch.cat(losses), loader.dataset
     assert len(losses) == len(rows), f"{len(losses)} losses of {len(rows)} rows"
-    return losses.double().sum().item() / int(dataset.supervised[rows].sum())
+    return to_float64(losses).sum().item() / int(dataset.supervised[rows].sum())

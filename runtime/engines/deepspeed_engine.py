@@ -5,7 +5,6 @@ folder: it is there when it is whole (`runtime/saving/store.py`), and a run that
 processes and the stage that it had.
 """
 
-import fcntl
 import importlib.util
 import json
 import math
@@ -160,11 +159,12 @@ def load_ops(config: dict) -> None:
         and config.get("zero_force_ds_cpu_optimizer", True)
     ):
         builders.append(CPUAdamBuilder())
+    from filelock import FileLock
+
     root = extensions()
     for builder in builders:
         root.mkdir(parents=True, exist_ok=True)
-        with open(root / ".build_lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(root / ".build_lock"):
             if not [*root.rglob(f"{builder.name}/*.so")]:
                 print(
                     f"DeepSpeed's {builder.name} is built in {root}, once: this takes minutes",

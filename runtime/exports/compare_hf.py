@@ -47,8 +47,9 @@ def check_hf(folder: Path, source: Source) -> tuple[bool, list[str]]:
         raise ValueError(f"{folder}: transformers cannot load it: {first_line(error)}") from None
     texts = list(TEXTS)
     if source.tokenizer.chat_template:
-        texts += [chat_text(source.tokenizer, text) for text in TEXTS]
-        is_template = all(chat_text(tokenizer, t) in texts for t in TEXTS)
+        chats = [chat_text(source.tokenizer, text) for text in TEXTS]
+        texts += chats
+        is_template = chats == [chat_text(tokenizer, text) for text in TEXTS]
         lines.append(f"chat template: {'the same' if is_template else 'DIFFERENT'}")
         same &= is_template
     answers = []

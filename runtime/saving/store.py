@@ -127,8 +127,14 @@ def clean(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Bring to the disk what was written to a file by whomever, or the renames in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Bring to the disk what was written to a file by whomever, or the renames in a folder.
+
+    Windows opens no folders, and syncs only what is open for writing.
+    """
+    is_windows = not hasattr(os, "O_DIRECTORY")
+    if is_windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

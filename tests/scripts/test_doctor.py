@@ -1,5 +1,6 @@
 """scripts/doctor.py: it finds what is broken, never hangs, and says so in its exit code."""
 
+import resource
 import socket
 import sys
 import threading
@@ -151,7 +152,7 @@ def test_limits_and_disk(monkeypatch, tmp_path):
         and "1000 threads" in finding
         and remedy.startswith("export OMP_NUM_THREADS=")
     )
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (1024, 65536))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 65536))
     assert found(doctor.check_limits(args()), "open files") == (
         "warn",
         "limit 1024",
