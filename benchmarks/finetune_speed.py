@@ -56,13 +56,16 @@ def write_rows(source: Path, target: Path, count: int) -> None:
 
 def run(command: list[str]) -> tuple[str, float]:
     """What a process printed, and its highest memory in GiB."""
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}\n{printed}")
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            errors.seek(0)
+            code = os.waitstatus_to_exitcode(status)
+            sys.exit(f"{' '.join(command)} ended with {code}\n{printed}{errors.read()}")
     return printed, usage.ru_maxrss / 2**20
 
 

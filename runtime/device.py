@@ -27,6 +27,13 @@ def choose_device(name: str, ddp: bool) -> str:
     return name
 
 
+def needs_process_group(device: torch.device, what: str) -> None:
+    """ValueError: something needs a process group, and there is none on Apple's GPU."""
+    if device.type == "mps":
+        fault = f"{what} needs a process group, and there is none on Apple's GPU"
+        raise ValueError(f"--device mps: {fault}; take --device cpu, or trainer/train_full_sft.py")
+
+
 def to_float64(x: Tensor) -> Tensor:
     """In float64, which Apple's GPU lacks: then on the CPU."""
     return x.cpu().double() if x.device.type == "mps" else x.double()

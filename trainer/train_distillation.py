@@ -164,9 +164,9 @@ def distillation_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[Tensor,
         X, Y, loss_mask: (1, N) int64 on the CPU, documents one behind the other.
         doc_lens: lengths of the documents.
     """
+    pinned = X.is_pinned()  # for CUDA; an Apple GPU would read memory that is not its own too late
     # (K,) positions, found on the CPU: a GPU would have to be waited for
     positions = loss_mask.flatten().nonzero().squeeze(1)
-    pinned = X.is_pinned()  # for CUDA; an Apple GPU would read memory that is not its own too late
     targets = Y.flatten()[positions].to(device, non_blocking=pinned)
     positions = positions.to(device, non_blocking=pinned)
     X = X.to(device, non_blocking=pinned)

@@ -119,8 +119,8 @@ def pretrain_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tenso
 
     Source: Bengio et al., A Neural Probabilistic Language Model (2003), eq. 2.
     """
-    positions = loss_mask.flatten().nonzero().squeeze(1)  # (K,)
     pinned = X.is_pinned()  # for CUDA; an Apple GPU would read memory that is not its own too late
+    positions = loss_mask.flatten().nonzero().squeeze(1)  # (K,)
     targets = Y.flatten()[positions].to(device, non_blocking=pinned)
     positions = positions.to(device, non_blocking=pinned)
     X = X.to(device, non_blocking=pinned)

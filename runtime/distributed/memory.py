@@ -133,22 +133,18 @@ def estimate(
     width = FLOAT if dtype == "float32" else 2
     local, own = parameter_shares(config, ranks if sharded else 1, tensor_parallel)
     state = optimizer_state(config, own, optimizer)
-    load = (config, tokens, supervised, width)
+    load = (config, tokens, supervised, width, tensor_parallel, context_parallel)
     parts = {
         "parameters": FLOAT * sum(own.values()),
         "gradients": FLOAT * sum((local if accumulation_steps > 1 else own).values()),
         "optimizer": fullest(state.values(), ranks) if strategy == "zero1" else sum(state.values()),
-        "activations": activations(
-            *load, tensor_parallel, context_parallel, gradient_checkpointing
-        ),
+        "activations": activations(*load, gradient_checkpointing),
     }
     if trained is not None:
         adapter = adapter_parts(trained, strategy, ranks, accumulation_steps)
         parts |= adapter | {"parameters": parts["parameters"] + adapter["parameters"]}
-    if sharded or tensor_parallel > 1:
-        parts["buffers"] = gathered_weights(config, local, width, keeps_all=strategy != "zero3")
-    else:
-        parts["buffers"] = casts(config, local, width)
+    gathers = sharded or tensor_parallel > 1
+    parts["buffers"] = buffers(config, local, width, gathers, keeps_all=strategy != "zero3")
     host = 0
     if offload and sharded:
         host = FLOAT * 2 * sum(own.values()) + parts["optimizer"]
@@ -186,6 +182,15 @@ def optimizer_state(config: LMConfig, own: dict[str, float], optimizer: str) -> 
         name: FLOAT * n * (1 if optimizer == "muon" and is_block_matrix(name, shapes[name]) else 2)
         for name, n in own.items()
     }
+
+
+def buffers(
+    config: LMConfig, local: dict[str, float], width: int, gathers: bool, keeps_all: bool
+) -> float:
+    """Bytes beside parameters, gradients, optimizer and activations: the last part of the table."""
+    if gathers:
+        return gathered_weights(config, local, width, keeps_all)
+    return casts(config, local, width)
 
 
 def gathered_weights(

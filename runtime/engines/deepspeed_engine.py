@@ -22,7 +22,7 @@ from torch.utils import cpp_extension
 
 from model.permissions import open_to_others
 from runtime import checkpoint, parallel
-from runtime.device import one_order
+from runtime.device import needs_process_group, one_order
 from runtime.engines.deepspeed_config import OFFLOADS, curve_settings, section
 from runtime.engines.engine_store import seal
 from runtime.engines.leftovers import forget_leftovers
@@ -49,6 +49,7 @@ def prepare(device: torch.device, config: dict) -> None:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("DeepSpeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
+    needs_process_group(device, "DeepSpeed")
     root = extensions()
     for path in [root, *root.rglob("*.so")] if root.exists() else []:
         if open_to_others(path) or open_to_others(path.parent):

@@ -132,9 +132,9 @@ def sft_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, to
 
     Source: Ouyang et al., InstructGPT (2022), section 3.1; the prompt carries no loss.
     """
+    pinned = X.is_pinned()  # for CUDA; an Apple GPU would read memory that is not its own too late
     # (K,) positions, found on the CPU: a GPU would have to be waited for
     positions = loss_mask.flatten().nonzero().squeeze(1)
-    pinned = X.is_pinned()  # for CUDA; an Apple GPU would read memory that is not its own too late
     targets = Y.flatten()[positions].to(device, non_blocking=pinned)
     positions = positions.to(device, non_blocking=pinned)
     X = X.to(device, non_blocking=pinned)
