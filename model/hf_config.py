@@ -27,7 +27,8 @@ ARCHITECTURES = {architecture: kind for kind, (architecture, _) in FAMILIES.item
 # generation.
 HARMLESS = set(
     """
-    architectures auto_map chunk_size_feed_forward dtype flash_attn id2label initializer_range
+    architectures attn_implementation auto_map chunk_size_feed_forward dtype flash_attn id2label
+    initializer_range max_sequence_length use_flash_attn
     is_llama_config keys_to_ignore_at_inference label2id max_window_layers model_type
     output_attentions output_hidden_states output_router_logits pretraining_tp problem_type
     return_dict seq_aux tokenizer_class torch_dtype torchscript transformers_version

@@ -252,7 +252,8 @@ def test_what_cannot_be_converted_is_told_in_a_line(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_it_runs_from_a_shell(tmp_path):
-    write(tmp_path / "w.pth")
-    done = run_script("scripts/convert.py", "to-hf", tmp_path / "w.pth", tmp_path / "hf")
+def test_it_runs_from_a_shell_with_the_name_of_a_stage(tmp_path):
+    write(tmp_path / "full_sft_32.pth")
+    words = ["to-hf", "full_sft", tmp_path / "hf", f"--out_dir={tmp_path}"]
+    done = run_script("scripts/convert.py", *words)
     assert done.returncode == 0 and done.stdout.endswith(f"{tmp_path / 'hf'}\n"), done.stderr
