@@ -15,7 +15,8 @@ from dataclasses import replace
 
 from tokenizers import Encoding
 
-from dataset.template_reader import OTHER, Chat, TemplateReader
+from dataset.template_manner import OTHER, Template
+from dataset.template_reader import Chat, TemplateReader
 from dataset.text_encoder import TextEncoder, text_encoder
 
 
@@ -153,7 +154,7 @@ class ChatCoder:
 
     def opening(self, thinking: bool | None = None) -> str:
         """What a prompt says already of the reply: "<think>\\n", or nothing."""
-        return self.reader.opening(thinking)
+        return self.reader.template.opening(thinking)
 
     def decode_reply(self, ids: Sequence[int]) -> str:
         """What a model wrote, as text: all up to its end-of-turn token; padding is left out.
@@ -199,10 +200,10 @@ def chat_coder(tokenizer) -> ChatCoder:
         found = ", ".join(templates)
         raise ValueError(f"{place}: no template is named 'default' (found: {found}); {OTHER}")
     variables = dict(tokenizer.special_tokens_map)
-    reader = TemplateReader(templates["default"], place, variables, encoder)
+    reader = TemplateReader(Template(templates["default"], place, variables), encoder)
     tool_reader = reader
     if "tool_use" in templates:
-        tool_reader = TemplateReader(templates["tool_use"], place, variables, encoder)
+        tool_reader = TemplateReader(Template(templates["tool_use"], place, variables), encoder)
     coder = ChatCoder(tokenizer, reader, tool_reader)
     check_battery(coder, place)
     return coder
