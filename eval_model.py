@@ -28,9 +28,11 @@ import torch
 
 from dataset.chat_format import ChatCoder, chat_coder
 from dataset.talk import Talk
+from dataset.text_encoder import text_encoder
 from model.generate import stream_text
 from model.lm import MiniMindLM
 from model.weights import load_model, newest_weights
+from runtime.device import choose_device
 from runtime.flags import check_flags, usage_error
 from runtime.kernel_loader import apply_kernels
 from runtime.process import exits
@@ -43,22 +45,27 @@ class ChatModel:
     """What producing a reply needs."""
 
     model: MiniMindLM
-    coder: ChatCoder
+    coder: ChatCoder | None  # None: plain text is continued
     decode: Callable[[list[int]], str]  # ids of a reply -> its text
     thinking: bool | None  # None: as the chat template does by itself
     sampling: dict  # arguments of MiniMindLM.stream
+    plain: Callable[[str], list[int]]  # text that is no chat -> its ids
 
     def __post_init__(self) -> None:
         self.context = self.model.config.max_seq_len
-        self.end_of_turn = self.coder.end_of_turn
-        self.opening = self.coder.opening(self.thinking)  # of a reply, in the prompt already
+        self.opening = ""  # of a reply, in the prompt already
+        if self.coder:
+            self.end_of_turn = self.sampling["eos_token_id"] = self.coder.end_of_turn
+            self.opening = self.coder.opening(self.thinking)
 
     def talk(self, tools: list[dict] | None = None) -> Talk:
         """A conversation that begins."""
+        assert self.coder
         return Talk(self.coder, tools, self.thinking)
 
     def encode(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
         """The prompt ids of a conversation, up to where the model is to speak."""
+        assert self.coder
         return self.coder.encode_prompt(messages, tools, self.thinking)
 
     def check(self, ids: list[int]) -> list[int]:
@@ -184,7 +191,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--chat_template", help="Jinja file, instead of the tokenizer's own")
     scaling = "longer context: linear, llama3 or yarn:4"
     model.add_argument("--rope_scaling", metavar="KIND:FACTOR", help=scaling)
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    model.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     spread = "auto: a model that no device holds, over GPUs, CPU memory and disk"
     model.add_argument("--device_map", choices=("auto",), help=spread)
     most = "for --device_map, by default what is free: 0=20GiB cpu=64GiB"
@@ -220,10 +227,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def open_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        return torch.zeros(1, device=choose_device(name, ddp=False)).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
@@ -257,12 +262,14 @@ def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> Ch
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags}
     sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
-    coder = chat_coder(tokenizer)
-    decode = tokenizer.decode if args.raw else coder.decode_reply
-    thinking = None if args.thinking is None else bool(args.thinking)
-    chat_model = ChatModel(model, coder, decode, thinking, sampling)
-    sampling["eos_token_id"] = tokenizer.pad_token_id if args.raw else chat_model.end_of_turn
-    return chat_model
+    if args.raw:
+        from dataset.pretrain_encoder import end_of_text
+
+        sampling["eos_token_id"] = end_of_text(tokenizer)
+        plain = text_encoder(tokenizer)
+        return ChatModel(model, None, tokenizer.decode, None, sampling, plain)
+    coder, thinking = chat_coder(tokenizer), None if args.thinking is None else bool(args.thinking)
+    return ChatModel(model, coder, coder.decode_reply, thinking, sampling, coder.plain)
 
 
 def main() -> int:
@@ -290,7 +297,7 @@ def main() -> int:
     elif args.prompt is not None:
         text = clean(args.prompt)
         question = {"role": "user", "content": text}
-        ids = model.coder.plain(text) if args.raw else model.encode([*system, question])
+        ids = model.plain(text) if args.raw else model.encode([*system, question])
         _, stopped = model.stream_reply(model.check(ids))
         return 130 if stopped else 0
     else:

@@ -80,12 +80,14 @@ OWN = {
     "trainer/train_ppo.py": TINY | ROLLOUTS,
     "trainer/engines/train_sft_pipeline.py": TINY | {"pipeline_parallel": 1},
     "eval_model.py": MODEL | {"device": "cpu", "prompt": "hi", "max_new_tokens": 4},
-    "scripts/export_lora.py": MODEL | {"merge": "WORK/out/merged.pth"},
+    "scripts/convert.py": MODEL,
     "scripts/plan.py": TINY | {"data_path": "none"},
     "scripts/doctor.py": {"out_dir": "WORK/out"},
     "scripts/check_copies.py": {},
     "dataset/make_demo.py": {"out_dir": "WORK/out", "pairs": 4, "persona": 2, "rl_prompts": 4},
 }
+# What a script with commands is given first; these flags are the command's.
+COMMAND = {"scripts/convert.py": ["to-hf", "WORK/weights/full_sft_32.pth", "WORK/out/hf"]}
 # Scripts that hand all flags they do not know to a stage.
 STARTERS = ("main.py", "scripts/plan.py", "scripts/prepare_data.py", "scripts/run_distributed.py")
 # Scripts whose output is all that they make: they end when nobody reads it.
@@ -206,7 +208,8 @@ def parser_of(script: str) -> argparse.ArgumentParser:
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     except Found:
-        return parsers[0]
+        commands = [a for a in parsers[0]._actions if isinstance(a, argparse._SubParsersAction)]
+        return commands[0].choices[COMMAND[script][0]] if commands else parsers[0]
     finally:
         sys.argv = argv
         for name in names:
@@ -226,7 +229,8 @@ def base_flags(script: str, work: Path) -> list[str]:
             else ()
         ),
     ]
-    words = (f"--{name}={value}" for name, value in flags.items() if f"--{name}" in known)
+    words = [f"--{name}={value}" for name, value in flags.items() if f"--{name}" in known]
+    words = [*COMMAND.get(script, []), *words]
     return [word.replace("WORK", str(work)) for word in words]
 
 
@@ -249,6 +253,7 @@ def cases_of(script: str, work: Path) -> list[Case]:
     """A script without odd values, with odd streams, with one odd value at a time, and with odd
     YAML."""
     base, actions = base_flags(script, work), parser_of(script)._actions
+    actions = [action for action in actions if action.option_strings]
     found = [Case(script, base), *(Case(script, base, streams=streams) for streams in STREAMS)]
     for action in actions:
         name = action.option_strings[-1].removeprefix("--")

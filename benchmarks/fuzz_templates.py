@@ -10,6 +10,7 @@ control id more than harmless ones. What a template refuses must be refused.
 """
 
 import argparse
+import contextlib
 import random
 import re
 import sys
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.chat_templates import CASES, case_tokenizer
 from dataset.chat_format import ChatCoder, chat_coder
+from dataset.template_checks import BATTERY
 from dataset.template_layout import stand_in
 from dataset.text_encoder import is_control
 
@@ -213,6 +215,17 @@ def show(name: str, result: Result, seconds: float) -> None:
         print(f"    FAULT {fault[:900]}")
 
 
+def known_fields(coder: ChatCoder) -> tuple[str, ...]:
+    """What a template knows besides the turns of users and assistants."""
+    chats = {"system": BATTERY[2], "tools": BATTERY[-1], "thinking": BATTERY[5]}
+    known = []
+    for name, chat in chats.items():
+        with contextlib.suppress(ValueError):
+            coder.read_chat(*chat)
+            known.append(name)
+    return tuple(known)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=300, help="conversations of each template")
@@ -229,7 +242,7 @@ def main() -> int:
             coder = chat_coder(load_tokenizer(args.tokenizer_dir).loaded)
             manner = coder.reader.manner
             head, ends = "|".join(map(re.escape, manner.heads)), tuple(manner.ends)
-            name, fields = args.tokenizer_dir, ("system", "tools", "thinking")
+            name, fields = args.tokenizer_dir, known_fields(coder)
         else:
             coder, case = chat_coder(case_tokenizer(name)), CASES[name]
             head, ends, fields = case.head, case.ends, case.fields

@@ -11,25 +11,13 @@ token. For ordinary text the ids are those of `tokenizer.apply_chat_template`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from tokenizers import Encoding
 
-from dataset.template_layout import Mark
-from dataset.template_reader import OTHER, TemplateReader
+from dataset.template_manner import OTHER, Template
+from dataset.template_reader import Chat, TemplateReader
 from dataset.text_encoder import TextEncoder, text_encoder
-
-
-@dataclass
-class Chat:
-    """A conversation as text, ready to be encoded, and what is supervised in it.
-
-    spans, controls: see `template_reader.Rendered`.
-    """
-
-    text: str
-    spans: list[tuple[int, int, Mark | None]]
-    controls: list[int]
 
 
 class ChatCoder:
@@ -57,7 +45,7 @@ class ChatCoder:
     def read_chat(
         self, messages: list[dict], tools: list[dict] | None, loss_on: str = "all"
     ) -> Chat:
-        """A conversation as text, with the turns to learn from.
+        """A conversation as text; its spans are the turns to learn from.
 
         Args:
             messages, tools: as `normalise_row` gives them; a turn with "loss": False is read, but
@@ -70,12 +58,10 @@ class ChatCoder:
         if loss_on not in ("all", "last"):
             raise ValueError(f"loss_on must be 'all' or 'last', found {loss_on!r}")
         reader = self.tool_reader if tools else self.reader
-        rendered = reader.read(messages, tools)
-        turns = sorted(rendered.spans)
-        if loss_on == "last":
-            turns = turns[-1:]
-        spans = [rendered.spans[turn] for turn in turns if messages[turn].get("loss", True)]
-        return Chat(rendered.text, spans, rendered.controls)
+        chat = reader.read(messages, tools)
+        turns = list(chat.spans)[-1 if loss_on == "last" else 0 :]
+        spans = {turn: chat.spans[turn] for turn in turns if messages[turn].get("loss", True)}
+        return replace(chat, spans=spans)
 
     def encode(self, chats: Sequence[Chat]) -> list[tuple[list[int], list[int]]]:
         """Encode many conversations at once, which makes millions of rows quick.
@@ -102,7 +88,7 @@ class ChatCoder:
         except ValueError:  # a word beside it made it text
             return None
         mask = [0] * len(ids)
-        for _, _, mark in chat.spans:
+        for _, _, mark in chat.spans.values():
             if mark is None:
                 return None
             first, last = places[mark.after] + 1, places[mark.end]
@@ -116,7 +102,7 @@ class ChatCoder:
         """The mask of a row by the characters that its tokens stand for."""
         ids = encoding.ids
         mask = [0] * len(ids)
-        for begin, end, _ in chat.spans:
+        for begin, end, _ in chat.spans.values():
             first = encoding.char_to_token(begin)
             at = begin
             while first is None and at < end:  # a blank that this tokenizer leaves out
@@ -168,7 +154,7 @@ class ChatCoder:
 
     def opening(self, thinking: bool | None = None) -> str:
         """What a prompt says already of the reply: "<think>\\n", or nothing."""
-        return self.reader.opening(thinking)
+        return self.reader.template.opening(thinking)
 
     def decode_reply(self, ids: Sequence[int]) -> str:
         """What a model wrote, as text: all up to its end-of-turn token; padding is left out.
@@ -214,10 +200,10 @@ def chat_coder(tokenizer) -> ChatCoder:
         found = ", ".join(templates)
         raise ValueError(f"{place}: no template is named 'default' (found: {found}); {OTHER}")
     variables = dict(tokenizer.special_tokens_map)
-    reader = TemplateReader(templates["default"], place, variables, encoder)
+    reader = TemplateReader(Template(templates["default"], place, variables), encoder)
     tool_reader = reader
     if "tool_use" in templates:
-        tool_reader = TemplateReader(templates["tool_use"], place, variables, encoder)
+        tool_reader = TemplateReader(Template(templates["tool_use"], place, variables), encoder)
     coder = ChatCoder(tokenizer, reader, tool_reader)
     check_battery(coder, place)
     return coder

@@ -5,13 +5,18 @@ from dataset.text_encoder import text_encoder
 END_OF_TEXT = "<|endoftext|>"  # stands between the documents
 
 
+def end_of_text(tokenizer) -> int:
+    """The id of the token that stands between documents."""
+    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    unknown = end is None or end == tokenizer.unk_token_id
+    return tokenizer.eos_token_id if unknown else end
+
+
 class PretrainEncoder:
     """A `cache_builder.Encoder`; the arguments are those of `lm_dataset.PretrainDataset`."""
 
     def __init__(self, tokenizer, max_length: int):
-        end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-        unknown = end is None or end == tokenizer.unk_token_id
-        self.end = tokenizer.eos_token_id if unknown else end
+        self.end = end_of_text(tokenizer)
         self.plain = text_encoder(tokenizer)
         self.max_length = max_length
 

@@ -1,10 +1,5 @@
 """Conversations that are encoded at the start, to compare with `apply_chat_template` id by id."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dataset.chat_format import ChatCoder
-
 
 def _turns(*texts: str, system: str | None = None) -> list[dict]:
     """Turns of the user and the assistant, behind a system turn where there is one."""
@@ -51,7 +46,7 @@ BATTERY: list[tuple[list[dict], list | None]] = [
 ]
 
 
-def check_battery(coder: "ChatCoder", place: str) -> None:
+def check_battery(coder, place: str) -> None:
     """Compare with the tokenizer's own `apply_chat_template`.
 
     A conversation that the template refuses is none to compare: a row like it is refused, too.
@@ -62,15 +57,15 @@ def check_battery(coder: "ChatCoder", place: str) -> None:
     for messages, tools in BATTERY:
         try:
             chat = coder.read_chat(messages, tools)
-            prompt = coder.encode_prompt(messages[:1], tools)
+            prompt = coder.encode_prompt(messages[:-1], tools)
         except ValueError:
             continue
         ids, _ = coder.encode([chat])[0]
         _compare(coder, place, ids, messages, tools)
-        _compare(coder, place, prompt, messages[:1], tools, add_generation_prompt=True)
+        _compare(coder, place, prompt, messages[:-1], tools, add_generation_prompt=True)
 
 
-def _compare(coder: "ChatCoder", place: str, ids: list[int], messages, tools, **flags) -> None:
+def _compare(coder, place: str, ids: list[int], messages, tools, **flags) -> None:
     apply = coder.tokenizer.apply_chat_template
     expected = apply(messages, tools=tools, return_dict=False, **flags)
     if ids == expected:

@@ -19,15 +19,18 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dataset.replies import END_THINK, THINK
+from dataset.replies import END_THINK
 
 NONCE = secrets.token_hex(8)
 SLOT = re.compile(rf'{NONCE}(\d+)(\\*)"{NONCE}')  # a backslash: the slot is inside a JSON string
 HIDDEN = ("loss", "from_model")  # fields of a message that are not for the template
 
 # Public reasoning data keeps the thinking inside the content, most often in exactly this shape.
-_SHAPE = re.compile(r"<think>\n(.*?)\n</think>\n\n(.*)", re.DOTALL)
-_LOOSE = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+THINKING = {
+    "exact": re.compile(r"<think>\n(.*?)\n</think>\n\n(.*)", re.DOTALL),
+    "loose": re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL),
+    "none": re.compile("(?!)"),
+}
 
 
 def stand_in(n: int) -> str:
@@ -52,16 +55,16 @@ class Layout:
     controls: list[int] = field(default_factory=list)
     verified: bool = False
 
-    def texts(self, values: list[str]) -> list[str]:
-        """The texts of the slots."""
-        return [_escape(values[n], depth) if depth else values[n] for n, depth in self.slots]
-
-    def fill(self, values: list[str]) -> str:
-        """What the template gives for these texts."""
-        parts = [self.pieces[0]]
-        for text, piece in zip(self.texts(values), self.pieces[1:], strict=True):
-            parts += [text, piece]
-        return "".join(parts)
+    def fill(self, pieces: list[str], values: list[str]) -> list[str]:
+        """The pieces, plain or renamed, with the texts of the slots between them."""
+        parts = [pieces[0]]
+        for (n, depth), piece in zip(self.slots, pieces[1:], strict=True):
+            text = values[n]
+            for _ in range(depth):
+                text = json.dumps(text, ensure_ascii=False)[1:-1]
+            parts.append(text)
+            parts.append(piece)
+        return parts
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,14 @@ class Span:
 class Cutting:
     """A way to cut a conversation into stand-ins.
 
-    thinking: "<think>" and "</think>" inside the content of an assistant turn are control text, and
-        what is between and behind them are texts; else they are text, too.
+    thinking: the shape of answers in which "<think>" and "</think>" are control text, and what is
+        between and behind them are texts; in other answers they are text, too.
     empty: an answer without text or call is a text of no characters; else it is left as it is.
     leaves: all strings inside of tools and calls are texts; else those that spell a control token.
     text_arguments: the template wants the arguments of a call as JSON text.
     """
 
-    thinking: bool = False
+    thinking: str = "none"
     empty: bool = True
     leaves: bool = True
     text_arguments: bool = False
@@ -154,12 +157,11 @@ class Cut:
                 pass  # what a model wrote says its control tokens itself: it is control text
             elif name == "content" and isinstance(value, str):
                 empty = speaks and self.way.empty and not message.get("tool_calls")
-                if speaks and self.way.thinking and (parts := _LOOSE.fullmatch(value)):
-                    lead = value[: value.index(THINK)]
+                if speaks and (parts := THINKING[self.way.thinking].fullmatch(value)):
                     thought = self._put(parts[1], n, "reasoning_content", self.way.empty)
-                    value = (
-                        f"{lead}{THINK}{thought}{END_THINK}{self._put(parts[2], n, name, empty)}"
-                    )
+                    answer = self._put(parts[2], n, name, empty)
+                    begin, end = value[: parts.start(1)], value[parts.end(1) : parts.start(2)]
+                    value = f"{begin}{thought}{end}{answer}"
                 else:
                     value = self._put(value, n, name, empty)
             elif name == "reasoning_content":
@@ -176,7 +178,6 @@ class Cut:
 
     def _named(self, item: dict, turn: int | None, name: str) -> dict:
         """A tool or a call; its name, which no template looks at, is always a text."""
-        every = self.way.leaves
         shown = {}
         for key, value in item.items():
             if key == "function" and isinstance(value, dict):
@@ -230,10 +231,10 @@ def cuttings(messages: list[dict], tools: list | None, text_arguments: bool) -> 
     """The ways to cut a conversation, the likeliest first."""
     answers = [message for message in messages if message["role"] == "assistant"]
     contents = [answer.get("content") or "" for answer in answers]
-    thinking, empty, leaves = [False], [True], [True]
-    if any(END_THINK in content and _LOOSE.fullmatch(content) for content in contents):
-        exact = any(_SHAPE.fullmatch(content) for content in contents)
-        thinking = [True, False] if exact else [False, True]
+    thinking, empty, leaves = ["none"], [True], [True]
+    if any(END_THINK in content and THINKING["loose"].fullmatch(content) for content in contents):
+        exact = any(THINKING["exact"].fullmatch(content) for content in contents)
+        thinking = ["exact", "none", "loose"] if exact else ["none", "loose"]
     if not all(c.strip() or a.get("tool_calls") for c, a in zip(contents, answers, strict=True)):
         empty = [True, False]
     if tools or any(answer.get("tool_calls") for answer in answers):
@@ -255,9 +256,3 @@ def parse_layout(text: str) -> Layout:
         raise ValueError("the chat template does not write texts as they are")
     slots = [(int(match[1]), (len(match[2]) + 1).bit_length() - 1) for match in found]
     return Layout(pieces, [], slots)
-
-
-def _escape(text: str, depth: int) -> str:
-    for _ in range(depth):
-        text = json.dumps(text, ensure_ascii=False)[1:-1]
-    return text

@@ -1,149 +1,133 @@
 """What a chat template looks for in the texts that it is given.
 
 Most templates only put texts in their places. Some look into them, too: Qwen3's asks whether
-"</think>" is in an answer, and cuts it there. A text is then not only a text, and whoever renders
-the template with a stand-in in its place misses that. `looks_of` finds what a template looks for.
+"</think>" is in an answer, and cuts it there. Whoever renders a template with a stand-in in place
+of a text misses that, and so has to know what to look for.
 """
 
 import re
-from dataclasses import dataclass, field
 
 import jinja2
 from jinja2 import nodes
 
 STRIPS = ("strip", "lstrip", "rstrip", "trim")  # the ends of a text, which a stand-in keeps
-METHODS = STRIPS + tuple(
-    "split rsplit partition rpartition startswith endswith replace removeprefix removesuffix find"
-    " count index get items keys values append pop update join format copy".split()
-)
-FILTERS = tuple(
-    "trim tojson length count default d list first last join map select selectattr reject"
-    " rejectattr string safe items dictsort replace reverse sort unique attr int batch".split()
-)
-TESTS = tuple(
-    "defined undefined none string mapping iterable sequence number boolean true false odd even"
-    " equalto eq == ne in sameas divisibleby integer callable".split()
-)
+SEARCHES = "split rsplit partition rpartition startswith endswith replace find count index".split()
+METHODS = (*STRIPS, *SEARCHES, *"removeprefix removesuffix".split())
+METHODS += tuple("get items keys values append pop update join format".split())
+FILTERS = (*STRIPS, *"tojson length count default d list string safe first last join".split())
+FILTERS += tuple("map select selectattr reject rejectattr items dictsort reverse replace".split())
+TESTS = tuple("defined undefined none string mapping iterable sequence number boolean".split())
+TESTS += tuple("true false odd even integer callable equalto eq == ne in".split())
+WHOLES = (*TESTS, "selectattr", "rejectattr", "map", "default", "d")  # their arguments are no parts
+COUNTS = ("length", "count", "first", "last", "list", "reverse", "join")  # of a text: its letters
+LISTS = ("message", "turn", "user", "tool", "call", "conversation", "history", "split")
+PLAIN = ("role", "type", "index", "index0", "last", "length")
+KNOWN = (nodes.Const, nodes.List, nodes.Tuple, nodes.Compare, nodes.Test, nodes.Mod)
 GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # transformers' own tag
 
 
-@dataclass
 class Looks:
-    """parts: texts that the template looks for in others. wholes: that it compares with.
+    """What a template, which has no syntax error, looks for.
 
-    always: it does something with texts that may depend on all they say (their length, say).
+    Attributes:
+        parts: texts that it looks for in others. wholes: that it compares with.
+        always: it does something else with texts that may depend on all they say.
     """
 
-    parts: set[str] = field(default_factory=set)
-    wholes: set[str] = field(default_factory=set)
-    always: bool = False
-
-    def __post_init__(self):
-        self.pattern = re.compile("(?!)")
-        self.compared = ""
-
-    def finish(self) -> "Looks":
+    def __init__(self, source: str):
+        self.parts: set[str] = set()
+        self.wholes: set[str] = set()
+        self.always = False
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+        self._visit(environment.parse(GENERATION.sub("", source)), shown=False)
         parts = {part.strip() or part for part in self.parts if part}
-        self.pattern = re.compile("|".join(map(re.escape, sorted(parts))) or "(?!)")
-        self.compared = "\0".join(sorted(self.wholes))
-        return self
+        self._pattern = re.compile("|".join(map(re.escape, sorted(parts))) or "(?!)")
+        self._compared = "\0".join(sorted(self.wholes))
 
     def sees(self, text: str) -> bool:
         """Whether the template may do with a text something else than to put it in its place."""
-        return self.always or text in self.compared or bool(self.pattern.search(text))
+        return self.always or text in self._compared or bool(self._pattern.search(text))
+
+    def _visit(self, node: nodes.Node, shown: bool) -> None:
+        """Collect the constants below a node.
+
+        Args:
+            shown: what the node gives is written, or joined to other texts, and not looked for.
+        """
+        children = list(node.iter_child_nodes())
+        if isinstance(node, nodes.Const):
+            if isinstance(node.value, str) and not shown:
+                self.parts.add(node.value)
+        elif isinstance(node, nodes.Compare):
+            self._visit_comparison(node)
+        elif isinstance(node, nodes.Call | nodes.Filter | nodes.Test):
+            self._visit_call(node, shown)
+        elif isinstance(node, nodes.Getitem):
+            self.always |= _cuts(node.arg) and not _is_list(node.node)
+            self._visit(node.node, shown)
+            self._visit(node.arg, shown=True)
+        else:
+            joins = isinstance(node, nodes.Output | nodes.Add | nodes.Concat)
+            joins |= shown and isinstance(node, nodes.CondExpr | nodes.Or | nodes.And)
+            for child in children:
+                self._visit(child, joins and child is not getattr(node, "test", None))
+
+    def _visit_comparison(self, node: nodes.Compare) -> None:
+        operands = [node.expr, *(operand.expr for operand in node.ops)]
+        for operand in operands:
+            self.wholes |= _texts(operand)
+            self._visit(operand, shown=True)
+        operator = node.ops[0].op
+        if operator in ("in", "notin"):
+            self._visit(node.expr, shown=False)
+        if operator not in ("eq", "ne", "in", "notin"):
+            self.always |= any(map(_is_text, operands))
+        elif not any(isinstance(o, KNOWN) or _name(o) in PLAIN for o in operands):
+            self.always = True  # one turn is compared with another
+
+    def _visit_call(self, node: nodes.Call | nodes.Filter | nodes.Test, shown: bool) -> None:
+        of, name = node.node, getattr(node, "name", "")
+        known = {nodes.Filter: FILTERS, nodes.Test: TESTS}.get(type(node), ("",))
+        if isinstance(node, nodes.Call) and isinstance(of, nodes.Getattr):
+            of, name, known = of.node, of.attr, METHODS
+        counts = isinstance(node, nodes.Filter) and name in COUNTS and of is not None
+        self.always |= name not in known or (counts and not _is_list(of))
+        self.always |= name in SEARCHES and not node.args
+        if of is not None:
+            self._visit(of, shown)
+        for child in (*node.args, *(keyword.value for keyword in node.kwargs)):
+            if name in STRIPS:
+                self.parts |= set("".join("".join(_texts(child)).split()))
+            elif name in WHOLES:
+                self.wholes |= _texts(child)
+            else:
+                self._visit(child, shown=name in ("tojson", "get", "join", "append"))
 
 
-def looks_of(template: str) -> Looks:
-    """What a template, which has no syntax errors, looks for."""
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-    looks = Looks()
-    _visit(environment.parse(GENERATION.sub("", template)), looks, shown=False)
-    return looks.finish()
+def _texts(node: nodes.Node) -> set[str]:
+    """The constant texts of a node."""
+    constants = [node] if isinstance(node, nodes.Const) else node.find_all(nodes.Const)
+    return {constant.value for constant in constants if isinstance(constant.value, str)}
 
 
-def _visit(node: nodes.Node, looks: Looks, shown: bool) -> None:
-    """Collect the constants below a node.
+def _cuts(key: nodes.Node) -> bool:
+    return isinstance(key, nodes.Slice) or isinstance(getattr(key, "value", None), int)
 
-    Args:
-        shown: what the node gives is written, or joined to other texts, and not looked for.
-    """
-    if isinstance(node, nodes.Const):
-        if isinstance(node.value, str) and not shown:
-            looks.parts.add(node.value)
-        return
-    if isinstance(node, nodes.Compare):
-        return _visit_comparison(node, looks)
-    if isinstance(node, nodes.Call | nodes.Filter | nodes.Test):
-        return _visit_call(node, looks, shown)
+
+def _name(node: nodes.Node) -> str:
+    """The last name of a.b, a['b'], a[1:] or a | filter."""
     if isinstance(node, nodes.Getitem):
-        _visit_item(node, looks, shown)
-        return
-    joins = isinstance(node, nodes.Output | nodes.Add | nodes.Concat)
-    for child in node.iter_child_nodes():
-        tested = isinstance(node, nodes.CondExpr | nodes.If) and child is node.test
-        kept = isinstance(node, nodes.CondExpr | nodes.Or | nodes.And) and shown
-        _visit(child, looks, (joins or kept) and not tested)
+        key = getattr(node.arg, "value", None)
+        return key if isinstance(key, str) else _name(node.node)
+    if isinstance(node, nodes.Filter | nodes.Call) and node.node is not None:
+        return _name(node.node)
+    return getattr(node, "attr", None) or getattr(node, "name", None) or ""
 
 
-def _visit_comparison(node: nodes.Compare, looks: Looks) -> None:
-    for operand in (node.expr, *(operand.expr for operand in node.ops)):
-        for constant in operand.find_all(nodes.Const):
-            _add_whole(constant, looks)
-        if isinstance(operand, nodes.Const):
-            _add_whole(operand, looks)
-        else:
-            _visit(operand, looks, shown=True)
-    first = node.expr
-    if node.ops[0].op in ("in", "notin") and isinstance(first, nodes.Const):
-        _visit(first, looks, shown=False)
-    if any(op.op in ("lt", "lteq", "gt", "gteq") for op in node.ops) and _reads_text(node.expr):
-        looks.always = True
+def _is_list(node: nodes.Node) -> bool:
+    """Whether a name says that it stands for turns or tools, or for the parts of a text."""
+    return any(word in _name(node) for word in LISTS)
 
 
-def _add_whole(constant: nodes.Const, looks: Looks) -> None:
-    if isinstance(constant.value, str):
-        looks.wholes.add(constant.value)
-
-
-def _visit_call(node: nodes.Call | nodes.Filter | nodes.Test, looks: Looks, shown: bool) -> None:
-    of = node.node
-    if isinstance(node, nodes.Filter):
-        name, known = node.name, FILTERS
-        looks.always |= name in ("length", "count", "first", "last", "list") and _reads_text(of)
-    elif isinstance(node, nodes.Test):
-        name, known = node.name, TESTS
-    elif isinstance(of, nodes.Getattr):
-        name, known, of = of.attr, METHODS, of.node
-    else:  # a macro, or a function of the environment
-        name, known = "", ("",)
-    looks.always |= name not in known or (name in ("split", "rsplit") and not node.args)
-    if of is not None:
-        _visit(of, looks, shown)
-    for child in (*node.args, *(keyword.value for keyword in node.kwargs)):
-        if name in STRIPS and isinstance(child, nodes.Const) and isinstance(child.value, str):
-            looks.parts |= set("".join(child.value.split()))
-        elif isinstance(node, nodes.Test) or name in ("selectattr", "rejectattr", "map", "default"):
-            looks.wholes |= {c.value for c in _constants(child) if isinstance(c.value, str)}
-        else:
-            _visit(child, looks, shown=name in ("tojson", "get", "join", "append"))
-
-
-def _constants(node: nodes.Node) -> list[nodes.Const]:
-    return [node] if isinstance(node, nodes.Const) else list(node.find_all(nodes.Const))
-
-
-def _visit_item(node: nodes.Getitem, looks: Looks, shown: bool) -> None:
-    key = node.arg
-    number = isinstance(key, nodes.Const) and isinstance(key.value, int)
-    looks.always |= (isinstance(key, nodes.Slice) or number) and _reads_text(node.node)
-    _visit(node.node, looks, shown)
-    if not isinstance(key, nodes.Const):
-        _visit(key, looks, shown=True)
-
-
-def _reads_text(node: nodes.Node) -> bool:
-    """Whether a name says that what it stands for is a text, not a list of turns or tools."""
-    name = getattr(node, "name", None) or getattr(node, "attr", None) or ""
-    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
-        name = str(node.arg.value)
-    return any(word in name for word in ("content", "text", "reasoning"))
+def _is_text(node: nodes.Node) -> bool:
+    return any(word in _name(node) for word in ("content", "text", "reasoning"))

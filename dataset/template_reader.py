@@ -1,6 +1,5 @@
 """A chat template, understood: the text of a conversation and what in it an assistant says."""
 
-import re
 from dataclasses import dataclass
 from datetime import date
 from itertools import accumulate
@@ -12,22 +11,20 @@ from dataset.template_layout import (
     Layout,
     Mark,
     Span,
-    as_call,
     cuttings,
     parse_layout,
     plain_message,
-    stand_in,
 )
-from dataset.template_literals import looks_of
+from dataset.template_literals import Looks
+from dataset.template_manner import OTHER, Template, common, learn_manner
 from dataset.text_encoder import TextEncoder
 
 LAYOUTS = 1 << 12  # kept in memory
-OTHER = "name another with --chat_template FILE"
 
 
 @dataclass
-class Rendered:
-    """A conversation as text for the encoder, and from where to where each assistant turn says it.
+class Chat:
+    """A conversation as text, ready to be encoded, and what assistant turns say in it.
 
     spans: number of a turn -> (begin, end) in characters, its end-of-turn token included; the same
         in tokens, where that is known. controls: ids of the control tokens in the text.
@@ -38,136 +35,29 @@ class Rendered:
     controls: list[int]
 
 
-@dataclass
-class Manner:
-    """How a template writes assistant turns.
-
-    heads: what stands before one, the likeliest first. ends: the tokens that end one. thinks: it
-    knows reasoning_content. text_arguments: it wants the arguments of a call as JSON text.
-    """
-
-    heads: list[str]
-    ends: list[str]
-    thinks: bool
-    text_arguments: bool
-
-
 class TemplateReader:
-    """A chat template.
+    """Reads conversations as a chat template writes them.
 
     Args:
-        source: Jinja.
-        place: where it is from, for messages.
-        variables: the tokens that templates name (bos_token, ...).
         encoder: knows which tokens are control.
 
     Raises:
-        ValueError: a syntax error, a template that fails on an exchange of two turns or that ends
-            no assistant turn with a token.
+        ValueError: a syntax error in the template; see `learn_manner`.
     """
 
-    def __init__(self, source: str, place: str, variables: dict, encoder: TextEncoder):
-        self.source, self.place = source, place
-        self.variables, self.encoder = variables, encoder
+    def __init__(self, template: Template, encoder: TextEncoder):
+        self.template, self.encoder = template, encoder
         self.layouts: dict[str, Layout | str] = {}
-        self.dated = "strftime_now" in source
-        self.trims = "trim" in source or "strip" in source
+        self.dated = "strftime_now" in template.source
+        self.trims = "trim" in template.source or "strip" in template.source
         try:
-            self.looks = looks_of(source)
+            self.looks = Looks(template.source)
         except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{place}:{error.lineno}: {error.message}; {OTHER}") from None
-        self.manner = self._learn_manner()
+            fault = f"{template.place}:{error.lineno}: {error.message}"
+            raise ValueError(f"{fault}; {OTHER}") from None
+        self.manner = learn_manner(template, encoder.tokens)
 
-    # ----------------------------------------------------------------------------------------------
-    # The template itself
-    # ----------------------------------------------------------------------------------------------
-
-    def render(self, messages: list[dict], tools: list | None = None, **flags) -> str:
-        """What the template gives, as `apply_chat_template` does.
-
-        Raises:
-            ValueError: it refuses the conversation, or fails.
-        """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            texts, _ = render_jinja_template(
-                [messages], tools=tools, chat_template=self.source, **self.variables, **flags
-            )
-        except Exception as error:  # a template is a program: it fails as programs do
-            reason = " ".join(str(error).split()) or type(error).__name__
-            kind = "refuses" if type(error) is jinja2.TemplateError else "fails on"
-            raise ValueError(f"the chat template {kind} the conversation: {reason}") from None
-        return texts[0]
-
-    def _learn_manner(self) -> Manner:
-        user = [{"role": "user", "content": stand_in(n)} for n in (0, 2)]
-        answer = [{"role": "assistant", "content": stand_in(n)} for n in (1, 3)]
-        try:
-            asked = self.render(user[:1])
-            prompt = self.render(user[:1], add_generation_prompt=True)
-            said = self.render([user[0], answer[0]])
-            later = self.render([user[0], answer[0], user[1], answer[1]])
-        except ValueError as error:
-            raise ValueError(f"{self.place}: {error}; {OTHER}") from None
-        if any(mark not in text for mark, text in ((stand_in(0), asked), (stand_in(1), said))):
-            raise ValueError(f"{self.place}: the chat template leaves turns out; {OTHER}")
-        head = said[: self._common(prompt, said)]
-        generation = self._common(prompt, asked)
-        heads = self._beginnings(prompt[generation:], asked) or [head.rpartition(stand_in(0))[2]]
-        thinks = self._writes([user[0], {**answer[0], "reasoning_content": stand_in(2)}], 2)
-        call = {"name": "f", "arguments": {"x": stand_in(2)}}
-        calls = [{**answer[0], "content": "", "tool_calls": [as_call(call, t)]} for t in (0, 1)]
-        text_arguments = not self._writes([user[0], calls[0]], 2) and self._writes(
-            [user[0], calls[1]], 2
-        )
-        first = self.encoder.tokens.search
-        tail = said.partition(stand_in(1))[2]
-        end = first(tail)
-        if not end:
-            fault = f"no token ends an assistant turn: behind it stands {tail!r}"
-            raise ValueError(f"{self.place}: {fault}; {OTHER}")
-        # An answer that is not the last one may have an end of its own, that of all other turns.
-        earlier, user_end = (first(later.partition(stand_in(n))[2]) for n in (1, 0))
-        same = earlier and user_end and earlier[0] == user_end[0]
-        ends = [end[0], *([earlier[0]] if same else [])]
-        return Manner(heads, list(dict.fromkeys(ends)), thinks, text_arguments)
-
-    def _writes(self, messages: list[dict], n: int) -> bool:
-        """Whether the template writes a stand-in of a conversation."""
-        try:
-            return any(slot == n for slot, _ in parse_layout(self.render(messages)).slots)
-        except ValueError:
-            return False
-
-    def _beginnings(self, prompt: str, asked: str) -> list[str]:
-        """A generation prompt, and its beginnings: a turn that does not think may lack its end."""
-        tags = re.compile(f"{self.encoder.tokens.pattern}|<think>")
-        edges = {edge for match in tags.finditer(prompt) for edge in match.span()}
-        first = tags.match(prompt)
-        least = first.end() if first and first[0] in asked else 0  # it begins any turn
-        edges = {edge for edge in edges if edge > least} | ({len(prompt)} if prompt else set())
-        return [prompt[:edge] for edge in sorted(edges, reverse=True)]
-
-    def _common(self, text: str, other: str) -> int:
-        """How many characters of a text, in whole control tokens, stand before another, too."""
-        size = _common(text, other)
-        spans = (match.span() for match in self.encoder.tokens.finditer(text))
-        return next((begin for begin, end in spans if begin < size < end), size)
-
-    def opening(self, thinking: bool | None) -> str:
-        """What a prompt says already of the reply: "<think>\\n", or nothing."""
-        user = [{"role": "user", "content": stand_in(0)}]
-        flags = {} if thinking is None else {"enable_thinking": thinking}
-        prompt = self.render(user, add_generation_prompt=True, **flags)
-        at = prompt.rfind("<think>")
-        return prompt[at:] if at >= 0 and "</think>" not in prompt[at:] else ""
-
-    # ----------------------------------------------------------------------------------------------
-    # Conversations
-    # ----------------------------------------------------------------------------------------------
-
-    def read(self, messages: list[dict], tools: list | None = None, **flags) -> Rendered:
+    def read(self, messages: list[dict], tools: list | None = None, **flags) -> Chat:
         """The text of a conversation, and what is whose in it.
 
         Args:
@@ -184,13 +74,13 @@ class TemplateReader:
             if isinstance(layout, str):
                 reasons.append(layout)
                 continue
-            if layout.verified and not way.thinking and not self._sees(cut.values):
+            if layout.verified and way.thinking == "none" and not self._sees(cut.values):
                 return self._fill(layout, cut)
             if real is None:
-                real = self.render(
+                real = self.template.render(
                     [plain_message(m, text_arguments) for m in messages], tools, **flags
                 )
-            filled = layout.fill(cut.values)
+            filled = "".join(layout.fill(layout.pieces, cut.values))
             if filled == real:
                 layout.verified = True
                 return self._fill(layout, cut)
@@ -202,7 +92,8 @@ class TemplateReader:
 
     def _layout(self, cut: Cut, messages: list[dict], flags: dict) -> Layout | str:
         """The layout of a conversation's shape, or why there is none."""
-        key = repr((cut.messages, cut.tools, flags, date.today() if self.dated else 0))
+        empty = [n for n, value in enumerate(cut.values) if not value]
+        key = repr((cut.messages, cut.tools, flags, empty, date.today() if self.dated else 0))
         layout = self.layouts.get(key)
         if layout is None:
             if len(self.layouts) >= LAYOUTS:
@@ -215,7 +106,7 @@ class TemplateReader:
         return layout
 
     def _new_layout(self, cut: Cut, messages: list[dict], flags: dict) -> Layout:
-        layout = parse_layout(self.render(cut.messages, cut.tools, **flags))
+        layout = parse_layout(self.template.render(cut.messages, cut.tools, **flags))
         self._check_complete(cut, layout)
         layout.renamed = [self.encoder.rename(piece) for piece in layout.pieces]
         tokens = self.encoder.tokens.findall("\n".join(layout.pieces))
@@ -244,7 +135,7 @@ class TemplateReader:
                 raise ValueError(f"{where}the chat template leaves out {what} of this {role} turn")
             is_old = turn is not None and turn < last
             if name == "reasoning_content" and not (is_old and self.manner.thinks):
-                if not is_old or not cut.way.thinking:
+                if not is_old or cut.way.thinking == "none":
                     advice = "take it out of the row, or use a template that has it"
                     raise ValueError(f"{where}the chat template leaves out the thinking: {advice}")
 
@@ -285,7 +176,9 @@ class TemplateReader:
         """Where a turn ends in the control text behind it."""
         tokens, tail = list(self.encoder.tokens.finditer(behind)), ""
         if "tool_calls" in cut.messages[turn]:  # a call may end otherwise, with <|eom_id|>, say
-            tail = parse_layout(self.render(cut.messages[: turn + 1], cut.tools)).pieces[-1]
+            tail = parse_layout(self.template.render(cut.messages[: turn + 1], cut.tools)).pieces[
+                -1
+            ]
             own = self.encoder.tokens.findall(tail)
             at = next((n for n, token in enumerate(own) if token in self.manner.ends), len(own) - 1)
             if own[: at + 1] == [match[0] for match in tokens[: at + 1]] and own:
@@ -297,36 +190,24 @@ class TemplateReader:
             )
         return ends[0]
 
-    def _fill(self, layout: Layout, cut: Cut) -> Rendered:
-        parts, pieces = [layout.renamed[0]], layout.renamed
-        for text, piece in zip(layout.texts(cut.values), pieces[1:], strict=True):
-            parts.append(text)
-            parts.append(piece)
+    def _fill(self, layout: Layout, cut: Cut) -> Chat:
+        parts, pieces = layout.fill(layout.renamed, cut.values), layout.renamed
         spans = {}
         if layout.spans:
             ends = list(accumulate(map(len, parts)))
             for turn, span in layout.spans.items():
                 begin = ends[2 * span.first] - len(pieces[span.first]) + span.begin
                 spans[turn] = begin, ends[2 * span.last + 1] + span.end, span.mark
-        return Rendered("".join(parts), spans, layout.controls)
-
-
-def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+        return Chat("".join(parts), spans, layout.controls)
 
 
 def _difference(cut: Cut, layout: Layout, filled: str, real: str) -> str:
     """What a template did to a text that it was to write as it is."""
-    at, end, turn = _common(filled, real), len(layout.pieces[0]), None
-    for (n, _), text, piece in zip(
-        layout.slots, layout.texts(cut.values), layout.pieces[1:], strict=True
-    ):
-        if end > at:
-            break
-        turn = cut.owners[n][0]
-        end += len(text) + len(piece)
+    at, turn = common(filled, real), None
+    ends = list(accumulate(map(len, layout.fill(layout.pieces, cut.values))))
+    for (n, _), end in zip(layout.slots, ends[::2], strict=False):
+        if end <= at:
+            turn = cut.owners[n][0]
     where = "" if turn is None else f"turn {turn + 1}: "
     begin = max(0, at - 10)
     shown = f"it writes {real[begin : at + 30]!r}, not {filled[begin : at + 30]!r}"

@@ -21,7 +21,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from dataset.checksums import array_checksum, dict_checksum, recall, remember
 from dataset.tokenizer import LazyTokenizer
@@ -210,6 +209,8 @@ def open_cache(
         return TokenCache(folder)
     except ValueError as error:  # there is none, most often
         problem = f"{error}; " if folder.exists() else ""
+    from filelock import FileLock
+
     try:
         lock = FileLock(cache_dir / f"{key}.lock").acquire()  # however its holder dies, it is free
     except OSError as error:

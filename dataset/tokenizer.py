@@ -29,7 +29,7 @@ class LazyTokenizer:
     @functools.cached_property
     def loaded(self):
         try:
-            tokenizer = self._class().from_pretrained(self.folder)
+            tokenizer = self._load()
         except Exception as error:  # json's and tokenizers' errors share no class
             reason = " ".join(str(error).split())
             fault = f"tokenizer.json is damaged: {reason}"
@@ -38,17 +38,17 @@ class LazyTokenizer:
             tokenizer.chat_template = self.given_template
         return tokenizer
 
-    def _class(self):
-        """The class that loads it as AutoTokenizer does, which takes a second longer to import."""
+    def _load(self):
+        """As AutoTokenizer loads it, which takes a second longer to import."""
         config = self.folder / "tokenizer_config.json"
         known = json.loads(config.read_bytes()) if config.is_file() else {}
-        if known.get("tokenizer_class", GENERIC[0]) in GENERIC:
+        if known.get("tokenizer_class", GENERIC[0]) in GENERIC or "auto_map" in known:
             from transformers import PreTrainedTokenizerFast
 
-            return PreTrainedTokenizerFast
+            return PreTrainedTokenizerFast.from_pretrained(self.folder)
         from transformers import AutoTokenizer
 
-        return AutoTokenizer
+        return AutoTokenizer.from_pretrained(self.folder)
 
     def __getattr__(self, name: str):
         if name.startswith("__"):  # asked for by whoever copies it
@@ -92,6 +92,8 @@ def read_template(chat_template: str | Path | None) -> tuple[str, str]:
         return "", ""
     if isinstance(chat_template, str) and "{" in chat_template:
         return chat_template, "the chat template"
+    if Path(chat_template).exists() and not Path(chat_template).is_file():
+        raise ValueError(f"--chat_template {chat_template}: not a file")  # but a pipe, a device
     try:
         text = Path(chat_template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -117,6 +117,7 @@ def generate_batch(
         (row, position, token), (R,) int64 each: the next token of every row that goes on.
     """
     batch = Batch(model, prompts, limits, samples, batch_size)
+    ahead = batch.device.type == "cuda"  # which copies what is not pinned before it returns
     while True:
         batch.step()
         batch.fill_slots()
@@ -124,10 +125,10 @@ def generate_batch(
         if not len(slots):
             return
         row, position = (
-            part[slots].to(batch.device, non_blocking=True) for part in (batch.row, batch.position)
+            part[slots].to(batch.device, non_blocking=ahead) for part in (batch.row, batch.position)
         )
         all_slots = len(slots) == len(batch.left)
-        on_device = slice(None) if all_slots else slots.to(batch.device, non_blocking=True)
+        on_device = slice(None) if all_slots else slots.to(batch.device, non_blocking=ahead)
         token = sampler(batch.logits[on_device], row, position)
         yield row, position, token
         batch.token[on_device] = token

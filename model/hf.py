@@ -27,11 +27,6 @@ SMALL_FILES = [
 ]
 
 
-def is_hf_folder(path: str | Path) -> bool:
-    """Whether it is to be read as a folder in Hugging Face's format; what lacks is told then."""
-    return Path(path).is_dir()
-
-
 def resolve_folder(name: str, flag: str = "--from_weight") -> Path:
     """The folder that a path or a hub name, "org/name", means; from the hub it is downloaded.
 

@@ -5,6 +5,7 @@ accounted for: taken over, one of those that change nothing, or refused.
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,8 @@ ARCHITECTURES = {architecture: kind for kind, (architecture, _) in FAMILIES.item
 # generation.
 HARMLESS = set(
     """
-    architectures auto_map chunk_size_feed_forward dtype flash_attn id2label initializer_range
+    architectures attn_implementation auto_map chunk_size_feed_forward dtype flash_attn id2label
+    initializer_range max_sequence_length use_flash_attn
     is_llama_config keys_to_ignore_at_inference label2id max_window_layers model_type
     output_attentions output_hidden_states output_router_logits pretraining_tp problem_type
     return_dict seq_aux tokenizer_class torch_dtype torchscript transformers_version
@@ -204,7 +206,8 @@ def minimind_shape(keys: Keys, folder: Path, dim: int) -> dict:
     dense MLP and some of them are shared.
     """
     is_older = "n_routed_experts" in keys.values
-    hidden = keys.take("intermediate_size", int, 64 * ((int(dim * 8 / 3) + 63) // 64))
+    width = int(dim * 8 / 3) if is_older else dim * math.pi
+    hidden = keys.take("intermediate_size", int, 64 * math.ceil(width / 64))
     shape = {
         "hidden_dim": hidden,
         "dropout": keys.take("dropout", float, 0.0),

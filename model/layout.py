@@ -94,7 +94,7 @@ def make_layout(
     if doc_lens is not None:
         layout.doc_lens, layout.max_seqlen = lens, int(lens.max())
         cu_seqlens = F.pad(lens.cumsum(0), (1, 0)).int()
-        layout.cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        layout.cu_seqlens = cu_seqlens.to(device)
     if config.use_moe and cache is None:  # for the load-balancing loss
         layout.doc_ids = torch.arange(len(lens)).repeat_interleave(lens)[part].to(device)
         if attention_mask is not None:

@@ -34,7 +34,8 @@ class LoRALinear(nn.Linear):
         self.scale, self.dropout, self.training = alpha / rank, dropout, base.training
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, base.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(base.out_features, rank))
-        nn.init.normal_(self.lora_A, std=base.in_features**-0.5)
+        if not self.lora_A.is_meta:  # of a model that gets its values later
+            nn.init.normal_(self.lora_A, std=base.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., rank)
@@ -42,7 +43,12 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(
-    model: MiniMindLM, targets: list[str] | None, rank: int, alpha: float, dropout: float
+    model: MiniMindLM,
+    targets: list[str] | None,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    base_sha256: str | None = None,
 ) -> dict:
     """Freeze the model and give the targets a low-rank update, the only thing that then trains.
 
@@ -52,6 +58,7 @@ def add_lora(
 
     Args:
         targets: names of layers, `q_proj`; None: those of TARGETS that the model has.
+        base_sha256: `hash_weights` of a model that has no values yet.
 
     Returns:
         The settings, as `adapter_json` and `identity` take them.
@@ -81,7 +88,7 @@ def add_lora(
             fault += "; routed experts are stacked tensors, which LoRA does not reach"
         raise ValueError(f"--lora_targets {' '.join(missing)}: {fault}")
     settings = {"rank": rank, "alpha": float(alpha), "dropout": dropout, "targets": chosen}
-    settings["base_sha256"] = hash_weights(model.state_dict())
+    settings["base_sha256"] = base_sha256 or hash_weights(model.state_dict())
     model.requires_grad_(False)
     for name in chosen:
         for parent, layer in layers[name]:

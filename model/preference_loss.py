@@ -48,11 +48,12 @@ def logps_of(
         Log-probabilities and lengths of the answers, see `answer_logps`; the model's auxiliary
         loss, a mean over tokens.
     """
+    pinned = X.is_pinned()  # for CUDA; an Apple GPU would read memory that is not its own too late
     # (K,) positions, found on the CPU: a GPU would have to be waited for
     positions = loss_mask.flatten().nonzero().squeeze(1)
-    targets = Y.flatten()[positions].to(device, non_blocking=True)
-    positions = positions.to(device, non_blocking=True)
-    out = model(X.to(device, non_blocking=True), doc_lens=doc_lens, logits_at=positions)
+    targets = Y.flatten()[positions].to(device, non_blocking=pinned)
+    positions = positions.to(device, non_blocking=pinned)
+    out = model(X.to(device, non_blocking=pinned), doc_lens=doc_lens, logits_at=positions)
     token_losses = F.cross_entropy(out.logits.float(), targets, reduction="none")
     return *answer_logps(token_losses, loss_mask, doc_lens), out.aux_loss
 

@@ -56,7 +56,7 @@ class RewardModel(MiniMindLM):
     """A score for each document, at its last token, or a value for each of any tokens.
 
     The score of a document does not depend on what else is in the row. Give it conversations up to
-    and including the <|im_end|> of the answer, as training does (there X ends with it).
+    and including the end-of-turn token of the answer, as training does (there X ends with it).
     """
 
     def __init__(self, config: LMConfig, gradient_checkpointing: int = 0):

@@ -38,7 +38,8 @@ def open_weights(model: MiniMindLM, path: str | Path, new_head: bool = False):
     """The tensors of a weights file or a folder, none of them read yet: every name and shape fits.
 
     Args:
-        model: for which they are; may be spread over processes, or have no memory yet.
+        model: for which they are; may be spread over processes, or have no memory yet, and have
+            LoRA's factors beside its weights.
         new_head: a reward model may take the decoder of a language model and keep its own head.
 
     Returns:
@@ -49,6 +50,7 @@ def open_weights(model: MiniMindLM, path: str | Path, new_head: bool = False):
             the first difference.
     """
     path, own = Path(path), model.state_dict()
+    own = {name: value for name, value in own.items() if ".lora_" not in name}
     state = read_lazily(path)
     if "score.weight" in state and "score.weight" not in own:
         raise ValueError(f"{path}: a reward model, a language model is wanted here")
@@ -109,6 +111,16 @@ def hash_weights(state_dict: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in state_dict.items():
         digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def hash_file(model: MiniMindLM, path: str | Path) -> str:
+    """`hash_weights` of the model with the weights of a file or folder, read in parts."""
+    digest, tensors = hashlib.sha256(), open_weights(model, path)
+    for name in model.state_dict():
+        digest.update(name.encode())
+        for part in tensors[name].chunks():
+            digest.update(part.float().numpy().data)
     return digest.hexdigest()
 
 

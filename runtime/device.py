@@ -9,6 +9,36 @@ import torch
 from torch import Tensor
 
 
+def choose_device(name: str, ddp: bool) -> str:
+    """What --device means: auto is a GPU where there is one.
+
+    Raises:
+        ValueError: mps, that is Apple's GPU, is not there, or cannot do what is asked for.
+    """
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        has_cuda = torch.cuda.is_available()
+        return "cuda" if has_cuda else "mps" if has_mps and not ddp else "cpu"
+    if name == "mps" and ddp:
+        advice = "leave --ddp out, or take --device cpu"
+        raise ValueError(f"--device mps: there are no process groups on Apple's GPU; {advice}")
+    if name == "mps" and not has_mps:
+        raise ValueError(f"--device mps: torch {torch.__version__} sees no GPU of Apple's here")
+    return name
+
+
+def needs_process_group(device: torch.device, what: str) -> None:
+    """ValueError: something needs a process group, and there is none on Apple's GPU."""
+    if device.type == "mps":
+        fault = f"{what} needs a process group, and there is none on Apple's GPU"
+        raise ValueError(f"--device mps: {fault}; take --device cpu, or trainer/train_full_sft.py")
+
+
+def to_float64(x: Tensor) -> Tensor:
+    """In float64, which Apple's GPU lacks: then on the CPU."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
 def fast_dtype(device: torch.device) -> torch.dtype:
     """The dtype of a device's fastest products: CPUs may emulate bfloat16, 100 times slower."""
     fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from model.generate import Decoder
+from model.initial import on_meta_device
 from model.layout import Layout
 from model.lm import LMConfig, MiniMindLM
-from model.weights import read_config
+from model.weights import open_weights, read_config
 from runtime.machine import GIB, machine_memory
-from runtime.stored_tensors import empty_model, open_tensors
 
 Device = int | str  # the number of a GPU, "mps", "cpu" or "disk"
 SHARE = 0.9  # of the memory that is free; the rest is for activations
@@ -44,7 +44,9 @@ def load_spread(path: Path, dtype: torch.dtype, max_memory: list[str] | None = N
     except ImportError:
         raise ValueError("--device_map needs accelerate: pip install accelerate") from None
     config = read_config(path)
-    tensors, model = open_tensors(path, config), empty_model(config)
+    with on_meta_device():
+        model = MiniMindLM(config).eval()
+    tensors = open_weights(model, path)
     places = place_blocks(model, dtype, free_memory(max_memory))
     main = places[""]
     # A module is tied to nothing on disk: these are always in memory.

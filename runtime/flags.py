@@ -83,8 +83,8 @@ def check_flags(args: dict) -> None:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str | os.PathLike):
                 check_text(name, os.fspath(text))
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", args.get("device", "auto")):
-        raise ValueError(f"--device {args['device']}: must be auto, cpu, cuda or cuda:N")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", args.get("device", "auto")):
+        raise ValueError(f"--device {args['device']}: must be auto, cpu, mps, cuda or cuda:N")
     if not re.fullmatch("none|length|field:.+", args.get("curriculum", "none")):
         raise ValueError(f"--curriculum {args['curriculum']}: must be none, length or field:NAME")
     if "save_weight" in args:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.lm import LMConfig
-from runtime.device import is_sharded, local, one_order
+from runtime.device import is_sharded, local, one_order, to_float64
 from runtime.ranks import (  # noqa: F401  # for the scripts
     SHARDED,
     data_world,
@@ -147,9 +147,10 @@ def clip_gradients(model: nn.Module, max_norm: float, copies: list[int] | None =
     gradients = [local(p.grad) for p in parameters]
     # In float64: in float32 the norm of a large tensor is off by 1e-4, and not by the same in every
     # layout. That of a row is not, and a CPU takes a tenth of the time for it.
-    if gradients[0].device.type == "cpu":
-        norms = (torch.linalg.vector_norm(g, dim=-1).double() for g in gradients)
-        squares = torch.stack([norm.square().sum() for norm in norms])
+    if gradients[0].device.type != "cuda":
+        norms = [torch.linalg.vector_norm(g, dim=-1).flatten() for g in gradients]
+        parts = to_float64(torch.cat(norms)).square().split([len(norm) for norm in norms])
+        squares = torch.stack([part.sum() for part in parts])
     else:
         squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)) ** 2
     if copies is None and not is_sharded(parameters[0]):  # the same on every rank

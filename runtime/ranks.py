@@ -43,6 +43,9 @@ def as_message(values: tuple[Tensor | float, ...]) -> Tensor:
     device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
     if dist.is_initialized() and dist.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "mps":  # which has no float64
+        device = torch.device("cpu")
+        values = tuple(v.cpu() if isinstance(v, Tensor) else v for v in values)
     return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
 
 

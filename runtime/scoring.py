@@ -91,7 +91,7 @@ def read_question(row: dict, model) -> dict:
         raise ValueError("a row has 'answer' or 'accept', not both")
     question = {"task": task, "prompt": messages[-1]["content"]}
     if accept is None:
-        question |= {"answer": answer, "answer_len": len(model.coder.plain(final_answer(answer)))}
+        question |= {"answer": answer, "answer_len": len(model.plain(final_answer(answer)))}
     else:
         question["accept"] = read_patterns(accept)
     turns = [message["role"] for message in messages]

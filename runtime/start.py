@@ -11,7 +11,7 @@ from torch import nn
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
 from model.initial import on_meta_device
-from model.weights import allocate, is_path, load_weights
+from model.weights import allocate, is_path, load_weights, read_lazily
 from runtime import tokenizer_record
 from runtime.ranks import SHARDED, mesh_sizes, world
 
@@ -161,6 +161,8 @@ def find_weights(
             path = resolve_folder(name, "--from_weight")
     else:
         path = Path(args.out_dir) / f"{name or default}{suffix_of(args)}.pth"
+        if name and not path.exists() and Path(name).is_dir():
+            path = Path(name)
     if not path.exists() and name is None:
         return None, f"starting from random weights: there is no {path}"
     if not path.exists() and required:
@@ -196,7 +198,11 @@ def read_shape(path: Path | None) -> LMConfig | None:
     kind = LMConfig
     if '"head": "score"' in text:
         from model.reward import RewardConfig as kind
-    shape = asdict(kind.from_json(config_path))
+    try:
+        shape = asdict(kind.from_json(config_path))
+    except ValueError:
+        read_lazily(path)  # where both are damaged, that of the weights is the error to tell
+        raise
     shape.pop("head", None)
     return LMConfig(**shape)
 

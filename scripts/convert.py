@@ -88,8 +88,8 @@ def write_weights(args: argparse.Namespace) -> int:
         args.weights, args.tokenizer_dir, args.chat_template, args.lora, args.out_dir
     )
     config = replace(source.config, tokenizer=record_of(source.tokenizer))
+    save_file(out, source.state_dict())  # first: the one that a full disk stops
     save_file(out.with_suffix(".json"), config.to_json())
-    save_file(out, source.state_dict())
     print(f"{source.path}{merged(args)}: {out}")
     return 0
 

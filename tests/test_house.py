@@ -27,6 +27,7 @@ MUST_NOT_IMPORT = {
 # What training may import at start: the four packages of requirements.txt, and what comes with
 # them.
 PACKAGES = {"torch", "transformers", "numpy", "wandb", "tokenizers", "safetensors", "tqdm", "yaml"}
+PACKAGES |= {"jinja2"}  # comes with torch; chat templates are written in it
 
 CARD = {"model", "dataset", "trainer", "out", "requirements.txt", "README.md", "eval_model.py"}
 

@@ -38,6 +38,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.preference_loss import METRICS, bradley_terry, logps_of, sum_metrics
 from model.weights import hash_weights
 from runtime import checkpoint, launch, parallel
+from runtime.device import choose_device
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
@@ -50,12 +51,12 @@ Losses = tuple[Tensor, Tensor, Tensor]  # losses, rewards of chosen and rejected
 # Copied from trainer.train_pretrain.init_distributed_mode
 def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     """Join the process group that torchrun describes; returns the device of this process."""
-    cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
     launched = read_launch(needed_by="--ddp" if args.ddp else "")
-    if not args.ddp and args.device not in ("auto", "cuda"):
-        device = torch.device(args.device)
-    else:
-        device = torch.device(f"cuda:{launched.local_rank if args.ddp else 0}" if cuda else "cpu")
+    name = choose_device(args.device, args.ddp)
+    cuda = name.startswith("cuda")
+    if cuda and (args.ddp or name == "cuda"):
+        name = f"cuda:{launched.local_rank if args.ddp else 0}"
+    device = torch.device(name)
     gpus = torch.cuda.device_count()
     if cuda and max(device.index + 1, launched.local_world_size) > gpus:
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
@@ -343,7 +344,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=42, help="seed of everything random")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
     add("--ddp", action="store_true", help="distributed: start with torchrun")
     add("--timeout", type=float, default=30.0, help="minutes of a rank's silence that end the job")

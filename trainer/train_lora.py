@@ -4,7 +4,7 @@ Reads  --data_path (MiniMind, ShareGPT, Alpaca or OpenAI conversations) and the 
        --from_weight.
 Writes out/lora_512.pth, the adapter alone, with its .json, and out/lora_512/: metrics.jsonl,
 training.log, checkpoints. `eval_model.py --lora lora` adds it to the base model;
-scripts/export_lora.py merges it, or writes it for peft.
+scripts/convert.py merges it, or writes it for peft.
 
     python trainer/train_lora.py
     torchrun --nproc_per_node 8 trainer/train_lora.py --ddp
@@ -33,7 +33,9 @@ from dataset.lm_dataset import SFTDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from model.lora import adapter_json, adapter_tensors, add_lora
+from model.weights import hash_file, hash_weights
 from runtime import checkpoint, launch, parallel
+from runtime.device import choose_device
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
@@ -44,12 +46,12 @@ from runtime.tracking import Tracker
 # Copied from trainer.train_pretrain.init_distributed_mode
 def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     """Join the process group that torchrun describes; returns the device of this process."""
-    cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
     launched = read_launch(needed_by="--ddp" if args.ddp else "")
-    if not args.ddp and args.device not in ("auto", "cuda"):
-        device = torch.device(args.device)
-    else:
-        device = torch.device(f"cuda:{launched.local_rank if args.ddp else 0}" if cuda else "cpu")
+    name = choose_device(args.device, args.ddp)
+    cuda = name.startswith("cuda")
+    if cuda and (args.ddp or name == "cuda"):
+        name = f"cuda:{launched.local_rank if args.ddp else 0}"
+    device = torch.device(name)
     gpus = torch.cuda.device_count()
     if cuda and max(device.index + 1, launched.local_world_size) > gpus:
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
@@ -127,11 +129,12 @@ def sft_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, to
 
     Source: Ouyang et al., InstructGPT (2022), section 3.1; the prompt carries no loss.
     """
+    pinned = X.is_pinned()  # for CUDA; an Apple GPU would read memory that is not its own too late
     # (K,) positions, found on the CPU: a GPU would have to be waited for
     positions = loss_mask.flatten().nonzero().squeeze(1)
-    targets = Y.flatten()[positions].to(device, non_blocking=True)
-    positions = positions.to(device, non_blocking=True)
-    X = X.to(device, non_blocking=True)
+    targets = Y.flatten()[positions].to(device, non_blocking=pinned)
+    positions = positions.to(device, non_blocking=pinned)
+    X = X.to(device, non_blocking=pinned)
     out = model(X, doc_lens=doc_lens, logits_at=positions, targets=targets)
     return out.loss, out.aux_loss
 
@@ -252,7 +255,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=42, help="seed of everything random")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
     add("--ddp", action="store_true", help="distributed: start with torchrun")
     add("--timeout", type=float, default=30.0, help="minutes of a rank's silence that end the job")
@@ -312,13 +315,20 @@ def main() -> int:
         autocast = torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
-    # 4. The model, whose own weights always come from --from_weight; the adapter is new, or comes
-    #    in step 5
+    # 4. Strategy and model, whose own weights always come from --from_weight; the adapter is new,
+    #    or comes in step 5
     config = start.config
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
     run_dir = start.run_dir
-    model = start.build(make, args, whole=True)
-    lora = add_lora(model, args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
+    model = start.build(make, args, whole=start.path is None)
+    base_hash = hash_file(model, start.path) if start.fill else hash_weights(model.state_dict())
+    settings = (args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    lora = add_lora(model, *settings, base_hash)
+    if start.fill:
+        from runtime.distributed import sharded_start
+
+        sharded_start.add_factors(start, lora["targets"])
     apply_kernels(model, args.device, dtype)
     args.lora_targets = lora["targets"]
     base = {"the weights of --from_weight": lora["base_sha256"]}
@@ -326,10 +336,9 @@ def main() -> int:
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | base
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
 
-    # 5. Strategy, compile, wrap, optimizer. Every rank has the same model, but its own dropout.
+    # 5. Compile, wrap, optimizer. Every rank has the same model, but its own dropout.
     setup_seed(args.seed + parallel.world()[0])
-    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
-    model = parallel.wrap(model, args, dtype, global_batch)
+    model = parallel.wrap(model, args, dtype, global_batch, start.fill)
     shard = args.strategy == "zero1"
     optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, shard)
     progress = checkpoint.load_run(resumed, model, optimizer, scaler)

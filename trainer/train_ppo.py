@@ -43,6 +43,7 @@ from model.lm import LMConfig, MiniMindLM
 from model.reward import ActorCritic, RewardConfig, RewardModel
 from model.weights import hash_weights
 from runtime import checkpoint, launch, parallel
+from runtime.device import choose_device, to_float64
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.rl.rewards import load_rewards
@@ -63,12 +64,12 @@ from runtime.tracking import Tracker
 # Copied from trainer.train_pretrain.init_distributed_mode
 def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     """Join the process group that torchrun describes; returns the device of this process."""
-    cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
     launched = read_launch(needed_by="--ddp" if args.ddp else "")
-    if not args.ddp and args.device not in ("auto", "cuda"):
-        device = torch.device(args.device)
-    else:
-        device = torch.device(f"cuda:{launched.local_rank if args.ddp else 0}" if cuda else "cpu")
+    name = choose_device(args.device, args.ddp)
+    cuda = name.startswith("cuda")
+    if cuda and (args.ddp or name == "cuda"):
+        name = f"cuda:{launched.local_rank if args.ddp else 0}"
+    device = torch.device(name)
     gpus = torch.cuda.device_count()
     if cuda and max(device.index + 1, launched.local_world_size) > gpus:
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
@@ -205,7 +206,7 @@ def whiten(advantages: Tensor, lengths: Tensor) -> Tensor:
     code.
     """
     inside = torch.arange(advantages.size(1)) < lengths.unsqueeze(1)
-    local_values = advantages[inside].double()
+    local_values = to_float64(advantages[inside])
     count, total = parallel.sum_over_ranks(float(len(local_values)), local_values.sum())
     mean = total / max(1.0, count)
     squares = parallel.sum_over_ranks((local_values - mean).square().sum())[0]
@@ -286,7 +287,7 @@ def train_epoch(run: Run, plan: Plan, sampler: Sampler, reference, held_out: np.
             # 3. Gradients of one mean over all tokens, passes and ranks; they are averaged over
             #    ranks, hence `replicas`
             batch = batches[update % args.mini_batches]
-            sums = torch.zeros(9, dtype=torch.float64, device=args.device)
+            sums = to_float64(torch.zeros(9, device=args.device))
             for n, pack in enumerate(batch.packs):
                 kept = pack.kept
                 with parallel.sync_gradients(model, n == len(batch.packs) - 1):
@@ -304,7 +305,7 @@ def train_epoch(run: Run, plan: Plan, sampler: Sampler, reference, held_out: np.
                 columns = (loss.detach(), aux_loss.detach(), now - kept["reference"], entropy)
                 columns += (clipped, value_clipped, (now - old).exp())
                 columns += (policy_loss.detach(), value_loss.detach())
-                sums += torch.stack([column.double().sum() for column in columns])
+                sums += torch.stack([to_float64(column).sum() for column in columns])
 
             # 4. Clip and step. All ranks have each other's numbers: all step, or all skip.
             scaler.unscale_(optimizer)
@@ -407,7 +408,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=42, help="seed of everything random")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
     add("--ddp", action="store_true", help="distributed: start with torchrun")
     add("--timeout", type=float, default=30.0, help="minutes of a rank's silence that end the job")

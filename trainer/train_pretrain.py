@@ -31,6 +31,7 @@ from dataset.lm_dataset import PretrainDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, launch, parallel
+from runtime.device import choose_device
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
@@ -40,12 +41,12 @@ from runtime.tracking import Tracker
 
 def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     """Join the process group that torchrun describes; returns the device of this process."""
-    cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
     launched = read_launch(needed_by="--ddp" if args.ddp else "")
-    if not args.ddp and args.device not in ("auto", "cuda"):
-        device = torch.device(args.device)
-    else:
-        device = torch.device(f"cuda:{launched.local_rank if args.ddp else 0}" if cuda else "cpu")
+    name = choose_device(args.device, args.ddp)
+    cuda = name.startswith("cuda")
+    if cuda and (args.ddp or name == "cuda"):
+        name = f"cuda:{launched.local_rank if args.ddp else 0}"
+    device = torch.device(name)
     gpus = torch.cuda.device_count()
     if cuda and max(device.index + 1, launched.local_world_size) > gpus:
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
@@ -118,10 +119,11 @@ def pretrain_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tenso
 
     Source: Bengio et al., A Neural Probabilistic Language Model (2003), eq. 2.
     """
+    pinned = X.is_pinned()  # for CUDA; an Apple GPU would read memory that is not its own too late
     positions = loss_mask.flatten().nonzero().squeeze(1)  # (K,)
-    targets = Y.flatten()[positions].to(device, non_blocking=True)
-    positions = positions.to(device, non_blocking=True)
-    X = X.to(device, non_blocking=True)
+    targets = Y.flatten()[positions].to(device, non_blocking=pinned)
+    positions = positions.to(device, non_blocking=pinned)
+    X = X.to(device, non_blocking=pinned)
     out = model(X, doc_lens=doc_lens, logits_at=positions, targets=targets)
     return out.loss, out.aux_loss
 
@@ -239,7 +241,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=42, help="seed of everything random")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
     add("--ddp", action="store_true", help="distributed: start with torchrun")
     add("--timeout", type=float, default=30.0, help="minutes of a rank's silence that end the job")

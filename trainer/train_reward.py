@@ -34,6 +34,7 @@ from model.lm import LMConfig
 from model.preference_loss import METRICS, bradley_terry, sum_metrics
 from model.reward import RewardConfig, RewardModel
 from runtime import checkpoint, launch, parallel
+from runtime.device import choose_device
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
@@ -44,12 +45,12 @@ from runtime.tracking import Tracker
 # Copied from trainer.train_pretrain.init_distributed_mode
 def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     """Join the process group that torchrun describes; returns the device of this process."""
-    cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
     launched = read_launch(needed_by="--ddp" if args.ddp else "")
-    if not args.ddp and args.device not in ("auto", "cuda"):
-        device = torch.device(args.device)
-    else:
-        device = torch.device(f"cuda:{launched.local_rank if args.ddp else 0}" if cuda else "cpu")
+    name = choose_device(args.device, args.ddp)
+    cuda = name.startswith("cuda")
+    if cuda and (args.ddp or name == "cuda"):
+        name = f"cuda:{launched.local_rank if args.ddp else 0}"
+    device = torch.device(name)
     gpus = torch.cuda.device_count()
     if cuda and max(device.index + 1, launched.local_world_size) > gpus:
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
@@ -129,7 +130,7 @@ def reward_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor,
     Source: Christiano et al., Deep RL from Human Preferences (2017), eq. 1; Ouyang et al.,
     InstructGPT (2022), eq. 1.
     """
-    out = model(X.to(device, non_blocking=True), doc_lens=doc_lens)
+    out = model(X.to(device, non_blocking=X.is_pinned()), doc_lens=doc_lens)
     chosen, rejected = out.scores.view(-1, 2).unbind(dim=1)  # (P,) each
     return sum_metrics(bradley_terry(chosen - rejected), chosen, rejected), out.aux_loss
 
@@ -251,7 +252,7 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=42, help="seed of everything random")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on GPU")
     add("--ddp", action="store_true", help="distributed: start with torchrun")
     add("--timeout", type=float, default=30.0, help="minutes of a rank's silence that end the job")

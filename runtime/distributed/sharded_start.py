@@ -94,6 +94,30 @@ def fill_from_files(model: MiniMindLM, device: torch.device, path: Path) -> None
             tensors[name].copy_to(local(p), own_part(p))
 
 
+def add_factors(start, targets: list[str]) -> None:
+    """Have `start.fill` give LoRA's factors their values, too, as `add_lora` draws them.
+
+    Args:
+        targets: names of layers, in the order in which they got their factors.
+    """
+    fill, state = start.fill, torch.get_rng_state()
+
+    @torch.no_grad()
+    def fill_all(model: MiniMindLM, device: torch.device) -> None:
+        fill(model, device)
+        factors = [(n, p) for n, p in model.named_parameters() if ".lora_" in n]
+        factors.sort(key=lambda factor: targets.index(factor[0].split(".")[-2]))
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            for name, p in factors:
+                whole = torch.zeros(p.shape)
+                if name.endswith("lora_A"):
+                    nn.init.normal_(whole, std=p.size(1) ** -0.5)
+                local(p).copy_(whole[own_part(p)])
+
+    start.fill = fill_all
+
+
 def own_part(p: Tensor) -> tuple[slice, ...]:
     """Which part of a whole tensor this process holds."""
     if not is_sharded(p):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from runtime import checkpoint, parallel
+from runtime.device import dtype_of, to_float64
 from runtime.engines import deepspeed_engine
 from runtime.engines.leftovers import forget_leftovers
 from runtime.kernel_loader import compiling
@@ -146,7 +147,7 @@ def start(args, folder: Path):
     # Accelerate imports DeepSpeed where it finds it
     os.environ.setdefault("DS_ACCELERATOR", args.device.type)
     kind, cpu = asked_for(args.ddp), args.device.type == "cpu"
-    args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
+    args.dtype = dtype_of(args.dtype, args.device)
     if cpu and args.dtype == "float16":
         raise ValueError(
             "--dtype float16: accelerate would train in float32 on a CPU; take bfloat16 or float32"
@@ -390,4 +391,4 @@ def evaluate(
     model.train()
     losses, rows = torch.cat(losses), loader.dataset
     assert len(losses) == len(rows), f"{len(losses)} losses of {len(rows)} rows"
-    return losses.double().sum().item() / int(dataset.supervised[rows].sum())
+    return to_float64(losses).sum().item() / int(dataset.supervised[rows].sum())

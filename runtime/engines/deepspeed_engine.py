@@ -17,13 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
 from model.permissions import open_to_others
 from runtime import checkpoint, parallel
-from runtime.device import one_order
+from runtime.device import needs_process_group, one_order
 from runtime.engines.deepspeed_config import OFFLOADS, curve_settings, section
 from runtime.engines.engine_store import seal
 from runtime.engines.leftovers import forget_leftovers
@@ -50,6 +49,7 @@ def prepare(device: torch.device, config: dict) -> None:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("DeepSpeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
+    needs_process_group(device, "DeepSpeed")
     root = extensions()
     for path in [root, *root.rglob("*.so")] if root.exists() else []:
         if open_to_others(path) or open_to_others(path.parent):
@@ -160,6 +160,8 @@ def load_ops(config: dict) -> None:
         and config.get("zero_force_ds_cpu_optimizer", True)
     ):
         builders.append(CPUAdamBuilder())
+    from filelock import FileLock
+
     root = extensions()
     for builder in builders:
         root.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,7 @@ def make_trainer(args, folder: Path, progress: dict, tracker: Tracker):
     }
     alone, cuda, bar = args.strategy == "none", args.device.type == "cuda", sys.stdout.isatty()
     trainer = Trainer(
-        accelerator="gpu" if cuda else "cpu",
+        accelerator={"cuda": "gpu", "mps": "mps"}.get(args.device.type, "cpu"),
         devices=[args.device.index] if alone and cuda else here,
         num_nodes=processes // here,
         strategy=strategies[args.strategy](),

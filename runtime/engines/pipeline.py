@@ -29,7 +29,7 @@ from torch.distributed.pipelining import (
 from model.lm import LMOutput, MiniMindLM
 from model.recompute import recompute
 from runtime import parallel
-from runtime.device import is_sharded, local, one_order
+from runtime.device import is_sharded, local, needs_process_group, one_order
 from runtime.distributed.replicas import shard_number
 from runtime.distributed.tensor_parallel import split_layers
 from runtime.kernel_loader import compiling
@@ -50,6 +50,7 @@ def make_mesh(device: torch.device, pipeline: int, tensor: int) -> DeviceMesh:
     Raises:
         ValueError: the sizes do not divide the number of processes.
     """
+    needs_process_group(device, "a pipeline")
     processes, asked = world()[1], f"--pipeline_parallel {pipeline} x --tensor_parallel {tensor}"
     if processes % (pipeline * tensor):
         lack = "needs --ddp and a launcher"

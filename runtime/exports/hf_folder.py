@@ -195,16 +195,18 @@ def copy_tokenizer(tokenizer, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    template = tokenizer.chat_template
+    template, path = tokenizer.chat_template, folder / "tokenizer_config.json"
+    described = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if described.get("tokenizer_class") == "TokenizersBackend":  # older programs do not know that
+        described["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
-        path = folder / "tokenizer_config.json"
-        if path.is_file():
-            described = json.loads(path.read_text(encoding="utf-8"))
-            if described.pop("chat_template", None) is not None:  # one place alone says it
-                write_json(path, described)
-    elif (source / "chat_template.jinja").is_file():
-        shutil.copyfile(source / "chat_template.jinja", folder / "chat_template.jinja")
+        described.pop("chat_template", None)  # one place alone says it
+    elif template:  # several, by name
+        described["chat_template"] = [
+            {"name": name, "template": text} for name, text in template.items()
+        ]
+    write_json(path, described)
 
 
 def write_json(path: Path, value: dict) -> None:

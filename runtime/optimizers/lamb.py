@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.device import is_sharded, local
+from runtime.device import is_sharded, local, to_float64
 from runtime.optimizers.adamw import Uncompiled
 
 
@@ -62,8 +62,8 @@ def trust_ratio(p: Tensor, x: Tensor, update: Tensor) -> Tensor:
     """
     # In float64, by rows first: the ratio is the same in every layout, see
     # `parallel.clip_gradients`.
-    norms = [torch.linalg.vector_norm(t, dim=-1).double() for t in (x, update)]
-    squares = torch.stack(norms).square_().sum(dim=-1)  # (2, ...)
+    norms = torch.stack([torch.linalg.vector_norm(t, dim=-1) for t in (x, update)])
+    squares = to_float64(norms).square_().sum(dim=-1)  # (2, ...)
     if is_sharded(p):
         squares = squares.to(
             p.device_mesh.device_type
@@ -73,5 +73,5 @@ def trust_ratio(p: Tensor, x: Tensor, update: Tensor) -> Tensor:
                 not placement.is_replicate() and placement.dim >= p.dim() - 2
             ):  # else each has layers of its own
                 dist.all_reduce(squares, group=p.device_mesh.get_group(dim))
-    norm, update_norm = squares.sqrt().to(x.device, x.dtype)[..., None, None]
+    norm, update_norm = squares.sqrt().to(x.dtype).to(x.device)[..., None, None]
     return torch.where((norm > 0) & (update_norm > 0), norm / update_norm, 1.0)

@@ -16,7 +16,7 @@ from dataset.packing import Plan
 from model.generate import generate_batch
 from model.lm import MiniMindLM
 from runtime import parallel
-from runtime.device import is_sharded
+from runtime.device import is_sharded, to_float64
 
 
 @dataclass
@@ -124,16 +124,16 @@ def generate(
     training, device = model.training, model.lm_head.weight.device
     N = len(prompts) * samples
     keys = [[seed, step, number, sample] for number in numbers for sample in range(samples)]
-    uniform = draw_uniform(keys, max_new_tokens).to(device)
+    exact = to_float64(torch.zeros((), device=device)).device  # where there is float64
+    uniform = draw_uniform(keys, max_new_tokens).to(exact)
     ids = torch.zeros(N, max_new_tokens, dtype=torch.int64, device=device)
     log_probs = torch.zeros(N, max_new_tokens, device=device)
     lengths, last = torch.zeros(2, N, dtype=torch.int64, device=device)
 
     def sampler(logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
         distribution = (logits / (temperature or 1.0)).log_softmax(dim=-1)  # (R, vocab)
-        token = (
-            draw(distribution, uniform[row, position]) if temperature else distribution.argmax(-1)
-        )
+        place = row.to(exact), position.to(exact)
+        token = draw(distribution, uniform[place]) if temperature else distribution.argmax(-1)
         log_probs[row, position] = distribution.gather(1, token.unsqueeze(1)).squeeze(1)
         return token
 
@@ -173,10 +173,10 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
 
     Source: Devroye, Non-Uniform Random Variate Generation (1986), section III.2, inversion.
     """
-    cumulated = log_probs.double().exp().cumsum(dim=-1)
+    cumulated = to_float64(log_probs).exp().cumsum(dim=-1)
     point = uniform.unsqueeze(1) * cumulated[:, -1:]
     token = torch.searchsorted(cumulated, point, right=True).squeeze(1)
-    return token.clamp_max(log_probs.size(1) - 1)
+    return token.clamp_max(log_probs.size(1) - 1).to(log_probs.device)
 
 
 def empty() -> Rollout:

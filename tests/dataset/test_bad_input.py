@@ -118,7 +118,7 @@ FLAGS = {
     ),
     "a million layers": ("--n_layers 1000000", "--n_layers 1000000: must be at most 1,000"),
     "a million workers": ("--num_workers 1000000", "--num_workers 1000000: must be at most "),
-    "device meta": ("--device meta", "--device meta: must be auto, cpu, cuda or cuda:N"),
+    "device meta": ("--device meta", "--device meta: must be auto, cpu, mps, cuda or cuda:N"),
     "name outside": (
         "--save_weight ../x",
         "--save_weight '../x': must be a file's name, without a folder: --out_dir",
@@ -139,7 +139,7 @@ FLAGS = {
     "dtype": ("--dtype int8", "--dtype: invalid choice: 'int8' (choose from"),
     "loss_on": ("--loss_on first", "--loss_on: invalid choice: 'first'"),
     "strategy": ("--strategy zero9", "--strategy: invalid choice: 'zero9'"),
-    "device": ("--device tpu", "--device tpu: must be auto, cpu, cuda or cuda:N"),
+    "device": ("--device tpu", "--device tpu: must be auto, cpu, mps, cuda or cuda:N"),
     "no GPU": ("--device cuda", "cuda:0 is asked for, but torch"),
     "no such GPU": ("--device cuda:9", "cuda:9 is asked for, but torch"),
     "heads do not divide dim": ("--n_heads 5", "dim 32 is not a multiple of n_heads 5"),

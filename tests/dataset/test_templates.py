@@ -24,7 +24,7 @@ from dataset.lm_dataset import SFTDataset, load_tokenizer
 from dataset.prompt_dataset import PromptDataset
 from dataset.talk import Talk
 from dataset.template_layout import NONCE, stand_in
-from dataset.template_literals import looks_of
+from dataset.template_literals import Looks
 
 CALL = template_checks.CALL
 TOOL = template_checks.TOOL
@@ -94,6 +94,15 @@ def test_thinking_inside_a_content_is_control_text(coders, name):
     assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == (
         content + "<|im_end|>"
     )
+
+
+def test_only_the_exact_shape_is_thinking_where_the_template_does_not_say_so(coders):
+    exact, loose = "<think>\na\n</think>\n\nb", "<think>a</think>b"
+    for name, count in (("ours", 2), ("chatml", 2), ("qwen3", 2)):
+        coder = coders[name]
+        ids, _ = coder.encode_chats([(turns("q", loose, "q", exact), None)])[0]
+        spelled = coder.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+        assert sum(i in spelled for i in ids) == count
 
 
 def test_a_call_may_end_otherwise(coders):
@@ -356,7 +365,7 @@ def test_a_talk_follows_the_template_and_reads_replies_as_they_were_written(code
         ("{{ m.content }}", [], ["</think>", "user", "x"]),
         ("{% if m.role == 'user' %}{{ '<b>' + m.content }}{% endif %}", ["user"], ["<b>", "users"]),
         ("{% if '</think>' in c %}{{ c.split('|')[-1] }}{% endif %}", ["a</think>", "a|b"], ["a"]),
-        ("{% set x = '@@' %}{% if x in c %}{% endif %}", ["a@@"], ["a@"]),
+        ("{% set x = '@@' %}{% if x in c %}{% endif %}", ["a@@", "any"], []),
         ("{{ c.strip('\\n') }}{{ c | trim }}{{ c.lstrip('#') }}", ["a#b"], ["a\nb", " a "]),
         ("{{ c | tojson }}{{ tools | length }}", [], ["a"]),
         ("{{ content[:5] }}", ["anything"], []),
@@ -364,13 +373,25 @@ def test_a_talk_follows_the_template_and_reads_replies_as_they_were_written(code
         ("{{ c | wordcount }}", ["anything"], []),
         ("{{ c.title() }}", ["anything"], []),
         ("{% for line in c.splitlines() %}{% endfor %}", ["anything"], []),
+        ("{{ c[:5] }}", ["anything"], []),
+        ("{{ messages[1:] }}{{ message.tool_calls[0] }}{{ messages[-1].role }}", [], ["a"]),
+        ("{% if message == users[-1] %}{% endif %}", ["anything"], []),
+        ("{% if m.role == role or loop.index0 == last %}{% endif %}", [], ["a"]),
         ("{% generation %}{{ c }}{% endgeneration %}", [], ["a"]),
     ],
 )
 def test_what_a_template_looks_for(template, seen, unseen):
-    looks = looks_of(template)
+    looks = Looks(template)
     assert [text for text in seen if not looks.sees(text)] == []
     assert [text for text in unseen if looks.sees(text)] == []
+
+
+def test_a_turn_that_equals_another(coders):
+    """A template that compares turns: with tools it lists them before every last question."""
+    twice = [*turns("a", "b"), *turns("a", "d")]
+    with pytest.raises(ValueError, match="changes what the row says"):
+        coders["mistral"].encode_chats([(twice, [TOOL])])
+    coders["mistral"].encode_chats([(turns("a", "b", "c", "d"), [TOOL])])
 
 
 def test_no_text_can_be_a_stand_in(coders):

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from dataset.chat_format import MARKERS
-from dataset.chat_template import CHAT_TEMPLATE
+from dataset.chat_template import CHAT_TEMPLATE, MARKERS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "model" / "minimind_tokenizer"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from running import STAGE_SCRIPTS, run_script
 
+from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
 from model.weights import load_model
 from runtime import device_map
@@ -33,7 +34,8 @@ def save(folder, **fields) -> Path:
 
 def needed(config: LMConfig, blocks: int) -> int:
     """Bytes of float32 for embedding, norm, head and so many blocks."""
-    model = device_map.empty_model(config)
+    with on_meta_device():
+        model = MiniMindLM(config)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     total = sum(p.numel() for p in model.parameters())
     rest = total - config.n_layers * block
@@ -77,7 +79,8 @@ def test_blocks_on_other_devices(tmp_path):
 
 def test_filling_devices():
     config = LMConfig(**SHAPE)
-    model = device_map.empty_model(config)
+    with on_meta_device():
+        model = MiniMindLM(config)
     fixed, first = needed(config, 0), needed(config, 1)
     block = first - fixed
 

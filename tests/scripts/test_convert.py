@@ -16,11 +16,12 @@ from model.weights import load_model, read_config
 TOKENIZER = ROOT / "model/minimind_tokenizer"
 SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=6400, max_seq_len=256)
 MOE = dict(use_moe=True, n_experts=4, n_experts_per_tok=2, moe_hidden_dim=24)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SHAPES = {
     "qwen3": {},
     "qwen3_untied": {"tie_embeddings": False, "head_dim": 16},
     "qwen3_moe": MOE,
-    "qwen2": {"qk_norm": False, "qkv_bias": True},
+    "qwen2": {"qk_norm": False, "qkv_bias": True, "rope_scaling": YARN},
     "llama": {"qk_norm": False, "tie_embeddings": False, "norm_eps": 1e-5, "rope_theta": 1e4},
 }
 ARCHITECTURES = {
@@ -142,6 +143,28 @@ def test_generation_settings_and_template_of_the_folder_are_kept(tmp_path):
     assert (tmp_path / "two/chat_template.jinja").read_text() == template.read_text()
 
 
+def test_a_template_that_is_given_goes_along(tmp_path):
+    write(tmp_path / "w.pth")
+    own = (TOKENIZER / "chat_template.jinja").read_text()
+    given = tmp_path / "given.jinja"
+    given.write_text(own + "{# given #}")
+    convert("to-hf", tmp_path / "w.pth", tmp_path / "hf", f"--chat_template={given}")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == given.read_text()
+    convert("from-hf", tmp_path / "hf", tmp_path / "back.pth")
+    assert read_config(tmp_path / "back.pth").tokenizer["chat_template"] == given.read_text()
+    # Named templates of a tokenizer with several stay so.
+    shutil.copytree(TOKENIZER, tmp_path / "several")
+    (tmp_path / "several/chat_template.jinja").unlink()
+    config = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
+    names = [{"name": name, "template": own} for name in ("default", "tool_use")]
+    config |= {"chat_template": names, "tokenizer_class": "TokenizersBackend"}
+    (tmp_path / "several/tokenizer_config.json").write_text(json.dumps(config))
+    several = f"--tokenizer_dir={tmp_path / 'several'}"
+    convert("to-hf", tmp_path / "w.pth", tmp_path / "two", several)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "two")
+    assert theirs.chat_template == {"default": own, "tool_use": own}
+
+
 def test_check_tells_a_difference(tmp_path):
     write(tmp_path / "w.pth")
     convert("to-hf", tmp_path / "w.pth", tmp_path / "hf", "--dtype=bfloat16")
@@ -229,7 +252,8 @@ def test_what_cannot_be_converted_is_told_in_a_line(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_it_runs_from_a_shell(tmp_path):
-    write(tmp_path / "w.pth")
-    done = run_script("scripts/convert.py", "to-hf", tmp_path / "w.pth", tmp_path / "hf")
+def test_it_runs_from_a_shell_with_the_name_of_a_stage(tmp_path):
+    write(tmp_path / "full_sft_32.pth")
+    words = ["to-hf", "full_sft", tmp_path / "hf", f"--out_dir={tmp_path}"]
+    done = run_script("scripts/convert.py", *words)
     assert done.returncode == 0 and done.stdout.endswith(f"{tmp_path / 'hf'}\n"), done.stderr

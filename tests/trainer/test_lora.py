@@ -370,9 +370,8 @@ def test_another_base_is_another_run(job, one, bases, tmp_path):
 def test_adapter_in_chat_scoring_and_export(one, bases, tmp_path):
     names = [f"--lora={one}.pth", f"--weight={bases[0]}"]
     merged = tmp_path / "merged.pth"
-    assert "merged into" in run_ranks(
-        "scripts/export_lora.py", *names, f"--merge={merged}", f"--peft={tmp_path / 'peft'}"
-    )
+    run_ranks("scripts/convert.py", "merge", bases[0], merged, names[0])
+    run_ranks("scripts/convert.py", "to-hf", bases[0], tmp_path / "peft", names[0], "--peft")
     assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["r"] == 4
     rows = [{"conversations": [{"role": "user", "content": "what is it"}], "answer": "yes"}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
