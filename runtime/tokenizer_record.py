@@ -7,6 +7,7 @@ from pathlib import Path
 from dataset.tokenizer import LazyTokenizer, load_tokenizer
 from runtime.folders import ROOT
 
+KEYS = ("folder", "sha256", "chat_template")
 OURS = ROOT / "model/minimind_tokenizer"
 
 
@@ -49,7 +50,13 @@ def find_record(weights: Path | None, recorded: dict | None) -> dict | None:
     Args:
         recorded: `LMConfig.tokenizer` of the weights. A folder in Hugging Face's format has none,
             but may hold the tokenizer itself.
+
+    Raises:
+        ValueError: what is recorded is no record.
     """
+    if recorded and not (isinstance(recorded, dict) and {*KEYS} <= recorded.keys()):
+        fault = f'"tokenizer" must have {", ".join(KEYS)}'
+        raise ValueError(f"the configuration of {weights}: {fault}; take another copy")
     if not recorded and weights is not None and (weights / "tokenizer.json").is_file():
         return {"folder": str(weights), "sha256": file_hash(weights), "chat_template": None}
     return recorded

@@ -255,6 +255,14 @@ def test_a_template_that_was_changed_in_its_folder_does_not_change_the_run(weigh
     assert begun.tokenizer.given_template == before == begun.config.tokenizer["chat_template"]
 
 
+def test_a_record_that_is_none(weights):
+    path = weights.with_suffix(".json")
+    path.write_text(path.read_text().replace('"sha256"', '"sha1"'))
+    assert '"tokenizer" must have folder, sha256, chat_template' in refusal(
+        f"--from_weight={weights}"
+    )
+
+
 def test_older_weights_without_a_record(tmp_path, llama, tokenizer):
     path = save(LMConfig(dim=32, n_heads=4, vocab_size=len(tokenizer)), tmp_path / "x.pth")
     assert opened(f"--from_weight={path}").config.tokenizer["folder"] == "model/minimind_tokenizer"
