@@ -177,6 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     args = make_parser().parse_args()
+    launch.check_flags(vars(args))
     return args.run(args)
 
 
