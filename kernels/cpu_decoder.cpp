@@ -80,8 +80,13 @@ static void multiply(const T *x, const word *weight, int64_t R, int64_t m, int64
                 alignas(64) float sums[BLOCK * BLOCK];
                 const int64_t count = std::min<int64_t>(BLOCK, R - row);
                 const char *next = R > ROWS && row == top ? (const char *)(weight + (column + BLOCK) * words) : nullptr;
-                product<false>(x + row * n, words, weight + column * words, BLOCK, sums, BLOCK, round_up(count, least),
-                               BLOCK, words, next);
+                if (R == 1 && !TILES)  // one reply: nothing is computed for rows that are not there
+                    for (int64_t j = 0; j < BLOCK; j += 2 * LANES)
+                        vector_product<false, 1>((const word *)x, words, weight + column * words + j, BLOCK, sums + j,
+                                                 BLOCK, words, nullptr);
+                else
+                    product<false>(x + row * n, words, weight + column * words, BLOCK, sums, BLOCK,
+                                   round_up(count, least), BLOCK, words, next);
                 for (int64_t r = 0; r < count; r++) finish(row + r, column, sums + r * BLOCK);
             }
 }

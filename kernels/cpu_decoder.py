@@ -60,7 +60,9 @@ def packed(weight: Tensor) -> Tensor:
 
     A word has 4 bytes. Rows are filled up with zeros.
     """
-    weight, pair = F.pad(weight, (0, 0, 0, -len(weight) % BLOCK)), 4 // weight.itemsize
+    pair = 4 // weight.itemsize
+    if len(weight) % BLOCK:
+        weight = F.pad(weight, (0, 0, 0, -len(weight) % BLOCK))
     return weight.view(-1, BLOCK, weight.size(1) // pair, pair).transpose(1, 2).contiguous()
 
 

@@ -168,22 +168,22 @@ const int ROWS = 8;
 const int ROWS = 4;
 #endif
 
-// c (ROWS, 2 vectors) += or = a (ROWS, K) @ b (K, 2 vectors). Meanwhile K lines of memory at `next`, if any, are fetched.
-template <bool ADD>
+// c (COUNT, 2 vectors) += or = a (COUNT, K) @ b (K, 2 vectors). Meanwhile K lines of memory at `next`, if any, are fetched.
+template <bool ADD, int COUNT = ROWS>
 static inline void vector_product(const word *a, int64_t a_row, const word *b, int64_t b_row, float *c, int64_t c_row,
                                   int64_t K, const char *next) {
-    floats sums[ROWS][2];
-    for (int r = 0; r < ROWS; r++)
+    floats sums[COUNT][2];
+    for (int r = 0; r < COUNT; r++)
         for (int v = 0; v < 2; v++) sums[r][v] = ADD ? load(c + r * c_row + v * LANES) : floats{};
     for (int64_t k = 0; k < K; k++) {
         if (next) __builtin_prefetch(next + k * 64, 0, 2);
         const ints right[2] = {load_words(b + k * b_row), load_words(b + k * b_row + LANES)};
-        for (int r = 0; r < ROWS; r++) {
+        for (int r = 0; r < COUNT; r++) {
             ints left = ints{} + (int32_t)a[r * a_row + k];
             for (int v = 0; v < 2; v++) sums[r][v] = add_products(sums[r][v], left, right[v]);
         }
     }
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < COUNT; r++)
         for (int v = 0; v < 2; v++) store(c + r * c_row + v * LANES, sums[r][v]);
 }
 
