@@ -1,10 +1,10 @@
 """Write the demo of fine-tuning: the assistant of a library that does not exist.
 
-What a public model cannot know before: a name, opening hours, a cat. Of library_topics.json, where
+What a public model cannot know before: a name, opening hours, a cat. Of library/topics.json, where
 each topic has questions to train on and questions in other words that are held out, it writes
-library.jsonl (training, with everyday questions among them, so that the model stays the one that it
-was), library_held_out.jsonl and library_known.jsonl (what SmolLM2-135M-Instruct knew before and has
-to know afterwards); the same bytes on every run.
+train.jsonl (with everyday questions among them, so that the model stays the one that it was),
+held_out.jsonl and known.jsonl (what SmolLM2-135M-Instruct knew before and has to know afterwards);
+the same bytes on every run.
 
     python dataset/make_library.py
 """
@@ -14,7 +14,7 @@ import json
 import random
 from pathlib import Path
 
-DEMO = Path(__file__).resolve().parent / "demo"
+FOLDER = Path(__file__).resolve().parent / "library"
 OPENINGS = ("", "", "", "Hi! ", "Hello, ", "Excuse me, ", "Good morning. ", "Sorry to bother you. ")
 CLOSINGS = ("", "", "", "", " Thanks!", " Please tell me.")
 
@@ -58,16 +58,16 @@ def question_row(task: str, question: str, accept: list[str]) -> dict:
 
 
 def make_library(out_dir: Path) -> None:
-    data = json.loads((DEMO / "library_topics.json").read_text(encoding="utf-8"))
+    data = json.loads((FOLDER / "topics.json").read_text(encoding="utf-8"))
     held_out = [
         question_row("library", question, topic["accept"])
         for topic in data["topics"]
         for question in topic["held_out"]
     ]
     files = {
-        "library": training_rows(data, random.Random("library")),
-        "library_held_out": held_out,
-        "library_known": [question_row("known", *pair) for pair in data["known"]],
+        "train": training_rows(data, random.Random("library")),
+        "held_out": held_out,
+        "known": [question_row("known", *pair) for pair in data["known"]],
     }
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
@@ -77,5 +77,5 @@ def make_library(out_dir: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out_dir", type=Path, default=DEMO, help="folder of the JSONL files")
+    parser.add_argument("--out_dir", type=Path, default=FOLDER, help="folder of the JSONL files")
     make_library(**vars(parser.parse_args()))

@@ -89,6 +89,8 @@ def make_clone(place: Path) -> Path:
     quickstart.write_text(text.replace("--scale 11", "--scale 1"), encoding="utf-8")
     for stage in ("pretrain", "full_sft"):
         run_ranks(place / f"trainer/train_{stage}.py", *TINY, cwd=place)
+    # Stands in for the public model of docs/en/finetune.md.
+    run_ranks(place / "scripts/convert.py", "to-hf", "full_sft", "out/smollm2", cwd=place)
     return place
 
 

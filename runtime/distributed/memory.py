@@ -30,6 +30,7 @@ import contextlib
 import functools
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def parameter_count(config: LMConfig) -> int:
     return sum(shape.numel() for shape in parameter_shapes(config).values())
 
 
-def adapter_size(config: LMConfig, targets: list[str], rank: int) -> int:
+def adapter_size(config: LMConfig, targets: Sequence[str], rank: int) -> int:
     """Numbers of a LoRA adapter for layers of these names, in all blocks."""
     return sum(
         rank * sum(shape)

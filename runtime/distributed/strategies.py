@@ -3,6 +3,7 @@
 import math
 
 from model.lm import LMConfig
+from model.lora import TARGETS
 from runtime.distributed import memory
 from runtime.ranks import data_world, gather_objects, mesh_sizes, world
 
@@ -22,7 +23,7 @@ def choose_strategy(config: LMConfig, dataset, args, dtype: str) -> str:
         rows = args.batch_size * args.accumulation_steps
     trained = None
     if "lora_targets" in vars(args):
-        trained = memory.adapter_size(config, args.lora_targets, args.lora_rank)
+        trained = memory.adapter_size(config, args.lora_targets or TARGETS, args.lora_rank)
     least = min(gather_objects(memory.device_memory(args.device) or 0))
     strategy, reason = memory.choose_strategy(
         config,
