@@ -6,6 +6,7 @@ of a text misses that, and so has to know what to look for.
 """
 
 import re
+from collections.abc import Iterator
 
 import jinja2
 from jinja2 import nodes
@@ -39,7 +40,12 @@ class Looks:
         self.wholes: set[str] = set()
         self.always = False
         environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-        self._visit(environment.parse(GENERATION.sub("", source)), shown=False)
+        tree = environment.parse(GENERATION.sub("", source))
+        self._texts: set[str] = set()  # names that may stand for a text, whatever they are called
+        for target, value in _bindings(tree):
+            if value is None or not self._is_list(value):
+                self._texts.add(_name(target))
+        self._visit(tree, shown=False)
         parts = {part.strip() or part for part in self.parts if part}
         self._pattern = re.compile("|".join(map(re.escape, sorted(parts))) or "(?!)")
         self._compared = "\0".join(sorted(self.wholes))
@@ -63,7 +69,9 @@ class Looks:
         elif isinstance(node, nodes.Call | nodes.Filter | nodes.Test):
             self._visit_call(node, shown)
         elif isinstance(node, nodes.Getitem):
-            self.always |= _cuts(node.arg) and not _is_list(node.node)
+            cuts = _cuts(node.arg)
+            cuts |= _is_text(node.node) and not isinstance(node.arg, nodes.Const)
+            self.always |= cuts and not self._is_list(node.node)
             self._visit(node.node, shown)
             self._visit(node.arg, shown=True)
         else:
@@ -91,7 +99,7 @@ class Looks:
         if isinstance(node, nodes.Call) and isinstance(of, nodes.Getattr):
             of, name, known = of.node, of.attr, METHODS
         counts = isinstance(node, nodes.Filter) and name in COUNTS and of is not None
-        self.always |= name not in known or (counts and not _is_list(of))
+        self.always |= name not in known or (counts and not self._is_list(of))
         self.always |= name in SEARCHES and not node.args
         if of is not None:
             self._visit(of, shown)
@@ -103,6 +111,27 @@ class Looks:
             else:
                 self._visit(child, shown=name in ("tojson", "get", "join", "append"))
 
+    def _is_list(self, node: nodes.Node) -> bool:
+        """Whether a name says that it stands for turns or tools, or for the parts of a text."""
+        name = "" if getattr(node, "name", "") == "join" else _name(node)
+        return name not in self._texts and any(word in name for word in LISTS)
+
+
+def _bindings(tree: nodes.Node) -> Iterator[tuple[nodes.Node, nodes.Node | None]]:
+    """Names that a template gives, and what to; None: anything."""
+    for node in tree.find_all(
+        (nodes.Assign, nodes.AssignBlock, nodes.With, nodes.Macro, nodes.For)
+    ):
+        if isinstance(node, nodes.Assign):
+            yield node.target, node.node
+        elif isinstance(node, nodes.For):
+            yield node.target, node.iter
+        elif isinstance(node, nodes.With):
+            yield from zip(node.targets, node.values, strict=True)
+        else:
+            targets = [node.target] if isinstance(node, nodes.AssignBlock) else node.args
+            yield from ((target, None) for target in targets)
+
 
 def _texts(node: nodes.Node) -> set[str]:
     """The constant texts of a node."""
@@ -111,7 +140,7 @@ def _texts(node: nodes.Node) -> set[str]:
 
 
 def _cuts(key: nodes.Node) -> bool:
-    return isinstance(key, nodes.Slice) or isinstance(getattr(key, "value", None), int)
+    return isinstance(key, nodes.Slice | nodes.Neg) or isinstance(getattr(key, "value", None), int)
 
 
 def _name(node: nodes.Node) -> str:
@@ -122,11 +151,6 @@ def _name(node: nodes.Node) -> str:
     if isinstance(node, nodes.Filter | nodes.Call) and node.node is not None:
         return _name(node.node)
     return getattr(node, "attr", None) or getattr(node, "name", None) or ""
-
-
-def _is_list(node: nodes.Node) -> bool:
-    """Whether a name says that it stands for turns or tools, or for the parts of a text."""
-    return any(word in _name(node) for word in LISTS)
 
 
 def _is_text(node: nodes.Node) -> bool:

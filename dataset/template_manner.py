@@ -85,7 +85,8 @@ def learn_manner(template: Template, tokens: re.Pattern) -> Manner:
     except ValueError as error:
         raise ValueError(f"{template.place}: {error}; {OTHER}") from None
     if any(mark not in text for mark, text in ((stand_in(0), asked), (stand_in(1), said))):
-        raise ValueError(f"{template.place}: the chat template leaves turns out; {OTHER}")
+        fault = "the chat template leaves turns out, or does not write texts as they are"
+        raise ValueError(f"{template.place}: {fault}; {OTHER}")
     head = said[: common_tokens(prompt, said, tokens)]
     generation = common_tokens(prompt, asked, tokens)
     heads = beginnings(prompt[generation:], asked, tokens) or [head.rpartition(stand_in(0))[2]]

@@ -28,20 +28,23 @@ class LazyTokenizer:
 
     @functools.cached_property
     def loaded(self):
+        known = read_tokenizer_config(self.folder)
         try:
-            tokenizer = self._load()
+            tokenizer = self._load(known)
         except Exception as error:  # json's and tokenizers' errors share no class
             reason = " ".join(str(error).split())
-            fault = f"tokenizer.json is damaged: {reason}"
+            fault = f"tokenizer.json or a file beside it is damaged: {reason}"
             raise ValueError(f"--tokenizer_dir {self.folder}: {fault}") from None
         if self.given_template:
             tokenizer.chat_template = self.given_template
         return tokenizer
 
-    def _load(self):
-        """As AutoTokenizer loads it, which takes a second longer to import."""
-        config = self.folder / "tokenizer_config.json"
-        known = json.loads(config.read_bytes()) if config.is_file() else {}
+    def _load(self, known: dict):
+        """As AutoTokenizer loads it, which takes a second longer to import.
+
+        Args:
+            known: of tokenizer_config.json.
+        """
         if known.get("tokenizer_class", GENERIC[0]) in GENERIC or "auto_map" in known:
             from transformers import PreTrainedTokenizerFast
 
@@ -84,6 +87,51 @@ def load_tokenizer(
         advice = "take the tokenizer that the model was trained with"
         raise ValueError(f"--tokenizer_dir {folder}: {sizes}; {advice}")
     return tokenizer
+
+
+def read_tokenizer_config(folder: Path) -> dict:
+    """tokenizer_config.json, empty where there is none. ValueError: damaged; names file and key."""
+    path = folder / "tokenizer_config.json"
+    try:
+        known = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no valid JSON ({error})") from None
+    if not isinstance(known, dict):
+        raise ValueError(f"{path}: no JSON object")
+    if not isinstance(known.get("tokenizer_class", ""), str | None):
+        raise ValueError(f"{path}: tokenizer_class is {known['tokenizer_class']!r}; wanted: a name")
+    own_template(folder, known)
+    return known
+
+
+def own_template(folder: Path, known: dict | None = None) -> str | None:
+    """The chat template of a tokenizer folder, of several the one that is named "default".
+
+    Args:
+        known: of tokenizer_config.json, where that is read already.
+
+    Raises:
+        ValueError: it cannot be read; names the file.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: it is not UTF-8") from None
+    known = read_tokenizer_config(folder) if known is None else known
+    template = known.get("chat_template")
+    try:
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}
+        texts = template.values() if isinstance(template, dict) else [template]
+        fits = all(text is None or isinstance(text, str) for text in texts)
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        fault = "chat_template must be a text, or a list of templates with name and template"
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: {fault}")
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def read_template(chat_template: str | Path | None) -> tuple[str, str]:

@@ -5,6 +5,11 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# Far beyond any model: a damaged file must not have us build it
+SIZE, LENGTH = 2**20, 2**31 - 1
+LIMITS = {"dim": SIZE, "n_layers": 10_000, "n_heads": SIZE, "n_kv_heads": SIZE, "head_dim": SIZE}
+LIMITS |= {"vocab_size": LENGTH, "hidden_dim": SIZE, "moe_hidden_dim": SIZE, "max_seq_len": LENGTH}
+
 
 def require(condition: bool, fault: str) -> None:
     if not condition:
@@ -40,9 +45,15 @@ class LMConfig:
     tokenizer: dict | None = None  # that it was trained with: {"folder", "sha256", "chat_template"}
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len"):
+        for name, most in LIMITS.items():
             size = getattr(self, name)
-            require(size >= 1, f"{name} must be at least 1, it is {size}")
+            if size is not None and not 1 <= size <= most:
+                fault = f"at least 1, it is {size}" if size < 1 else f"{most} at most, it is {size}"
+                raise ValueError(f"{name} must be {fault}")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            fault = f"{name} must be a number above 0, it is {value}"
+            require(0 < value < math.inf, fault)
         dim, heads, kv_heads = self.dim, f"n_heads {self.n_heads}", f"n_kv_heads {self.n_kv_heads}"
         if self.head_dim is None:
             fault = f"dim {dim} is not a multiple of {heads}: change one of them"

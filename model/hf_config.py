@@ -233,7 +233,8 @@ def minimind_shape(keys: Keys, folder: Path, dim: int) -> dict:
 def refuse_windows(keys: Keys, kind: str, shape: dict) -> None:
     """Refuse a sliding window that cuts anything off; one as wide as the context is none."""
     layers = keys.values.pop("layer_types", None)
-    if layers is not None and layers != ["full_attention"] * len(layers):
+    full = isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
+    if layers is not None and not full:
         keys.values["layer_types"] = layers
         raise keys.refuse("layer_types", "full attention in every layer is what runs here")
     window = keys.values.get("sliding_window")
@@ -272,7 +273,7 @@ def rope(keys: Keys, kind: str, max_seq_len: int) -> tuple[float, dict | None]:
         parameters = {**MINIMIND_ROPE, **parameters}
     old_name = parameters.pop("type", None)
     rope_type = parameters.pop("rope_type", None) or old_name or "default"
-    if rope_type not in ROPE_KEYS:
+    if not isinstance(rope_type, str) or rope_type not in ROPE_KEYS:
         raise keys.refuse(key, f"of the kinds of rotary positions, {' '.join(ROPE_KEYS)} run here")
     if parameters.get("partial_rotary_factor") in (None, 1):
         parameters.pop("partial_rotary_factor", None)
@@ -285,8 +286,10 @@ def rope(keys: Keys, kind: str, max_seq_len: int) -> tuple[float, dict | None]:
         return theta, None
     original = "original_max_position_embeddings"
     if original in ROPE_KEYS[rope_type]:  # written down: max_seq_len may become another one
-        parameters.setdefault(original, max_seq_len)
-        parameters.setdefault("factor", max_seq_len / parameters[original])
+        least = parameters.setdefault(original, max_seq_len)
+        if type(least) not in (int, float) or least < 1:
+            raise keys.refuse(key, f"{original} must be a number of tokens")
+        parameters.setdefault("factor", max_seq_len / least)
     return theta, {"rope_type": rope_type, **parameters}
 
 

@@ -22,7 +22,7 @@ def weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             return indexed_files(index)
         if name == "model.safetensors":
-            others = sorted(folder.glob("*.safetensors"))
+            others = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
             if len(others) == 1:
                 return others
             if others:

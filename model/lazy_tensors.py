@@ -156,7 +156,9 @@ def read_torch_file(path: Path) -> dict[str, FileTensor]:
         state = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # half a dozen types for a torn or foreign file
         raise ValueError(f"{path}: not a weights file ({what_is_wrong(error)})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    names, values = (state.keys(), state.values()) if isinstance(state, dict) else ([None], [])
+    is_plain = all(isinstance(value, Tensor) for value in values)
+    if not is_plain or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: not a plain state dict of tensors")
     if not zipfile.is_zipfile(path):
         fault = "written by a torch.save before 1.6, which cannot be read in parts"
@@ -171,8 +173,9 @@ def read_torch_file(path: Path) -> dict[str, FileTensor]:
             kind = str(value.dtype).removeprefix("torch.")
             raise ValueError(f"{path}: {name} is of type {kind}; floats of 16 to 64 bits are read")
         # Where a storage begins in the file is set by torch.load onto the meta device alone.
-        begin = getattr(value.untyped_storage(), "_checkpoint_offset", None)
-        if begin is None or not value.is_contiguous():
+        is_dense = value.layout == torch.strided and value.is_contiguous()
+        begin = getattr(value.untyped_storage(), "_checkpoint_offset", None) if is_dense else None
+        if begin is None:
             fault = f"{name} is stored in a form that cannot be read in parts"
             raise ValueError(f"{path}: {fault}; save the model as safetensors")
         offset = begin + value.storage_offset() * value.dtype.itemsize

@@ -4,6 +4,7 @@ A folder is one in Hugging Face's format, see model/hf.py.
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,7 +29,12 @@ def load_weights(model: MiniMindLM, path: str | Path, new_head: bool = False) ->
     Raises:
         ValueError: see `open_weights`; a value is not finite.
     """
-    tensors = open_weights(model, path, new_head)
+    copy_tensors(open_weights(model, path, new_head), model)
+
+
+@torch.no_grad()
+def copy_tensors(tensors: Mapping, model: MiniMindLM) -> None:
+    """Read what `open_weights` found into a model that has memory."""
     for name, p in model.named_parameters():
         if name in tensors:
             tensors[name].copy_to(p)
@@ -183,6 +189,7 @@ def load_model(path: str | Path) -> MiniMindLM:
     """
     with on_meta_device():
         model = MiniMindLM(read_config(path))
+    tensors = open_weights(model, path)  # first: a wrong size must not ask for its memory
     allocate(model, "cpu")
-    load_weights(model, path)
+    copy_tensors(tensors, model)
     return model.eval()

@@ -11,7 +11,7 @@ from torch import nn
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
 from model.initial import on_meta_device
-from model.weights import allocate, is_path, load_weights, read_lazily
+from model.weights import allocate, copy_tensors, is_path, open_weights, read_lazily
 from runtime import tokenizer_record
 from runtime.ranks import SHARDED, mesh_sizes, world
 
@@ -86,9 +86,9 @@ class Start:
             return make().to(args.device)
         with on_meta_device():  # the values come from elsewhere: none are made
             model = make()
-        allocate(model, args.device)
-        if resumed is None:
-            load_weights(model, self.path, new_head=True)
+        tensors = open_weights(model, self.path, new_head=True) if resumed is None else {}
+        allocate(model, args.device)  # last: sizes that do not fit the file ask for no memory
+        copy_tensors(tensors, model)
         return model
 
 

@@ -1,10 +1,9 @@
 """Weights know their tokenizer: recorded in NAME.json, found and checked by whatever loads them."""
 
 import hashlib
-import json
 from pathlib import Path
 
-from dataset.tokenizer import LazyTokenizer, load_tokenizer
+from dataset.tokenizer import LazyTokenizer, load_tokenizer, own_template
 from runtime.folders import ROOT
 
 KEYS = ("folder", "sha256", "chat_template")
@@ -106,14 +105,3 @@ def file_hash(folder: Path) -> str:
 def template_option(template: str | None, own: str | None = None) -> dict[str, str]:
     """What `load_tokenizer` is told of a template: nothing where it is the folder's own."""
     return {} if template in (None, own) else {"chat_template": template}
-
-
-def own_template(folder: Path) -> str | None:
-    """The chat template of a tokenizer folder, of several the one that is named "default"."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template

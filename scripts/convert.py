@@ -63,7 +63,7 @@ def to_peft(args: argparse.Namespace, folder: Path) -> int:
 def from_hf(args: argparse.Namespace) -> int:
     from model.hf import resolve_folder
 
-    args.weights = str(resolve_folder(args.folder, "FOLDER"))
+    args.weights = str(resolve_folder(args.folder, "from-hf"))
     return write_weights(args)
 
 
@@ -84,6 +84,8 @@ def write_weights(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.suffix != ".pth" or not out.absolute().parent.is_dir():
         raise ValueError(f"{out}: must be a .pth file in a folder that exists")
+    if out.exists():
+        raise ValueError(f"{out}: is there already; name another file, or remove it")
     source = open_source(
         args.weights, args.tokenizer_dir, args.chat_template, args.lora, args.out_dir
     )

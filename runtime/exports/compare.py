@@ -1,6 +1,7 @@
 """Whether a GGUF file says in llama.cpp what its weights say here: token ids and logits."""
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,10 @@ def compare(
     for text, (ids, logits) in zip(texts, theirs, strict=True):
         same_ids += tokenizer.backend_tokenizer.encode(text).ids == ids
         ids = ids[: model.config.max_seq_len]
+        vocab_size = model.config.vocab_size
+        if logits.size(-1) < vocab_size or max(ids, default=0) >= vocab_size:
+            difference = math.inf  # another model's vocabulary
+            continue
         ours = model(torch.tensor([ids])).logits[0]
         logits = logits[: len(ids), : ours.size(-1)]
         same_argmax += int((ours.argmax(-1) == logits.argmax(-1)).sum())

@@ -52,6 +52,8 @@ def export_gguf(
     """
     from runtime.exports.modelfile import write_modelfile
 
+    if out.suffix != ".gguf" or out.is_dir():  # the Modelfile takes the name with another ending
+        raise ValueError(f"{out}: must be a .gguf file")
     source = open_source(weights, tokenizer_dir, chat_template, lora)
     write_gguf(source.config, source.tensors, source.tokenizer, out, dtype)
     write_modelfile(source.tokenizer, source.config.max_seq_len, out)

@@ -378,6 +378,11 @@ def test_a_talk_follows_the_template_and_reads_replies_as_they_were_written(code
         ("{% if message == users[-1] %}{% endif %}", ["anything"], []),
         ("{% if m.role == role or loop.index0 == last %}{% endif %}", [], ["a"]),
         ("{% generation %}{{ c }}{% endgeneration %}", [], ["a"]),
+        ("{% if m.content[-1] == '?' %}{% endif %}", ["anything"], []),
+        ("{% if messages | map(attribute='content') | join | length > 9 %}{% endif %}", ["a"], []),
+        ("{% set c = m.content %}{% set user = c %}{{ user | length }}", ["anything"], []),
+        ("{% macro f(turn) %}{{ turn | last }}{% endmacro %}", ["anything"], []),
+        ("{% set rest = messages[1:] %}{% for message in rest %}{% endfor %}", [], ["a"]),
     ],
 )
 def test_what_a_template_looks_for(template, seen, unseen):

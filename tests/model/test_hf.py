@@ -354,6 +354,13 @@ def test_the_newer_minimind_has_norms_on_queries_and_keys(tmp_path):
         ({"hidden_size": "64"}, ("hidden_size is '64'",)),
         ({"num_attention_heads": 3}, ("n_heads 3",)),
         ({"tie_word_embeddings": 1}, ("tie_word_embeddings is 1",)),
+        ({"layer_types": 5}, ("layer_types 5",)),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, ("rope_scaling", "yarn")),
+        (
+            {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0}},
+            ("original_max_position_embeddings",),
+        ),
+        ({"vocab_size": 2**30}, ("embed_tokens.weight", str(2**30))),  # no memory is asked for
     ],
 )
 def test_what_the_model_does_not_compute_is_refused_by_name_and_value(changes, words, spoilt):
@@ -477,6 +484,14 @@ def test_shards_and_files_that_are_not_there(tmp_path):
 class Evil:
     def __reduce__(self):
         return (print, ("run",))
+
+
+@pytest.mark.parametrize("extra", [{5: torch.zeros(2)}, {"x": torch.eye(2).to_sparse()}])
+def test_a_pickle_of_something_else(extra, spoilt):
+    state = load_file(spoilt / "model.safetensors")
+    (spoilt / "model.safetensors").unlink()
+    torch.save({**state, **extra}, spoilt / "pytorch_model.bin")
+    assert "pytorch_model.bin" in refusal(spoilt)
 
 
 def test_a_pickle_that_runs_code_does_not(spoilt, capsys):

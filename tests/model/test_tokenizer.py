@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
 from dataset.chat_template import CHAT_TEMPLATE, MARKERS
+from dataset.tokenizer import load_tokenizer, own_template
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "model" / "minimind_tokenizer"
@@ -273,3 +274,27 @@ def test_bad_use_exits_2_with_one_line(flags, message, tmp_path):
     assert message in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].count("error: ") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        (b"[]", "no JSON object"),
+        (b"{", "no valid JSON"),
+        (b'{"tokenizer_class": 5}', "tokenizer_class is 5"),
+        (b'{"chat_template": 5}', "chat_template must be"),
+        (b'{"chat_template": [{"template": "x"}]}', "chat_template must be"),
+    ],
+)
+def test_a_damaged_tokenizer_config_is_named(text, fault, tmp_path):
+    shutil.copy(FOLDER / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(text)
+    for use in (lambda: load_tokenizer(tmp_path).loaded, lambda: own_template(tmp_path)):
+        with pytest.raises(ValueError, match=f"tokenizer_config.json: {fault}"):
+            use()
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{")
+    with pytest.raises(ValueError, match="chat_template.jinja: it is not UTF-8"):
+        own_template(tmp_path)

@@ -57,6 +57,10 @@ def test_a_packed_row_may_be_longer_than_the_context():
         ({"use_moe": True, "moe_hidden_dim": 21}, ("moe_hidden_dim 21", "multiples of 8")),
         ({"use_moe": True, "dim": 36, "head_dim": 8}, ("dim 36", "multiples of 8")),
         ({"dropout": 1.0}, ("dropout 1.0",)),
+        ({"n_layers": 10**12}, ("n_layers", str(10**12))),
+        ({"head_dim": -4}, ("head_dim", "-4")),
+        ({"norm_eps": float("nan")}, ("norm_eps", "nan")),
+        ({"rope_theta": 0}, ("rope_theta", "0")),
     ],
 )
 def test_sizes_that_do_not_fit_together_are_an_error(shape, words):

@@ -181,6 +181,8 @@ def test_check_tells_a_difference(tmp_path):
     assert "chat template: DIFFERENT" in convert(
         "check", tmp_path / "hf", tmp_path / "w.pth", code=1
     )
+    write(tmp_path / "wide.pth", vocab_size=6408)  # than the folder's
+    assert "DIFFERS" in convert("check", tmp_path / "hf", tmp_path / "wide.pth", code=1)
 
 
 @pytest.fixture
@@ -240,6 +242,10 @@ def test_what_cannot_be_converted_is_told_in_a_line(tmp_path):
         (["from-hf", tmp_path / "full", tmp_path / "x.pth"], "full: there is no config.json"),
         (["from-hf", tmp_path / "none", tmp_path / "x.pth"], "none: no such file or folder"),
         (["from-hf", tmp_path / "full", tmp_path / "x.bin"], "must be a .pth file"),
+        (["from-hf", "org/none", tmp_path / "x.pth"], "from-hf org/none: no such folder"),
+        (["merge", w, w, f"--lora={w}"], "w.pth: is there already"),
+        (["to-gguf", w, tmp_path / "x.Modelfile"], "x.Modelfile: must be a .gguf file"),
+        (["to-gguf", w, tmp_path / "full"], "full: must be a .gguf file"),
         (["merge", w, tmp_path / "x.pth"], "name the adapter with --lora"),
         (["merge", w, tmp_path / "x.pth", f"--lora={w}"], "w.json"),
         (["check", new, w], "new: no such file or folder"),
