@@ -167,6 +167,9 @@ def find_weights(
         return None, f"starting from random weights: there is no {path}"
     if not path.exists() and required:
         advice = "train that stage first, or see --from_weight"
+        others = [] if is_path(name) else sorted(path.parent.glob(f"{name}_[0-9]*.pth"))
+        if others:
+            advice = f"there is {others[0]}: name it as a path, or its width with --dim"
         raise ValueError(f"{path}: no such weights file; {advice}")
     return path, f"starting from {path}"
 

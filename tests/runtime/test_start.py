@@ -163,6 +163,9 @@ def test_without_weights_flags_and_defaults_say_the_shape(tmp_path, tokenizer):
     assert begun.config == config and config.tokenizer["folder"] == "model/minimind_tokenizer"
     assert "n_heads 3" in refusal("--n_heads=3")
     assert "no such weights file" in refusal(f"--out_dir={tmp_path}", "--from_weight=pretrain")
+    (tmp_path / "pretrain_64.pth").touch()
+    other = f"there is {tmp_path / 'pretrain_64.pth'}: name it as a path, or its width with --dim"
+    assert other in refusal(f"--out_dir={tmp_path}", "--from_weight=pretrain")
 
 
 @pytest.mark.parametrize(
