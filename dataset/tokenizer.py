@@ -4,6 +4,8 @@ import functools
 import json
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # all there is to it is tokenizer.json
 
 
@@ -33,7 +35,10 @@ class LazyTokenizer:
             tokenizer = self._load(known)
         except Exception as error:  # json's and tokenizers' errors share no class
             reason = " ".join(str(error).split())
-            fault = f"tokenizer.json or a file beside it is damaged: {reason}"
+            damaged = (
+                "tokenizer.json" if is_damaged(self.folder) else "a file beside tokenizer.json"
+            )
+            fault = f"{damaged} is damaged: {reason}"
             raise ValueError(f"--tokenizer_dir {self.folder}: {fault}") from None
         if self.given_template:
             tokenizer.chat_template = self.given_template
@@ -87,6 +92,15 @@ def load_tokenizer(
         advice = "take the tokenizer that the model was trained with"
         raise ValueError(f"--tokenizer_dir {folder}: {sizes}; {advice}")
     return tokenizer
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether a folder's tokenizer.json itself cannot be loaded."""
+    try:
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # tokenizers raises nothing narrower
+        return True
+    return False
 
 
 def read_tokenizer_config(folder: Path) -> dict:
