@@ -13,7 +13,7 @@ hub=HuggingFaceTB/SmolLM2-135M-Instruct
 base=out/smollm2
 case ${1:---} in --*) ;; *) base=$1 && shift ;; esac
 dtype=$("$python" -c "import torch; from runtime.device import fast_dtype; print(fast_dtype(torch.device('cpu')))")
-recipe="--epochs 4 --batch_size 1 --learning_rate 3e-4 --lora_rank 16 --lora_alpha 32 --lora_dropout 0.05 --dtype ${dtype#torch.}"
+recipe="--epochs 4 --batch_size 1 --learning_rate 3e-4 --lora_rank 16 --lora_alpha 32 --dtype ${dtype#torch.}"
 library=dataset/library
 say() { printf '\n=== %s\n' "$*"; }
 score() { "$python" eval_model.py --weight "$base" "$@"; }
