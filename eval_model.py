@@ -244,11 +244,10 @@ def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> Ch
         model = load_model(path)
     record = model.config.tokenizer
     if args.lora:
-        from model.lora import merge_adapter, read_adapter
+        from model.lora import merge_adapter
 
         adapter = newest_weights(args.lora, args.out_dir, "--lora")
-        merge_adapter(model, adapter)
-        record = read_adapter(adapter)[0].tokenizer or record
+        record = merge_adapter(model, adapter).tokenizer or record
     if args.rope_scaling:
         from model.rope import extend_context
 

@@ -27,6 +27,7 @@ from model.config import LMConfig
 from model.lm import MiniMindLM
 from runtime.exports.compare import check_gguf
 from runtime.exports.gguf_file import DTYPES, export_gguf
+from runtime.exports.source import open_source
 from runtime.process import exits
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -93,10 +94,11 @@ def main() -> int:
             tokenizer_dir, weights = None, Path(name)
             if not args.weights:
                 weights, tokenizer_dir = make_weights(name, Path(folder))
+            source = open_source(weights, tokenizer_dir)
             for dtype in args.dtype:
                 file = Path(folder) / "model.gguf"
-                export_gguf(weights, file, dtype, tokenizer_dir)
-                good, figures = check_gguf(file, weights, texts, tokenizer_dir, args.python)
+                export_gguf(source, file, dtype)
+                good, figures = check_gguf(file, source, texts, args.python)
                 print(f"{name}, {dtype}: {figures}{'' if good else '  DIFFERS'}", flush=True)
                 failed += [] if good else [name]
     return 1 if failed else 0

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from dataset.checksums import array_checksum, dict_checksum
+from dataset.progress import byte_bar
 from dataset.read_rows import Row, read_rows
 
 CHUNK_BYTES = 1 << 20  # text encoded in one call: enough for all cores, little memory
@@ -84,12 +83,10 @@ class CacheBuilder:
 
     def write_tokens(self) -> None:
         size = self.data_path.stat().st_size
-        every = 0.1 if sys.stderr.isatty() else 60  # seconds; a log gets a line a minute
-        options = {"unit": "B", "unit_scale": True, "mininterval": every, "delay": every}
         with (
             open(self.building / "tokens.bin", "wb") as self.tokens_file,
             open(self.building / "mask.bin", "wb") as self.mask_file,
-            tqdm(total=size, desc=f"tokenising {self.data_path.name}", **options) as bar,
+            byte_bar(size, f"tokenising {self.data_path.name}") as bar,
         ):
             chunk, begin = [], 0
             for row, at in read_rows(self.data_path):

@@ -67,18 +67,14 @@ class LazyTokenizer:
         return self.size or len(self.loaded)
 
 
-def load_tokenizer(
-    folder: str | Path, vocab_size: int | None = None, chat_template: str | Path | None = None
-) -> LazyTokenizer:
+def load_tokenizer(folder: str | Path, chat_template: str | Path | None = None) -> LazyTokenizer:
     """The tokenizer in a folder.
 
     Args:
-        vocab_size: of the model that it is for, where that is there already.
         chat_template: a file with a chat template instead of the tokenizer's own, or its text.
 
     Raises:
-        ValueError: there is none, or it has more entries than the model; on first use: it is
-            damaged.
+        ValueError: there is none; on first use: it is damaged.
     """
     if not (Path(folder) / "tokenizer.json").is_file():
         slow = next(Path(folder).glob("*.model"), None)
@@ -86,12 +82,7 @@ def load_tokenizer(
             f"; {slow.name} alone is a slow tokenizer: convert it to a fast one" if slow else ""
         )
         raise ValueError(f"--tokenizer_dir {folder}: there is no tokenizer.json{advice}")
-    tokenizer = LazyTokenizer(folder, *read_template(chat_template))
-    if vocab_size is not None and len(tokenizer) > vocab_size:
-        sizes = f"it has {len(tokenizer)} entries, the model {vocab_size}"
-        advice = "take the tokenizer that the model was trained with"
-        raise ValueError(f"--tokenizer_dir {folder}: {sizes}; {advice}")
-    return tokenizer
+    return LazyTokenizer(folder, *read_template(chat_template))
 
 
 def is_damaged(folder: Path) -> bool:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from model import rope
 from model.config import LMConfig
 from model.hf_files import read_folder
 
@@ -55,26 +56,7 @@ ONLY = {
     "is_encoder_decoder": (False, "no decoder alone"),
     "add_cross_attention": (False, "no decoder alone"),
 }
-ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
-    "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    },
-}
+ROPE_KEYS = {"default": set(), **{kind: set.union(*keys) for kind, keys in rope.KEYS.items()}}
 # What MiniMind means by inference_rope_scaling.
 MINIMIND_ROPE = {
     "rope_type": "yarn",
@@ -164,7 +146,7 @@ def config_from_hf(folder: str | Path) -> LMConfig:
     if kind == "qwen3_moe":
         shape |= moe_shape(keys)
     refuse_windows(keys, kind, shape)
-    shape["rope_theta"], shape["rope_scaling"] = rope(keys, kind, shape["max_seq_len"])
+    shape["rope_theta"], shape["rope_scaling"] = read_rope(keys, kind, shape["max_seq_len"])
     keys.finish()
     try:
         return LMConfig(**shape)
@@ -257,7 +239,7 @@ def refuse_windows(keys: Keys, kind: str, shape: dict) -> None:
     keys.values.pop("use_sliding_window", None)
 
 
-def rope(keys: Keys, kind: str, max_seq_len: int) -> tuple[float, dict | None]:
+def read_rope(keys: Keys, kind: str, max_seq_len: int) -> tuple[float, dict | None]:
     """RoPE's base and scaling, of transformers 5's `rope_parameters` or the older two keys."""
     key = "rope_scaling" if keys.values.get("rope_scaling") else "rope_parameters"
     parameters = keys.values.get(key) or {}

@@ -129,10 +129,13 @@ def read_adapter(path: str | Path) -> tuple[LMConfig, dict, dict[str, Tensor]]:
     return config, settings, read_tensors(path)
 
 
-def merge_adapter(model: MiniMindLM, path: str | Path) -> None:
+def merge_adapter(model: MiniMindLM, path: str | Path) -> LMConfig:
     """Add an adapter to the weights of its base model: W + alpha / rank * B A.
 
     One that was trained on scaled rotary positions brings these with it.
+
+    Returns:
+        The configuration of the adapter's base, with the record of its tokenizer.
 
     Raises:
         ValueError: not an adapter; it was trained on other weights, or does not fit the model.
@@ -166,6 +169,7 @@ def merge_adapter(model: MiniMindLM, path: str | Path) -> None:
     if config.rope_scaling != model.config.rope_scaling:
         model.config.rope_scaling = config.rope_scaling
         model.config.max_seq_len = max(config.max_seq_len, model.config.max_seq_len)
+    return config
 
 
 def write_peft(path: str | Path, folder: str | Path, base: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.generate import Decoder
-from model.initial import on_meta_device
+from model.hf import meta_model
 from model.layout import Layout
 from model.lm import LMConfig, MiniMindLM
 from model.weights import open_weights, read_config
@@ -44,8 +44,7 @@ def load_spread(path: Path, dtype: torch.dtype, max_memory: list[str] | None = N
     except ImportError:
         raise ValueError("--device_map needs accelerate: pip install accelerate") from None
     config = read_config(path)
-    with on_meta_device():
-        model = MiniMindLM(config).eval()
+    model = meta_model(config).eval()
     tensors = open_weights(model, path)
     places = place_blocks(model, dtype, free_memory(max_memory))
     main = places[""]

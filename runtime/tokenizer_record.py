@@ -25,7 +25,7 @@ def open_tokenizer(
     """
     if not record:
         own = weights if weights is not None and weights.is_dir() else OURS
-        return load_tokenizer(folder or own, **template_option(chat_template))
+        return load_tokenizer(folder or own, chat_template)
     own = ROOT / record["folder"]  # an absolute one stays as it is
     place = Path(folder or own)
     is_there = (place / "tokenizer.json").is_file()
@@ -40,7 +40,7 @@ def open_tokenizer(
         remedy = "name an unchanged copy" if place == own else "leave the flag out, or name a copy"
         raise ValueError(f"--tokenizer_dir {place}: {weights}: {fault}; {remedy}")
     template = chat_template or record["chat_template"]
-    return load_tokenizer(place, **template_option(template, own_template(place)))
+    return load_tokenizer(place, None if template == own_template(place) else template)
 
 
 def find_record(weights: Path | None, recorded: dict | None) -> dict | None:
@@ -100,8 +100,3 @@ def record_of(tokenizer: LazyTokenizer) -> dict:
 def file_hash(folder: Path) -> str:
     """SHA-256 of a folder's tokenizer.json: all that text and ids depend on."""
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-
-
-def template_option(template: str | None, own: str | None = None) -> dict[str, str]:
-    """What `load_tokenizer` is told of a template: nothing where it is the folder's own."""
-    return {} if template in (None, own) else {"chat_template": template}

@@ -27,7 +27,6 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def to_hf(args: argparse.Namespace) -> int:
     from runtime.exports.hf_folder import export_hf
-    from runtime.exports.source import open_source
 
     folder = Path(args.folder)
     if args.peft:
@@ -35,9 +34,7 @@ def to_hf(args: argparse.Namespace) -> int:
     size = re.fullmatch(r"(\d+)(|KB|MB|GB)", args.shard_size)
     if not size or not int(size[1]):
         raise ValueError(f"--shard_size {args.shard_size}: wanted is a size such as 5GB or 200MB")
-    source = open_source(
-        args.weights, args.tokenizer_dir, args.chat_template, args.lora, args.out_dir
-    )
+    source = open_weights(args)
     shard_size = int(size[1]) * UNITS[size[2]]
     export_hf(source.config, source.tensors, source.tokenizer, folder, args.dtype, shard_size)
     print(f"{source.path}{merged(args)} as {args.dtype}: {folder}")
@@ -78,7 +75,6 @@ def write_weights(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from runtime.checkpoint import save_file
-    from runtime.exports.source import open_source
     from runtime.tokenizer_record import record_of
 
     out = Path(args.out)
@@ -86,9 +82,7 @@ def write_weights(args: argparse.Namespace) -> int:
         raise ValueError(f"{out}: must be a .pth file in a folder that exists")
     if out.exists():
         raise ValueError(f"{out}: is there already; name another file, or remove it")
-    source = open_source(
-        args.weights, args.tokenizer_dir, args.chat_template, args.lora, args.out_dir
-    )
+    source = open_weights(args)
     config = replace(source.config, tokenizer=record_of(source.tokenizer))
     save_file(out, source.state_dict())  # first: the one that a full disk stops
     save_file(out.with_suffix(".json"), config.to_json())
@@ -97,24 +91,19 @@ def write_weights(args: argparse.Namespace) -> int:
 
 
 def to_gguf(args: argparse.Namespace) -> int:
-    from model.weights import newest_weights
     from runtime.exports.gguf_file import export_gguf
 
-    path, lora = newest_weights(args.weights, args.out_dir, "WEIGHTS"), find_adapter(args)
-    export_gguf(path, Path(args.file), args.dtype, args.tokenizer_dir, args.chat_template, lora)
-    print(f"{path}{merged(args)} as {args.dtype}: {args.file}")
+    source = open_weights(args)
+    export_gguf(source, Path(args.file), args.dtype)
+    print(f"{source.path}{merged(args)} as {args.dtype}: {args.file}")
     return 0
 
 
 def check(args: argparse.Namespace) -> int:
-    from runtime.exports.source import open_source
-
     export = Path(args.export)
     if not export.exists():
         raise ValueError(f"{export}: no such file or folder")
-    source = open_source(
-        args.weights, args.tokenizer_dir, args.chat_template, args.lora, args.out_dir
-    )
+    source = open_weights(args)
     if export.is_dir():
         from runtime.exports.compare_hf import check_hf
 
@@ -122,13 +111,7 @@ def check(args: argparse.Namespace) -> int:
     else:
         from runtime.exports.compare import check_gguf
 
-        same, figures = check_gguf(
-            export,
-            source.path,
-            tokenizer_dir=args.tokenizer_dir,
-            chat_template=args.chat_template,
-            lora=find_adapter(args),
-        )
+        same, figures = check_gguf(export, source)
         lines = [str(figures)]
     for line in lines:
         print(line)
@@ -136,11 +119,12 @@ def check(args: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
-def find_adapter(args: argparse.Namespace) -> str | None:
-    """The path of --lora."""
-    from model.weights import newest_weights
+def open_weights(args: argparse.Namespace):
+    """The weights that a command line names, with its adapter merged, as a `Source`."""
+    from runtime.exports.source import open_source
 
-    return args.lora and str(newest_weights(args.lora, args.out_dir, "--lora"))
+    options = (args.tokenizer_dir, args.chat_template, args.lora, args.out_dir)
+    return open_source(args.weights, *options)
 
 
 def merged(args: argparse.Namespace) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runtime.exports.source import Source
+
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 INSTALL = "pip install llama-cpp-python (which compiles llama.cpp: ten minutes and more)"
 TEXTS = (
@@ -43,20 +45,12 @@ class Figures:
 
 
 def check_gguf(
-    path: Path,
-    weights: Path,
-    texts: Sequence[str] = TEXTS,
-    tokenizer_dir: str | None = None,
-    python: str = sys.executable,
-    chat_template: str | None = None,
-    lora: str | None = None,
+    path: Path, source: Source, texts: Sequence[str] = TEXTS, python: str = sys.executable
 ) -> tuple[bool, Figures]:
     """Compare a GGUF file, in llama.cpp, with the weights that it was made of, in float32 here.
 
     Args:
-        weights: a .pth file, or a folder in Hugging Face's format.
         texts: a chat of each is compared, too, where the tokenizer has a template.
-        tokenizer_dir, chat_template, lora: as for `open_source`.
         python: the Python that has llama_cpp.
 
     Returns:
@@ -65,9 +59,6 @@ def check_gguf(
     Raises:
         ValueError: llama.cpp is not installed, or cannot load the file; says what it says.
     """
-    from runtime.exports.source import open_source
-
-    source = open_source(weights, tokenizer_dir, chat_template, lora)
     tokenizer, model = source.tokenizer, source.model()
     texts = list(texts)
     if tokenizer.chat_template:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.config import LMConfig
-from runtime.exports.source import open_source
+from runtime.exports.source import Source
 from runtime.process.terminal import naming
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
@@ -31,30 +31,20 @@ def import_gguf():
     return gguf
 
 
-def export_gguf(
-    weights: Path,
-    out: Path,
-    dtype: str,
-    tokenizer_dir: str | None,
-    chat_template: str | None = None,
-    lora: str | None = None,
-) -> None:
+def export_gguf(source: Source, out: Path, dtype: str) -> None:
     """Write weights as a GGUF file, with a Modelfile for Ollama beside it.
 
     Args:
-        weights: a .pth file with its .json, or a folder in Hugging Face's format.
         out: the file, NAME.gguf; the Modelfile is NAME.Modelfile.
         dtype: of the matrices, one of DTYPES.
-        tokenizer_dir, chat_template, lora: as for `open_source`.
 
     Raises:
-        ValueError: no such weights, or something in them that llama.cpp does not compute; names it.
+        ValueError: another ending, or something that llama.cpp does not compute; names it.
     """
     from runtime.exports.modelfile import write_modelfile
 
     if out.suffix != ".gguf" or out.is_dir():  # the Modelfile takes the name with another ending
         raise ValueError(f"{out}: must be a .gguf file")
-    source = open_source(weights, tokenizer_dir, chat_template, lora)
     write_gguf(source.config, source.tensors, source.tokenizer, out, dtype)
     write_modelfile(source.tokenizer, source.config.max_seq_len, out)
 

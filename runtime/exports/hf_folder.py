@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import struct
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dataset.progress import byte_bar
 from model.config import LMConfig
 from model.hf import config_to_hf, file_names, meta_model
 from model.lazy_tensors import CHUNK_BYTES, DTYPES, LazyTensor
 from runtime.process.terminal import naming
 
-EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 SHARD_SIZE = 5_000_000_000  # bytes; what the hub's own tools write
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -66,7 +65,7 @@ def export_hf(
         tensors: of the model's state dict, read in parts when they are written.
         tokenizer: with `folder`, whose files are copied.
         folder: must not exist, or be empty.
-        dtype: of the weights, one of EXPORT_DTYPES.
+        dtype: of the weights, float32, bfloat16 or float16.
         shard_size: bytes of one file at most, but a tensor stays whole.
 
     Raises:
@@ -127,9 +126,7 @@ def write_weights(
         files = {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
         write_json(folder / "model.safetensors.index.json", index)
-    every = 0.1 if sys.stderr.isatty() else 60  # seconds; a log gets a line a minute
-    options = {"unit": "B", "unit_scale": True, "mininterval": every, "delay": every}
-    with tqdm(total=sum(sizes.values()), desc="writing weights", **options) as bar:
+    with byte_bar(sum(sizes.values()), "writing weights") as bar:
         for name, shard in zip(names, shards, strict=True):
             write_safetensors(folder / name, shard, tensors, kind, bar)
 

@@ -8,7 +8,7 @@ import torch
 
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
-from model.initial import on_meta_device
+from model.hf import meta_model
 from model.lazy_tensors import LazyTensor
 from model.lm import MiniMindLM
 from model.weights import allocate, load_model, newest_weights, open_weights, read_config
@@ -36,8 +36,7 @@ class Source:
 
     def model(self) -> MiniMindLM:
         """The model on the CPU, float32, in evaluation mode."""
-        with on_meta_device():
-            model = MiniMindLM(self.config)
+        model = meta_model(self.config)
         allocate(model, "cpu")
         for name, p in model.state_dict().items():
             p.copy_(self.tensors[name][:])
@@ -61,10 +60,8 @@ def open_source(
         ValueError: they are damaged or do not belong together; names the file.
     """
     path = newest_weights(str(weights), out_dir, "WEIGHTS")
-    config = read_config(path)
     if lora is None:
-        with on_meta_device():
-            model = MiniMindLM(config)
+        model = meta_model(read_config(path))
         tensors = open_weights(model, path)
     else:
         from model.lora import merge_adapter
@@ -72,6 +69,7 @@ def open_source(
         model = load_model(path)
         merge_adapter(model, newest_weights(lora, out_dir, "--lora"))
         tensors = model.state_dict()
+    config = model.config  # with an adapter's scaled positions, if it brings some
     record = tokenizer_record.find_record(path, config.tokenizer)
     tokenizer = tokenizer_record.open_tokenizer(tokenizer_dir, chat_template, path, record)
     tokenizer_record.check_size(tokenizer, config.vocab_size, may_be_padded=True)

@@ -16,6 +16,7 @@ from runtime.exports.compare import check_gguf
 from runtime.exports.gguf_file import export_gguf, write_gguf
 from runtime.exports.gguf_tokenizer import write_tokenizer
 from runtime.exports.modelfile import chat_layout, write_modelfile
+from runtime.exports.source import open_source
 
 gguf = pytest.importorskip("gguf")
 
@@ -128,7 +129,7 @@ def test_tensors_and_shape(name, tokenizers, tmp_path):
     model = make_model(fields, len(tokenizer))
     config, weights, file = model.config, tmp_path / "w.pth", tmp_path / "model.gguf"
     save(model, weights)
-    export_gguf(weights, file, "f32", str(tokenizers[kind]))
+    export_gguf(open_source(weights, str(tokenizers[kind])), file, "f32")
     metadata, tensors = read(file)
 
     wanted = expected(model)
@@ -298,13 +299,13 @@ def test_weights_that_do_not_fit(tokenizers, tmp_path, monkeypatch):
     model, out = make_model({"qk_norm": False}, 6400), tmp_path / "m.gguf"
     save(model, tmp_path / "w.pth", qkv_bias=True)
     with pytest.raises(ValueError, match=r"w\.pth: .* has no .*q_proj\.bias"):
-        export_gguf(tmp_path / "w.pth", out, "f32", None)
+        export_gguf(open_source(tmp_path / "w.pth"), out, "f32")
     save(model, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="dtype q4: .*f32, f16, bf16, q8_0"):
-        export_gguf(tmp_path / "w.pth", out, "q4", None)
+        export_gguf(open_source(tmp_path / "w.pth"), out, "q4")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="pip install gguf"):
-        export_gguf(tmp_path / "w.pth", out, "f32", None)
+        export_gguf(open_source(tmp_path / "w.pth"), out, "f32")
     assert not list(tmp_path.glob("*.gguf*"))
 
 
@@ -336,6 +337,7 @@ def test_llama_cpp(tokenizers, tmp_path):
     pytest.importorskip("llama_cpp")
     model = make_model({"rope_scaling": YARN}, 6400)
     save(model, tmp_path / "w.pth")
-    export_gguf(tmp_path / "w.pth", tmp_path / "m.gguf", "f32", None)
-    same, figures = check_gguf(tmp_path / "m.gguf", tmp_path / "w.pth")
+    source = open_source(tmp_path / "w.pth")
+    export_gguf(source, tmp_path / "m.gguf", "f32")
+    same, figures = check_gguf(tmp_path / "m.gguf", source)
     assert same, figures
