@@ -219,6 +219,22 @@ def test_an_adapter_is_merged_or_written_for_peft(adapter, tmp_path):
             assert (logits - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+def test_an_adapter_brings_its_scaled_positions(adapter, tmp_path):
+    """One trained with --rope_scaling is exported with it, whatever its base says."""
+    path = tmp_path / "lora.json"
+    described = json.loads(path.read_text())
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    longer = described | {"rope_scaling": scaling, "max_seq_len": 4 * described["max_seq_len"]}
+    path.write_text(json.dumps(longer))
+    base, lora = tmp_path / "base.pth", f"--lora={tmp_path / 'lora.pth'}"
+    convert("to-hf", base, tmp_path / "hf", lora)
+    convert("merge", base, tmp_path / "merged.pth", lora)
+    for place in (tmp_path / "hf", tmp_path / "merged.pth"):
+        config = read_config(place)
+        assert (config.rope_scaling, config.max_seq_len) == (scaling, longer["max_seq_len"])
+    assert "the same as" in convert("check", tmp_path / "hf", base, lora)
+
+
 def test_what_cannot_be_converted_is_told_in_a_line(tmp_path):
     """Exit code 2, and nothing that is half-written stays."""
     model = write(tmp_path / "w.pth")
