@@ -21,6 +21,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.toy_tokenizers import merged_pieces
 from dataset.chat_template import CHAT_TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,19 +311,7 @@ def _byte_level(steps: list, regex: bool = False, nfc: bool = False) -> Tokenize
 
 def _sentencepiece(kind: str) -> Tokenizer:
     """A BPE with ▁ and bytes; kind: who writes the ▁ in front: 'prepend', 'metaspace', 'none'."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=900, show_progress=False)
-    trained.train_from_iterator(pages(), trainer)
-    learned = trained.get_vocab()
-    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    merged = sorted((text for text in learned if len(text) > 1), key=learned.get)
-    texts += [*merged, *sorted(text for text in learned if len(text) == 1)]
-    vocab = {text: n for n, text in enumerate(texts)}
-    cuts = [(text[:n], text[n:]) for text in merged for n in range(1, len(text))]
-    merges = [(a, b) for a, b in cuts if a in vocab and b in vocab]
-    options = {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, **options))
+    tokenizer = merged_pieces(pages(), 900)
     replace = normalizers.Replace(" ", "▁")
     if kind == "prepend":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])

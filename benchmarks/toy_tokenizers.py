@@ -82,23 +82,28 @@ def byte_level(folder: Path, kind: str, vocab_size: int = 1000) -> int:
     return save(tokenizer, folder, CHATML_TOKENS, template, [])
 
 
+def merged_pieces(texts: list[str], vocab_size: int) -> Tokenizer:
+    """A BPE with ▁ and bytes, ordered as SentencePiece's; what writes the ▁ is still missing."""
+    trained = Tokenizer(BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(texts, BpeTrainer(vocab_size=vocab_size, show_progress=False))
+    learned = trained.get_vocab()
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    merged = sorted((t for t in learned if len(t) > 1), key=learned.get)
+    pieces += [*merged, *sorted(t for t in learned if len(t) == 1)]
+    vocab = {text: number for number, text in enumerate(pieces)}
+    cuts = [(text[:n], text[n:]) for text in merged for n in range(1, len(text))]
+    merges = [(a, b) for a, b in cuts if a in vocab and b in vocab]
+    options = {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
+    return Tokenizer(BPE(vocab, merges, **options))
+
+
 def sentencepiece(folder: Path, kind: str, vocab_size: int = 1000) -> int:
     """Save a BPE with ▁ and bytes, as converters make it of SentencePiece's; returns its size.
 
     kind: "llama2" (a normalizer puts the space in front), or "metaspace" (the pre-tokenizer).
     """
-    trained = Tokenizer(BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trained.train_from_iterator(pages(), BpeTrainer(vocab_size=vocab_size, show_progress=False))
-    learned = trained.get_vocab()
-    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    merged = sorted((t for t in learned if len(t) > 1), key=learned.get)
-    texts += [*merged, *sorted(t for t in learned if len(t) == 1)]
-    vocab = {text: number for number, text in enumerate(texts)}
-    cuts = [(text[:n], text[n:]) for text in merged for n in range(1, len(text))]
-    merges = [(a, b) for a, b in cuts if a in vocab and b in vocab]
-    options = {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
-    tokenizer = Tokenizer(BPE(vocab, merges, **options))
+    tokenizer = merged_pieces(pages(), vocab_size)
     if kind == "llama2":
         steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         tokenizer.normalizer = normalizers.Sequence(steps)
