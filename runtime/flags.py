@@ -8,7 +8,6 @@ import math
 import os
 import re
 
-from runtime.launcher import read_launch
 from runtime.process.terminal import shortened
 
 WHOLE = 10**12  # no count that a machine could reach
@@ -89,8 +88,12 @@ def check_flags(args: dict) -> None:
         raise ValueError(f"--curriculum {args['curriculum']}: must be none, length or field:NAME")
     if "save_weight" in args:
         check_name("save_weight", args["save_weight"])
-    if not args.get("ddp", True) and read_launch().world_size > 1:
-        raise ValueError("started by torchrun as several processes but without --ddp: add --ddp")
+    if not args.get("ddp", True):
+        from runtime.launcher import read_launch
+
+        if read_launch().world_size > 1:
+            fault = "started by torchrun as several processes but without --ddp"
+            raise ValueError(f"{fault}: add --ddp")
 
 
 def check_number(name: str, value: int | float) -> None:
