@@ -21,7 +21,9 @@ SHARED = set(
     " frequency_penalty logit_bias seed n stop max_tokens logprobs".split()
 )
 # Without a meaning for the reply: accepted.
-NOTES = set("user metadata safety_identifier prompt_cache_key prompt_cache_retention".split())
+NOTES = set(
+    "user metadata safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options".split()
+)
 CHAT = set(
     "messages max_completion_tokens top_logprobs tools tool_choice parallel_tool_calls"
     " response_format chat_template_kwargs".split()
@@ -43,6 +45,7 @@ REFUSED_IN_CHATS = REFUSED_ANYWHERE | {
     "audio": ((), "the model writes text"),
     "prediction": ((), "leave it out"),
     "reasoning_effort": ((), 'use chat_template_kwargs {"enable_thinking": true or false}'),
+    "moderation": ((), "there is none here"),
     "verbosity": (("medium",), "ask for it in a message"),
     "web_search_options": ((), "offer a tool for it"),
 }
