@@ -116,7 +116,7 @@ def test_penalties_and_bias():
 
 
 def test_the_repetition_penalty_is_that_of_the_terminal():
-    prompt, steps = [0, 3, 7], [logits(seed) / 4 for seed in range(15)]
+    prompt, steps = [0, 3, 7], [logits(seed) / 4 + 2 for seed in range(15)]
     sampler = make_sampler([prompt], VOCAB, CPU, repetition_penalty=1.8)
     zero = torch.zeros(1, dtype=torch.int64)
     wanted = [int(sampler(row[None], zero, zero)) for row in steps]
