@@ -119,4 +119,4 @@ def token_logprobs(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tenso
 
 def text_begin(tokenizer) -> list[int]:
     """The token that a tokenizer puts before a text: Llama's does, Qwen's and ours do not."""
-    return tokenizer("")["input_ids"][:1]
+    return tokenizer.encode("")[:1]
