@@ -29,7 +29,7 @@ import torch
 from model.generate import stream_text
 from model.weights import newest_weights
 from runtime.chat_model import ChatModel, open_chat_model
-from runtime.device import choose_device
+from runtime.device import open_device
 from runtime.flags import check_flags, usage_error
 from runtime.process import exits
 from runtime.process.terminal import prepare_streams
@@ -167,13 +167,6 @@ def parse_args() -> argparse.Namespace:
         if not good:
             raise ValueError(f"--{name} {getattr(args, name)}: must {must}")
     return args
-
-
-def open_device(name: str) -> torch.device:
-    try:
-        return torch.zeros(1, device=choose_device(name, ddp=False)).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> ChatModel:

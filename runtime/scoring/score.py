@@ -48,7 +48,8 @@ def score(model, path: Path, batch_size: int, show_wrong: int, eval_out: str | N
         for key, value in fields_of(question, SHOWN).items():
             print(f"  {key:6} {json.dumps(value, ensure_ascii=False)}")
     if eval_out:
-        write_answers(questions, Path(eval_out).absolute())
+        rows = [fields_of(question, WRITTEN) for question in questions]
+        write_whole("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), eval_out)
 
 
 def read_questions(path: Path, model) -> list[dict]:
@@ -96,9 +97,9 @@ def fields_of(question: dict, keys: Sequence[str]) -> dict:
     return fields
 
 
-def write_answers(questions: Sequence[dict], out: Path) -> None:
-    rows = [fields_of(question, WRITTEN) for question in questions]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def write_whole(text: str, path: str) -> None:
+    """Write what --eval_out is to hold, all of it or nothing."""
+    out = Path(path).absolute()
     temporary = temporary_path(out)
     with naming(out):
         temporary.write_text(text, encoding="utf-8")
