@@ -292,6 +292,7 @@ def read_response_format(fields: Fields) -> dict | None:
     given = fields.object("response_format")
     if not given.body:
         return None
+    given.check_given("type")
     kind = given.one_of("type", ("text", "json_object", "json_schema"), "")
     given.check_known({"type", "json_schema"} if kind == "json_schema" else {"type"})
     if kind == "text":

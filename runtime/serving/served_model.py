@@ -122,7 +122,10 @@ class ServedModel:
 
     def ends(self, wanted: Parameters) -> frozenset[int]:
         """The tokens that end a reply."""
-        return frozenset(self.coder.ends) if wanted.is_chat else frozenset([self.end_of_text])
+        if not wanted.is_chat:
+            return frozenset([self.end_of_text])
+        calls = [self.call_form.stop] if self.call_form and wanted.tools else []
+        return frozenset([*self.coder.ends, *calls])
 
     def decode(self, wanted: Parameters):
         """Ids of a reply -> its text."""
