@@ -6,10 +6,13 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from urllib.parse import urlsplit
 
 import pytest
 import torch
+from documents import blocks
 from running import ROOT, run_script
 from serving import NAME, Server, save, user, with_context
 
@@ -356,3 +359,22 @@ def test_fuzzed_bodies(weights, serve):
     server = serve(folder, "--max_concurrent", 8)
     statuses, faults = fuzz_requests.fuzz(server.url, 150, seed=7)
     assert not faults and statuses[200] > 10 and statuses[400] > 50
+
+
+# --------------------------------------------------------------------------------------------------
+# The document
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_document(weights, serve):
+    pytest.importorskip("openai", reason="pip install openai")
+    if not shutil.which("curl"):
+        pytest.skip("no curl")
+    server = serve(weights.parent, "--model", "full_sft_512=full_sft")
+    (curl,), (program,) = (blocks("docs/en/serve.md", kind) for kind in ("sh", "py"))
+    printed = []
+    for command in (["bash", "-c", curl], [sys.executable, "-c", program]):
+        command[-1] = command[-1].replace("http://127.0.0.1:8000", server.url)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        printed.append(done.stdout)
+    assert json.loads(printed[0])["choices"][0]["message"]["content"] == printed[1]
