@@ -69,7 +69,6 @@ class Parameters:
         schema: of the JSON that the reply must be; None: any text.
     """
 
-    model: str
     sampling: Sampling
     n: int
     max_tokens: int | None
@@ -184,7 +183,6 @@ def shared_parameters(fields: Fields, top_logprobs: int | None) -> dict:
         top_logprobs=top_logprobs,
     )
     return {
-        "model": fields.text("model"),
         "sampling": sampling,
         "n": fields.integer("n", 1, MAX_CHOICES, 1),
         "stop": read_stop(fields),
