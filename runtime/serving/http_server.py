@@ -57,6 +57,7 @@ def serve(
             end = asyncio.get_running_loop().call_later(0.9 * grace, service.end_all)
             await super().shutdown(sockets)
             end.cancel()
+            engines.close()  # while there is a loop that its last outputs can go to
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
