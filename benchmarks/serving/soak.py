@@ -53,10 +53,9 @@ def references(path: Path) -> list[tuple[list[int], str]]:
     end = end_of_text(tokenizer)
     for ids in prompts:
         sampler = make_sampler([ids], model.config.vocab_size, torch.device("cpu"))
-        tokens = [
-            int(t) for _, _, t in generate_batch(model, [ids], [NEW], sampler, chat.end_of_turn)
-        ]
-        answers.append((ids, chat.decode(tokens)))
+        steps = generate_batch(model, [ids], [NEW], sampler, end)
+        tokens = [int(token) for _, _, token in steps]
+        answers.append((ids, tokenizer.decode(tokens[:-1] if tokens[-1] == end else tokens)))
     return answers
 
 
