@@ -126,14 +126,10 @@ class ServedModel:
 
     def ends(self, wanted: Parameters) -> frozenset[int]:
         """The tokens that end a reply."""
-        if not wanted.is_chat:
-            return frozenset([self.end_of_text])
-        calls = [self.call_form.stop] if self.call_form and wanted.tools else []
-        return frozenset([*self.coder.ends, *calls])
-
-    def decode(self, wanted: Parameters):
-        """Ids of a reply -> its text."""
-        return self.chat.decode if wanted.is_chat else self.tokenizer.decode
+        more = [] if wanted.is_chat else [self.end_of_text]
+        if self.call_form and wanted.tools:
+            more.append(self.call_form.stop)
+        return frozenset([*self.coder.ends, *more])
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for, which may be a part of a character."""
