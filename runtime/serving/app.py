@@ -147,8 +147,8 @@ class CompletionEndpoint:
         """Wait for the replies and send them, as the client asked for; ends them if it goes away."""
         service, wanted = self.service, replies.wanted
         service.under_way.add(replies)
-        streams = service.mailbox
-        streams.streams += wanted.stream
+        mailbox, is_live = service.mailbox, replies.inbox.is_live
+        mailbox.streams += is_live
         loop, seconds = asyncio.get_running_loop(), service.limits.request_timeout
         timers = [loop.call_later(seconds, replies.end, "timeout")]
         # One that does not read keeps its task waiting in `send`.
@@ -161,7 +161,7 @@ class CompletionEndpoint:
                 timer.cancel()
             watcher.cancel()
             replies.cancel()
-            streams.streams -= wanted.stream
+            mailbox.streams -= is_live
             service.under_way.discard(replies)
             service.metrics.gone += replies.cause == "gone"
 
