@@ -13,6 +13,7 @@ take turns and medians count.
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import statistics
@@ -67,7 +68,7 @@ def body(prompt: list[int], new: int, stream: bool = True) -> dict:
     options = {"stream": stream, "temperature": 0, "max_tokens": new}
     if stream:
         options["stream_options"] = {"include_usage": True}
-    return {"prompt": prompt, **options}
+    return {"model": "bench", "prompt": prompt, **options}
 
 
 async def at_once(server: Server, prompts: list[list[int]], new: int, stream: bool) -> list[Reply]:
@@ -233,7 +234,7 @@ def gaps(model: MiniMindLM, server: Server, rounds: int) -> None:
         streams = random_prompts(16, 8, 60, vocab, seed)
         tasks = [asyncio.create_task(post(server, body(ids, 500))) for ids in streams]
         await asyncio.sleep(2)
-        long = await post(server, body(random_prompts(1, 4000, 4000, vocab, seed)[0], 8))
+        long = await post(server, body(random_prompts(1, 4000, 4000, vocab, 100 + seed)[0], 8))
         replies = await asyncio.gather(*tasks)
         assert all(reply.times[-1] > long.times[0] for reply in replies)
         between = [b - a for r in replies for a, b in zip(r.times[1:], r.times[2:], strict=False)]
@@ -251,6 +252,7 @@ def gaps(model: MiniMindLM, server: Server, rounds: int) -> None:
 
 def main() -> None:
     args = parse_args()
+    gc.freeze()  # a collection over all modules would stop the clients for a third of a second
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(args.weight) if args.weight else random_weights(Path(scratch))
         model = load_model(path)
