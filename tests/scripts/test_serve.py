@@ -307,6 +307,10 @@ def test_keys_hosts_and_origins(weights, serve, tmp_path):
     answer = client.ask("/v1/models", headers=right)
     assert answer.status == 200 and answer.read()
     assert answer.headers["access-control-allow-origin"] == "https://example.org"
+    asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization, content-type"
+    answer = client.ask(CHAT, headers=asked, method="OPTIONS")  # which brings no key
+    assert answer.status == 200 and answer.read()
     assert client.ask("/health", headers={"Host": "else.where"}).read() == b'{"status":"ok"}'
     other = client.ask("/v1/models", headers=right | {"Origin": "https://else.where"})
     assert other.read() and "access-control-allow-origin" not in other.headers
