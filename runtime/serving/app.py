@@ -138,9 +138,7 @@ class CompletionEndpoint:
             field = "n" if wanted.n > 1 else "prompt"
             raise APIError(f"{field}: {count} choices, this server takes {most} at once", field)
         prompts = model.prompts(wanted)
-        constraints = [
-            model.constraint(wanted, prompt) for prompt in prompts for _ in range(wanted.n)
-        ]
+        constraints = [one for prompt in prompts for one in model.constraints(wanted, prompt)]
         return model, wanted, prompts, constraints
 
     async def deliver(self, replies: Replies, receive, send) -> int:

@@ -32,6 +32,11 @@ class GrammarConstraint:
         self.matcher, self.end_think = matcher, end_think
         self.vocab_size, self.ends = vocab_size, ends
 
+    def copy(self) -> "GrammarConstraint":
+        """Another one at the same place."""
+        matcher = self.matcher.deep_copy()
+        return GrammarConstraint(matcher, self.vocab_size, self.ends, self.end_think)
+
     @functools.cached_property
     def at_end(self) -> Tensor:
         """The tokens that may come where the reply is complete."""

@@ -108,17 +108,19 @@ class ServedModel:
                 fault = f"logit_bias: {self.name} has no token {token}, only {self.vocab_size}"
                 raise APIError(fault, "logit_bias")
 
-    def constraint(self, wanted: Parameters, prompt: Prompt) -> GrammarConstraint | None:
-        """What constrains a reply; a new one for each.
+    def constraints(self, wanted: Parameters, prompt: Prompt) -> list[GrammarConstraint | None]:
+        """What constrains the n replies to a prompt.
 
         Raises:
             APIError: a schema that is none; llguidance is missing.
         """
         if wanted.schema is not None:
-            return self.grammars.json(wanted.schema, prompt.opening)
-        if tools := wanted.forced_tools:
-            return self.grammars.calls(tools, self.call_form, prompt.opening)
-        return None
+            first = self.grammars.json(wanted.schema, prompt.opening)
+        elif tools := wanted.forced_tools:
+            first = self.grammars.calls(tools, self.call_form, prompt.opening)
+        else:
+            return [None] * wanted.n
+        return [first, *(first.copy() for _ in range(wanted.n - 1))]
 
     # ----------------------------------------------------------------------------------------------
     # Replies

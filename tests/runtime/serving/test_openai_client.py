@@ -324,6 +324,14 @@ def test_json_schema(streams, ask):
     assert person["name"] in ("Ann", "Bob") and person["age"] <= 99
 
 
+def test_json_of_several_choices(ask):
+    pytest.importorskip("llguidance", reason="pip install llguidance")
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    answer = ask("hi", response_format=form, temperature=1, seed=3, max_tokens=400, n=3)
+    for choice in answer.choices:
+        assert json.loads(choice.message.content)["age"] <= 99
+
+
 def test_json_object(ask):
     pytest.importorskip("llguidance", reason="pip install llguidance")
     answer = ask("hi", response_format={"type": "json_object"}, logit_bias={"96": 50})
