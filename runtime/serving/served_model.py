@@ -78,13 +78,17 @@ class ServedModel:
         for prompt in prompts:
             if len(prompt.ids) >= self.context:
                 field = "messages" if wanted.is_chat else "prompt"
-                sizes = f"{len(prompt.ids)} tokens, the context of {self.name} is {self.context}"
-                fault = f"{field} makes {sizes}: shorten it"
-                raise APIError(fault, field, "context_length_exceeded")
+                raise self._too_long(field, f"{len(prompt.ids)} tokens")
         return prompts
+
+    def _too_long(self, field: str, size: str) -> APIError:
+        fault = f"{field}: {size}, the context of {self.name} is {self.context}: shorten it"
+        return APIError(fault, field, "context_length_exceeded")
 
     def _chat_prompt(self, wanted: Parameters) -> Prompt:
         thinking = self.chat.thinking if wanted.thinking is None else wanted.thinking
+        if len(wanted.messages) >= self.context:  # before a template works on them for long
+            raise self._too_long("messages", f"{len(wanted.messages)} messages")
         try:
             text = self.coder.prompt_text(wanted.messages, wanted.tools, thinking)
         except ValueError as error:
