@@ -27,7 +27,7 @@ from runtime.chat_model import ChatModel, open_chat_model
 from runtime.device import choose_device
 from runtime.flags import check_flags, usage_error
 from runtime.process import exits
-from runtime.serving.access import LOCAL_NAMES, Access
+from runtime.serving.access import Access, is_loopback
 from runtime.serving.app import Limits, Service, make_app
 from runtime.serving.engine import Engine, EngineThread
 from runtime.serving.http_server import open_socket, serve
@@ -199,7 +199,7 @@ def main() -> int:
     # 3. Serve
     gc.freeze()  # collections that look at all modules would stop streams for a third of a second
     service = Service(models, Limits(args.request_timeout, args.max_body))
-    is_local = host in LOCAL_NAMES
+    is_local = is_loopback(host)
     page = ROOT / "scripts" / "web"
     access = Access(key, local_only=is_local and not key)
     app = make_app(service, access, args.cors_origin or [], page if page.is_dir() else None)

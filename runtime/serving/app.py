@@ -138,17 +138,15 @@ class CompletionEndpoint:
             field = "n" if wanted.n > 1 else "prompt"
             raise APIError(f"{field}: {count} choices, this server takes {most} at once", field)
         prompts = model.prompts(wanted)
-        constraints = [
-            model.constraint(wanted, prompt) for prompt in prompts for _ in range(wanted.n)
-        ]
+        constraints = [one for prompt in prompts for one in model.constraints(wanted, prompt)]
         return model, wanted, prompts, constraints
 
     async def deliver(self, replies: Replies, receive, send) -> int:
         """Wait for the replies and send them, as the client asked for; ends them if it goes away."""
         service, wanted = self.service, replies.wanted
         service.under_way.add(replies)
-        streams = service.mailbox
-        streams.streams += wanted.stream
+        mailbox, is_live = service.mailbox, replies.inbox.is_live
+        mailbox.streams += is_live
         loop, seconds = asyncio.get_running_loop(), service.limits.request_timeout
         timers = [loop.call_later(seconds, replies.end, "timeout")]
         # One that does not read keeps its task waiting in `send`.
@@ -161,7 +159,7 @@ class CompletionEndpoint:
                 timer.cancel()
             watcher.cancel()
             replies.cancel()
-            streams.streams -= wanted.stream
+            mailbox.streams -= is_live
             service.under_way.discard(replies)
             service.metrics.gone += replies.cause == "gone"
 

@@ -145,6 +145,16 @@ def test_a_cache_that_does_not_fit_memory(weights, tmp_path):
     assert "--context " in line
 
 
+def test_a_model_that_does_not_fit_memory(weights, tmp_path):
+    config = json.loads(weights.with_suffix(".json").read_text())
+    shutil.copy(weights, tmp_path / "full_sft_64.pth")
+    huge = {"dim": 65536, "n_layers": 500, "n_heads": 64, "n_kv_heads": 64, "head_dim": None}
+    huge["hidden_dim"] = None
+    (tmp_path / "full_sft_64.json").write_text(json.dumps(config | huge))
+    line = refused("--out_dir", tmp_path)
+    assert f"--model {NAME}: its weights take" in line and "GiB of memory are free" in line
+
+
 def test_weights_of_a_reward_model(weights, tmp_path):
     config = json.loads(weights.with_suffix(".json").read_text())
     shutil.copy(weights, tmp_path / "full_sft_64.pth")
@@ -223,7 +233,7 @@ def test_a_full_queue_and_clients_that_leave(long_weights, serve):
         answer.read()
     assert answer.status == 200 and answer.read()
     streams[1].close()
-    while metric(server, "minimind_running"):
+    while metric(server, "minimind_requests_running"):
         pass
     assert metric(server, "minimind_disconnects_total") == 2
 
@@ -235,15 +245,33 @@ def test_a_client_that_leaves_before_its_answer(long_weights, serve):
     stream.readline()
     data = json.dumps(chat(**ENDLESS | {"stream": False})).encode()
     waiting.connection.request("POST", CHAT, data, {"Content-Type": "application/json"})
-    while metric(server, "minimind_waiting") < 1:
+    while metric(server, "minimind_requests_waiting") < 1:
         pass
     assert other.error(CHAT, chat())[0] == 429
     waiting.close()
-    while metric(server, "minimind_waiting"):
+    while metric(server, "minimind_requests_waiting"):
         pass
     client.close()
-    while metric(server, "minimind_running"):
+    while metric(server, "minimind_requests_running"):
         pass
+
+
+def test_a_client_that_does_not_read(long_weights, serve):
+    server = serve(long_weights.parent, "--max_concurrent", 2)
+    address = urlsplit(server.url)
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect((address.hostname, address.port))
+        fields = ENDLESS | {"max_tokens": 1500, "logprobs": True, "top_logprobs": 20}
+        data = json.dumps(chat(**fields)).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        slow.sendall(head.encode() + data)
+        while metric(server, "minimind_generated_tokens_total") < 1500:  # held up by nobody
+            answer = Client(server).ask(CHAT, chat(max_tokens=1))
+            assert answer.status == 200 and answer.read()
+        received = b"".join(iter(lambda: slow.recv(1 << 16), b""))
+    assert received.count(b'"top_logprobs":[{') == 1500 and b"data: [DONE]" in received[-100:]
 
 
 def test_limits_of_time_and_size(long_weights, serve):
@@ -279,6 +307,10 @@ def test_keys_hosts_and_origins(weights, serve, tmp_path):
     answer = client.ask("/v1/models", headers=right)
     assert answer.status == 200 and answer.read()
     assert answer.headers["access-control-allow-origin"] == "https://example.org"
+    asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization, content-type"
+    answer = client.ask(CHAT, headers=asked, method="OPTIONS")  # which brings no key
+    assert answer.status == 200 and answer.read()
     assert client.ask("/health", headers={"Host": "else.where"}).read() == b'{"status":"ok"}'
     other = client.ask("/v1/models", headers=right | {"Origin": "https://else.where"})
     assert other.read() and "access-control-allow-origin" not in other.headers
