@@ -64,32 +64,56 @@ class Start:
         return replace(self.shape, vocab_size=entries, tokenizer=record)
 
     def build(
-        self, make: Callable[[], nn.Module], args, resumed: Path | None = None, whole: bool = False
+        self,
+        make: Callable[[], nn.Module],
+        args,
+        resumed: Path | None = None,
+        shared: bool | None = None,
     ) -> nn.Module:
-        """A model on its device, with the values that it starts from; says where they come from.
-
-        Args:
-            make: makes the model, whose values are random.
-            args: `device`, and `strategy`, which is chosen.
-            resumed: the checkpoint whose values `checkpoint.load_run` puts in later.
-            whole: every process needs all of it. Else, where they share it, it has no memory yet:
-                `parallel.wrap` gives each process its part, and `fill` that its values.
-        """
+        """`build_model` with these weights; says where they come from, and sets `fill`."""
         if resumed is None and world()[0] == 0:
             print(self.line, flush=True)
-        if not whole and (args.strategy in SHARDED or mesh_sizes["tensor"] > 1):
-            from runtime.distributed import sharded_start
-
-            model, self.fill = sharded_start.build(make, self.path, resumed)
-            return model
-        if self.path is None and resumed is None:
-            return make().to(args.device)
-        with on_meta_device():  # the values come from elsewhere: none are made
-            model = make()
-        tensors = open_weights(model, self.path, new_head=True) if resumed is None else {}
-        allocate(model, args.device)  # last: sizes that do not fit the file ask for no memory
-        copy_tensors(tensors, model)
+        model, self.fill = build_model(make, args, self.path, resumed, shared)
         return model
+
+
+def build_model(
+    make: Callable[[], nn.Module],
+    args,
+    path: Path | None,
+    resumed: Path | None = None,
+    shared: bool | None = None,
+) -> tuple[nn.Module, Callable[[nn.Module, torch.device], None] | None]:
+    """A model on its device, with the values that it starts from.
+
+    Args:
+        make: makes the model, whose values are random.
+        args: `device`, and `strategy`, which is chosen.
+        path: a weights file or a folder; None: random values.
+        resumed: the checkpoint whose values `checkpoint.load_run` puts in later.
+        shared: whether processes share the model; by default as `args.strategy` and the mesh say.
+
+    Returns:
+        The model and None. Where processes share it, it has no memory yet: `parallel.wrap` gives
+        each its part, and what is returned here instead of None gives that part its values.
+
+    Raises:
+        ValueError: the weights are damaged, or made for another model.
+    """
+    if shared is None:
+        shared = args.strategy in SHARDED or mesh_sizes["tensor"] > 1
+    if shared:
+        from runtime.distributed import sharded_start
+
+        return sharded_start.build(make, path, resumed)
+    if path is None and resumed is None:
+        return make().to(args.device), None
+    with on_meta_device():  # the values come from elsewhere: none are made
+        model = make()
+    tensors = open_weights(model, path, new_head=True) if resumed is None else {}
+    allocate(model, args.device)  # last: sizes that do not fit the file ask for no memory
+    copy_tensors(tensors, model)
+    return model, None
 
 
 def open_start(args, default: str, teacher: Path | None = None, required: bool = True) -> Start:
