@@ -490,6 +490,7 @@ def main() -> int:
     make = functools.partial(RewardModel, RewardConfig.of(config), args.gradient_checkpointing)
     path, line = find_weights(args.critic_weight or args.from_weight, "full_sft", args)
     of_critic = replace(start, path=path, line=f"the critic: {line}")
+    setup_seed(args.seed)  # without weights, too, it begins with the policy's decoder
     critic = of_critic.build(make, args)
     apply_kernels(critic, args.device, dtype)
     identity = checkpoint.identity_of(vars(args), args.global_batch_size, dataset.key)
