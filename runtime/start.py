@@ -11,7 +11,14 @@ from torch import nn
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
 from model.initial import on_meta_device
-from model.weights import allocate, copy_tensors, is_path, open_weights, read_lazily
+from model.weights import (
+    allocate,
+    copy_tensors,
+    is_path,
+    open_weights,
+    read_config,
+    read_lazily,
+)
 from runtime import tokenizer_record
 from runtime.ranks import SHARDED, mesh_sizes, world
 
@@ -133,7 +140,7 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     path, line = find_weights(args.from_weight, default, args, required)
     weights = read_shape(path)
     if path is not None and not path.exists():
-        weights = read_shape(Path(args.out_dir) / f"{args.save_weight}{suffix_of(args)}.pth")
+        weights = read_shape(own_weights(args))
     given = {n: vars(args)[n] for n in (*SIZES, *EXPERT_SIZES) if vars(args)[n] is not None}
     if "use_moe" in given:
         given["use_moe"] = bool(given["use_moe"])
@@ -182,7 +189,11 @@ def find_weights(
         if not name.endswith(".pth") and not path.exists():
             from model.hf import resolve_folder
 
-            path = resolve_folder(name, "--from_weight")
+            try:
+                path = resolve_folder(name, "--from_weight")
+            except ValueError:
+                if required:
+                    raise
     else:
         path = Path(args.out_dir) / f"{name or default}{suffix_of(args)}.pth"
         if name and not path.exists() and Path(name).is_dir():
@@ -198,6 +209,13 @@ def find_weights(
     return path, f"starting from {path}"
 
 
+def own_weights(args) -> Path:
+    """The weights of a run that goes on though what it started from is not there any more."""
+    path = Path(args.out_dir) / f"{args.save_weight}{suffix_of(args)}.pth"
+    others = list(path.parent.glob(f"{args.save_weight}_[0-9]*.pth"))
+    return others[0] if len(others) == 1 else path  # a folder said how wide it is
+
+
 def suffix_of(args) -> str:
     """What the shape adds to the name of a run: `_512`, `_512_moe`."""
     return f"_{args.dim or LMConfig.dim}{'_moe' if args.use_moe else ''}"
@@ -209,29 +227,14 @@ def read_shape(path: Path | None) -> LMConfig | None:
     Raises:
         ValueError: it is damaged, or an adapter's.
     """
-    if path is None:
+    if path is None or not (path.is_dir() or path.with_suffix(".json").is_file()):
         return None
-    if path.is_dir():
-        from model.hf import config_from_hf
-
-        return config_from_hf(path)
-    config_path = path.with_suffix(".json")
-    if not config_path.is_file():
-        return None
-    text = config_path.read_text(encoding="utf-8", errors="replace")
-    if '"lora": {' in text:
-        fault = "an adapter, no whole model: name its base, or merge the two first"
-        raise ValueError(f"{path}: {fault}")
-    kind = LMConfig
-    if '"head": "score"' in text:
-        from model.reward import RewardConfig as kind
     try:
-        shape = asdict(kind.from_json(config_path))
+        return read_config(path, reward=True)
     except ValueError:
-        read_lazily(path)  # where both are damaged, that of the weights is the error to tell
+        if not path.is_dir():
+            read_lazily(path)  # where both are damaged, that of the weights is the error to tell
         raise
-    shape.pop("head", None)
-    return LMConfig(**shape)
 
 
 def check_sizes(weights: LMConfig, given: dict, path: Path) -> None:
