@@ -146,4 +146,7 @@ def open_chat_model(
         plain, sampling["eos_token_id"] = text_encoder(tokenizer), end_of_text(tokenizer)
         return ChatModel(model, None, tokenizer.decode, None, sampling, plain, tokenizer)
     coder = chat_coder(tokenizer)
+    if thinking and not coder.can_think:
+        fault = f"{tokenizer.template_place} has no enable_thinking, so it can turn nothing on"
+        raise ValueError(f"--thinking 1: {fault}; leave the flag out")
     return ChatModel(model, coder, coder.decode_reply, thinking, sampling, coder.plain, tokenizer)
