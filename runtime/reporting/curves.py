@@ -45,12 +45,11 @@ def read_metrics(path: Path) -> Metrics:
         for line in file:
             try:
                 row = json.loads(line)
-                step = to_number(row.pop("step"))
+                step = to_float(row.pop("step"))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                unreadable += line.endswith(b"\n") and bool(line.strip())
-                continue
+                step = math.nan
             if not math.isfinite(step):
-                unreadable += 1
+                unreadable += line.endswith(b"\n") and bool(line.strip())
                 continue
             for key, value in row.items():
                 if value is not None and type(value) not in (int, float):
@@ -60,25 +59,31 @@ def read_metrics(path: Path) -> Metrics:
                     continue
                 steps, values = columns.setdefault(key, (array("d"), array("d")))
                 steps.append(step)
-                values.append(math.nan if value is None else to_number(value))
-    curves = {key: in_order(np.array(steps), np.array(v)) for key, (steps, v) in columns.items()}
-    return Metrics(curves, unreadable, len(left_out))
+                values.append(to_float(value))
+    return Metrics(
+        {key: to_curve(*both) for key, both in columns.items()}, unreadable, len(left_out)
+    )
 
 
-def to_number(value: object) -> float:
-    """A number of JSON; NaN for what no float can hold. TypeError: it is no number."""
-    if type(value) not in (int, float):
+def to_float(value: object) -> float:
+    """A number of JSON, NaN for null and what no float can hold. TypeError: it is no number."""
+    if type(value) is float:
+        return value
+    if value is None:
+        return math.nan
+    if type(value) is not int:
         raise TypeError(f"{value!r} is no number")
     try:
-        number = float(value)
+        return float(value)
     except OverflowError:
         return math.nan
-    return number if math.isfinite(number) else math.nan
 
 
-def in_order(steps: np.ndarray, values: np.ndarray) -> Curve:
+def to_curve(steps: array, values: array) -> Curve:
+    """A curve in the order of steps, with NaN for what is infinite, too."""
     order = np.argsort(steps, kind="stable")
-    return Curve(steps[order], values[order])
+    numbers = np.array(values)[order]
+    return Curve(np.array(steps)[order], np.where(np.isfinite(numbers), numbers, math.nan))
 
 
 def smoothing_window(points: int) -> int:

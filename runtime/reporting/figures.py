@@ -190,7 +190,9 @@ def draw(figure: Figure, number: int, steps: tuple[float, float], marks: list[di
     draw_marks(plot, marks)
     for n, series in enumerate(figure.series):
         draw_series(plot, series, n, most)
-    crosshair = Span(dimension="height", location=steps[0], visible=False, name="crosshair")
+    crosshair = Span(
+        dimension="height", location=steps[0], visible=False, name="crosshair", level="overlay"
+    )
     crosshair.line_color = "#808080"
     plot.add_layout(crosshair)
     return plot

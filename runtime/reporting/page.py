@@ -1,5 +1,6 @@
 """One HTML page of a run, or of several beside each other, that needs nothing else to be read."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -7,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.process.terminal import naming
 from runtime.reporting.curves import smoothing_window
 from runtime.reporting.figures import (
     ON_DARK,
@@ -127,9 +127,13 @@ def write_page(runs: list[RunRecord], path: Path, refresh: float = 0) -> None:
     """Write a page whole, or not at all. Raises: see `render`; OSError names the file."""
     html = render(runs, refresh)
     temporary = path.with_name(f".tmp-{path.name}")
-    with naming(path):
+    try:
         temporary.write_bytes(html.encode("utf-8", "backslashreplace"))  # names may be no UTF-8
         os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_at_end(folder: Path, tell: Callable[[str], None]) -> None:

@@ -52,14 +52,14 @@ def summarize(run: RunRecord) -> dict[str, str]:
             speeds = curves["tokens_per_sec"].finite().values
             if len(speeds):
                 facts["Tokens per second"] = f"{number(float(np.median(speeds)))} (median)"
-    facts["Set-up"] = run.log.header
     if run.log.resumed:
-        steps = ", ".join(f"{step:,}" for step in run.log.resumed[:10])
+        steps = ", ".join(f"{step:,}" for step in run.log.resumed[-10:])
         facts["Resumed"] = f"{times(len(run.log.resumed))}, behind step {steps}"
     if run.log.skipped:
         facts["Skipped steps"] = (
             f"{len(run.log.skipped):,}, the last: step {run.log.skipped[-1][0]:,}"
         )
+    facts["Set-up"] = run.log.header
     return {name: text for name, text in facts.items() if text}
 
 
@@ -110,7 +110,7 @@ def seconds_of(run: RunRecord) -> float:
 
 
 def times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"
+    return {1: "once", 2: "twice"}.get(count, f"{count:,} times")
 
 
 def compare_flags(runs: list[RunRecord]) -> list[tuple[str, list[str], bool]]:
