@@ -35,7 +35,6 @@ function connect(figure) {
   range.properties.end.change.connect(zoomed);
   plot.on_event("mousemove", (event) => point(nearest(figure, event.x)));
   plot.on_event("tap", (event) => point(nearest(figure, event.x)));
-  plot.on_event("mouseleave", () => point(null));
   element.addEventListener("keydown", (event) => {
     const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
     if (!by) return;
@@ -44,8 +43,9 @@ function connect(figure) {
     const at = figure.crosshair.visible ? find(all, figure.crosshair.location) : -1;
     point(all[Math.min(Math.max(at + by, 0), all.length - 1)]);
   });
-  // A finger that moves over a figure scrolls the page.
+  // A finger that moves over a figure scrolls the page, and one that is lifted leaves the numbers there.
   if (matchMedia("(pointer: coarse)").matches) plot.toolbar.active_drag = null;
+  else plot.on_event("mouseleave", () => point(null));
 }
 
 // The index of the value nearest to x in an ascending array.

@@ -18,7 +18,7 @@ from runtime.reporting.figures import (
     points_per_curve,
 )
 from runtime.reporting.run_record import METRICS, RunRecord, read_run
-from runtime.reporting.summary import changes_at_resumes, compare_flags, summarize, tabulate
+from runtime.reporting.summary import FACTS, changes_at_resumes, compare_flags, summarize, tabulate
 
 HERE = Path(__file__).resolve().parent
 MOST_MARKS = 200  # of a run
@@ -44,6 +44,7 @@ def render(runs: list[RunRecord], refresh: float = 0) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    facts = [summarize(run) for run in runs]
     figures = choose_figures(runs)
     most = points_per_curve(figures)
     marks = [mark for number, run in enumerate(runs) for mark in marks_of(run, number)]
@@ -61,7 +62,8 @@ def render(runs: list[RunRecord], refresh: float = 0) -> str:
         figures=figures,
         notes=notes_of(runs, figures, most),
         marks=marks,
-        facts=[summarize(run) for run in runs],
+        facts=facts,
+        known_facts=[name for name in FACTS if any(name in each for each in facts)],
         flags=compare_flags(runs),
         changes=[changes_at_resumes(run) for run in runs],
         tables=[tabulate(run) for run in runs],

@@ -11,6 +11,10 @@ from runtime.reporting.run_record import RunRecord
 # Flags that tell where a run lies and how it was started, not what it trains.
 NOT_COMPARED = {"history", "out_dir", "save_weight", "resume", "resume_with_changes", "cache_dir"}
 HIGHER_IS_BETTER = ("reward", "accuracy", "margin")
+# In the order of the summary
+FACTS = ("State", "Model", "Data", "Steps", "Started", "Loss", "Loss, held out", "Reward",
+         "Reward, held out", "Accuracy", "Accuracy, held out", "Tokens", "Time in training",
+         "Tokens per second", "Resumed", "Skipped steps", "Set-up")  # fmt: skip
 LONGEST_VALUE = 300  # characters of a flag
 
 
@@ -28,15 +32,14 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
-        return f"{hours:,} h {minutes} min"
+        return f"{number(hours)} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def summarize(run: RunRecord) -> dict[str, str]:
-    """What a reader looks for first: {fact: words}; a fact that is not known is missing."""
-    facts = {"State": run.state, "Model": describe_model(run)}
-    facts |= {"Data": describe_data(run), "Steps": describe_steps(run)}
-    facts["Started"] = run.log.started
+    """What a reader looks for first: {one of FACTS: words}; what is not known is missing."""
+    facts = {"State": run.state, "Model": describe_model(run), "Data": describe_data(run)}
+    facts |= {"Steps": describe_steps(run), "Started": run.log.started, "Set-up": run.log.header}
     curves = run.metrics.curves
     for key, name in (("loss", "Loss"), ("reward", "Reward"), ("accuracy", "Accuracy")):
         if "reward" in curves and key == "loss":
@@ -48,7 +51,8 @@ def summarize(run: RunRecord) -> dict[str, str]:
     if "total_tokens" in curves and len(total := curves["total_tokens"].finite().values):
         facts["Tokens"] = number(total[-1])
         if "tokens_per_sec" in curves:
-            facts["Time in training"] = duration(seconds_of(run))
+            seconds = seconds_of(run)
+            facts["Time in training"] = duration(seconds) if math.isfinite(seconds) else ""
             speeds = curves["tokens_per_sec"].finite().values
             if len(speeds):
                 facts["Tokens per second"] = f"{number(float(np.median(speeds)))} (median)"
@@ -56,11 +60,9 @@ def summarize(run: RunRecord) -> dict[str, str]:
         steps = ", ".join(f"{step:,}" for step in run.log.resumed[-10:])
         facts["Resumed"] = f"{times(len(run.log.resumed))}, behind step {steps}"
     if run.log.skipped:
-        facts["Skipped steps"] = (
-            f"{len(run.log.skipped):,}, the last: step {run.log.skipped[-1][0]:,}"
-        )
-    facts["Set-up"] = run.log.header
-    return {name: text for name, text in facts.items() if text}
+        last = f"{run.log.skipped[-1][0]:,}"
+        facts["Skipped steps"] = f"{len(run.log.skipped):,}, the last: step {last}"
+    return {name: facts[name] for name in FACTS if facts.get(name)}
 
 
 def describe_model(run: RunRecord) -> str:
@@ -74,8 +76,8 @@ def describe_model(run: RunRecord) -> str:
 
 
 def describe_data(run: RunRecord) -> str:
-    paths = run.flags.get("data_path") or []
-    paths = [paths] if isinstance(paths, str) else paths
+    paths = run.flags.get("data_path")
+    paths = paths if isinstance(paths, list) else [paths]
     names = [Path(path).name for path in paths if isinstance(path, str)]
     return ", ".join(names)[:LONGEST_VALUE]
 
@@ -104,9 +106,11 @@ def seconds_of(run: RunRecord) -> float:
     tokens, speed = (run.metrics.curves[key] for key in ("total_tokens", "tokens_per_sec"))
     if len(tokens.values) != len(speed.values):
         return math.nan
-    counts = np.diff(tokens.values, prepend=0.0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        counts = np.diff(tokens.values, prepend=0.0)
     is_known = (speed.values > 0) & np.isfinite(counts) & (counts >= 0)
-    return float((counts[is_known] / speed.values[is_known]).sum())
+    with np.errstate(over="ignore"):
+        return float((counts[is_known] / speed.values[is_known]).sum())
 
 
 def times(count: int) -> str:
