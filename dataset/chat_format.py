@@ -152,6 +152,11 @@ class ChatCoder:
     # Replies
     # ----------------------------------------------------------------------------------------------
 
+    @property
+    def can_think(self) -> bool:
+        """Whether the template asks if the model is to think."""
+        return "enable_thinking" in self.reader.template.source
+
     def opening(self, thinking: bool | None = None) -> str:
         """What a prompt says already of the reply: "<think>\\n", or nothing."""
         return self.reader.template.opening(thinking)

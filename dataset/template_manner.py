@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jinja2
 
 from dataset.template_layout import as_call, parse_layout, stand_in
+from dataset.template_sandbox import compiled
 
 OTHER = "name another with --chat_template FILE"
 
@@ -31,17 +32,18 @@ class Template:
         Raises:
             ValueError: it refuses the conversation, or fails.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
+        messages = [
+            {"thinking": m["reasoning_content"], **m} if m.get("reasoning_content") else m
+            for m in messages
+        ]
+        flags = {"add_generation_prompt": False, "documents": None, **self.variables, **flags}
         try:
-            texts, _ = render_jinja_template(
-                [messages], tools=tools, chat_template=self.source, **self.variables, **flags
-            )
+            sandbox, program = compiled(self.source)
+            return sandbox.run(program, messages=messages, tools=tools, **flags)
         except Exception as error:  # a template is a program: it fails as programs do
             reason = " ".join(str(error).split()) or type(error).__name__
             kind = "refuses" if type(error) is jinja2.TemplateError else "fails on"
             raise ValueError(f"the chat template {kind} the conversation: {reason}") from None
-        return texts[0]
 
     def opening(self, thinking: bool | None) -> str:
         """What a prompt says already of the reply: "<think>\\n", or nothing."""

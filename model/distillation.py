@@ -4,14 +4,15 @@ The losses themselves stand in trainer/train_distillation.py.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.lm import MiniMindLM
-from model.weights import load_model, newest_weights
+from model.lm import LMConfig, MiniMindLM
+from model.weights import read_config
 
 
 class LateHead(nn.Linear):
@@ -29,8 +30,8 @@ class Student(MiniMindLM):
     """MiniMindLM whose forward pass ends in losses of distillation; names and weights are equal.
 
     Args:
-        teacher: from `load_teacher`; is not a part of the student: nothing wraps, moves, trains or
-            saves it.
+        teacher: of `make_teacher`, frozen; is not a part of the student: what wraps, moves, trains
+            or saves that leaves it alone. Ranks may share it, which call it equally often.
         losses_of: (student's logits (k, vocab) float32, teacher's logits, targets (k,)) -> scalars,
             each a loss summed over the k tokens.
         chunk: tokens whose logits exist at once, in the forward pass and once more in the backward
@@ -67,11 +68,14 @@ class Student(MiniMindLM):
         (teacher,) = self.teacher
         with torch.no_grad():  # (K, the teacher's dim)
             teacher_states = teacher(input_ids, doc_lens=doc_lens, logits_at=at).logits
+        teacher_head = teacher.lm_head.weight
+        if hasattr(teacher_head, "full_tensor"):  # shared: whole until the backward pass is done
+            teacher_head = teacher_head.full_tensor()
         out = super().forward(input_ids, doc_lens=doc_lens, logits_at=at)
 
         def losses(states: Tensor, teacher_states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
             logits = F.linear(states, self.lm_head.weight).float()  # (k, vocab)
-            teacher_logits = F.linear(teacher_states, teacher.lm_head.weight)
+            teacher_logits = F.linear(teacher_states, teacher_head)
             return self.losses_of(logits, teacher_logits, targets)
 
         sums = []
@@ -83,27 +87,31 @@ class Student(MiniMindLM):
         return *map(sum, zip(*sums, strict=True)), out.aux_loss
 
 
-def load_teacher(weight: str, out_dir: str, vocab_size: int, max_seq_len: int) -> MiniMindLM:
-    """The teacher: frozen, in evaluation mode, its forward pass ends with hidden states.
+def read_teacher_config(path: Path, vocab_size: int, max_seq_len: int) -> LMConfig:
+    """The shape of the teacher.
 
     Args:
-        weight, out_dir: as for `newest_weights`.
+        path: its weights.
         vocab_size, max_seq_len: of the student.
 
     Raises:
-        ValueError: there is none, or teacher and student do not match.
+        ValueError: it has none, or teacher and student do not match.
     """
-    path = newest_weights(weight, out_dir, "--teacher_weight")
-    teacher = load_model(path)
-    if teacher.config.vocab_size != vocab_size:
+    config = read_config(path)
+    if config.vocab_size != vocab_size:
         raise ValueError(
-            f"--teacher_weight {path}: it has a vocabulary of {teacher.config.vocab_size}, the"
+            f"--teacher_weight {path}: it has a vocabulary of {config.vocab_size}, the"
             f" student's tokenizer has {vocab_size}; both must have the same tokenizer"
         )
-    if teacher.config.max_seq_len < max_seq_len:
+    if config.max_seq_len < max_seq_len:
         raise ValueError(
-            f"--max_seq_len {max_seq_len}: the context of the teacher is"
-            f" {teacher.config.max_seq_len}"
+            f"--max_seq_len {max_seq_len}: the context of the teacher is {config.max_seq_len}"
         )
+    return config
+
+
+def make_teacher(config: LMConfig) -> MiniMindLM:
+    """A model whose forward pass ends with hidden states: a teacher's, still without its values."""
+    teacher = MiniMindLM(config)
     teacher.lm_head = LateHead(teacher.lm_head)
-    return teacher.requires_grad_(False)
+    return teacher

@@ -73,11 +73,11 @@ class Keys:
 
     def __init__(self, path: Path):
         self.path = path
+        if not path.is_file():  # a pipe would be waited for
+            fault = "there is no config.json, so it is no model in Hugging Face's format"
+            raise ValueError(f"{path.parent}: {fault}")
         try:
             self.values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            fault = "there is no config.json, so it is no model in Hugging Face's format"
-            raise ValueError(f"{path.parent}: {fault}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: no valid JSON ({error})") from None
         if not isinstance(self.values, dict):

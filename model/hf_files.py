@@ -28,7 +28,7 @@ def weight_files(folder: Path) -> list[Path]:
             if others:
                 fault = f"{len(others)} files *.safetensors, but no {index.name} that lists them"
                 raise ValueError(f"{folder}: {fault}")
-    fault = "no weights in it: *.safetensors or pytorch_model.bin is wanted"
+    fault = "no weights in it: a file *.safetensors or pytorch_model.bin is wanted"
     raise ValueError(f"{folder}: {fault}")
 
 

@@ -123,7 +123,20 @@ def load_reward_model(path: str | Path) -> RewardModel:
     """The reward model in a weights file, on the CPU, float32, in evaluation mode.
 
     Raises:
-        ValueError: there is none, it is a language model, or the two files do not fit.
+        ValueError: see `read_reward_config`, or the two files do not fit.
+    """
+    with on_meta_device():
+        model = RewardModel(read_reward_config(path))
+    allocate(model, "cpu")
+    load_weights(model, path)
+    return model.eval()
+
+
+def read_reward_config(path: str | Path) -> RewardConfig:
+    """The shape of the reward model in a weights file.
+
+    Raises:
+        ValueError: there is none, or it is a language model.
     """
     path = Path(path)
     config_path = path.with_suffix(".json")
@@ -139,8 +152,4 @@ def load_reward_model(path: str | Path) -> RewardModel:
     if not is_reward:
         fault = "a language model, not a reward model"
         raise ValueError(f"{path}: {fault}; trainer/train_reward.py makes one")
-    with on_meta_device():
-        model = RewardModel(RewardConfig.from_json(config_path))
-    allocate(model, "cpu")
-    load_weights(model, path)
-    return model.eval()
+    return RewardConfig.from_json(config_path)

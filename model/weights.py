@@ -5,6 +5,7 @@ A folder is one in Hugging Face's format, see model/hf.py.
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -113,9 +114,13 @@ def allocate(model: MiniMindLM, device: torch.device | str) -> None:
 
 
 def hash_weights(state_dict: dict[str, Tensor]) -> str:
-    """SHA-256 of names and bits of float32 weights, wherever they are: which weights these are."""
+    """SHA-256 of names and bits of float32 weights, wherever they are: which weights these are.
+
+    Every process calls it where they share the weights, which are put together one by one.
+    """
     digest = hashlib.sha256()
     for name, value in state_dict.items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
         digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
@@ -151,13 +156,18 @@ def newest_weights(weight: str, out_dir: str | Path, flag: str = "--weight") -> 
         return resolve_folder(weight, flag)
     runs = [other for other in Path(out_dir).glob("*.pth") if other.name.startswith(f"{weight}_")]
     if not runs:
-        remedy = f"run `python trainer/train_{weight}.py` first or name others with {flag}"
-        raise ValueError(f"no {weight} weights in {out_dir}: {remedy}")
+        script = f"trainer/train_{weight}.py"
+        is_stage = (Path(__file__).parents[1] / script).is_file()
+        first = f"run `python {script}` first" if is_stage else "train it first"
+        raise ValueError(f"no {weight} weights in {out_dir}: {first}, or name others with {flag}")
     return max(runs, key=lambda other: other.stat().st_mtime)
 
 
-def read_config(path: str | Path) -> LMConfig:
+def read_config(path: str | Path, reward: bool = False) -> LMConfig:
     """The shape of the language model in a weights file or a folder in Hugging Face's format.
+
+    Args:
+        reward: that of a reward model is wanted, too: of its decoder.
 
     Raises:
         ValueError: the configuration is missing or damaged, or not that of a language model.
@@ -172,11 +182,18 @@ def read_config(path: str | Path) -> LMConfig:
         fault = f"missing; it holds the shape of the model in {path.name}, keep them together"
         raise ValueError(f"{config_path}: {fault}")
     text = config_path.read_text(encoding="utf-8", errors="replace")
-    if '"head": "score"' in text:
-        fault = "a reward model, which scores texts but writes none; name a language model"
-        raise ValueError(f"{path}: {fault}")
     if '"lora": {' in text:
-        fault = "an adapter: name its base model here, and the adapter with --lora"
+        fault = (
+            "an adapter: name its base model here, and the adapter with --lora, or merge the two"
+        )
+        raise ValueError(f"{path}: {fault}")
+    if '"head": "score"' in text:
+        if reward:
+            from model.reward import RewardConfig
+
+            shape = asdict(RewardConfig.from_json(config_path))
+            return LMConfig(**{name: value for name, value in shape.items() if name != "head"})
+        fault = "a reward model, which scores texts but writes none; name a language model"
         raise ValueError(f"{path}: {fault}")
     return LMConfig.from_json(config_path)
 

@@ -8,7 +8,6 @@ import math
 import os
 import re
 
-from runtime.launcher import read_launch
 from runtime.process.terminal import shortened
 
 WHOLE = 10**12  # no count that a machine could reach
@@ -37,8 +36,8 @@ RANGES = [
     (0, WHOLE, "max_steps save_interval eval_interval sample_interval replica_check"),
     (1, WHOLE, "global_batch_size log_interval"),
     # other counts
-    (0, WHOLE, "preview top_k show_wrong hold_out max_restarts"),
-    (1, WHOLE, "min_frequency"),
+    (0, WHOLE, "preview top_k show_wrong hold_out max_restarts num_fewshot"),
+    (1, WHOLE, "min_frequency limit"),
     (0, 2**63 - 1, "seed"),  # what torch takes
     # losses, rollouts and optimisation
     (ABOVE_0, REAL, "lora_alpha beta clip value_clip"),
@@ -89,8 +88,12 @@ def check_flags(args: dict) -> None:
         raise ValueError(f"--curriculum {args['curriculum']}: must be none, length or field:NAME")
     if "save_weight" in args:
         check_name("save_weight", args["save_weight"])
-    if not args.get("ddp", True) and read_launch().world_size > 1:
-        raise ValueError("started by torchrun as several processes but without --ddp: add --ddp")
+    if not args.get("ddp", True):
+        from runtime.launcher import read_launch
+
+        if read_launch().world_size > 1:
+            fault = "started by torchrun as several processes but without --ddp"
+            raise ValueError(f"{fault}: add --ddp")
 
 
 def check_number(name: str, value: int | float) -> None:

@@ -4,6 +4,7 @@ For --cache_reference 1: training then needs no second model in memory.
 """
 
 import hashlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def attach_reference(
     Each pair is computed by one rank, once: the result stays beside the token cache.
 
     Args:
-        model: the policy as it is before training, not wrapped.
+        model: the reference, of `parallel.wrap_frozen`.
         args: the flags batch_size and device, a torch.device.
         dtype: of the matrix products, the one of autocast.
         weights: what tells the model's weights from others.
@@ -76,13 +77,11 @@ def compute(pairs: PreferenceDataset, model: nn.Module, args, autocast) -> np.nd
     rank, ranks = data_world()
     rows = range(rank, len(pairs), ranks)
     local_logps = [torch.empty(0, 2)]
-    training = model.training
-    model.eval()
-    for begin in range(0, len(rows), args.batch_size):
+    # The same number of passes on every rank, some without a row: ranks may share the model
+    for begin in range(0, math.ceil(len(pairs) / ranks), args.batch_size):
         batch = pairs.collate([pairs[row] for row in rows[begin : begin + args.batch_size]])
         with autocast:
             local_logps.append(logps_of(model, *batch, args.device)[0].cpu())
-    model.train(training)
     logps = np.empty((len(pairs), 2), np.float32)
     for other, part in enumerate(gather_objects(torch.cat(local_logps).numpy())):
         logps[other::ranks] = part

@@ -11,7 +11,14 @@ from torch import nn
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
 from model.initial import on_meta_device
-from model.weights import allocate, copy_tensors, is_path, open_weights, read_lazily
+from model.weights import (
+    allocate,
+    copy_tensors,
+    is_path,
+    open_weights,
+    read_config,
+    read_lazily,
+)
 from runtime import tokenizer_record
 from runtime.ranks import SHARDED, mesh_sizes, world
 
@@ -64,32 +71,56 @@ class Start:
         return replace(self.shape, vocab_size=entries, tokenizer=record)
 
     def build(
-        self, make: Callable[[], nn.Module], args, resumed: Path | None = None, whole: bool = False
+        self,
+        make: Callable[[], nn.Module],
+        args,
+        resumed: Path | None = None,
+        shared: bool | None = None,
     ) -> nn.Module:
-        """A model on its device, with the values that it starts from; says where they come from.
-
-        Args:
-            make: makes the model, whose values are random.
-            args: `device`, and `strategy`, which is chosen.
-            resumed: the checkpoint whose values `checkpoint.load_run` puts in later.
-            whole: every process needs all of it. Else, where they share it, it has no memory yet:
-                `parallel.wrap` gives each process its part, and `fill` that its values.
-        """
+        """`build_model` with these weights; says where they come from, and sets `fill`."""
         if resumed is None and world()[0] == 0:
             print(self.line, flush=True)
-        if not whole and (args.strategy in SHARDED or mesh_sizes["tensor"] > 1):
-            from runtime.distributed import sharded_start
-
-            model, self.fill = sharded_start.build(make, self.path, resumed)
-            return model
-        if self.path is None and resumed is None:
-            return make().to(args.device)
-        with on_meta_device():  # the values come from elsewhere: none are made
-            model = make()
-        tensors = open_weights(model, self.path, new_head=True) if resumed is None else {}
-        allocate(model, args.device)  # last: sizes that do not fit the file ask for no memory
-        copy_tensors(tensors, model)
+        model, self.fill = build_model(make, args, self.path, resumed, shared)
         return model
+
+
+def build_model(
+    make: Callable[[], nn.Module],
+    args,
+    path: Path | None,
+    resumed: Path | None = None,
+    shared: bool | None = None,
+) -> tuple[nn.Module, Callable[[nn.Module, torch.device], None] | None]:
+    """A model on its device, with the values that it starts from.
+
+    Args:
+        make: makes the model, whose values are random.
+        args: `device`, and `strategy`, which is chosen.
+        path: a weights file or a folder; None: random values.
+        resumed: the checkpoint whose values `checkpoint.load_run` puts in later.
+        shared: whether processes share the model; by default as `args.strategy` and the mesh say.
+
+    Returns:
+        The model and None. Where processes share it, it has no memory yet: `parallel.wrap` gives
+        each its part, and what is returned here instead of None gives that part its values.
+
+    Raises:
+        ValueError: the weights are damaged, or made for another model.
+    """
+    if shared is None:
+        shared = args.strategy in SHARDED or mesh_sizes["tensor"] > 1
+    if shared:
+        from runtime.distributed import sharded_start
+
+        return sharded_start.build(make, path, resumed)
+    if path is None and resumed is None:
+        return make().to(args.device), None
+    with on_meta_device():  # the values come from elsewhere: none are made
+        model = make()
+    tensors = open_weights(model, path, new_head=True) if resumed is None else {}
+    allocate(model, args.device)  # last: sizes that do not fit the file ask for no memory
+    copy_tensors(tensors, model)
+    return model, None
 
 
 def open_start(args, default: str, teacher: Path | None = None, required: bool = True) -> Start:
@@ -109,7 +140,7 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     path, line = find_weights(args.from_weight, default, args, required)
     weights = read_shape(path)
     if path is not None and not path.exists():
-        weights = read_shape(Path(args.out_dir) / f"{args.save_weight}{suffix_of(args)}.pth")
+        weights = read_shape(own_weights(args))
     given = {n: vars(args)[n] for n in (*SIZES, *EXPERT_SIZES) if vars(args)[n] is not None}
     if "use_moe" in given:
         given["use_moe"] = bool(given["use_moe"])
@@ -158,7 +189,11 @@ def find_weights(
         if not name.endswith(".pth") and not path.exists():
             from model.hf import resolve_folder
 
-            path = resolve_folder(name, "--from_weight")
+            try:
+                path = resolve_folder(name, "--from_weight")
+            except ValueError:
+                if required:
+                    raise
     else:
         path = Path(args.out_dir) / f"{name or default}{suffix_of(args)}.pth"
         if name and not path.exists() and Path(name).is_dir():
@@ -174,6 +209,13 @@ def find_weights(
     return path, f"starting from {path}"
 
 
+def own_weights(args) -> Path:
+    """The weights of a run that goes on though what it started from is not there any more."""
+    path = Path(args.out_dir) / f"{args.save_weight}{suffix_of(args)}.pth"
+    others = list(path.parent.glob(f"{args.save_weight}_[0-9]*.pth"))
+    return others[0] if len(others) == 1 else path  # a folder said how wide it is
+
+
 def suffix_of(args) -> str:
     """What the shape adds to the name of a run: `_512`, `_512_moe`."""
     return f"_{args.dim or LMConfig.dim}{'_moe' if args.use_moe else ''}"
@@ -185,29 +227,14 @@ def read_shape(path: Path | None) -> LMConfig | None:
     Raises:
         ValueError: it is damaged, or an adapter's.
     """
-    if path is None:
+    if path is None or not (path.is_dir() or path.with_suffix(".json").is_file()):
         return None
-    if path.is_dir():
-        from model.hf import config_from_hf
-
-        return config_from_hf(path)
-    config_path = path.with_suffix(".json")
-    if not config_path.is_file():
-        return None
-    text = config_path.read_text(encoding="utf-8", errors="replace")
-    if '"lora": {' in text:
-        fault = "an adapter, no whole model: name its base, or merge the two first"
-        raise ValueError(f"{path}: {fault}")
-    kind = LMConfig
-    if '"head": "score"' in text:
-        from model.reward import RewardConfig as kind
     try:
-        shape = asdict(kind.from_json(config_path))
+        return read_config(path, reward=True)
     except ValueError:
-        read_lazily(path)  # where both are damaged, that of the weights is the error to tell
+        if not path.is_dir():
+            read_lazily(path)  # where both are damaged, that of the weights is the error to tell
         raise
-    shape.pop("head", None)
-    return LMConfig(**shape)
 
 
 def check_sizes(weights: LMConfig, given: dict, path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Run as every rank: how much memory the start of a shared model takes, and whether its values are
-right.
+"""Run as every rank: how much memory models take until training begins, and whether their values
+are right.
 
-Usage: share_model.py WHOLE.pth [flags of train_full_sft.py]; WHOLE has the values that are expected
+Usage: share_model.py STAGE FILES [flags of the stage]. FILES, with commas, have the values that are
+expected, in the order in which the stage spreads its models.
 """
 
-import functools
+import importlib
 import json
 import sys
 import tempfile
@@ -15,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from model.lm import MiniMindLM
 from runtime import parallel
-from runtime.start import open_start
-from trainer import train_full_sft as sft
+
+
+class TrainingBegins(Exception):
+    pass
 
 
 def peak_of(start) -> int:
@@ -32,31 +34,47 @@ def peak_of(start) -> int:
     return max(e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]")
 
 
-def main() -> None:
-    whole = torch.load(sys.argv.pop(1), weights_only=True)
-    args = sft.parse_args()
-    start = open_start(args, "pretrain")
-    args.device = sft.init_distributed_mode(args)
-    parallel.make_mesh(args.device, args.strategy, 1, args.tensor_parallel)
-    sft.setup_seed(args.seed)
+def models_of(stage) -> tuple[list, int]:
+    """What a stage spreads over processes, in order, until training begins; its peak of memory."""
     models = []
 
-    def build() -> None:
-        make = functools.partial(MiniMindLM, start.config)
-        model = start.build(make, args)
-        models.append(parallel.wrap(model, args, "float32", 8, start.fill))
+    def recorded(wrap):
+        def record(*args, **more):
+            models.append(wrap(*args, **more))
+            return models[-1]
 
-    config = start.config
-    peak = peak_of(build)
-    for name, p in models[0].state_dict().items():
-        value = p.full_tensor() if hasattr(p, "full_tensor") else p
-        assert torch.equal(value, whole[name]), name
-    assert (
-        models[0].lm_head.weight is models[0].model.embed_tokens.weight or not config.tie_embeddings
-    )
-    size = sum(value.nbytes for value in whole.values())
-    size -= whole["lm_head.weight"].nbytes if config.tie_embeddings else 0
-    largest = max(value.nbytes for value in whole.values())
+        return record
+
+    def begin(*args):
+        raise TrainingBegins
+
+    def run() -> None:
+        try:
+            stage.main()
+        except TrainingBegins:
+            pass
+
+    parallel.wrap, parallel.wrap_frozen = recorded(parallel.wrap), recorded(parallel.wrap_frozen)
+    stage.train_epoch = begin
+    peak = peak_of(run)
+    return models, peak
+
+
+def main() -> None:
+    name, files = sys.argv.pop(1), sys.argv.pop(1).split(",")
+    wholes = [torch.load(file, weights_only=True) for file in files]
+    models, peak = models_of(importlib.import_module(f"trainer.{name}"))
+    if hasattr(models[-1], "actor"):
+        models[-1:] = [models[-1].actor, models[-1].critic]
+    size = 0
+    for model, whole in zip(models, wholes, strict=True):
+        for key, p in model.state_dict().items():
+            value = p.full_tensor() if hasattr(p, "full_tensor") else p
+            assert torch.equal(value, whole[key]) if key in whole else not value.any(), key
+        if model.config.tie_embeddings:
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+        size += sum(p.nbytes for p in model.parameters())
+    largest = max(value.nbytes for whole in wholes for value in whole.values())
     print(json.dumps({"peak": peak, "size": size, "largest": largest}))
     dist.destroy_process_group()
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dataset.lm_dataset import SFTDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
-from model.distillation import Student, load_teacher
+from model.distillation import Student, make_teacher, read_teacher_config
 from model.lm import LMConfig
 from model.weights import hash_weights, newest_weights
 from runtime import checkpoint, launch, parallel
@@ -39,7 +39,7 @@ from runtime.device import choose_device
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
-from runtime.start import open_start
+from runtime.start import build_model, open_start
 from runtime.tokenizer_record import check_same
 from runtime.tracking import Tracker
 
@@ -356,20 +356,22 @@ def main() -> int:
         autocast = torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
-    # 4. The teacher, and the student: new, from other weights, or from a checkpoint, whose tensors
-    #    come in step 5
+    # 4. Strategy, the teacher, and the student: new, from other weights, or from a checkpoint,
+    #    whose tensors come in step 5
     config = start.config
-    sizes = (config.vocab_size, args.max_seq_len)
-    teacher = load_teacher(args.teacher_weight, args.out_dir, *sizes).to(args.device)
-    check_same(teacher_path, teacher.config.tokenizer, config.tokenizer)
+    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
+    teacher_config = read_teacher_config(teacher_path, config.vocab_size, args.max_seq_len)
+    check_same(teacher_path, teacher_config.tokenizer, config.tokenizer)
+    make = functools.partial(make_teacher, teacher_config)
+    teacher, fill_teacher = build_model(make, args, teacher_path)
     apply_kernels(teacher, args.device, dtype)
+    teacher = parallel.wrap_frozen(teacher, args, dtype, fill_teacher)
     teacher_weights = {"the weights of --teacher_weight": hash_weights(teacher.state_dict())}
     parallel.assert_same_on_all_ranks(teacher_weights)
     run_dir = start.run_dir
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | teacher_weights
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     losses_of = functools.partial(chunk_losses, kind=args.kl, temperature=args.kl_temperature)
-    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
     make = functools.partial(Student, config, teacher, losses_of, args.gradient_checkpointing)
     model = start.build(make, args, resumed)
     apply_kernels(model, args.device, dtype)

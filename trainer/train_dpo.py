@@ -408,35 +408,35 @@ def main() -> int:
         autocast = torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
-    # 4. The model, also the reference: tensors of a checkpoint come in step 5. Without dropout, or
-    #    the two would differ
+    # 4. Strategy and model, also the reference: tensors of a checkpoint come in step 5. Without
+    #    dropout, or the two would differ
     if args.dropout:
         Logger(f"--dropout {args.dropout}: left out, as the policy is compared with the reference")
     config = replace(start.config, dropout=0.0)
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
     run_dir = start.run_dir
-    model = start.build(make, args, whole=True)
+    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
+    model = start.build(make, args)
     apply_kernels(model, args.device, dtype)
     weights, reference = {}, None
     if args.loss_type != "simpo":
-        weights = {"the weights of --from_weight": hash_weights(model.state_dict())}
-        if not args.cache_reference:
-            reference = copy.deepcopy(model).eval().requires_grad_(False)
+        reference = parallel.wrap_frozen(copy.deepcopy(model), args, dtype, start.fill)
+        weights = {"the weights of --from_weight": hash_weights(reference.state_dict())}
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | weights
     identity |= {"the data of --eval_data": held_out[0].key} if args.eval_data else {}
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     if args.cache_reference and weights:
         from runtime.reference import attach_reference
 
-        options = (model, args, autocast, dtype, weights)
+        options = (reference, args, autocast, dtype, weights)
         dataset = attach_reference(dataset, *options)
         held_out[0] = attach_reference(held_out[0], *options)
+        reference = None
     loss_of = functools.partial(batch_loss, args, reference)
 
     # 5. Strategy, compile, wrap, optimizer. Every rank has the same model, but its own dropout.
     setup_seed(args.seed + parallel.world()[0])
-    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
-    model = parallel.wrap(model, args, dtype, global_batch)
+    model = parallel.wrap(model, args, dtype, global_batch, start.fill)
     shard = args.strategy == "zero1"
     optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, shard)
     progress = checkpoint.load_run(resumed, model, optimizer, scaler)

@@ -44,7 +44,13 @@ from runtime.device import choose_device, to_float64
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.rl.rewards import load_rewards
-from runtime.rl.rollout import mini_batch_rows, mini_batches, rank_prompts, score
+from runtime.rl.rollout import (
+    copy_to_generate,
+    mini_batch_rows,
+    mini_batches,
+    rank_prompts,
+    score,
+)
 from runtime.rl.sampler import Sampler, rollout_metrics
 from runtime.run import Run
 from runtime.start import open_start
@@ -469,8 +475,6 @@ def main() -> int:
     args.total_steps = steps_per_rollout * min(rollouts, wanted)
     args.peak_lr = scale_lr(args.learning_rate, args.lr_scaling, data_ranks)
     config = replace(start.config, dropout=0.0)
-    sizes = (config.vocab_size, args.max_seq_len)
-    rewards = load_rewards(args.reward, *sizes, args.device, config.tokenizer)
 
     # 3. Precision: float16 alone needs its gradients scaled
     dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
@@ -479,27 +483,31 @@ def main() -> int:
         autocast = torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
-    # 4. The model, without dropout: the policy is compared with itself. The reference keeps the
-    #    weights of the start.
+    # 4. Strategy, rewards and the model, without dropout: the policy is compared with itself. The
+    #    reference keeps the weights of the start. A copy generates for a policy that is sharded or
+    #    compiled: the only model that a process then has whole.
     if args.dropout:
         reason = "a policy with dropout is not the one that wrote the rollout"
         Logger(f"--dropout {args.dropout} is taken as 0: {reason}")
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
     run_dir = start.run_dir
-    model = start.build(make, args, whole=True)
+    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
+    rewards = load_rewards(args.reward, config, args)
+    model = start.build(make, args)
     apply_kernels(model, args.device, dtype)
     identity = checkpoint.identity_of(vars(args), args.global_batch_size, dataset.key)
     reference = None
     if args.kl_beta:
-        reference = copy.deepcopy(model).eval().requires_grad_(False)
+        reference = parallel.wrap_frozen(copy.deepcopy(model), args, dtype, start.fill)
         identity["the weights of --from_weight"] = hash_weights(reference.state_dict())
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
 
-    # 5. Strategy, compile, wrap, optimizer. A copy generates for sharded or compiled models.
-    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
-    needs_copy = args.compile or args.strategy in parallel.SHARDED
-    plain_copy = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
-    model = parallel.wrap(model, args, dtype, math.inf)  # steps have any number of passes
+    # 5. Compile, wrap, optimizer
+    plain_copy = None
+    if args.compile or start.fill:
+        plain_copy = copy_to_generate(model, args.device)
+    # Steps have any number of passes
+    model = parallel.wrap(model, args, dtype, math.inf, start.fill)
     shard = args.strategy == "zero1"
     optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, shard)
     progress = checkpoint.load_run(resumed, model, optimizer, scaler)

@@ -321,7 +321,7 @@ def main() -> int:
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
     run_dir = start.run_dir
     args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
-    model = start.build(make, args, whole=start.path is None)
+    model = start.build(make, args, shared=None if start.path else False)
     base_hash = hash_file(model, start.path) if start.fill else hash_weights(model.state_dict())
     settings = (args.lora_targets, args.lora_rank, args.lora_alpha, args.lora_dropout)
     lora = add_lora(model, *settings, base_hash)

@@ -49,6 +49,7 @@ from runtime.optim import make_optimizer, scale_lr
 from runtime.rl.rewards import load_rewards
 from runtime.rl.rollout import (
     Pack,
+    copy_to_generate,
     log_probs_of,
     mini_batch_rows,
     mini_batches,
@@ -466,8 +467,6 @@ def main() -> int:
     args.total_steps = steps_per_rollout * min(rollouts, wanted)
     args.peak_lr = scale_lr(args.learning_rate, args.lr_scaling, data_ranks)
     config = replace(start.config, dropout=0.0)
-    sizes = (config.vocab_size, args.max_seq_len)
-    rewards = load_rewards(args.reward, *sizes, args.device, config.tokenizer)
 
     # 3. Precision: float16 alone needs its gradients scaled
     dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
@@ -476,33 +475,43 @@ def main() -> int:
         autocast = torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
-    # 4. The model, without dropout: the policy is compared with itself. The reference keeps the
-    #    weights of the start.
+    # 4. Strategy, rewards and the model, without dropout: the policy is compared with itself. The
+    #    reference keeps the weights of the start. A copy generates for a policy that is sharded or
+    #    compiled: the only model that a process then has whole.
     if args.dropout:
         reason = "a policy with dropout is not the one that wrote the rollout"
         Logger(f"--dropout {args.dropout} is taken as 0: {reason}")
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
     run_dir = start.run_dir
-    actor = start.build(make, args, whole=True)
+    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
+    rewards = load_rewards(args.reward, config, args)
+    actor = start.build(make, args)
     apply_kernels(actor, args.device, dtype)
     make = functools.partial(RewardModel, RewardConfig.of(config), args.gradient_checkpointing)
     path, line = find_weights(args.critic_weight or args.from_weight, "full_sft", args)
     of_critic = replace(start, path=path, line=f"the critic: {line}")
-    critic = of_critic.build(make, args, whole=True)
+    setup_seed(args.seed)  # without weights, too, it begins with the policy's decoder
+    critic = of_critic.build(make, args)
     apply_kernels(critic, args.device, dtype)
     identity = checkpoint.identity_of(vars(args), args.global_batch_size, dataset.key)
     reference = None
     if args.kl_beta:
-        reference = copy.deepcopy(actor).eval().requires_grad_(False)
+        reference = parallel.wrap_frozen(copy.deepcopy(actor), args, dtype, start.fill)
         identity["the weights of --from_weight"] = hash_weights(reference.state_dict())
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
 
-    # 5. Strategy, compile, wrap, optimizer. A copy generates for sharded or compiled models.
-    args.strategy = parallel.choose_strategy(config, dataset, args, dtype)
-    needs_copy = args.compile or args.strategy in parallel.SHARDED
-    plain_copy = copy.deepcopy(actor).requires_grad_(False) if needs_copy else None
+    # 5. Compile, wrap, optimizer
+    plain_copy = None
+    if args.compile or start.fill:
+        plain_copy = copy_to_generate(actor, args.device)
     model = ActorCritic(actor, critic)
-    model = parallel.wrap(model, args, dtype, math.inf)  # steps have any number of passes
+
+    def fill(both: ActorCritic, device: torch.device) -> None:
+        start.fill(both.actor, device)
+        of_critic.fill(both.critic, device)
+
+    # Steps have any number of passes
+    model = parallel.wrap(model, args, dtype, math.inf, fill if start.fill else None)
     shard = args.strategy == "zero1"
     optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, shard)
     progress = checkpoint.load_run(resumed, model, optimizer, scaler)

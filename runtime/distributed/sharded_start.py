@@ -22,19 +22,27 @@ def build(
 ) -> tuple[nn.Module, Callable[[nn.Module, torch.device], None]]:
     """A model on the meta device, and what gives its parts their values once they have memory.
 
+    What gets the values may be less than this model: a stage of a pipeline.
+
     Args:
         make: makes the model, whose values are random.
         path: weights, a file or a folder; None: it begins with random ones.
         resumed: a checkpoint, which brings the values later.
+
+    Raises:
+        ValueError: the weights are damaged, or made for another model.
     """
     if resumed is None and path is None:
         model, state = make_without_memory(make)
-        return model, functools.partial(fill_randomly, state=state)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        options = {"state": state, "shapes": shapes, "n_layers": model.config.n_layers}
+        return model, functools.partial(fill_randomly, **options)
     with on_meta_device():
         model = make()
     if resumed is not None:
         return model, allocate
-    return model, functools.partial(fill_from_files, path=path)
+    tensors = open_weights(model, path, new_head=True)
+    return model, functools.partial(fill_from_files, tensors=tensors)
 
 
 def make_without_memory(make: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
@@ -63,31 +71,43 @@ def make_without_memory(make: Callable[[], nn.Module]) -> tuple[nn.Module, Tenso
 
 
 @torch.no_grad()
-def fill_randomly(model: MiniMindLM, device: torch.device, state: Tensor) -> None:
+def fill_randomly(
+    model: MiniMindLM,
+    device: torch.device,
+    state: Tensor,
+    shapes: dict[str, torch.Size],
+    n_layers: int,
+) -> None:
     """Values of a random start: whole tensors are drawn one after the other, parts of them kept.
 
     Args:
         state: of the generator, see `make_without_memory`.
+        shapes, n_layers: of the whole model.
     """
     allocate(model, device)
+    parameters = dict(model.named_parameters())
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(state)
-        for name, p in model.named_parameters():
+        for name, shape in shapes.items():
             if name == "score.weight":  # of a reward model, which keeps its zeros
                 continue
-            whole = torch.ones(p.shape)  # norms stay so
-            init_parameter(name, whole, model.config.n_layers)
-            local(p).copy_(whole[own_part(p)])
+            whole = torch.ones(shape)  # norms stay so
+            init_parameter(name, whole, n_layers)
+            if name in parameters:
+                p = parameters[name]
+                local(p).copy_(whole[own_part(p)])
 
 
 @torch.no_grad()
-def fill_from_files(model: MiniMindLM, device: torch.device, path: Path) -> None:
+def fill_from_files(model: MiniMindLM, device: torch.device, tensors: dict) -> None:
     """Values of a weights file, or of a folder in Hugging Face's format.
 
+    Args:
+        tensors: of `open_weights`.
+
     Raises:
-        ValueError: it is damaged, or made for another model.
+        ValueError: a value is not finite.
     """
-    tensors = open_weights(model, path, new_head=True)
     allocate(model, device)
     for name, p in model.named_parameters():
         if name in tensors:

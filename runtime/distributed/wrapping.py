@@ -43,7 +43,18 @@ def wrap(
         model.context = Context(groups["context"])
     if mesh_sizes["tensor"] == 1 and args.strategy not in SHARDED:
         return replicate(model, args, global_batch)
-    model = shard(model, args, dtype)
+    return share(model, args, dtype, fill, reshard=args.strategy == "zero3")
+
+
+def share(
+    model: nn.Module,
+    args,
+    dtype: str,
+    fill: Callable[[nn.Module, torch.device], None] | None,
+    reshard: bool,
+) -> nn.Module:
+    """`shard` a model, then give it memory and values; arguments as for both."""
+    model = shard(model, args, dtype, reshard)
     if fill is not None:
         fill(model, torch.device("cpu") if args.offload else args.device)
     return model
@@ -65,11 +76,15 @@ def replicate(model: nn.Module, args, global_batch: int) -> DistributedDataParal
     )
 
 
-def shard(model: nn.Module, args, dtype: str) -> nn.Module:
+def shard(model: nn.Module, args, dtype: str, reshard: bool) -> nn.Module:
     """zero2, zero3, and whatever is tensor parallel: FSDP2 around each block, and around the rest.
 
     zero2 gathers the weights once per forward and backward pass, zero3 lets go of them in between.
     With tensor parallelism there is always FSDP2 around it, for ddp with shards over one rank.
+
+    Args:
+        reshard: let go of the weights after the forward pass. A model that is never trained must.
+
     Source: Rajbhandari et al., ZeRO (2020); Zhao et al., PyTorch FSDP (2023).
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -93,7 +108,7 @@ def shard(model: nn.Module, args, dtype: str) -> nn.Module:
 
         split_layers(model, mesh["tensor"])
     mesh = mesh["shard"] if is_zero else mesh["replica", "shard"]
-    options = {"mesh": mesh, "reshard_after_forward": args.strategy == "zero3"}
+    options = {"mesh": mesh, "reshard_after_forward": reshard}
     options["offload_policy"] = (
         CPUOffloadPolicy(pin_memory=device.type == "cuda") if args.offload else OffloadPolicy()
     )

@@ -203,9 +203,10 @@ def module_class() -> type:
     from lightning.pytorch import LightningModule
 
     class StepModule(LightningModule):
-        def __init__(self, model: nn.Module, args) -> None:
+        def __init__(self, model: nn.Module, args, fill) -> None:
             super().__init__()
             self.model, self.args, self.automatic_optimization = model, args, False
+            self.fill = fill
             self.stop = SimpleNamespace(number=0, received=0)
 
         def configure_model(self) -> None:
@@ -216,7 +217,7 @@ def module_class() -> type:
                     "strategy": "zero3",
                     "offload": 0,
                 }
-                wrap(self.model, SimpleNamespace(**options), self.args.dtype, 0)
+                wrap(self.model, SimpleNamespace(**options), self.args.dtype, 0, self.fill)
             elif self.args.compile:
                 compiling().compile_blocks(self.model)
 

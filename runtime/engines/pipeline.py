@@ -242,15 +242,18 @@ class Pipeline:
         whole model.
     """
 
-    def __init__(self, model: MiniMindLM, mesh: DeviceMesh, args, micro_batches: int, autocast):
+    def __init__(
+        self, model: MiniMindLM, mesh: DeviceMesh, args, micro_batches: int, autocast, fill=None
+    ):
         """Cut the model and set up the schedule.
 
         Args:
-            model: whole, on the CPU, the same on all ranks; is cut.
+            model: with all layers, the same on all ranks; is cut.
             mesh: of `make_mesh`.
             args: the flags device, batch_size, max_seq_len, pipeline_schedule, compile.
             micro_batches: of an optimizer step and a pipeline.
             autocast: context of the forward passes.
+            fill: of `start.Start`, where the model has no memory yet.
         """
         rank, data_rank, _ = mesh.get_coordinate()
         size, data_ranks, tensor = mesh.shape
@@ -258,11 +261,13 @@ class Pipeline:
         config = model.config  # of the whole model; that of a part is another one
         layers = {n: layers_of(n, stages, config.n_layers) for n in range(rank, stages, size)}
         own = [layer for index in layers for layer in layers[index]]
-        self.module = cut(model, own, rank == 0, rank == size - 1).to(args.device)
+        self.module = cut(model, own, rank == 0, rank == size - 1)
         if args.compile:
             compiling().compile_blocks(self.module)
         if tensor > 1:
             split_layers(self.module, mesh["tensor"])
+        if fill is not None:
+            fill(self.module, args.device)
 
         self.data_world = (data_rank, data_ranks)
         self.mesh, self.stages = mesh, stages

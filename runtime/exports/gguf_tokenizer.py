@@ -9,6 +9,8 @@ the space of SentencePiece also where Hugging Face does at the start of a text o
 
 import json
 
+from runtime.exports.ends import end_of_reply, end_of_turn
+
 REFUSED = "so a GGUF file would make other tokens of the same text; export with to-hf instead"
 
 # The regular expressions as tokenizer.json has them. llama.cpp's own spell some of them differently.
@@ -235,26 +237,11 @@ def text_ends(tokenizer) -> tuple[int | None, int | None]:
     return before[0] if before else None, behind[0] if behind else None
 
 
-def end_of_turn(tokenizer) -> int | None:
-    """The id of the token that ends a turn of the chat template; None: there is none to be found."""
-    from dataset.chat_format import chat_coder
-
-    try:
-        return chat_coder(tokenizer).end_of_turn
-    except (
-        ValueError
-    ):  # no template, or one without such a token: weights can be exported all the same
-        return None
-
-
 def write_special_tokens(writer, tokenizer) -> None:
     """Beginning and end of a text or turn, and which of them llama.cpp writes by itself."""
     before, behind = text_ends(tokenizer)
     turn = end_of_turn(tokenizer)
-    ends = (behind, tokenizer.eos_token_id, turn, tokenizer.pad_token_id)
-    eos = next((number for number in ends if number is not None), None)
-    if eos is None:
-        raise ValueError("the tokenizer has no token that ends a text: give it an eos_token")
+    eos = end_of_reply(tokenizer, behind, tokenizer.eos_token_id)
     bos = next(n for n in (before, tokenizer.bos_token_id, eos) if n is not None)
     writer.add_bos_token_id(bos)  # without one llama.cpp would take the token 11
     writer.add_eos_token_id(eos)

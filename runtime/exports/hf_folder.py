@@ -20,6 +20,7 @@ from dataset.progress import byte_bar
 from model.config import LMConfig
 from model.hf import config_to_hf, file_names, meta_model
 from model.lazy_tensors import CHUNK_BYTES, DTYPES, LazyTensor
+from runtime.exports.ends import end_of_reply
 from runtime.process.terminal import naming
 
 SHARD_SIZE = 5_000_000_000  # bytes; what the hub's own tools write
@@ -165,9 +166,7 @@ def special_ids(tokenizer) -> dict:
 
     A tokenizer without a padding token pads with the end of a text, as transformers would.
     """
-    from dataset.chat_format import chat_coder
-
-    end = chat_coder(tokenizer).end_of_turn
+    end = end_of_reply(tokenizer)
     pad = tokenizer.pad_token_id
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end}
     return {**ids, "pad_token_id": end if pad is None else pad}
@@ -178,7 +177,7 @@ def generation_config(tokenizer, ids: dict) -> dict:
     known = {}
     path = Path(tokenizer.folder) / "generation_config.json"
     with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known = {key: value for key, value in known.items() if not key.startswith("_")}
     ends = known.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]

@@ -9,7 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.exports.gguf_tokenizer import end_of_turn, text_ends
+from runtime.exports.ends import end_of_turn
+from runtime.exports.gguf_tokenizer import text_ends
 from runtime.saving.store import save_file
 
 MARKS = {"system": "QsystemQ", "user": "QuserQ", "assistant": "QassistantQ"}

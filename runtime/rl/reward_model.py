@@ -6,36 +6,33 @@ from pathlib import Path
 
 import torch
 
-from model.reward import RewardModel, load_reward_model
+from model.lm import LMConfig
+from model.reward import RewardModel, read_reward_config
+from runtime import parallel
 from runtime.kernel_loader import apply_kernels
 from runtime.rl.rollout import Rollout
+from runtime.start import build_model
 from runtime.tokenizer_record import check_same
 
 
-def load_scorer(
-    path: str,
-    vocab_size: int,
-    max_seq_len: int,
-    device: torch.device,
-    tokenizer: dict | None = None,
-) -> Callable[[Rollout], list[float]]:
-    """`scores_of` with the reward model in a file.
+def load_scorer(path: str, policy: LMConfig, args) -> Callable[[Rollout], list[float]]:
+    """`scores_of` with the reward model in a file; arguments as for `rewards.load_rewards`.
 
     Raises:
         ValueError: there is none, or it is made for another tokenizer or a shorter context.
     """
-    model = load_reward_model(path).to(device)
-    apply_kernels(model, device, "float32")
-    have = model.config
-    if tokenizer:
-        check_same(Path(path), have.tokenizer, tokenizer)
-    if have.vocab_size != vocab_size or have.max_seq_len < max_seq_len:
+    have = read_reward_config(path)
+    if policy.tokenizer:
+        check_same(Path(path), have.tokenizer, policy.tokenizer)
+    if have.vocab_size != policy.vocab_size or have.max_seq_len < args.max_seq_len:
         raise ValueError(
             f"--reward {path}: made for {have.vocab_size} tokens and contexts of"
-            f" {have.max_seq_len}, needed are {vocab_size} and {max_seq_len}: train it with"
-            " this tokenizer and --max_seq_len"
+            f" {have.max_seq_len}, needed are {policy.vocab_size} and {args.max_seq_len}: train it"
+            " with this tokenizer and --max_seq_len"
         )
-    return functools.partial(scores_of, model)
+    model, fill = build_model(functools.partial(RewardModel, have), args, Path(path))
+    apply_kernels(model, args.device, "float32")
+    return functools.partial(scores_of, parallel.wrap_frozen(model, args, "float32", fill))
 
 
 @torch.no_grad()
@@ -43,6 +40,7 @@ def scores_of(model: RewardModel, rollout: Rollout, budget: int = 8192) -> list[
     """The score of each prompt with its completion, at its last token.
 
     Args:
+        model: of `parallel.wrap_frozen`; where ranks share it, all of them call this.
         budget: tokens of a forward pass, unless a single text is longer.
     """
     device = model.score.weight.device
@@ -54,8 +52,11 @@ def scores_of(model: RewardModel, rollout: Rollout, budget: int = 8192) -> list[
             room = budget
         batches[-1].append(text)
         room -= len(text)
+    passes = len(batches)
+    if parallel.is_fsdp(model):  # the same number on every rank, some with one token of padding
+        passes = max(parallel.gather_objects(passes))
     scores = []
-    for batch in batches:
-        ids = torch.cat(batch).unsqueeze(0).to(device)
+    for batch in batches + [[]] * (passes - len(batches)):
+        ids = torch.cat(batch or [torch.zeros(1, dtype=torch.int64)]).unsqueeze(0).to(device)
         scores += model(ids, doc_lens=[len(text) for text in batch]).scores.tolist()
     return scores

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dataset.chat_format import ChatCoder
 from dataset.replies import final_answer
+from model.lm import LMConfig
 from runtime.parallel import gather_objects
 from runtime.rl.rollout import Rollout
 
@@ -59,18 +60,13 @@ def format(prompts: list[str], completions: list[str], rows: list[dict]) -> list
 FUNCTIONS = {"exact": exact, "format": format}
 
 
-def load_rewards(
-    words: list[str],
-    vocab_size: int,
-    max_seq_len: int,
-    device: torch.device,
-    tokenizer: dict | None = None,
-) -> list[Reward]:
+def load_rewards(words: list[str], policy: LMConfig, args) -> list[Reward]:
     """The rewards that the words of `--reward` name.
 
     Args:
-        vocab_size, max_seq_len: of the policy.
-        tokenizer: the record of its tokenizer, where that of a reward model is to be compared.
+        policy: its shape, vocabulary and tokenizer, which a reward model must fit.
+        args: the flags device, max_seq_len, offload and strategy, which is chosen: ranks share a
+            reward model where they share the policy.
 
     Raises:
         ValueError: an unknown name, a file or function that is not there or cannot be loaded, a
@@ -88,7 +84,7 @@ def load_rewards(
         if name.endswith(".pth"):
             from runtime.rl.reward_model import load_scorer
 
-            function = load_scorer(name, vocab_size, max_seq_len, device, tokenizer)
+            function = load_scorer(name, policy, args)
         elif ".py:" in name:
             function = function_in(name)
         elif name in FUNCTIONS:
@@ -137,13 +133,13 @@ def compute_rewards(
             of numbers; names the function and the row.
     """
     prompts, completions = texts_of(rollout, coder)
+    # First, as ranks may share these models: on every rank, whatever a function raises
+    scores = {reward.name: reward.function(rollout) for reward in rewards if reward.reads_tokens}
     columns, problem = [], ""
     try:
         for reward in rewards:
-            values = []
-            if reward.reads_tokens:
-                values = reward.function(rollout)
-            elif rows:
+            values = scores.get(reward.name, [])
+            if not reward.reads_tokens and rows:
                 values = call(reward, prompts, completions, rows, places)
             columns.append([reward.weight * value for value in values])
     except ValueError as error:

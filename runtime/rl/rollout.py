@@ -5,6 +5,7 @@ generates: a sharded model is copied whole first. What is sampled is a function 
 prompt, sample) alone, not of the ranks or the batch.
 """
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from dataset.packing import Plan
 from model.generate import generate_batch
 from model.lm import MiniMindLM
+from model.weights import allocate
 from runtime import parallel
 from runtime.device import is_sharded, to_float64
 
@@ -78,19 +80,27 @@ class MiniBatch:
 # --------------------------------------------------------------------------------------------------
 
 
-def whole_copy(model: nn.Module, copy: nn.Module | None) -> nn.Module:
-    """The model to generate with: itself, or its `copy`, updated. All ranks call it.
+def whole_copy(model: nn.Module, plain: nn.Module | None) -> nn.Module:
+    """The model to generate with: itself, or its copy, updated. All ranks call it.
 
     Args:
         model: a MiniMindLM, not wrapped in DDP; it may be sharded.
-        copy: a MiniMindLM of the same shape where the model is sharded or compiled.
+        plain: of `copy_to_generate`, where the model is sharded or compiled.
     """
-    if copy is None:
+    if plain is None:
         return model
-    for p, whole in zip(model.parameters(), copy.parameters(), strict=True):
+    for p, whole in zip(model.parameters(), plain.parameters(), strict=True):
         p = p.detach().to(whole.device)
         whole.data.copy_(p.full_tensor() if is_sharded(p) else p)
-    return copy
+    return plain
+
+
+def copy_to_generate(model: MiniMindLM, device: torch.device) -> MiniMindLM:
+    """A copy for `whole_copy`, of a model that is not wrapped yet, and may have no memory yet."""
+    whole = copy.deepcopy(model).requires_grad_(False)
+    if whole.lm_head.weight.is_meta:
+        allocate(whole, device)
+    return whole
 
 
 @torch.no_grad()

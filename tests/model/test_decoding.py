@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from dataset.chat_format import chat_coder
 from dataset.prompt_dataset import PromptDataset
 from dataset.replies import final_answer
+from model.lm import LMConfig
 from runtime.rl import rewards, rollout
 from runtime.rl.sampler import Sampler
 
@@ -96,7 +98,7 @@ def test_rewards_see_what_the_model_wrote(any_tokenizer, tmp_path):
         " completions]\n"
     )
     words = ["exact", "format", f"{tmp_path}/mine.py:calls"]
-    functions = rewards.load_rewards(words, len(any_tokenizer), 64, torch.device("cpu"))
+    functions = rewards.load_rewards(words, LMConfig(), Namespace())
     coder = chat_coder(any_tokenizer)
     thinking = {"role": "assistant", "content": "42", "reasoning_content": "6x7"}
     messages = [thinking, {"role": "assistant", "content": "42"}, {**MESSAGE, "content": "41"}]

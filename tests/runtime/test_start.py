@@ -304,3 +304,17 @@ def test_every_stage_takes_the_tokenizer_of_its_weights(weights):
     args = parse(f"--from_weight={weights}", stage=train_dpo)
     start.open_start(args, "full_sft")
     assert args.tokenizer_dir == str(weights.parent / "tokenizer")
+
+
+def test_a_run_goes_on_though_what_it_started_from_was_moved(llama, tmp_path):
+    folder, kept = tmp_path / "start", tmp_path / "tokenizer"
+    shutil.copytree(llama, folder)
+    data = write_jsonl(tmp_path / "chats.jsonl", [chat("a", "b")] * 8)
+    words = ["trainer/train_full_sft.py", f"--data_path={data}", f"--out_dir={tmp_path}"]
+    words += [f"--from_weight={folder}", "--device=cpu", "--save_interval=1", "--batch_size=4"]
+    run_ranks(*words, "--max_steps=1")
+    folder.rename(kept)
+    words += ["--resume=auto", "--resume_with_changes", "--max_steps=2"]
+    assert "say with --tokenizer_dir" in run_ranks(*words, code=2)
+    printed = run_ranks(*words, f"--tokenizer_dir={kept}")
+    assert "step_00000001" in printed and (tmp_path / "full_sft_32.pth").is_file()

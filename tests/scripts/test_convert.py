@@ -1,6 +1,7 @@
 """scripts/convert.py: what goes out loads elsewhere and comes back bit by bit."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -279,3 +280,31 @@ def test_it_runs_from_a_shell_with_the_name_of_a_stage(tmp_path):
     words = ["to-hf", "full_sft", tmp_path / "hf", f"--out_dir={tmp_path}"]
     done = run_script("scripts/convert.py", *words)
     assert done.returncode == 0 and done.stdout.endswith(f"{tmp_path / 'hf'}\n"), done.stderr
+
+
+def test_a_model_that_was_only_pretrained(tmp_path):
+    """Its tokenizer has no chat template: a text ends with what stands between documents."""
+    write(tmp_path / "pretrain_32.pth")
+    bare = tmp_path / "tokenizer"
+    shutil.copytree(TOKENIZER, bare)
+    (bare / "chat_template.jinja").unlink()
+    words = ("pretrain", tmp_path / "hf", "--out_dir", tmp_path, "--tokenizer_dir", bare)
+    convert("to-hf", *words)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.chat_template is None
+    assert tokenizer.convert_ids_to_tokens(config["eos_token_id"]) == "<|endoftext|>"
+    convert("check", tmp_path / "hf", "pretrain", "--out_dir", tmp_path, "--tokenizer_dir", bare)
+
+
+def test_a_missing_stage_and_what_is_no_file(tmp_path):
+    said = convert("to-hf", "nonsense", tmp_path / "hf", "--out_dir", tmp_path, code=2)
+    assert "no nonsense weights" in said and "train_nonsense" not in said
+    os.mkfifo(tmp_path / "config.json")
+    assert "there is no config.json" in convert("from-hf", tmp_path, tmp_path / "x.pth", code=2)
+    (tmp_path / "config.json").unlink()
+    write(tmp_path / "a.pth")
+    convert("to-hf", tmp_path / "a.pth", tmp_path / "hf")
+    (tmp_path / "hf/model.safetensors").unlink()
+    os.mkfifo(tmp_path / "hf/model.safetensors")
+    assert "no weights in it" in convert("from-hf", tmp_path / "hf", tmp_path / "x.pth", code=2)

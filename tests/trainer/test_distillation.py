@@ -10,8 +10,9 @@ from conftest import RUN_FLAGS, SIZES, check_same_run, curve
 from running import run_script
 from stage_runs import resumed_three_times, same_bits
 
-from model.distillation import Student, load_teacher
+from model.distillation import Student, make_teacher, read_teacher_config
 from model.lm import LMConfig, MiniMindLM
+from model.weights import load_weights
 from runtime.launch import check_flags
 from trainer.train_distillation import chunk_losses, divergence
 
@@ -113,6 +114,12 @@ def teacher(tmp_path):
     return tmp_path / "teacher.pth"
 
 
+def load_teacher(path) -> MiniMindLM:
+    model = make_teacher(read_teacher_config(path, 700, 64))
+    load_weights(model, path)
+    return model.eval().requires_grad_(False)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"tie_embeddings": False}, {"use_moe": True}], ids=["dense", "untied", "moe"]
 )
@@ -136,9 +143,7 @@ def test_chunks_change_nothing(teacher, kind, options):
     )
     (expected[0] + 3 * expected[1] + out.aux_loss).backward()
     for chunk in (7, 30, 512):
-        student = student_of(
-            plain.config, load_teacher(str(teacher), "", 700, 64), kind, 2.0, chunk=chunk
-        )
+        student = student_of(plain.config, load_teacher(teacher), kind, 2.0, chunk=chunk)
         student.load_state_dict(plain.state_dict())
         ce, kl, aux_loss = student(X, lens, at, targets)
         (ce + 3 * kl + aux_loss).backward()
@@ -153,9 +158,7 @@ def test_chunks_change_nothing(teacher, kind, options):
 
 def test_logits_exist_for_a_chunk_only(teacher):
     """No tensor of logits that autograd keeps, or that a pass makes, is larger than a chunk's."""
-    student = student_of(
-        LMConfig(**SHAPE), load_teacher(str(teacher), "", 700, 64), "js", 1.0, chunk=4
-    )
+    student = student_of(LMConfig(**SHAPE), load_teacher(teacher), "js", 1.0, chunk=4)
     X, at = torch.randint(700, (1, 64)), torch.arange(60)
     sizes, kept = [], []
 
@@ -181,7 +184,7 @@ def test_logits_exist_for_a_chunk_only(teacher):
 
 
 def test_a_rank_without_a_token_takes_part(teacher):
-    student = student_of(LMConfig(**SHAPE), load_teacher(str(teacher), "", 700, 64), "forward", 1.0)
+    student = student_of(LMConfig(**SHAPE), load_teacher(teacher), "forward", 1.0)
     none = torch.zeros(0, dtype=torch.int64)
     ce, kl, aux_loss = student(torch.zeros(1, 1, dtype=torch.int64), [], none, none)
     (ce + kl + aux_loss).backward()
@@ -191,24 +194,18 @@ def test_a_rank_without_a_token_takes_part(teacher):
 
 
 def test_teacher_that_does_not_match(teacher):
-    model = load_teacher(str(teacher), "", 700, 64)
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    model = load_teacher(teacher)
     names = [name for name, _ in student_of(LMConfig(**SHAPE), model, "js", 1.0).named_parameters()]
     assert names == [name for name, _ in MiniMindLM(LMConfig(**SHAPE)).named_parameters()]
     for arguments, message in [
         (
-            (teacher, "", 701, 64),
+            (701, 64),
             "--teacher_weight .*: it has a vocabulary of 700, the student's tokenizer has 701",
         ),
-        ((teacher, "", 700, 65), "--max_seq_len 65: the context of the teacher is 64"),
-        ((teacher.with_name("no.pth"), "", 700, 64), "--teacher_weight .*no.pth: no such file"),
-        (
-            ("dpo", teacher.parent, 700, 64),
-            "no dpo weights in .*or name others with --teacher_weight",
-        ),
+        ((700, 65), "--max_seq_len 65: the context of the teacher is 64"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load_teacher(str(arguments[0]), *arguments[1:])
+            read_teacher_config(teacher, *arguments)
 
 
 @pytest.mark.parametrize("flag", [{"kl_weight": 1.5}, {"kl_weight": -0.1}, {"kl_temperature": 0.0}])

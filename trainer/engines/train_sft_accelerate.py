@@ -316,7 +316,7 @@ def main() -> int:
     identity["the engine"] = f"Accelerate, {accelerated.format_of(args.ddp)}"
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
-    model = start.build(make, args, resumed, whole=True)
+    model = start.build(make, args, resumed, shared=False)
     apply_kernels(model, args.device, args.dtype)
 
     # 4. Compile, wrap, optimizer. Every rank has the same model, but its own dropout.

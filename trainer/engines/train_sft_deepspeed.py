@@ -322,7 +322,7 @@ def main() -> int:
     identity |= deepspeed_engine.identity_of(args.deepspeed)
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
-    model = start.build(make, args, resumed, whole=True)
+    model = start.build(make, args, resumed, shared=False)
     apply_kernels(model, args.device, dtype_of(args.dtype, args.device))
 
     # 4. The engine: precision, optimizer, sharding, offload. Every rank has its own dropout.

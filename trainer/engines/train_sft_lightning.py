@@ -139,7 +139,7 @@ def sft_loss(model, X, Y, loss_mask, doc_lens, device) -> tuple[torch.Tensor, to
     return out.loss, out.aux_loss
 
 
-def train_epoch(run: Run, trainer, plans, dataset: SFTDataset, held_out, resumed) -> None:
+def train_epoch(run: Run, trainer, plans, dataset: SFTDataset, held_out, resumed, fill) -> None:
     """Train to the last step of the run, or to a signal.
 
     To Lightning it is one epoch, and an optimizer step with all its micro-batches a batch.
@@ -151,6 +151,7 @@ def train_epoch(run: Run, trainer, plans, dataset: SFTDataset, held_out, resumed
         plans: (epoch) -> its rows, an optimizer step a window.
         held_out: (n,) rows to evaluate on; none for no evaluation.
         resumed: the checkpoint that it goes on from, None for a new run.
+        fill: of `start.Start`: gives a model that processes share its values.
     """
     args = run.args
     model = run.model
@@ -215,7 +216,7 @@ def train_epoch(run: Run, trainer, plans, dataset: SFTDataset, held_out, resumed
             if run.step == run.tracker.first_step:
                 run.save()
 
-    module = SFTModule(model, args)
+    module = SFTModule(model, args, fill)
     run.stop = module.stop
     left = lightning_engine.remaining(dataset, plans, progress, args)
     trainer.fit(module, left, ckpt_path=resumed and resumed / "engine")
@@ -344,7 +345,7 @@ def main() -> int:
     identity["the engine"] = f"Lightning, {args.strategy.replace('none', 'ddp')}"
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
-    model = start.build(make, args, resumed, whole=True)
+    model = start.build(make, args, resumed, shared=args.strategy == "model_parallel")
     apply_kernels(model, args.device, dtype)
     setup_seed(args.seed + parallel.world()[0])  # every rank has its own dropout
     progress = checkpoint.restore(resumed, scaler)  # Lightning reads its file in step 6
@@ -378,7 +379,7 @@ def main() -> int:
         engine_log=functools.partial(lightning_engine.log, trainer, tracker),
         stop=None,
     )
-    train_epoch(run, trainer, plans, dataset, held_out, resumed)
+    train_epoch(run, trainer, plans, dataset, held_out, resumed, start.fill)
 
     # 7. Clean up
     return run.finish(f"weights in {run_dir}.pth")

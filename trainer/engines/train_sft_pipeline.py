@@ -324,13 +324,13 @@ def main() -> int:
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key)
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
-    model = start.build(make, args, resumed, whole=True)
+    model = start.build(make, args, resumed, shared=parallel.world()[1] > 1)
     apply_kernels(model, args.device, dtype)
 
     # 5. Cut into stages, compile, optimizer. Every rank has its own dropout.
     setup_seed(args.seed + parallel.world()[0])
     size = sum(p.numel() for p in model.parameters())
-    pipe = Pipeline(model, mesh, args, micro_batches, autocast)
+    pipe = Pipeline(model, mesh, args, micro_batches, autocast, start.fill)
     model = pipe.module
     optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay)
     progress = checkpoint.load_run(resumed, model, optimizer, scaler)

@@ -1,5 +1,6 @@
 """Rollouts and rewards: what is sampled and how probable it is, prompts of files, reward functions."""
 
+from argparse import Namespace
 from contextlib import nullcontext
 
 import pytest
@@ -385,7 +386,8 @@ def load(tmp_path):
 
     def load_one(*words):
         words = [word.replace("mine.py", str(tmp_path / "mine.py")) for word in words]
-        return rewards.load_rewards(words, 6400, 32, torch.device("cpu"))
+        args = Namespace(device=torch.device("cpu"), max_seq_len=32, strategy="auto")
+        return rewards.load_rewards(words, LMConfig(vocab_size=6400), args)
 
     return load_one
 
