@@ -87,6 +87,7 @@ function drawContext() {
   const all = currentModel()?.context_length;
   const node = $("#context");
   node.hidden = !used || !all;
+  $("#about").hidden = !node.hidden;
   if (node.hidden) return;
   say(node, "contextUsed", { used, all });
   node.classList.toggle("nearly-full", used > FULL_SHARE * all);

@@ -37,12 +37,16 @@ export class MarkdownView {
     if (!text.startsWith(this.text)) this.clear();
     this.text = text;
     const rest = text.slice(this.settled);
+    const longLine = this.plain ? -1 : longLineStart(rest);
+    if (longLine >= 0) {
+      if (this.drawTokens(rest.slice(0, longLine), true)) this.settleAll(longLine);
+      this.plain = true;
+    }
     if (!this.plain) this.plain = !this.drawTokens(rest, complete);
-    if (this.plain) this.drawPlain(rest);
+    if (this.plain) this.drawPlain(text.slice(this.settled));
   }
 
   drawTokens(rest, complete) {
-    if (hasLongLine(rest)) return false;
     if (rest.length > LONGEST_BLOCK && !complete && this.blocks.at(-1)?.token.type !== "code")
       return false;
     let tokens;
@@ -81,9 +85,14 @@ export class MarkdownView {
     }
   }
 
+  settleAll(characters) {
+    this.settled += characters;
+    this.settledBlocks = this.blocks.length;
+  }
+
   drawPlain(rest) {
     if (!this.plainBox) this.plainBox = el("div", { class: "plain" });
-    if (!this.plainBox.isConnected) {
+    if (!this.plainBox.parentNode) {
       for (const { node } of this.blocks.splice(this.settledBlocks)) node.remove();
       this.plainBox.replaceChildren();
       this.container.append(this.plainBox);
@@ -102,15 +111,16 @@ export class MarkdownView {
   }
 }
 
-function hasLongLine(text) {
+/** Where the first line begins that is too long; -1 where none is. */
+function longLineStart(text) {
   let start = 0;
   while (start < text.length) {
     const end = text.indexOf("\n", start);
-    if ((end < 0 ? text.length : end) - start > LONGEST_LINE) return true;
-    if (end < 0) return false;
+    if ((end < 0 ? text.length : end) - start > LONGEST_LINE) return start;
+    if (end < 0) return -1;
     start = end + 1;
   }
-  return false;
+  return -1;
 }
 
 /** Code that grows keeps its element: what was selected stays so, and its button focused. */
@@ -146,7 +156,7 @@ function drawBlocks(tokens, depth) {
     if (token.type === "space") continue;
     // Of a list without empty lines between its items
     if (token.type === "text") nodes.push(...drawInline(token.tokens ?? [token], depth));
-    else if (token.type === "checkbox") nodes.push(token.checked ? "☑ " : "☐ ");
+    else if (token.type === "checkbox") nodes.push(...drawInline([token], depth));
     else nodes.push(drawBlock(token, depth));
   }
   return nodes;
@@ -193,6 +203,7 @@ function drawTable(token, depth) {
 
 const INLINE = {
   br: () => el("br"),
+  checkbox: (token) => (token.checked ? "☑ " : "☐ "),
   codespan: (token) => el("code", {}, token.text),
   del: (token, depth) => el("del", {}, ...drawInline(token.tokens, depth)),
   em: (token, depth) => el("em", {}, ...drawInline(token.tokens, depth)),

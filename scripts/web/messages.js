@@ -23,7 +23,7 @@ export class QuestionView {
       copyButton("copyQuestion", () => this.message.content),
       iconButton("edit", "editQuestion", () => this.showEditor()),
     );
-    this.node.replaceChildren(el("div", { class: "bubble" }, this.message.content), buttons);
+    this.node.replaceChildren(buttons, el("div", { class: "bubble" }, this.message.content));
   }
 
   showEditor() {
@@ -148,7 +148,7 @@ export class AnswerView {
     if (message.error) this.below.append(errorCard(message.error, help));
     const buttons = el("div", { class: "actions" });
     if (message.content) buttons.append(copyButton("copyAnswer", () => message.content));
-    if (this.isLast)
+    if (this.isLast && !help)
       buttons.append(iconButton("again", "regenerate", this.actions.regenerate));
     this.below.append(el("div", { class: "foot" }, buttons, statsLine(message)));
   }

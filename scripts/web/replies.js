@@ -7,7 +7,9 @@ const MOST_CALLS = 128; // of tools, in one reply
 /** The messages of a conversation as the server takes them; thoughts stay here. */
 export function messagesFor(chat) {
   const system = chat.system.trim() ? [{ role: "system", content: chat.system }] : [];
-  return [...system, ...chat.messages.map(messageFor)];
+  const sent = chat.messages.filter(({ role, content, toolCalls }) =>
+    role !== "assistant" || content || toolCalls?.length); // what failed before it began is none
+  return [...system, ...sent.map(messageFor)];
 }
 
 function messageFor(message) {

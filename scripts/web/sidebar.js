@@ -67,7 +67,9 @@ function deleteWithUndo(id, title, actions) {
   const [words, undo] = toast.children;
   say(words, "deleted", { title: title || t("untitled") });
   toast.hidden = false;
+  undo.focus();
   const hide = () => {
+    if (toast.contains(document.activeElement)) document.querySelector("#new-chat").focus();
     toast.hidden = true;
   };
   undo.onclick = () => {

@@ -33,11 +33,15 @@ class StandIn(ThreadingHTTPServer):
 
     def __init__(self, port: int = 0):
         super().__init__(("127.0.0.1", port), Handler)
+        self.restart()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def restart(self) -> None:
+        """As it is when it starts."""
         self.models = [MODEL]
         self.bodies: list[dict] = []
         self.key = ""
         self.reply: Callable[[dict], Iterator[bytes]] = lambda body: said("hello")
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self) -> str:
