@@ -17,8 +17,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -26,93 +25,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from dataset.chat_format import ChatCoder, chat_coder
-from dataset.talk import Talk
-from dataset.text_encoder import text_encoder
 from model.generate import stream_text
-from model.lm import MiniMindLM
-from model.weights import load_model, newest_weights
+from model.weights import newest_weights
+from runtime.chat_model import ChatModel, open_chat_model
 from runtime.device import choose_device
 from runtime.flags import check_flags, usage_error
-from runtime.kernel_loader import apply_kernels
 from runtime.process import exits
 from runtime.process.terminal import prepare_streams
-from runtime.tokenizer_record import check_size, find_record, open_tokenizer
-
-
-@dataclass
-class ChatModel:
-    """What producing a reply needs."""
-
-    model: MiniMindLM
-    coder: ChatCoder | None  # None: plain text is continued
-    decode: Callable[[list[int]], str]  # ids of a reply -> its text
-    thinking: bool | None  # None: as the chat template does by itself
-    sampling: dict  # arguments of MiniMindLM.stream
-    plain: Callable[[str], list[int]]  # text that is no chat -> its ids
-
-    def __post_init__(self) -> None:
-        self.context = self.model.config.max_seq_len
-        self.opening = ""  # of a reply, in the prompt already
-        if self.coder:
-            self.end_of_turn = self.sampling["eos_token_id"] = self.coder.end_of_turn
-            self.opening = self.coder.opening(self.thinking)
-
-    def talk(self, tools: list[dict] | None = None) -> Talk:
-        """A conversation that begins."""
-        assert self.coder
-        return Talk(self.coder, tools, self.thinking)
-
-    def encode(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
-        """The prompt ids of a conversation, up to where the model is to speak."""
-        assert self.coder
-        return self.coder.encode_prompt(messages, tools, self.thinking)
-
-    def check(self, ids: list[int]) -> list[int]:
-        """The ids of a prompt. ValueError: they leave no room for a reply."""
-        if len(ids) >= self.context:
-            sizes = f"{len(ids)} tokens, the context of the model is {self.context}"
-            raise ValueError(f"the prompt makes {sizes}: shorten it")
-        return ids
-
-    def fit(self, talk: Talk, question: list[dict]) -> tuple[list[int], int]:
-        """Drop turns from the front until the prompt leaves a quarter of the context for a reply.
-
-        Args:
-            talk: what was said; its system turn is never dropped.
-            question: the new turns.
-
-        Returns:
-            The ids of the prompt, and how many questions with their replies were dropped.
-
-        Raises:
-            ValueError: the question alone does not fit.
-        """
-        room = self.context - min(self.sampling["max_new_tokens"], self.context // 4)
-        prompt, dropped = talk.prompt(question), 0
-        while len(prompt) > room and 2 * (dropped + 1) <= len(talk.messages):
-            dropped += 1
-            prompt = talk.prompt(question, 2 * dropped)
-        return self.check(prompt), dropped
-
-    def stream_reply(self, prompt: list[int], name: str = "") -> tuple[list[int], bool]:
-        """Print one reply as it comes, behind a name; its ids, and whether Ctrl-C cut it short."""
-        reply, stopped = [], []
-
-        def stop(*_) -> None:  # an exception at any instant could get lost inside the model
-            if stopped:
-                raise KeyboardInterrupt
-            stopped.append(True)
-
-        before = signal.signal(signal.SIGINT, stop)
-        write(name + self.opening)
-        for piece in stream_text(self.model, self.decode, prompt, reply, **self.sampling):
-            write(piece)
-            if stopped:
-                break
-        signal.signal(signal.SIGINT, before)
-        write(" (stopped)\n" if stopped else "\n")
-        return reply, bool(stopped)
 
 
 def write(text: str) -> None:
@@ -139,6 +58,26 @@ def read_input(interactive: bool) -> Iterator[str | None]:
                 return None
             write(f"you> {line.rstrip()}\n")  # so that the output reads as a conversation
         yield line
+
+
+def stream_reply(model: ChatModel, prompt: list[int], name: str = "") -> tuple[list[int], bool]:
+    """Print one reply as it comes, behind a name; its ids, and whether Ctrl-C cut it short."""
+    reply, stopped = [], []
+
+    def stop(*_) -> None:  # an exception at any instant could get lost inside the model
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(True)
+
+    before = signal.signal(signal.SIGINT, stop)
+    write(name + model.opening)
+    for piece in stream_text(model.model, model.decode, prompt, reply, **model.sampling):
+        write(piece)
+        if stopped:
+            break
+    signal.signal(signal.SIGINT, before)
+    write(" (stopped)\n" if stopped else "\n")
+    return reply, bool(stopped)
 
 
 def chat(model: ChatModel, system: list[dict], interactive: bool) -> None:
@@ -168,7 +107,7 @@ def chat(model: ChatModel, system: list[dict], interactive: bool) -> None:
             if dropped:
                 oldest = f"the oldest {dropped} turn{'s' * (dropped > 1)}"
                 write(f"(the context is full: dropped {oldest})\n")
-            reply, interrupted = model.stream_reply(prompt, "bot> ")
+            reply, interrupted = stream_reply(model, prompt, "bot> ")
             talk.add(question, reply, 2 * dropped)
 
 
@@ -234,41 +173,16 @@ def open_device(name: str) -> torch.device:
 
 
 def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> ChatModel:
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if args.device_map:
-        from runtime.device_map import load_spread
-
-        model = load_spread(path, getattr(torch, dtype), args.max_memory)
-        device = model.lm_head.weight.device
-    else:
-        model = load_model(path)
-    record = model.config.tokenizer
-    if args.lora:
-        from model.lora import merge_adapter
-
-        adapter = newest_weights(args.lora, args.out_dir, "--lora")
-        record = merge_adapter(model, adapter).tokenizer or record
-    if args.rope_scaling:
-        from model.rope import extend_context
-
-        extend_context(model.config, args.rope_scaling)
-    if not args.device_map:
-        model = model.to(device, getattr(torch, dtype))
-        apply_kernels(model, device, dtype)
-    record = find_record(path, record)
-    tokenizer = open_tokenizer(args.tokenizer_dir, args.chat_template, path, record)
-    check_size(tokenizer, model.config.vocab_size, record is not None or path.is_dir())
+    names = ("dtype", "tokenizer_dir", "chat_template", "rope_scaling", "device_map", "max_memory")
+    options = {name: getattr(args, name) for name in names}
+    options["lora"] = newest_weights(args.lora, args.out_dir, "--lora") if args.lora else None
+    options["thinking"] = None if args.thinking is None else bool(args.thinking)
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags}
-    sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
-    if args.raw:
-        from dataset.pretrain_encoder import end_of_text
-
-        sampling["eos_token_id"] = end_of_text(tokenizer)
-        plain = text_encoder(tokenizer)
-        return ChatModel(model, None, tokenizer.decode, None, sampling, plain)
-    coder, thinking = chat_coder(tokenizer), None if args.thinking is None else bool(args.thinking)
-    return ChatModel(model, coder, coder.decode_reply, thinking, sampling, coder.plain)
+    model = open_chat_model(path, device, raw=bool(args.raw), sampling=sampling, **options)
+    generator = torch.Generator(model.model.lm_head.weight.device)
+    model.sampling["generator"] = generator.manual_seed(args.seed)
+    return model
 
 
 def main() -> int:
@@ -297,7 +211,7 @@ def main() -> int:
         text = clean(args.prompt)
         question = {"role": "user", "content": text}
         ids = model.plain(text) if args.raw else model.encode([*system, question])
-        _, stopped = model.stream_reply(model.check(ids))
+        _, stopped = stream_reply(model, model.check(ids))
         return 130 if stopped else 0
     else:
         interactive = sys.stdin.isatty()

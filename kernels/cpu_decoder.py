@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import native
-from kernels.attention import document_attention
 from kernels.linear import FastLinear
 from kernels.native import round_up
 from kernels.norm import FastRMSNorm
 from kernels.pointwise import apply_rope
 from model.generate import Decoder, KVCache
-from model.layout import rotary_angles
+from model.layout import Layout, rotary_angles
 from model.lm import RMSNorm
 
 MAX_BYTES = 2**30  # of weights: of more there should be no second copy
@@ -130,11 +129,15 @@ class CpuDecoder(Decoder):
         cache.lengths += 1
         return self.logits(x)
 
-    @torch.no_grad()
     def read(self, ids: Tensor, lens: list[int], last: Tensor) -> Tensor:
         """As `Decoder.read`."""
-        config, ids = self.config, F.pad(ids, (0, -ids.size(1) % BLOCK))
-        layout = self.model.layout(ids, doc_lens=lens, cache=self.cache)
+        ids = F.pad(ids, (0, -ids.size(1) % BLOCK))
+        return self.read_pieces(ids, self.model.layout(ids, doc_lens=lens, cache=self.cache), last)
+
+    @torch.no_grad()
+    def read_pieces(self, ids: Tensor, layout: Layout, last: Tensor) -> Tensor:
+        """As `Decoder.read_pieces`; pieces are followed by padding to a multiple of BLOCK."""
+        config, asked = self.config, len(last)
         x = self.embedding[ids[0]].float()
         heads = config.n_heads, config.n_kv_heads, config.n_kv_heads
         with torch.autocast("cpu", enabled=False):
@@ -144,15 +147,14 @@ class CpuDecoder(Decoder):
                 attention = self.model.model.layers[index].self_attn
                 q = apply_rope(attention.q_norm(q), layout.cos, layout.sin).transpose(1, 2)
                 k = apply_rope(attention.k_norm(k), layout.cos, layout.sin).transpose(1, 2)
-                v = v.transpose(1, 2)
-                self.cache.write(index, k, v, *layout.slots)
-                attended = document_attention(q, k, v, layout)
+                k, v = layout.cache.update(index, k, v.transpose(1, 2), layout)
+                attended = attention.attend_packed(q, k, v, layout)
                 attended = attended.transpose(1, 2).reshape(len(x), -1)
                 if index == len(self.layers) - 1:  # behind it nobody asks for the other tokens
-                    last = F.pad(last, (0, -len(last) % BLOCK))
+                    last = F.pad(last, (0, -asked % BLOCK))
                     x, attended = x[last], attended[last]
                 self.mlp(x, attended, *rest)
-        return self.logits(x)[: len(lens)]
+        return self.logits(x)[:asked]
 
     def project(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Project x (R, dim) float32 to queries, keys and values, (R, all heads * head_dim)."""

@@ -89,6 +89,10 @@ class Decoder:
         """Logits (prompts, vocab) behind prompts packed into ids (1, N) that end at `last`."""
         return self.model(ids, doc_lens=lens, logits_at=last, cache=self.cache).logits.float()
 
+    def read_pieces(self, ids: Tensor, layout: Layout, last: Tensor) -> Tensor:
+        """As `read`, of pieces of prompts, each behind what its row of the cache holds."""
+        return self.model(ids, layout=layout, logits_at=last).logits.float()
+
 
 @torch.no_grad()
 def generate_batch(

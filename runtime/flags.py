@@ -8,7 +8,6 @@ import math
 import os
 import re
 
-from runtime.launcher import read_launch
 from runtime.process.terminal import shortened
 
 WHOLE = 10**12  # no count that a machine could reach
@@ -24,7 +23,7 @@ RANGES = [
     (1e-3, 1, "mfu"),
     (ABOVE_0, 1, "top_p"),
     # sizes of a model
-    (1, 1 << 24, "max_seq_len max_new_tokens vocab_size"),
+    (1, 1 << 24, "max_seq_len max_new_tokens vocab_size context"),
     (1, 1 << 17, "dim lora_rank"),
     (1, 1 << 14, "n_heads n_kv_heads"),
     (1, 1000, "n_layers"),
@@ -53,6 +52,11 @@ RANGES = [
     (1, 1 << 20, "tensor_parallel context_parallel pipeline_parallel nnodes devices nodes"),
     (0, 1 << 20, "node_rank"),
     (1, 65535, "master_port"),
+    (0, 65535, "port"),
+    (1, 4096, "max_concurrent"),
+    (0, 1_000_000, "max_waiting"),
+    (1, 1 << 30, "max_body"),
+    (0.1, 7 * 24 * 3600, "request_timeout grace"),
     (1, 100_000, "bucket_cap_mb"),
     (1e-3, 365 * 24 * 60, "timeout"),  # a year, in minutes
     (1e-3, REAL, "device_memory_gb flops_tflops link_gbps"),
@@ -89,8 +93,12 @@ def check_flags(args: dict) -> None:
         raise ValueError(f"--curriculum {args['curriculum']}: must be none, length or field:NAME")
     if "save_weight" in args:
         check_name("save_weight", args["save_weight"])
-    if not args.get("ddp", True) and read_launch().world_size > 1:
-        raise ValueError("started by torchrun as several processes but without --ddp: add --ddp")
+    if not args.get("ddp", True):
+        from runtime.launcher import read_launch
+
+        if read_launch().world_size > 1:
+            fault = "started by torchrun as several processes but without --ddp"
+            raise ValueError(f"{fault}: add --ddp")
 
 
 def check_number(name: str, value: int | float) -> None:

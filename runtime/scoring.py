@@ -21,7 +21,7 @@ def score(model, path: Path, batch_size: int, show_wrong: int, eval_out: str | N
     """Score the model on a file, print the table and some replies, write all of them.
 
     Args:
-        model: an `eval_model.ChatModel`.
+        model: an `chat_model.ChatModel`.
         path: the rows, see `read_questions`.
         batch_size: prompts answered at once.
         show_wrong: print so many wrong replies.

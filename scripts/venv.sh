@@ -29,12 +29,15 @@ install() {  # REQUIREMENTS
     # Where pip itself gave up (no network, no such version) it has left .venv as it was: no need to begin again.
     [ "$code" -gt 128 ] || rm -f "$installing"
     [ "$code" -eq 0 ] || exit "$code"
-    cat requirements.txt "$1" | cksum >".venv/.${1%.txt}"  # what .venv was completed with
+    wanted "$1" >".venv/.${1%.txt}"  # what .venv was completed with
     trap - INT TERM
 }
 
+# The checksum of requirements, those that they include (-r FILE) among them.
+wanted() { cat requirements.txt "$1" $(sed -n 's/^-r //p' "$1") | cksum; }
+
 # What requirements-dev.txt brought includes requirements.txt.
-complete() { [ "$(cat ".venv/.${1%.txt}" 2>/dev/null)" = "$(cat requirements.txt "$1" | cksum)" ]; }
+complete() { [ "$(cat ".venv/.${1%.txt}" 2>/dev/null)" = "$(wanted "$1")" ]; }
 
 if [ -e "$installing" ] || ! "$python" -c '' 2>/dev/null || ! { complete "$1" || complete requirements-dev.txt; }; then
     install "$1"

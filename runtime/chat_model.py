@@ -1,0 +1,140 @@
+"""A model with what chatting with it needs: how its tokenizer and chat template spell a talk.
+
+open_chat_model(path, device) -> ChatModel -> encode(messages) -> ids -> ... -> decode(reply ids)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dataset.chat_format import ChatCoder, chat_coder
+from dataset.talk import Talk
+from dataset.text_encoder import text_encoder
+from model.lm import MiniMindLM
+from model.weights import load_model
+from runtime.device import dtype_of
+from runtime.kernel_loader import apply_kernels
+from runtime.tokenizer_record import check_size, find_record, open_tokenizer
+
+MAX_NEW_TOKENS = 256  # of a reply, where nothing else is said
+
+
+@dataclass
+class ChatModel:
+    """What producing a reply needs."""
+
+    model: MiniMindLM
+    coder: ChatCoder | None  # None: plain text is continued
+    decode: Callable[[list[int]], str]  # ids of a reply -> its text
+    thinking: bool | None  # None: as the chat template does by itself
+    sampling: dict  # arguments of MiniMindLM.stream
+    plain: Callable[[str], list[int]]  # text that is no chat -> its ids
+
+    def __post_init__(self) -> None:
+        self.context = self.model.config.max_seq_len
+        self.opening = ""  # of a reply, in the prompt already
+        if self.coder:
+            self.end_of_turn = self.sampling["eos_token_id"] = self.coder.end_of_turn
+            self.opening = self.coder.opening(self.thinking)
+
+    def talk(self, tools: list[dict] | None = None) -> Talk:
+        """A conversation that begins."""
+        assert self.coder
+        return Talk(self.coder, tools, self.thinking)
+
+    def encode(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+        """The prompt ids of a conversation, up to where the model is to speak."""
+        assert self.coder
+        return self.coder.encode_prompt(messages, tools, self.thinking)
+
+    def check(self, ids: list[int]) -> list[int]:
+        """The ids of a prompt. ValueError: they leave no room for a reply."""
+        if len(ids) >= self.context:
+            sizes = f"{len(ids)} tokens, the context of the model is {self.context}"
+            raise ValueError(f"the prompt makes {sizes}: shorten it")
+        return ids
+
+    def fit(self, talk: Talk, question: list[dict]) -> tuple[list[int], int]:
+        """Drop turns from the front until the prompt leaves a quarter of the context for a reply.
+
+        Args:
+            talk: what was said; its system turn is never dropped.
+            question: the new turns.
+
+        Returns:
+            The ids of the prompt, and how many questions with their replies were dropped.
+
+        Raises:
+            ValueError: the question alone does not fit.
+        """
+        room = self.context - min(self.sampling["max_new_tokens"], self.context // 4)
+        prompt, dropped = talk.prompt(question), 0
+        while len(prompt) > room and 2 * (dropped + 1) <= len(talk.messages):
+            dropped += 1
+            prompt = talk.prompt(question, 2 * dropped)
+        return self.check(prompt), dropped
+
+
+def open_chat_model(
+    path: Path,
+    device: torch.device,
+    *,
+    dtype: str | None = None,
+    lora: Path | None = None,
+    tokenizer_dir: str | None = None,
+    chat_template: str | None = None,
+    rope_scaling: str | None = None,
+    device_map: str | None = None,
+    max_memory: list[str] | None = None,
+    raw: bool = False,
+    thinking: bool | None = None,
+    sampling: dict | None = None,
+) -> ChatModel:
+    """Load weights, their tokenizer and, unless raw, its chat template.
+
+    Args:
+        path: a .pth file or a folder in Hugging Face's format.
+        dtype: of weights and products; None: bfloat16 on a GPU, else float32.
+        lora: an adapter to merge.
+        tokenizer_dir, chat_template, rope_scaling, device_map, max_memory: the flags of
+            eval_model.py.
+        raw: plain text is continued; a chat template is not needed.
+        thinking: None: as the chat template does by itself.
+        sampling: arguments of `MiniMindLM.stream`, without eos_token_id.
+
+    Raises:
+        ValueError: weights, adapter, tokenizer or template do not fit, and what to do.
+    """
+    dtype = dtype_of(dtype, device)
+    if device_map:
+        from runtime.device_map import load_spread
+
+        model = load_spread(path, getattr(torch, dtype), max_memory)
+    else:
+        model = load_model(path)
+    record = model.config.tokenizer
+    if lora:
+        from model.lora import merge_adapter
+
+        record = merge_adapter(model, lora).tokenizer or record
+    if rope_scaling:
+        from model.rope import extend_context
+
+        extend_context(model.config, rope_scaling)
+    if not device_map:
+        model = model.to(device, getattr(torch, dtype))
+        apply_kernels(model, device, dtype)
+    record = find_record(path, record)
+    tokenizer = open_tokenizer(tokenizer_dir, chat_template, path, record)
+    check_size(tokenizer, model.config.vocab_size, record is not None or path.is_dir())
+    sampling = {"max_new_tokens": MAX_NEW_TOKENS} | (sampling or {})
+    if raw:
+        from dataset.pretrain_encoder import end_of_text
+
+        sampling["eos_token_id"] = end_of_text(tokenizer)
+        plain = text_encoder(tokenizer)
+        return ChatModel(model, None, tokenizer.decode, None, sampling, plain)
+    coder = chat_coder(tokenizer)
+    return ChatModel(model, coder, coder.decode_reply, thinking, sampling, coder.plain)

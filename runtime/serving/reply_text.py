@@ -1,0 +1,71 @@
+"""Ids of a reply to text, as they come: whole characters, up to a stop string."""
+
+from collections.abc import Callable
+
+
+class TextDecoder:
+    """Decodes a reply piece by piece; the pieces make what decoding it as a whole gives.
+
+    Only the ids since the last whole character are decoded, with those of the piece before, as some
+    tokenizers write a token in another way where it is the first one.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self.decode, self.ids = decode, []
+        self.begin = self.read = 0  # of the ids of the last piece, and behind it
+        self.shown = 0  # characters of the last piece
+
+    def add(self, ids: list[int]) -> str:
+        """The text that is new; what may be a part of a character waits."""
+        self.ids += ids
+        return self._piece(is_last=False)
+
+    def end(self) -> str:
+        """What has waited."""
+        return self._piece(is_last=True)
+
+    def _piece(self, is_last: bool) -> str:
+        text = self.decode(self.ids[self.begin :])
+        if text.endswith("\ufffd") and not is_last:
+            return ""
+        piece = text[self.shown :]
+        self.shown = len(self.decode(self.ids[self.read :]))
+        self.begin, self.read = self.read, len(self.ids)
+        return piece
+
+
+def held_back(text: str, marks: tuple[str, ...]) -> int:
+    """How many characters at the end of a text may begin one of the marks."""
+    longest = max(map(len, marks), default=0) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(mark.startswith(text[-size:]) for mark in marks):
+            return size
+    return 0
+
+
+class StopStrings:
+    """Lets text through up to the first stop string, of which no part is shown.
+
+    Attributes:
+        found: a stop string has come.
+    """
+
+    def __init__(self, stops: tuple[str, ...]):
+        self.stops, self.waiting, self.found = stops, "", False
+
+    def add(self, text: str) -> str:
+        """The part of text, and of what has waited, that can be shown now."""
+        self.waiting += text
+        places = [place for stop in self.stops if (place := self.waiting.find(stop)) >= 0]
+        if places:
+            self.found = True
+            shown, self.waiting = self.waiting[: min(places)], ""
+            return shown
+        size = len(self.waiting) - held_back(self.waiting, self.stops)
+        shown, self.waiting = self.waiting[:size], self.waiting[size:]
+        return shown
+
+    def end(self) -> str:
+        """What has waited, and was no stop string."""
+        shown, self.waiting = self.waiting, ""
+        return shown
