@@ -41,6 +41,7 @@ export class Reply {
   async run(body) {
     const started = performance.now();
     this.chunks = 0;
+    this.characters = 0;
     try {
       for await (const chunk of streamChat(body, this.controller.signal)) {
         this.take(chunk, performance.now() - started);
@@ -71,22 +72,31 @@ export class Reply {
     if (delta.content) message.content += delta.content;
     for (const call of delta.tool_calls ?? []) takeToolCall(message, call);
     if (delta.reasoning_content || delta.content || delta.tool_calls) {
-      this.firstMs ??= ms;
-      this.lastMs = ms;
-      this.chunks++;
+      this.count(delta, ms);
       if (message.reasoning && !delta.reasoning_content) message.thinkingMs ??= ms - this.firstMs;
     }
     if (choice.finish_reason) message.finish = choice.finish_reason;
+  }
+
+  count({ reasoning_content: thought, content, tool_calls: calls }, ms) {
+    this.characters += `${thought ?? ""}${content ?? ""}${calls ? JSON.stringify(calls) : ""}`.length;
+    this.firstMs ??= ms;
+    if (!this.chunks) this.firstCharacters = this.characters;
+    this.lastMs = ms;
+    this.chunks++;
   }
 
   /** Without the server's count, of a reply that was stopped, a chunk counts as a token. */
   stats() {
     if (!this.chunks) return null;
     const tokens = this.usage?.completion_tokens ?? this.chunks;
-    const seconds = (this.lastMs - this.firstMs) / 1000;
+    // Behind the first chunk, so that reading the question does not count; of its share of the tokens
+    // its share of the text tells
+    const since = this.lastMs > this.firstMs ? this.firstMs : 0;
+    const share = since ? 1 - this.firstCharacters / this.characters : 1;
     return {
       tokens,
-      rate: tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null,
+      rate: (tokens * share) / ((this.lastMs - since) / 1000),
       firstMs: this.firstMs,
       contextTokens: this.usage?.total_tokens ?? null,
     };

@@ -52,9 +52,10 @@ function showEditor(line, title, id, actions) {
   };
   field.addEventListener("keydown", (event) => {
     if (event.isComposing) return;
-    if (event.key === "Enter") close(true);
-    if (event.key === "Escape") close(false);
+    if (event.key !== "Enter" && event.key !== "Escape") return;
+    event.preventDefault(); // else Enter would press the button that takes the focus
     event.stopPropagation();
+    close(event.key === "Enter");
   });
   field.addEventListener("blur", () => close(true));
   line.replaceChildren(field);

@@ -12,7 +12,7 @@ REPORT_VIOLATIONS = """
 addEventListener("securitypolicyviolation", (event) =>
     console.error("CSP", event.violatedDirective, event.blockedURI, event.sourceFile));
 """
-expect.set_options(timeout=20_000)  # the machine may be busy
+expect.set_options(timeout=8_000)  # the machine may be busy
 
 
 @contextlib.contextmanager
@@ -69,6 +69,18 @@ class Reader:
     def ask(self, text: str) -> None:
         self.page.fill("#question", text)
         self.page.keyboard.press("Enter")
+
+    def set(self, field: str, value: str) -> None:
+        """Fill a field of the drawer."""
+        self.page.click("#open-settings")
+        if field == "#thinking":
+            self.page.select_option(field, value)
+        else:
+            self.page.fill(field, value)
+        self.page.keyboard.press("Escape")
+
+    def requests_of(self, path: str) -> list[str]:
+        return [url for url in self.requests if url.endswith(path)]
 
     def wait_for_answer(self) -> None:
         """Until the reply on its way is complete, one that has just been asked for included."""
