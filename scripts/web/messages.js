@@ -162,7 +162,7 @@ function statsLine({ stats, finish }) {
     line.append(part);
   };
   if (stats) {
-    if (stats.rate) add("tokensPerSecond", { rate: roundTo(stats.rate, stats.rate < 100 ? 1 : 0) });
+    if (stats.tokens > 1) add("tokensPerSecond", { rate: roundTo(stats.rate, stats.rate < 100 ? 1 : 0) });
     add(stats.tokens === 1 ? "tokensOne" : "tokens", { count: stats.tokens });
     add("firstToken", { seconds: roundTo(stats.firstMs / 1000, 2) });
   }
