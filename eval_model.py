@@ -8,7 +8,8 @@ that you type is always text, also where it spells a control token.
     python eval_model.py --prompt "Who are you?"                        # one reply and nothing else
     printf 'hi\\nwho are you?\\n' | python eval_model.py                  # a conversation from a pipe
     python eval_model.py --weight pretrain --raw 1 --prompt "Once upon" # continue plain text, without the chat layout
-    python eval_model.py --eval_file dataset/demo/held_out.jsonl        # a table of exact matches
+    python eval_model.py --eval_file dataset/demo/held_out.jsonl        # a table of right answers
+    python eval_model.py --text_file README.md                          # bits per byte
     python eval_model.py --lora lora                                    # with the adapter of train_lora.py
 """
 
@@ -28,7 +29,7 @@ import torch
 from model.generate import stream_text
 from model.weights import newest_weights
 from runtime.chat_model import ChatModel, open_chat_model
-from runtime.device import choose_device
+from runtime.device import open_device
 from runtime.flags import check_flags, usage_error
 from runtime.process import exits
 from runtime.process.terminal import prepare_streams
@@ -117,9 +118,9 @@ def parse_args() -> argparse.Namespace:
     what = parser.add_argument_group("what to do (without these: chat)")
     what.add_argument("--prompt", help="print the reply to this text and exit")
     what.add_argument("--raw", type=int, choices=(0, 1), default=0, help="1: continue plain text")
-    what.add_argument(
-        "--eval_file", help="score on its rows: task, conversations, answer or accept"
-    )
+    rows = "score on its rows: with choices, answer or accept"
+    what.add_argument("--eval_file", help=rows)
+    what.add_argument("--text_file", help="bits per byte of this text")
     model = parser.add_argument_group("model")
     model.add_argument(
         "--weight", default="full_sft", help="stage (its newest run), run, path or folder"
@@ -153,23 +154,19 @@ def parse_args() -> argparse.Namespace:
     score.add_argument("--show_wrong", type=int, default=0, metavar="N", help="print N of them")
     args = parser.parse_args()
     check_flags({k: v for k, v in vars(args).items() if k != "temperature" or v != 0})
+    tasks = ("prompt", "eval_file", "text_file")
+    given = [name for name in tasks if getattr(args, name) is not None]
     for name, good, must in (
         ("prompt", args.prompt is None or args.prompt.strip(), "not be empty"),
-        ("raw", not args.raw or args.prompt is not None, "come with --prompt"),
-        ("eval_file", not args.eval_file or args.prompt is None, "not come with --prompt"),
+        ("raw", not args.raw or given, "come with --prompt or --eval_file"),
+        ("eval_file", not args.eval_file or len(given) == 1, "come alone"),
+        ("text_file", not args.text_file or len(given) == 1, "come alone"),
         ("max_memory", not args.max_memory or args.device_map, "come with --device_map auto"),
         ("lora", not (args.lora and args.device_map), "not come with --device_map: merge it first"),
     ):
         if not good:
             raise ValueError(f"--{name} {getattr(args, name)}: must {must}")
     return args
-
-
-def open_device(name: str) -> torch.device:
-    try:
-        return torch.zeros(1, device=choose_device(name, ddp=False)).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> ChatModel:
@@ -179,7 +176,9 @@ def open_model(args: argparse.Namespace, path: Path, device: torch.device) -> Ch
     options["thinking"] = None if args.thinking is None else bool(args.thinking)
     flags = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
     sampling = {flag: getattr(args, flag) for flag in flags}
-    model = open_chat_model(path, device, raw=bool(args.raw), sampling=sampling, **options)
+    model = open_chat_model(
+        path, device, raw=bool(args.raw or args.text_file), sampling=sampling, **options
+    )
     generator = torch.Generator(model.model.lm_head.weight.device)
     model.sampling["generator"] = generator.manual_seed(args.seed)
     return model
@@ -190,7 +189,7 @@ def main() -> int:
     args = parse_args()
     exits.end_with_reader()
     if args.eval_file and args.eval_out:
-        from runtime.scoring import check_writable
+        from runtime.scoring.score import check_writable
 
         check_writable(args.eval_out)
     if not os.environ.get("PYTHONIOENCODING"):
@@ -204,9 +203,13 @@ def main() -> int:
 
     # 3. Score, answer once, or chat
     if args.eval_file:
-        from runtime.scoring import score
+        from runtime.scoring.score import score
 
         score(model, Path(args.eval_file), args.batch_size, args.show_wrong, args.eval_out)
+    elif args.text_file:
+        from runtime.scoring.text import score_text
+
+        score_text(model, Path(args.text_file))
     elif args.prompt is not None:
         text = clean(args.prompt)
         question = {"role": "user", "content": text}

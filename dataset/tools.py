@@ -20,12 +20,12 @@ def parse_tools(value: object, where: str) -> list[dict]:
     return tools
 
 
-def parse_tool_calls(value: object, key: str, where: str) -> list[dict]:
+def normalise_tool_calls(value: object, key: str, where: str) -> list[dict]:
     """The calls of a field, [{"name": str, "arguments": dict}, ...], each with its "id", if any."""
-    return [_tool_call(call, where) for call in _json_list(value, f"{where}{key!r}")]
+    return [normalise_tool_call(call, where) for call in _json_list(value, f"{where}{key!r}")]
 
 
-def _tool_call(call: object, where: str) -> dict:
+def normalise_tool_call(call: object, where: str) -> dict:
     """{"function": {"name", "arguments"}} or {"name", "arguments"}; arguments may be JSON text."""
     known = {"id": call["id"]} if isinstance(call, dict) and isinstance(call.get("id"), str) else {}
     call = call.get("function") or call if isinstance(call, dict) else call

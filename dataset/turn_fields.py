@@ -14,7 +14,7 @@ from dataset.row_fields import (
     learns,
     refuse,
 )
-from dataset.tools import parse_tool_calls, parse_tools
+from dataset.tools import normalise_tool_calls, parse_tools
 
 CALLS = ("tool_calls", "function_call")
 TOOLS = ("tools", "functions")
@@ -100,7 +100,7 @@ def _add_turn_fields(message: dict, fields: dict, name: str, calls: dict, at: st
     if len(calls) > 1:
         raise ValueError(f"{at}{' and '.join(map(repr, calls))} are both calls: keep one of them")
     for key, value in calls.items():
-        message["tool_calls"] = parse_tool_calls(value, key, at)
+        message["tool_calls"] = normalise_tool_calls(value, key, at)
     for key in TOOLS:
         if tools := parse_tools(fields.get(key), f"{at}{key!r}"):
             if role != "system" or message.get("tools", tools) != tools:

@@ -11,7 +11,8 @@ import torch
 
 from dataset.chat_format import ChatCoder, chat_coder
 from dataset.talk import Talk
-from dataset.text_encoder import text_encoder
+from dataset.text_encoder import TextEncoder, text_encoder
+from dataset.tokenizer import LazyTokenizer
 from model.lm import MiniMindLM
 from model.weights import load_model
 from runtime.device import dtype_of
@@ -30,7 +31,8 @@ class ChatModel:
     decode: Callable[[list[int]], str]  # ids of a reply -> its text
     thinking: bool | None  # None: as the chat template does by itself
     sampling: dict  # arguments of MiniMindLM.stream
-    plain: Callable[[str], list[int]]  # text that is no chat -> its ids
+    plain: TextEncoder  # text that is no chat -> its ids
+    tokenizer: LazyTokenizer
 
     def __post_init__(self) -> None:
         self.context = self.model.config.max_seq_len
@@ -135,6 +137,6 @@ def open_chat_model(
 
         sampling["eos_token_id"] = end_of_text(tokenizer)
         plain = text_encoder(tokenizer)
-        return ChatModel(model, None, tokenizer.decode, None, sampling, plain)
+        return ChatModel(model, None, tokenizer.decode, None, sampling, plain, tokenizer)
     coder = chat_coder(tokenizer)
-    return ChatModel(model, coder, coder.decode_reply, thinking, sampling, coder.plain)
+    return ChatModel(model, coder, coder.decode_reply, thinking, sampling, coder.plain, tokenizer)

@@ -36,8 +36,8 @@ RANGES = [
     (0, WHOLE, "max_steps save_interval eval_interval sample_interval replica_check"),
     (1, WHOLE, "global_batch_size log_interval"),
     # other counts
-    (0, WHOLE, "preview top_k show_wrong hold_out max_restarts"),
-    (1, WHOLE, "min_frequency"),
+    (0, WHOLE, "preview top_k show_wrong hold_out max_restarts num_fewshot"),
+    (1, WHOLE, "min_frequency limit"),
     (0, 2**63 - 1, "seed"),  # what torch takes
     # losses, rollouts and optimisation
     (ABOVE_0, REAL, "lora_alpha beta clip value_clip"),

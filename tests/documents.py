@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from running import ROOT, run_ranks, run_script
+from serving import Server
 
 ENGLISH = [
     "README.md",
@@ -134,6 +135,11 @@ def run_command(line: str, clone: Path) -> None:
         run_shell(shlex.join([program, str(clone / script), *flags]), clone, Path("/"))
     elif program == "accelerate":
         run_shell(shlex.join([program, *arguments[:at], script, *flags]), clone, clone)
+    elif script == "scripts/serve.py":  # until it is told to end
+        server = Server(clone / "out", *flags, script=clone / script)
+        code = server.terminate()
+        server.close()
+        assert code == 0, line
     elif line.endswith("eval_model.py"):
         done = run_script(clone / script, cwd=clone, stdin="hello\n/exit\n")
         assert done.returncode == 0 and done.stdout, f"{line}\n{done.stdout}\n{done.stderr}"

@@ -110,8 +110,14 @@ class Server:
         url: where it answers.
     """
 
-    def __init__(self, out_dir: Path, *flags, env: dict | None = None):
-        words = ["scripts/serve.py", "--out_dir", out_dir, "--port", 0, "--device", "cpu", *flags]
+    def __init__(
+        self,
+        out_dir: Path,
+        *flags,
+        env: dict | None = None,
+        script: str | Path = "scripts/serve.py",
+    ):
+        words = [script, "--out_dir", out_dir, "--device", "cpu", *flags, "--port", 0]
         self.folder = tempfile.TemporaryDirectory()
         log = Path(self.folder.name) / "log"
         with open(log, "wb") as output:

@@ -10,7 +10,8 @@ import test_eval_model
 import torch
 from test_eval_model import FACTS, SECOND_TURN, error, ok, turns
 
-from runtime import scoring
+from runtime.scoring import replies as replies_module
+from runtime.scoring import score
 
 knowing, ignorant = test_eval_model.knowing, test_eval_model.ignorant
 run, run_apart = test_eval_model.run, test_eval_model.run_apart
@@ -43,10 +44,10 @@ def test_scoring_prints_a_table_and_writes_every_reply(
     start = run_apart if batch_size == 64 else run
     lines = ok(start(knowing, *flags)).splitlines()
     assert [line.split() for line in lines[:4]] == [
-        ["task", "n", "right", "%"],
-        ["facts", "3", "2", "66.7"],
-        ["greeting", "2", "2", "100.0"],
-        ["total", "5", "4", "80.0"],
+        ["task", "n", "right", "%", "95", "%", "CI"],
+        ["facts", "3", "2", "66.7", "20.8-93.9"],
+        ["greeting", "2", "2", "100.0", "34.2-100.0"],
+        ["total", "5", "4", "80.0", "37.6-96.4"],
     ]
     assert re.fullmatch(r"5 prompts in \d+\.\d s", lines[4])
     assert lines[6:] == ["line 4 (facts)", '  prompt "2+3"', '  answer "6"', '  reply  "5"']
@@ -73,7 +74,7 @@ def test_thinking_is_not_the_answer_on_either_side(run, knowing, write_jsonl, tm
     out = tmp_path / "replies.jsonl"
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     lines = ok(run(knowing, "--eval_file", path, "--eval_out", out)).splitlines()
-    assert lines[2].split() == ["total", "6", "4", "66.7"]
+    assert lines[2].split()[:4] == ["total", "6", "4", "66.7"]
     replies = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [reply["right"] for reply in replies] == [True, True, True, False, False, True]
     assert [reply["reply"] for reply in replies] == [thought] * 5 + ["5"]  # what the model wrote
@@ -91,7 +92,7 @@ def test_with_thinking_asked_for(
         for at, token in enumerate(tokenizer.encode(reply)):
             yield torch.tensor([0]), torch.tensor([at]), torch.tensor([token])
 
-    monkeypatch.setattr(scoring, "generate_batch", scripted)
+    monkeypatch.setattr(replies_module, "generate_batch", scripted)
     path, out = (
         write_jsonl(tmp_path / "rows.jsonl", [question("6*7", "42")]),
         tmp_path / "replies.jsonl",
@@ -105,7 +106,7 @@ def test_scoring_is_greedy_and_takes_rows_of_the_other_formats(run, knowing, wri
     rows = [{"messages": turns("hi"), "answer": "Hello, you!"}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     output = ok(run(knowing, "--eval_file", path, "--temperature", 5, "--repetition_penalty", 9))
-    assert output.splitlines()[1].split() == ["all", "1", "1", "100.0"]
+    assert output.splitlines()[1].split()[:4] == ["all", "1", "1", "100.0"]
 
 
 def test_scoring_a_model_that_knows_nothing_ends(run, ignorant, write_jsonl, tmp_path):
@@ -117,6 +118,7 @@ def test_scoring_a_model_that_knows_nothing_ends(run, ignorant, write_jsonl, tmp
         "70",
         "0",
         "0.0",
+        "0.0-5.2",
     ]
 
 
@@ -241,5 +243,5 @@ def test_an_output_is_tried_without_leaving_anything(run, ignorant, write_jsonl,
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path):
-    assert scoring.temporary_path(Path("/dev/null")) == Path("/dev/null")
-    assert scoring.temporary_path(tmp_path / "new").parent == tmp_path
+    assert score.temporary_path(Path("/dev/null")) == Path("/dev/null")
+    assert score.temporary_path(tmp_path / "new").parent == tmp_path

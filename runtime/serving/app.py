@@ -124,7 +124,8 @@ class CompletionEndpoint:
     def prepare(self, data: bytes) -> tuple:
         """What a body asks for: (model, parameters, prompts, a constraint or None for each choice)."""
         fields = read_body(data)
-        model = self.service.model(fields.text("model"))
+        known = next(iter(self.service.models))  # the one that is meant where none is named
+        model = self.service.model(fields.text("model") if "model" in fields.body else known)
         if self.is_chat:
             wanted = chat_parameters(fields)
         else:

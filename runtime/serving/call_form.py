@@ -19,6 +19,7 @@ class CallForm:
     """A call is `begin`, `gap`, {"name": ..., "arguments": {...}}, `end_gap`, `end`.
 
     begin: "<tool_call>", say; "": a reply that is JSON is a call. key: what holds the arguments.
+    stop: id of the token that ends a turn that calls.
     """
 
     begin: str
@@ -26,6 +27,7 @@ class CallForm:
     key: str
     end_gap: str
     end: str
+    stop: int
 
 
 def learn_call_form(coder: ChatCoder) -> CallForm | None:
@@ -47,13 +49,15 @@ def learn_call_form(coder: ChatCoder) -> CallForm | None:
         return None
     before = said[: found.start()].rpartition(END_THINK)[2].lstrip()
     behind = said[found.end() :]
-    token = coder.plain.tokens.search(behind)
-    while token and token[0] not in reader.manner.ends:  # a mark of the call itself
-        token = coder.plain.tokens.search(behind, token.end())
-    behind = behind[: token.start()] if token else behind
-    begin, end = before.rstrip(), behind.strip()
+    begin = before.rstrip()
+    tokens = list(coder.plain.tokens.finditer(behind))
+    if begin:  # the first one may be the mark that ends the call
+        tokens = [token for token in tokens if token[0] in reader.manner.ends]
+    if not tokens:
+        return None
+    end = behind[: tokens[0].start()].strip()
     if bool(begin) != bool(end):
         return None
-    gap = before[len(begin) :]
-    end_gap = behind[: behind.index(end)] if end else ""
-    return CallForm(begin, gap, found["key"], end_gap, end)
+    gaps = before[len(begin) :], behind[: behind.index(end)] if end else ""
+    stop = coder.plain.ids[tokens[0][0]]
+    return CallForm(begin, gaps[0], found["key"], gaps[1], end, stop)

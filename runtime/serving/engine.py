@@ -235,14 +235,14 @@ class Engine:
     def take_slot(self, generation: Generation, held: list[int]) -> None:
         """Give a request a free slot, with as much of its prompt as any slot holds.
 
-        The slot that holds most is taken over, if it is free and most of what it holds is wanted:
-        then a chat goes on. Else that much is copied to the slot that was free for longest.
+        The slot that holds most is taken over, if it is free and all that it holds is wanted: a
+        chat goes on. Else that much is copied to the free slot that was not used for longest.
         """
         best = self.slots[max(range(len(held)), key=held.__getitem__)]
         shared = min(held[best.number], len(generation.prompt) - 1)  # the last one gives the logits
         free = [slot for slot in self.slots if slot.generation is None]
         slot = min(free, key=lambda slot: (slot is best, slot.used))
-        if best.generation is None and (2 * shared >= best.held or len(free) == 1):
+        if best.generation is None and (shared == best.held or len(free) == 1):
             slot = best
         elif shared:
             kv = self.cache.kv

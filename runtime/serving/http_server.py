@@ -54,6 +54,7 @@ def serve(app, service: Service, listener: socket.socket, grace: float, ready: s
             end = asyncio.get_running_loop().call_later(0.9 * grace, service.end_all)
             await super().shutdown(sockets)
             end.cancel()
+            engines.close()  # while there is a loop that its last outputs can go to
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -77,7 +78,4 @@ def serve(app, service: Service, listener: socket.socket, grace: float, ready: s
         backlog=BACKLOG,
     )
     engines = run_engines([model.engine for model in service.models.values()])
-    try:
-        Server(config).run(sockets=[listener])
-    finally:
-        engines.close()
+    Server(config).run(sockets=[listener])

@@ -69,7 +69,6 @@ class Parameters:
         schema: of the JSON that the reply must be; None: any text.
     """
 
-    model: str
     sampling: Sampling
     n: int
     max_tokens: int | None
@@ -184,7 +183,6 @@ def shared_parameters(fields: Fields, top_logprobs: int | None) -> dict:
         top_logprobs=top_logprobs,
     )
     return {
-        "model": fields.text("model"),
         "sampling": sampling,
         "n": fields.integer("n", 1, MAX_CHOICES, 1),
         "stop": read_stop(fields),
@@ -292,6 +290,7 @@ def read_response_format(fields: Fields) -> dict | None:
     given = fields.object("response_format")
     if not given.body:
         return None
+    given.check_given("type")
     kind = given.one_of("type", ("text", "json_object", "json_schema"), "")
     given.check_known({"type", "json_schema"} if kind == "json_schema" else {"type"})
     if kind == "text":

@@ -29,7 +29,7 @@ class Reply:
 
     def __init__(self, model: ServedModel, wanted: Parameters, prompt: Prompt):
         self.model, self.wanted = model, wanted
-        self.decoder = TextDecoder(model.decode(wanted))
+        self.decoder = TextDecoder(model.chat.decode)
         self.stop = StopStrings(wanted.stop)
         self.parts = None
         if wanted.is_chat:

@@ -55,6 +55,8 @@ class StopStrings:
 
     def add(self, text: str) -> str:
         """The part of text, and of what has waited, that can be shown now."""
+        if self.found:
+            return ""
         self.waiting += text
         places = [place for stop in self.stops if (place := self.waiting.find(stop)) >= 0]
         if places:

@@ -86,16 +86,20 @@ class ServedModel:
     def _chat_prompt(self, wanted: Parameters) -> Prompt:
         thinking = self.chat.thinking if wanted.thinking is None else wanted.thinking
         try:
-            ids = self.coder.encode_prompt(wanted.messages, wanted.tools, thinking)
+            text = self.coder.prompt_text(wanted.messages, wanted.tools, thinking)
         except ValueError as error:
             field = "tools" if "leaves tools out" in str(error) else "messages"
             raise APIError(f"{field}: {error}", field) from None
         form = self.call_form if wanted.tools else None
-        return Prompt(ids, self.coder.opening(thinking), form)
+        return Prompt(self._encode(text), self.coder.opening(thinking), form)
 
     def _plain_ids(self, prompt: str | list[int]) -> list[int]:
-        ids = self.chat.plain(prompt) if isinstance(prompt, str) else prompt
+        ids = self._encode(prompt) if isinstance(prompt, str) else prompt
         return ids or [self.end_of_text]  # a text begins behind the end of another one
+
+    def _encode(self, text: str) -> list[int]:
+        # As a batch: other than for a single text, all threads go on meanwhile.
+        return self.coder.plain.batch([text])[0]
 
     def check_bias(self, wanted: Parameters) -> None:
         """Refuse a bias on a token that is none."""
@@ -122,11 +126,10 @@ class ServedModel:
 
     def ends(self, wanted: Parameters) -> frozenset[int]:
         """The tokens that end a reply."""
-        return frozenset(self.coder.ends) if wanted.is_chat else frozenset([self.end_of_text])
-
-    def decode(self, wanted: Parameters):
-        """Ids of a reply -> its text."""
-        return self.chat.decode if wanted.is_chat else self.tokenizer.decode
+        more = [] if wanted.is_chat else [self.end_of_text]
+        if self.call_form and wanted.tools:
+            more.append(self.call_form.stop)
+        return frozenset([*self.coder.ends, *more])
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for, which may be a part of a character."""

@@ -1,0 +1,125 @@
+"""How chat templates spell calls, and constraints that follow from it."""
+
+import json
+import random
+import sys
+
+import pytest
+import torch
+
+from benchmarks.chat_templates import CASES, case_tokenizer
+from dataset.chat_format import ChatCoder, chat_coder
+from runtime.serving.api_error import APIError
+from runtime.serving.call_form import CallForm, learn_call_form
+from runtime.serving.constraints import Grammars
+from runtime.serving.reply_parts import ReplyParts
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "f",
+            "parameters": {
+                "type": "object",
+                "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 99}},
+                "required": ["x"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+
+
+@pytest.fixture(scope="module")
+def coders() -> dict[str, ChatCoder]:
+    return {name: chat_coder(case_tokenizer(name)) for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def coder(tokenizer) -> ChatCoder:
+    return chat_coder(tokenizer)
+
+
+def test_our_own(coder):
+    assert learn_call_form(coder) == CallForm(
+        "<tool_call>", "\n", "arguments", "\n", "</tool_call>", coder.end_of_turn
+    )
+
+
+def test_templates_of_others(coders):
+    forms = {name: learn_call_form(coder) for name, coder in coders.items()}
+    marked = {name for name, form in forms.items() if form and form.begin == "<tool_call>"}
+    bare = {name: form for name, form in forms.items() if form and not form.begin}
+    assert marked and bare and None in forms.values()
+    for name, form in bare.items():
+        assert form.key == "parameters"
+        assert form.stop == coders[name].plain.ids["<|eom_id|>"]
+
+
+def write(constraint, coder, seed: int = 0) -> str:
+    """A reply that a model of random logits would write."""
+    draw, ids = random.Random(seed), []
+    while len(ids) < 300:
+        allowed = constraint.allowed().nonzero().flatten().tolist()
+        token = draw.choice(allowed)
+        if token in coder.ends:
+            break
+        constraint.advance(token)
+        ids.append(token)
+    return coder.decode_reply(ids)
+
+
+def test_constrained_calls_are_of_the_template_form(coder):
+    pytest.importorskip("llguidance", reason="pip install llguidance")
+    form = learn_call_form(coder)
+    grammars = Grammars(coder, len(coder.tokenizer) + 3)  # padded, as public models are
+    for seed in range(5):
+        text = write(grammars.calls(TOOLS, form, ""), coder, seed)
+        parts = ReplyParts(False, form, frozenset("f")).add(text, is_last=True)
+        arguments = json.loads("".join(part.text for part in parts))
+        assert parts[0].name == "f" and 0 <= arguments["x"] <= 99
+        said = {"role": "assistant", "content": ""}
+        said["tool_calls"] = [{"name": "f", "arguments": arguments}]
+        turns = [{"role": "user", "content": "q"}, said]
+        assert coder.said(turns, TOOLS) == text  # as the template writes it
+
+
+def test_a_constraint_begins_behind_the_thinking(coder):
+    pytest.importorskip("llguidance", reason="pip install llguidance")
+    schema = TOOLS[0]["function"]["parameters"]
+    constraint = Grammars(coder, len(coder.tokenizer)).json(schema, "<think>\n")
+    assert constraint.allowed().sum() == len(coder.tokenizer) - 1  # all but the end
+    constraint.advance(coder.plain("a")[0])
+    constraint.advance(coder.plain.ids["</think>"])
+    text = write(constraint, coder)
+    assert text.startswith("\n\n{") and json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "nothing"}, {"$ref": "#/nowhere"}, {"pattern": "("}, {"not": {}}], ids=str
+)
+def test_schemas_that_are_none(schema, coder):
+    pytest.importorskip("llguidance", reason="pip install llguidance")
+    with pytest.raises(APIError) as error:
+        Grammars(coder, len(coder.tokenizer)).json(schema, "")
+    assert error.value.param == "response_format" and "\n" not in error.value.message
+
+
+def test_without_llguidance_it_is_named(coder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(APIError, match="pip install llguidance"):
+        Grammars(coder, len(coder.tokenizer)).json({"type": "object"}, "")
+
+
+def test_templates_without_calls_cannot_be_forced(coder):
+    with pytest.raises(APIError, match="no calls in JSON"):
+        Grammars(coder, len(coder.tokenizer)).calls(TOOLS, None, "")
+
+
+def test_the_end_is_allowed_where_json_is_complete(coder):
+    pytest.importorskip("llguidance", reason="pip install llguidance")
+    constraint = Grammars(coder, len(coder.tokenizer)).json({"type": "integer"}, "")
+    at_end = torch.tensor(coder.ends)
+    assert not constraint.allowed()[at_end].any()
+    constraint.advance(coder.plain("7")[0])
+    assert constraint.allowed()[at_end].all()
