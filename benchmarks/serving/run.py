@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,9 +30,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.serving.client import Reply, Server, post, serve
+from dataset.pretrain_encoder import end_of_text
 from model.generate import generate_batch, make_sampler
 from model.lm import LMConfig, MiniMindLM
 from model.weights import load_model
+from runtime.chat_model import open_chat_model
 from runtime.kernel_loader import apply_kernels
 
 PARTS = ("throughput", "peers", "first_token", "gaps")
@@ -52,8 +55,6 @@ def random_weights(folder: Path) -> Path:
     torch.manual_seed(0)
     model, path = MiniMindLM(SHAPE), folder / "random.pth"
     torch.save(model.state_dict(), path)
-    from dataclasses import asdict
-
     path.with_suffix(".json").write_text(json.dumps(asdict(SHAPE)))
     return path
 
@@ -88,9 +89,8 @@ def offline(model: MiniMindLM, prompts: list[list[int]], new: int) -> int:
 
 
 def end_of(model: MiniMindLM) -> int:
-    from runtime.chat_model import open_chat_model
-
-    return open_chat_model(model.path, torch.device("cpu")).end_of_turn
+    """The token that ends a text of /v1/completions."""
+    return end_of_text(open_chat_model(model.path, torch.device("cpu")).coder.tokenizer)
 
 
 def throughput(model: MiniMindLM, server: Server, rounds: int) -> None:

@@ -205,7 +205,7 @@ def test_what_a_running_request_holds_is_shared_too():
 def test_a_long_prompt_comes_in_pieces_while_others_go_on(monkeypatch):
     model = make_model()
     engine = Engine(model, 3, 90, 20)
-    monkeypatch.setattr(engine, "reading_tokens", lambda busy: 10 if busy else 100)
+    monkeypatch.setattr(engine, "reading_tokens", lambda _, streaming: 10 if streaming else 100)
     counts = count_read(engine, monkeypatch)
     stream = Client(engine).ask(prompt(0, 4), 30)
     engine.step()
