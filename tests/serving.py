@@ -116,8 +116,9 @@ class Server:
         *flags,
         env: dict | None = None,
         script: str | Path = "scripts/serve.py",
+        port: int = 0,
     ):
-        words = [script, "--out_dir", out_dir, "--device", "cpu", *flags, "--port", 0]
+        words = [script, "--out_dir", out_dir, "--device", "cpu", *flags, "--port", port]
         self.folder = tempfile.TemporaryDirectory()
         log = Path(self.folder.name) / "log"
         with open(log, "wb") as output:

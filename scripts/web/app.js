@@ -189,7 +189,7 @@ function stopReply() {
 /** Have the open conversation answered. */
 function answer(settings) {
   const asked = chat;
-  const body = { model: currentModel()?.id ?? "", messages: messagesFor(asked), ...settings };
+  const body = { model: currentModel()?.id, messages: messagesFor(asked), ...settings };
   const message = { role: "assistant", content: "" };
   asked.messages.push(message);
   keep(asked, { toTop: true });

@@ -12,7 +12,7 @@ REPORT_VIOLATIONS = """
 addEventListener("securitypolicyviolation", (event) =>
     console.error("CSP", event.violatedDirective, event.blockedURI, event.sourceFile));
 """
-expect.set_options(timeout=8_000)  # the machine may be busy
+expect.set_options(timeout=20_000)  # the machine may be busy
 
 
 @contextlib.contextmanager

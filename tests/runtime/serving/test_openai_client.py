@@ -289,7 +289,7 @@ def test_a_tool_call_streamed(choice, ask):
         pytest.importorskip("llguidance", reason="pip install llguidance")
     chunks = list(ask("time in Paris?", tools=TOOLS, tool_choice=choice, stream=True))
     calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
-    assert calls[0].id and calls[0].function.name == CALL["name"] and len(calls) > 2
+    assert calls[0].id and calls[0].function.name == CALL["name"]
     assert all(call.id is None and call.function.name is None for call in calls[1:])
     assert json.loads("".join(c.function.arguments for c in calls)) == CALL["arguments"]
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
