@@ -28,8 +28,7 @@ import torch
 
 from model.generate import stream_text
 from model.weights import newest_weights
-from runtime.chat_model import ChatModel, open_chat_model
-from runtime.device import open_device
+from runtime.chat_model import ChatModel, open_chat_model, open_device
 from runtime.flags import check_flags, usage_error
 from runtime.process import exits
 from runtime.process.terminal import prepare_streams

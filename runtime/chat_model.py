@@ -15,7 +15,7 @@ from dataset.text_encoder import TextEncoder, text_encoder
 from dataset.tokenizer import LazyTokenizer
 from model.lm import MiniMindLM
 from model.weights import load_model
-from runtime.device import dtype_of
+from runtime.device import choose_device, dtype_of
 from runtime.kernel_loader import apply_kernels
 from runtime.tokenizer_record import check_size, find_record, open_tokenizer
 
@@ -79,6 +79,14 @@ class ChatModel:
         return self.check(prompt), dropped
 
 
+def open_device(name: str) -> torch.device:
+    """The device of --device, for scripts on one process. ValueError: it is not there."""
+    try:
+        return torch.zeros(1, device=choose_device(name, ddp=False)).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
 def open_chat_model(
     path: Path,
     device: torch.device,
@@ -135,8 +143,7 @@ def open_chat_model(
     if raw:
         from dataset.pretrain_encoder import end_of_text
 
-        sampling["eos_token_id"] = end_of_text(tokenizer)
-        plain = text_encoder(tokenizer)
+        plain, sampling["eos_token_id"] = text_encoder(tokenizer), end_of_text(tokenizer)
         return ChatModel(model, None, tokenizer.decode, None, sampling, plain, tokenizer)
     coder = chat_coder(tokenizer)
     return ChatModel(model, coder, coder.decode_reply, thinking, sampling, coder.plain, tokenizer)

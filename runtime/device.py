@@ -27,14 +27,6 @@ def choose_device(name: str, ddp: bool) -> str:
     return name
 
 
-def open_device(name: str) -> torch.device:
-    """The device of --device, for scripts on one process. ValueError: it is not there."""
-    try:
-        return torch.zeros(1, device=choose_device(name, ddp=False)).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
 def needs_process_group(device: torch.device, what: str) -> None:
     """ValueError: something needs a process group, and there is none on Apple's GPU."""
     if device.type == "mps":

@@ -11,6 +11,7 @@ docs/en/serve.md.
 """
 
 import argparse
+import gc
 import importlib.util
 import os
 import sys
@@ -26,9 +27,9 @@ from runtime.chat_model import ChatModel, open_chat_model
 from runtime.device import choose_device
 from runtime.flags import check_flags, usage_error
 from runtime.process import exits
-from runtime.serving.access import LOCAL_NAMES, Access
+from runtime.serving.access import Access, is_loopback
 from runtime.serving.app import Limits, Service, make_app
-from runtime.serving.engine import Engine
+from runtime.serving.engine import Engine, EngineThread
 from runtime.serving.http_server import open_socket, serve
 from runtime.serving.memory import check_cache, check_weights
 from runtime.serving.served_model import ServedModel
@@ -192,11 +193,13 @@ def main() -> int:
     host, port = listener.getsockname()[:2]
 
     # 2. Models
-    models = open_models(args, open_device(args.device))
+    engines = EngineThread()
+    models = engines.call(open_models, args, open_device(args.device))
 
     # 3. Serve
+    gc.freeze()  # collections that look at all modules would stop streams for a third of a second
     service = Service(models, Limits(args.request_timeout, args.max_body))
-    is_local = host in LOCAL_NAMES
+    is_local = is_loopback(host)
     page = ROOT / "scripts" / "web"
     access = Access(key, local_only=is_local and not key)
     app = make_app(service, access, args.cors_origin or [], page if page.is_dir() else None)
@@ -205,7 +208,7 @@ def main() -> int:
     names = ", ".join(service.models)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     ready = f"{address}: {names}; {args.max_concurrent} requests at once. Ctrl-C ends the server"
-    serve(app, service, listener, args.grace, ready)
+    serve(app, service, engines, listener, args.grace, ready)
     return 0
 
 

@@ -13,6 +13,7 @@ take turns and medians count.
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import statistics
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,9 +30,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.serving.client import Reply, Server, post, serve
+from dataset.pretrain_encoder import end_of_text
 from model.generate import generate_batch, make_sampler
 from model.lm import LMConfig, MiniMindLM
 from model.weights import load_model
+from runtime.chat_model import open_chat_model
 from runtime.kernel_loader import apply_kernels
 
 PARTS = ("throughput", "peers", "first_token", "gaps")
@@ -51,8 +55,6 @@ def random_weights(folder: Path) -> Path:
     torch.manual_seed(0)
     model, path = MiniMindLM(SHAPE), folder / "random.pth"
     torch.save(model.state_dict(), path)
-    from dataclasses import asdict
-
     path.with_suffix(".json").write_text(json.dumps(asdict(SHAPE)))
     return path
 
@@ -67,7 +69,7 @@ def body(prompt: list[int], new: int, stream: bool = True) -> dict:
     options = {"stream": stream, "temperature": 0, "max_tokens": new}
     if stream:
         options["stream_options"] = {"include_usage": True}
-    return {"prompt": prompt, **options}
+    return {"model": "bench", "prompt": prompt, **options}
 
 
 async def at_once(server: Server, prompts: list[list[int]], new: int, stream: bool) -> list[Reply]:
@@ -87,9 +89,8 @@ def offline(model: MiniMindLM, prompts: list[list[int]], new: int) -> int:
 
 
 def end_of(model: MiniMindLM) -> int:
-    from runtime.chat_model import open_chat_model
-
-    return open_chat_model(model.path, torch.device("cpu")).end_of_turn
+    """The token that ends a text of /v1/completions."""
+    return end_of_text(open_chat_model(model.path, torch.device("cpu")).coder.tokenizer)
 
 
 def throughput(model: MiniMindLM, server: Server, rounds: int) -> None:
@@ -233,7 +234,7 @@ def gaps(model: MiniMindLM, server: Server, rounds: int) -> None:
         streams = random_prompts(16, 8, 60, vocab, seed)
         tasks = [asyncio.create_task(post(server, body(ids, 500))) for ids in streams]
         await asyncio.sleep(2)
-        long = await post(server, body(random_prompts(1, 4000, 4000, vocab, seed)[0], 8))
+        long = await post(server, body(random_prompts(1, 4000, 4000, vocab, 100 + seed)[0], 8))
         replies = await asyncio.gather(*tasks)
         assert all(reply.times[-1] > long.times[0] for reply in replies)
         between = [b - a for r in replies for a, b in zip(r.times[1:], r.times[2:], strict=False)]
@@ -251,6 +252,7 @@ def gaps(model: MiniMindLM, server: Server, rounds: int) -> None:
 
 def main() -> None:
     args = parse_args()
+    gc.freeze()  # a collection over all modules would stop the clients for a third of a second
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(args.weight) if args.weight else random_weights(Path(scratch))
         model = load_model(path)

@@ -22,6 +22,7 @@ import run  # beside this file; it puts the project on sys.path
 import torch
 from client import Server, post, serve
 
+from dataset.pretrain_encoder import end_of_text
 from model.generate import generate_batch, make_sampler
 from model.weights import load_model
 from runtime.chat_model import open_chat_model
@@ -48,13 +49,13 @@ def references(path: Path) -> list[tuple[list[int], str]]:
     chat = open_chat_model(path, torch.device("cpu"))
     model, prompts = chat.model, run.random_prompts(PROMPTS, 4, 40, chat.model.config.vocab_size)
     prompts += [[*prompts[0], *ids] for ids in prompts[:10]]  # that begin alike
-    answers = []
+    answers, tokenizer = [], chat.coder.tokenizer
+    end = end_of_text(tokenizer)
     for ids in prompts:
         sampler = make_sampler([ids], model.config.vocab_size, torch.device("cpu"))
-        tokens = [
-            int(t) for _, _, t in generate_batch(model, [ids], [NEW], sampler, chat.end_of_turn)
-        ]
-        answers.append((ids, chat.decode(tokens)))
+        steps = generate_batch(model, [ids], [NEW], sampler, end)
+        tokens = [int(token) for _, _, token in steps]
+        answers.append((ids, tokenizer.decode(tokens[:-1] if tokens[-1] == end else tokens)))
     return answers
 
 
@@ -115,7 +116,7 @@ def metrics(server: Server) -> dict[str, float]:
 async def until_idle(server: Server) -> bool:
     for _ in range(100):
         now = await asyncio.to_thread(metrics, server)
-        if not now["minimind_requests_running"] and not now["minimind_requests_waiting"]:
+        if not now["minimind_running"] and not now["minimind_waiting"]:
             return True
         await asyncio.sleep(0.1)
     return False

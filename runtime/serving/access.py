@@ -1,6 +1,7 @@
 """Who may ask, and the headers that all answers have."""
 
 import hmac
+import ipaddress
 from dataclasses import dataclass
 
 from runtime.serving.api_error import APIError
@@ -41,6 +42,11 @@ class Access:
                 fault = "no API key was given" if not key else "the API key is wrong"
                 advice = "send the header Authorization: Bearer KEY"
                 raise APIError(f"{fault}: {advice}", code="invalid_api_key", status=401)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address reaches this machine alone."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def host_name(host: bytes) -> str:

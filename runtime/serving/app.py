@@ -138,17 +138,15 @@ class CompletionEndpoint:
             field = "n" if wanted.n > 1 else "prompt"
             raise APIError(f"{field}: {count} choices, this server takes {most} at once", field)
         prompts = model.prompts(wanted)
-        constraints = [
-            model.constraint(wanted, prompt) for prompt in prompts for _ in range(wanted.n)
-        ]
+        constraints = [one for prompt in prompts for one in model.constraints(wanted, prompt)]
         return model, wanted, prompts, constraints
 
     async def deliver(self, replies: Replies, receive, send) -> int:
         """Wait for the replies and send them, as the client asked for; ends them if it goes away."""
         service, wanted = self.service, replies.wanted
         service.under_way.add(replies)
-        streams = service.mailbox
-        streams.streams += wanted.stream
+        mailbox, is_live = service.mailbox, replies.inbox.is_live
+        mailbox.streams += is_live
         loop, seconds = asyncio.get_running_loop(), service.limits.request_timeout
         timers = [loop.call_later(seconds, replies.end, "timeout")]
         # One that does not read keeps its task waiting in `send`.
@@ -161,7 +159,7 @@ class CompletionEndpoint:
                 timer.cancel()
             watcher.cancel()
             replies.cancel()
-            streams.streams -= wanted.stream
+            mailbox.streams -= is_live
             service.under_way.discard(replies)
             service.metrics.gone += replies.cause == "gone"
 
@@ -269,6 +267,31 @@ def make_app(service: Service, access: Access, cors_origins: list[str], page: Pa
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
+
+    handlers = {HTTPException: answer_error, APIError: answer_error}
+    app = guarded(Starlette(routes=make_routes(service, page), exception_handlers=handlers), access)
+    if cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
+    return app
+
+
+async def answer_error(request, error):
+    """An error of ours or of the routing, in OpenAI's form."""
+    from starlette.responses import Response
+
+    if not isinstance(error, APIError):
+        fault = f"{request.method} {request.url.path}: {error.detail}"
+        error = APIError(fault, status=error.status_code, headers=error.headers)
+    return Response(error.body(), error.status, error.headers, media_type="application/json")
+
+
+def make_routes(service: Service, page: Path | None) -> list:
+    """All that is answered; see `make_app`."""
     from starlette.responses import Response
     from starlette.routing import Mount, Route
     from starlette.staticfiles import StaticFiles
@@ -291,30 +314,13 @@ def make_app(service: Service, access: Access, cors_origins: list[str], page: Pa
         text = service.metrics.text(list(service.models.values()))
         return Response(text, media_type="text/plain; version=0.0.4")
 
-    async def on_error(request, error) -> Response:
-        if isinstance(error, HTTPException):
-            fault = f"{request.method} {request.url.path}: {error.detail}"
-            error = APIError(fault, status=error.status_code, headers=error.headers)
-        headers = error.headers
-        return Response(error.body(), error.status, headers, media_type="application/json")
-
-    routes = [
-        Route("/v1/chat/completions", CompletionEndpoint(service, True), methods=["POST"]),
-        Route("/v1/completions", CompletionEndpoint(service, False), methods=["POST"]),
-        Route("/v1/models", list_models),
-        Route("/v1/models/{name:path}", show_model),
-        Route("/health", health),
-        Route("/metrics", metrics),
+    api = [
+        Route("/chat/completions", CompletionEndpoint(service, True), methods=["POST"]),
+        Route("/completions", CompletionEndpoint(service, False), methods=["POST"]),
+        Route("/models", list_models),
+        Route("/models/{name:path}", show_model),
     ]
+    routes = [Mount("/v1", routes=api), Route("/health", health), Route("/metrics", metrics)]
     if page is not None:
         routes.append(Mount("/", StaticFiles(directory=page, html=True)))
-    handlers = {HTTPException: on_error, APIError: on_error}
-    app = guarded(Starlette(routes=routes, exception_handlers=handlers), access)
-    if cors_origins:
-        app = CORSMiddleware(
-            app,
-            allow_origins=cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-        )
-    return app
+    return routes

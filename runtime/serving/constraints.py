@@ -3,6 +3,7 @@
 What may come next is worked out by llguidance, an optional package.
 """
 
+import functools
 import json
 
 import torch
@@ -29,13 +30,23 @@ class GrammarConstraint:
 
     def __init__(self, matcher, vocab_size: int, ends: list[int], end_think: int | None):
         self.matcher, self.end_think = matcher, end_think
-        self.free = torch.ones(vocab_size, dtype=torch.bool)
-        self.at_end = torch.zeros(vocab_size, dtype=torch.bool)
-        self.at_end[ends] = True
+        self.vocab_size, self.ends = vocab_size, ends
+
+    def copy(self) -> "GrammarConstraint":
+        """Another one at the same place."""
+        matcher = self.matcher.deep_copy()
+        return GrammarConstraint(matcher, self.vocab_size, self.ends, self.end_think)
+
+    @functools.cached_property
+    def at_end(self) -> Tensor:
+        """The tokens that may come where the reply is complete."""
+        mask = torch.zeros(self.vocab_size, dtype=torch.bool)
+        mask[self.ends] = True
+        return mask
 
     def allowed(self) -> Tensor:
         if self.end_think is not None:
-            return self.free & ~self.at_end
+            return ~self.at_end
         if self.matcher.is_stopped():
             return self.at_end
         mask = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8) > 0

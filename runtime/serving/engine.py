@@ -15,6 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +26,9 @@ from model.generate import Decoder, KVCache
 from runtime.serving.prompt_pieces import Piece, read_pieces
 from runtime.serving.sampling import Constraint, NewToken, Sampling, TokenSource, next_tokens
 
-# Reading prompts may take so much longer than the step beside it, or so many seconds. A stream
-# stutters where it is more; a request waits longer for its first token where it is less.
-READING_SHARE, READING_SECONDS = 1.0, 0.012
+# So long a step may read prompts while others stream: a stream stutters where it is more, a request
+# waits longer for its first token where it is less, and short pieces take more time for each token.
+READING_SECONDS = 0.03
 MIN_PIECE = 32  # tokens: less would read all weights for next to nothing
 # A request waits while another reads a prompt that begins with so many more of its own tokens than
 # any slot holds.
@@ -133,7 +134,7 @@ class Engine:
         self.model, self.context, self.max_waiting = model, context, max_waiting
         self.device, self.vocab_size = weight.device, model.config.vocab_size
         cache = KVCache(model.config, slots, context, weight.device, weight.dtype)
-        cache.kv.zero_()  # memory that is touched now cannot be missing later
+        cache.kv.fill_(0.0)  # memory that is touched now cannot be missing later
         self.decoder: Decoder = (model.make_decoder or Decoder)(model, cache)
         self.cache = cache
         self.slots = [Slot(number, context) for number in range(slots)]
@@ -144,7 +145,7 @@ class Engine:
         self.submitted = 0  # not yet in a slot
         self.lock = threading.Lock()
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
-        self.step_seconds, self.token_seconds = 0.0, 0.0
+        self.token_seconds = 0.0  # what a token of a prompt took last time
 
     # ----------------------------------------------------------------------------------------------
     # For any thread
@@ -258,7 +259,7 @@ class Engine:
         reading = sorted((s for s in self.slots if s.is_reading), key=lambda slot: slot.used)
         if not reading:
             return
-        room = self.reading_tokens(busy=len(reading) < self.running)
+        room = self.reading_tokens(len(reading), self.running - len(reading))
         pieces = []
         for slot in reading:
             ids = slot.generation.prompt[slot.held :][:room].tolist()
@@ -269,19 +270,21 @@ class Engine:
         started = time.perf_counter()
         logits = read_pieces(self.decoder, pieces)
         seconds = time.perf_counter() - started
-        self.token_seconds = seconds / sum(len(piece.ids) for piece in pieces)
+        tokens = sum(len(piece.ids) for piece in pieces)
+        if tokens >= 2 * MIN_PIECE or not self.token_seconds:  # of few tokens each takes longer
+            self.token_seconds = seconds / tokens
         for piece in pieces:
             self.slots[piece.slot].held += len(piece.ids)
         rows = [n for n, piece in enumerate(pieces) if not self.slots[piece.slot].is_reading]
         if rows:
             self.take_tokens([self.slots[pieces[n].slot] for n in rows], logits[rows])
 
-    def reading_tokens(self, busy: bool) -> int:
-        """How many tokens of prompts the next step may read."""
+    def reading_tokens(self, reading: int, streaming: int) -> int:
+        """How many tokens of prompts the next step may read, for so many of both kinds."""
         most = self.decoder.prefill_tokens
-        if not busy:
+        if not streaming:
             return most
-        seconds = max(READING_SHARE * self.step_seconds, READING_SECONDS)
+        seconds = READING_SECONDS * min(max(1.0, reading / streaming), 2.0)
         tokens = seconds / self.token_seconds if self.token_seconds else MIN_PIECE
         return int(min(most, max(MIN_PIECE, tokens // MIN_PIECE * MIN_PIECE)))
 
@@ -291,7 +294,6 @@ class Engine:
         if not active:
             return
         rows = self.slots if self.decoder.keeps_rows else active
-        started = time.perf_counter()
         # A row that takes part without a request writes behind what it holds.
         held = [min(slot.held, self.context - 1) for slot in rows]
         self.cache.lengths = torch.tensor(held)
@@ -305,7 +307,6 @@ class Engine:
         if len(rows) > len(active):
             logits = logits[[slot.number for slot in active]]
         self.take_tokens(active, logits)
-        self.step_seconds = time.perf_counter() - started
 
     def take_tokens(self, slots: list[Slot], logits: Tensor) -> None:
         """Choose the next tokens of these requests from logits (R, vocab), and deliver them."""
@@ -341,14 +342,28 @@ class Engine:
 
 
 class EngineThread:
-    """Steps engines in turn while any has requests."""
+    """The thread that opens models and steps their engines.
 
-    def __init__(self, engines: list[Engine]):
-        self.engines, self.closing, self.event = engines, False, threading.Event()
+    All that computes runs on it. GNU's OpenMP keeps threads for each thread that computes; once there
+    are more of them than cores they sleep where they else would spin, and a step takes half as long
+    again.
+    """
+
+    def __init__(self):
+        self.executor = ThreadPoolExecutor(1, "engines")
+        self.engines: list[Engine] = []
+        self.closing, self.event = False, threading.Event()
+
+    def call(self, function: Callable, *args):
+        """What a function returns on this thread; before `start`."""
+        return self.executor.submit(function, *args).result()
+
+    def start(self, engines: list[Engine]) -> None:
+        """Step engines in turn whenever any has requests."""
+        self.engines = engines
         for engine in engines:
             engine.wake = self.event.set
-        self.thread = threading.Thread(target=self.run, name="engines", daemon=True)
-        self.thread.start()
+        self.executor.submit(self.run)
 
     def run(self) -> None:
         while not self.closing:
@@ -369,11 +384,6 @@ class EngineThread:
         """End after the step under way; requests that are under way get an error."""
         self.closing = True
         self.event.set()
-        self.thread.join()
+        self.executor.shutdown()
         for engine in self.engines:
             engine.fail("the server is shutting down")
-
-
-def run_engines(engines: list[Engine]) -> EngineThread:
-    """Start the thread that steps engines."""
-    return EngineThread(engines)

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 
 from runtime.serving.app import Service
-from runtime.serving.engine import run_engines
+from runtime.serving.engine import EngineThread
 from runtime.serving.mailbox import Mailbox
 
 BACKLOG = 2048
@@ -34,10 +34,13 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(app, service: Service, listener: socket.socket, grace: float, ready: str) -> None:
+def serve(
+    app, service: Service, engines: EngineThread, listener: socket.socket, grace: float, ready: str
+) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then finish what runs, at most `grace` seconds.
 
     Args:
+        engines: the thread that has opened the models; is closed.
         ready: is printed when requests are answered.
     """
     import uvicorn
@@ -77,5 +80,8 @@ def serve(app, service: Service, listener: socket.socket, grace: float, ready: s
         timeout_graceful_shutdown=grace,
         backlog=BACKLOG,
     )
-    engines = run_engines([model.engine for model in service.models.values()])
-    Server(config).run(sockets=[listener])
+    engines.start([model.engine for model in service.models.values()])
+    try:
+        Server(config).run(sockets=[listener])
+    finally:
+        engines.close()

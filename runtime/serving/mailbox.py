@@ -9,9 +9,12 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from runtime.serving.engine import Output
+from runtime.serving.sampling import NewToken
 
+NOTHING = Output([])
 STREAM_SECONDS = 0.0015  # what one chunk of one stream costs, about three times over
 
 
@@ -46,11 +49,20 @@ class Inbox:
 
         return deliver
 
-    def take(self) -> list[tuple[int, Output]]:
-        """All that has come."""
+    def take_by_choice(self) -> list[tuple[int, Output]]:
+        """All that has come, as one output for each choice."""
         self.event.clear()
-        outputs = self.outputs
-        return [outputs.popleft() for _ in range(len(outputs))]
+        tokens: dict[int, list[NewToken]] = {}
+        ends: dict[int, Output] = {}
+        for _ in range(len(self.outputs)):
+            choice, output = self.outputs.popleft()
+            tokens.setdefault(choice, []).extend(output.tokens)
+            if output.finish_reason is not None:
+                ends[choice] = output
+        return [
+            (choice, replace(ends.get(choice, NOTHING), tokens=new))
+            for choice, new in tokens.items()
+        ]
 
 
 class Mailbox:

@@ -48,8 +48,8 @@ class Metrics:
         lines.append("# TYPE minimind_disconnects_total counter")
         lines.append(f"minimind_disconnects_total {self.gone}")
         for name, kind, what in (
-            ("running", "gauge", "Requests that hold a slot."),
-            ("waiting", "gauge", "Requests that wait for a slot."),
+            ("requests_running", "gauge", "Requests that hold a slot."),
+            ("requests_waiting", "gauge", "Requests that wait for a slot."),
             ("prompt_tokens", "counter", "Tokens of prompts."),
             ("cached_tokens", "counter", "Tokens of prompts that had been read for others."),
             ("generated_tokens", "counter", "Tokens written."),
@@ -57,7 +57,7 @@ class Metrics:
             full = f"minimind_{name}" + ("_total" if kind == "counter" else "")
             lines += [f"# HELP {full} {what}", f"# TYPE {full} {kind}"]
             for model in models:
-                value = getattr(model.engine, name)
+                value = getattr(model.engine, name.removeprefix("requests_"))
                 value = value if isinstance(value, int) else len(value)
                 lines.append(f'{full}{{model="{escape(model.name)}"}} {value}')
         name = "minimind_first_token_seconds"

@@ -188,11 +188,11 @@ class Replies:
         """
         await self.inbox.event.wait()
         news: dict[int, list[Part]] = {}
-        for number, output in self.inbox.take():
+        for number, output in self.inbox.take_by_choice():
             choice = self.choices[number]
             if choice.finish_reason is not None:
                 continue
-            news.setdefault(number, []).extend(choice.take(output))
+            news[number] = choice.take(output)
             if choice.finish_reason is not None and output.finish_reason is None:
                 self.model.engine.cancel(self.generations[number])  # it has reached a stop string
         if news and self.first_token is None:

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+CHARACTER = 4  # bytes, and so tokens, of the longest one
+MOST_WAITING = 64  # tokens that are decoded again and again
+
 
 class TextDecoder:
     """Decodes a reply piece by piece; the pieces make what decoding it as a whole gives.
@@ -26,8 +29,13 @@ class TextDecoder:
 
     def _piece(self, is_last: bool) -> str:
         text = self.decode(self.ids[self.begin :])
-        if text.endswith("\ufffd") and not is_last:
-            return ""
+        waiting = len(self.ids) - self.read
+        if text.endswith("\ufffd") and not is_last and waiting < MOST_WAITING:
+            if waiting <= CHARACTER:
+                return ""
+            # These bytes are no character, whatever comes; only the last ones may become one.
+            piece, self.shown = text[self.shown : -1], max(self.shown, len(text) - 1)
+            return piece
         piece = text[self.shown :]
         self.shown = len(self.decode(self.ids[self.read :]))
         self.begin, self.read = self.read, len(self.ids)

@@ -78,13 +78,17 @@ class ServedModel:
         for prompt in prompts:
             if len(prompt.ids) >= self.context:
                 field = "messages" if wanted.is_chat else "prompt"
-                sizes = f"{len(prompt.ids)} tokens, the context of {self.name} is {self.context}"
-                fault = f"{field} makes {sizes}: shorten it"
-                raise APIError(fault, field, "context_length_exceeded")
+                raise self._too_long(field, f"{len(prompt.ids)} tokens")
         return prompts
+
+    def _too_long(self, field: str, size: str) -> APIError:
+        fault = f"{field}: {size}, the context of {self.name} is {self.context}: shorten it"
+        return APIError(fault, field, "context_length_exceeded")
 
     def _chat_prompt(self, wanted: Parameters) -> Prompt:
         thinking = self.chat.thinking if wanted.thinking is None else wanted.thinking
+        if len(wanted.messages) >= self.context:  # before a template works on them for long
+            raise self._too_long("messages", f"{len(wanted.messages)} messages")
         try:
             text = self.coder.prompt_text(wanted.messages, wanted.tools, thinking)
         except ValueError as error:
@@ -108,17 +112,19 @@ class ServedModel:
                 fault = f"logit_bias: {self.name} has no token {token}, only {self.vocab_size}"
                 raise APIError(fault, "logit_bias")
 
-    def constraint(self, wanted: Parameters, prompt: Prompt) -> GrammarConstraint | None:
-        """What constrains a reply; a new one for each.
+    def constraints(self, wanted: Parameters, prompt: Prompt) -> list[GrammarConstraint | None]:
+        """What constrains the n replies to a prompt.
 
         Raises:
             APIError: a schema that is none; llguidance is missing.
         """
         if wanted.schema is not None:
-            return self.grammars.json(wanted.schema, prompt.opening)
-        if tools := wanted.forced_tools:
-            return self.grammars.calls(tools, self.call_form, prompt.opening)
-        return None
+            first = self.grammars.json(wanted.schema, prompt.opening)
+        elif tools := wanted.forced_tools:
+            first = self.grammars.calls(tools, self.call_form, prompt.opening)
+        else:
+            return [None] * wanted.n
+        return [first, *(first.copy() for _ in range(wanted.n - 1))]
 
     # ----------------------------------------------------------------------------------------------
     # Replies

@@ -233,7 +233,7 @@ def test_a_full_queue_and_clients_that_leave(long_weights, serve):
         answer.read()
     assert answer.status == 200 and answer.read()
     streams[1].close()
-    while metric(server, "minimind_running"):
+    while metric(server, "minimind_requests_running"):
         pass
     assert metric(server, "minimind_disconnects_total") == 2
 
@@ -245,14 +245,14 @@ def test_a_client_that_leaves_before_its_answer(long_weights, serve):
     stream.readline()
     data = json.dumps(chat(**ENDLESS | {"stream": False})).encode()
     waiting.connection.request("POST", CHAT, data, {"Content-Type": "application/json"})
-    while metric(server, "minimind_waiting") < 1:
+    while metric(server, "minimind_requests_waiting") < 1:
         pass
     assert other.error(CHAT, chat())[0] == 429
     waiting.close()
-    while metric(server, "minimind_waiting"):
+    while metric(server, "minimind_requests_waiting"):
         pass
     client.close()
-    while metric(server, "minimind_running"):
+    while metric(server, "minimind_requests_running"):
         pass
 
 
@@ -307,6 +307,10 @@ def test_keys_hosts_and_origins(weights, serve, tmp_path):
     answer = client.ask("/v1/models", headers=right)
     assert answer.status == 200 and answer.read()
     assert answer.headers["access-control-allow-origin"] == "https://example.org"
+    asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization, content-type"
+    answer = client.ask(CHAT, headers=asked, method="OPTIONS")  # which brings no key
+    assert answer.status == 200 and answer.read()
     assert client.ask("/health", headers={"Host": "else.where"}).read() == b'{"status":"ok"}'
     other = client.ask("/v1/models", headers=right | {"Origin": "https://else.where"})
     assert other.read() and "access-control-allow-origin" not in other.headers

@@ -8,7 +8,7 @@ from test_model import KINDS, MOE, TINY, build
 
 import kernels
 from model.generate import Decoder, KVCache, generate_batch, make_sampler
-from runtime.serving.engine import Engine, Output, QueueFull, Request, run_engines
+from runtime.serving.engine import Engine, EngineThread, Output, QueueFull, Request
 from runtime.serving.prompt_pieces import Piece, read_pieces
 from runtime.serving.sampling import Sampling
 
@@ -41,6 +41,12 @@ class Client:
         generation = self.engine.submit(request)
         generation.outputs = outputs
         return generation
+
+
+def run_engines(*engines: Engine) -> EngineThread:
+    thread = EngineThread()
+    thread.start(list(engines))
+    return thread
 
 
 def ids_of(generation) -> list[int]:
@@ -199,7 +205,7 @@ def test_what_a_running_request_holds_is_shared_too():
 def test_a_long_prompt_comes_in_pieces_while_others_go_on(monkeypatch):
     model = make_model()
     engine = Engine(model, 3, 90, 20)
-    monkeypatch.setattr(engine, "reading_tokens", lambda busy: 10 if busy else 100)
+    monkeypatch.setattr(engine, "reading_tokens", lambda _, streaming: 10 if streaming else 100)
     counts = count_read(engine, monkeypatch)
     stream = Client(engine).ask(prompt(0, 4), 30)
     engine.step()
@@ -260,7 +266,7 @@ def test_a_fault_in_a_step_ends_those_who_are_there_and_nobody_else(monkeypatch,
         raise RuntimeError("out of memory\nand more")
 
     engine.decoder.step = fail
-    threads = run_engines([engine])
+    thread = run_engines(engine)
     request = Request(prompt(9, 5), 3, frozenset(), GREEDY, lambda output: done.put(output))
     while not all(g.finished for g in generations):
         pass
@@ -268,7 +274,7 @@ def test_a_fault_in_a_step_ends_those_who_are_there_and_nobody_else(monkeypatch,
     assert generations[0].outputs[-1].error == "RuntimeError: out of memory"
     engine.submit(request)
     outputs = [done.get(timeout=60) for _ in range(3)]
-    threads.close()
+    thread.close()
     tokens = [token.id for output in outputs for token in output.tokens]
     assert tokens == alone(model, prompt(9, 5), 3)
     assert "out of memory" in capsys.readouterr().err
@@ -278,7 +284,7 @@ def test_two_models_take_turns_in_one_thread():
     models = [make_model(), make_model("moe")]
     engines = [Engine(model, 2, 60, 20) for model in models]
     outputs = queue.SimpleQueue()
-    threads = run_engines(engines)
+    thread = run_engines(*engines)
     for number, engine in enumerate(engines):
         engine.submit(
             Request(
@@ -293,17 +299,17 @@ def test_two_models_take_turns_in_one_thread():
     for _ in range(10):
         number, output = outputs.get(timeout=60)
         tokens[number] += [token.id for token in output.tokens]
-    threads.close()
+    thread.close()
     assert tokens == {n: alone(models[n], prompt(n, 6), 5) for n in range(2)}
 
 
 def test_closing_ends_what_runs():
     engine, outputs = Engine(make_model(), 1, 60, 20), queue.SimpleQueue()
-    threads = run_engines([engine])
+    thread = run_engines(engine)
     for n in range(2):
         engine.submit(Request(prompt(n, 5), 50, frozenset(), GREEDY, outputs.put))
     outputs.get(timeout=60)
-    threads.close()
+    thread.close()
     reasons = []
     while not outputs.empty():
         reasons.append(outputs.get().finish_reason)

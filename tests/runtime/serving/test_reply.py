@@ -40,9 +40,8 @@ def test_pieces_make_the_whole_text(ids, sizes):
     decoder, text, at, n = TextDecoder(OURS.decode), "", 0, 0
     while at < len(ids):
         size = sizes[n % len(sizes)]
-        piece = decoder.add(ids[at : at + size])
-        assert not piece.endswith("\ufffd")
-        text, at, n = text + piece, at + size, n + 1
+        text += decoder.add(ids[at : at + size])
+        at, n = at + size, n + 1
     assert text + decoder.end() == OURS.decode(ids)
 
 
@@ -151,3 +150,13 @@ def test_the_end_of_an_object():
         assert ObjectScanner().scan(text, "</t>") <= size or size == 3
     scanner = ObjectScanner()
     assert scanner.scan('{"a', "</t>") == 3 and scanner.scan('": 1}}', "</t>") == 5
+
+
+def test_bytes_that_are_no_character_do_not_hold_up_a_stream():
+    """The first byte of a character of four, again and again."""
+    byte = OURS.encode("\U0001f469", add_special_tokens=False)[0]
+    assert OURS.decode([byte]) == "\ufffd"
+    decoder, count = TextDecoder(OURS.decode), 200
+    pieces = [decoder.add([byte]) for _ in range(count)]
+    assert max(len(piece) for piece in pieces) < 10
+    assert "".join(pieces) + decoder.end() == OURS.decode([byte] * count)
