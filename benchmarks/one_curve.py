@@ -31,7 +31,7 @@ TITLE = "Training loss of one run in {} ways: same data, seed and global batch"
 PICTURE = """
 for (const [at, {plot, curves}] of figures.entries()) {
   for (const renderer of plot.renderers) renderer.visible = curves.includes(renderer);
-  curves.forEach(({glyph}, n) => glyph.setv({line_alpha: 1, line_width: at ? 1 : 2 * (curves.length - n)}));
+  curves.forEach(({glyph}, n) => glyph.setv({line_alpha: 1, line_width: at ? 1 : 1.3 * (curves.length - n)}));
 }
 document.querySelectorAll("output, .step").forEach((part) => part.remove());
 """

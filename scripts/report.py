@@ -4,7 +4,7 @@
     python scripts/report.py full_sft_512 full_sft_512.previous --out out/compared.html
     python scripts/report.py full_sft --watch 10
 
-A run is named by its stage, its name, its folder, its weights, or its metrics.jsonl. The page is
+A run is named by its stage (its newest run), its name, folder, weights, or metrics.jsonl. The page is
 one file that needs nothing else: it can be sent to someone. Bokeh draws it (pip install bokeh).
 """
 

@@ -42,11 +42,11 @@ def find_run(name: str, out_dir: Path) -> Path:
     """The metrics.jsonl of a run.
 
     Args:
-        name: of a stage (`full_sft`) or a run (`full_sft_512`) in `out_dir`; a run's folder, its
-            weights, or the file itself.
+        name: of a run (`full_sft_512`) in `out_dir`, or a stage (`full_sft`): its newest run; a
+            run's folder, its weights, or the file itself.
 
     Raises:
-        ValueError: there is no such run, or several.
+        ValueError: there is no such run.
     """
     path = Path(name)
     if path.is_file() and path.suffix != ".pth":
@@ -57,10 +57,9 @@ def find_run(name: str, out_dir: Path) -> Path:
             return folder / METRICS
     runs = sorted(file.parent.name for file in out_dir.glob(f"*/{METRICS}"))
     of_stage = [run for run in runs if re.fullmatch(re.escape(name) + r"_\d+(_moe)?", run)]
-    if len(of_stage) == 1:
-        return out_dir / of_stage[0] / METRICS
     if of_stage:
-        raise ValueError(f"{name}: {out_dir} has several runs of it: {', '.join(of_stage)}")
+        files = [out_dir / run / METRICS for run in of_stage]
+        return max(files, key=lambda file: file.stat().st_mtime)
     if path.is_dir():
         raise ValueError(f"{name}: there is no {METRICS} in it: name the folder of a run")
     known = f"those there: {', '.join(runs[:20])}" if runs else "there is none"

@@ -1,6 +1,7 @@
 """scripts/report.py as a command: how runs are named, what it refuses, --watch."""
 
 import json
+import os
 import signal
 
 import pytest
@@ -37,6 +38,12 @@ def test_names_of_a_run(out, name):
     assert "<title>pretrain_64</title>" in page.read_text(encoding="utf-8")
 
 
+def test_a_stage_is_its_newest_run(out):
+    os.utime(out / "full_sft_64/metrics.jsonl", (0, 0))
+    done = run_script("scripts/report.py", "full_sft", f"--out_dir={out}")
+    assert done.stdout == f"wrote {out}/full_sft_128_moe/report.html\n", done.stderr
+
+
 def test_a_comparison(out, tmp_path):
     runs = ("full_sft_64", "full_sft_128_moe", "pretrain")
     page = tmp_path / "compared.html"
@@ -48,7 +55,6 @@ def test_a_comparison(out, tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["full_sft"], "full_sft: {out} has several runs of it: full_sft_128_moe, full_sft_64"),
         (["nothing"], "nothing: no run of this name in {out} (those there: full_sft_128_moe, full_"),
         (["{out}/empty"], "/empty: there is no metrics.jsonl in it: name the folder of a run"),
         (["pretrain", "full_sft_64"], "several runs are compared in one page: name its file with --out"),
