@@ -30,7 +30,6 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.serving.client import Reply, Server, post, serve
-from dataset.pretrain_encoder import end_of_text
 from model.generate import generate_batch, make_sampler
 from model.lm import LMConfig, MiniMindLM
 from model.weights import load_model
@@ -89,8 +88,8 @@ def offline(model: MiniMindLM, prompts: list[list[int]], new: int) -> int:
 
 
 def end_of(model: MiniMindLM) -> int:
-    """The token that ends a text of /v1/completions."""
-    return end_of_text(open_chat_model(model.path, torch.device("cpu")).coder.tokenizer)
+    """A token that ends a text."""
+    return open_chat_model(model.path, torch.device("cpu")).end_of_turn
 
 
 def throughput(model: MiniMindLM, server: Server, rounds: int) -> None:

@@ -16,6 +16,7 @@ import random
 import re
 import tempfile
 import urllib.request
+from itertools import takewhile
 from pathlib import Path
 
 import run  # beside this file; it puts the project on sys.path
@@ -50,12 +51,12 @@ def references(path: Path) -> list[tuple[list[int], str]]:
     model, prompts = chat.model, run.random_prompts(PROMPTS, 4, 40, chat.model.config.vocab_size)
     prompts += [[*prompts[0], *ids] for ids in prompts[:10]]  # that begin alike
     answers, tokenizer = [], chat.coder.tokenizer
-    end = end_of_text(tokenizer)
+    ends = {*chat.coder.ends, end_of_text(tokenizer)}
     for ids in prompts:
         sampler = make_sampler([ids], model.config.vocab_size, torch.device("cpu"))
-        steps = generate_batch(model, [ids], [NEW], sampler, end)
+        steps = generate_batch(model, [ids], [NEW], sampler)
         tokens = [int(token) for _, _, token in steps]
-        answers.append((ids, tokenizer.decode(tokens[:-1] if tokens[-1] == end else tokens)))
+        answers.append((ids, tokenizer.decode(list(takewhile(lambda t: t not in ends, tokens)))))
     return answers
 
 
@@ -116,7 +117,7 @@ def metrics(server: Server) -> dict[str, float]:
 async def until_idle(server: Server) -> bool:
     for _ in range(100):
         now = await asyncio.to_thread(metrics, server)
-        if not now["minimind_running"] and not now["minimind_waiting"]:
+        if not now["minimind_requests_running"] and not now["minimind_requests_waiting"]:
             return True
         await asyncio.sleep(0.1)
     return False
