@@ -133,10 +133,10 @@ class Engine:
         weight = model.lm_head.weight
         self.model, self.context, self.max_waiting = model, context, max_waiting
         self.device, self.vocab_size = weight.device, model.config.vocab_size
-        cache = KVCache(model.config, slots, context, weight.device, weight.dtype)
-        cache.kv.fill_(0.0)  # memory that is touched now cannot be missing later
-        self.decoder: Decoder = (model.make_decoder or Decoder)(model, cache)
-        self.cache = cache
+        self.cache = KVCache(model.config, slots, context, weight.device, weight.dtype)
+        self.decoder: Decoder = (model.make_decoder or Decoder)(model, self.cache)
+        for kv in self.layers():
+            kv.fill_(0.0)  # memory that is touched now cannot be missing later
         self.slots = [Slot(number, context) for number in range(slots)]
         self.waiting: deque[Generation] = deque()
         self.commands: queue.SimpleQueue[tuple[str, Generation]] = queue.SimpleQueue()
@@ -176,6 +176,10 @@ class Engine:
     def free(self) -> int:
         """Slots that nobody has."""
         return sum(slot.generation is None for slot in self.slots)
+
+    def layers(self) -> list[Tensor]:
+        """Keys and values of each layer, (2, slots, n_kv_heads, context, head_dim)."""
+        return [self.cache.kv[layer] for layer in range(self.model.config.n_layers)]
 
     @property
     def running(self) -> int:
@@ -246,8 +250,8 @@ class Engine:
         if best.generation is None and (shared == best.held or len(free) == 1):
             slot = best
         elif shared:
-            kv = self.cache.kv
-            kv[:, :, slot.number, :, :shared] = kv[:, :, best.number, :, :shared]
+            for kv in self.layers():
+                kv[:, slot.number, :, :shared] = kv[:, best.number, :, :shared]
         slot.ids[: len(generation.prompt)] = generation.prompt
         slot.held, slot.used, slot.generation = shared, next(self.count), generation
         generation.slot, generation.cached_tokens = slot, shared

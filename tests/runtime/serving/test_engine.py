@@ -8,6 +8,7 @@ from test_model import KINDS, MOE, TINY, build
 
 import kernels
 from model.generate import Decoder, KVCache, generate_batch, make_sampler
+from runtime.device_map import keep_layout_near
 from runtime.serving.engine import Engine, EngineThread, Output, QueueFull, Request
 from runtime.serving.prompt_pieces import Piece, read_pieces
 from runtime.serving.sampling import Sampling
@@ -315,3 +316,16 @@ def test_closing_ends_what_runs():
         reasons.append(outputs.get().finish_reason)
     assert sorted(r for r in reasons if r) in (["error"] * 2, ["error", "length"], ["length"] * 2)
     assert engine.running == 0
+
+
+def test_a_model_whose_blocks_lie_on_several_devices():
+    """Two names of the CPU stand for two GPUs."""
+    whole, model = make_model(), make_model()
+    model.load_state_dict(whole.state_dict())
+    keep_layout_near(model, {"": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu:0"})
+    engine, ids = Engine(model, 3, 60, 20), prompt(0, 30)
+    generations = [Client(engine).ask([*ids, n], 6) for n in range(3, 6)]
+    finish(engine)
+    assert [g.cached_tokens for g in generations] == [0, 30, 30]
+    for n, generation in zip(range(3, 6), generations, strict=True):
+        assert ids_of(generation) == alone(whole, [*ids, n], 6)
