@@ -23,8 +23,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from model.weights import newest_weights, read_config
-from runtime.chat_model import ChatModel, open_chat_model
-from runtime.device import choose_device
+from runtime.chat_model import ChatModel, open_chat_model, open_device
 from runtime.flags import check_flags, usage_error
 from runtime.process import exits
 from runtime.serving.access import Access, is_loopback
@@ -96,13 +95,6 @@ def read_api_key(path: str | None) -> str:
         source = f"--api_key_file {path}" if path else "MINIMIND_API_KEY"
         raise ValueError(f"{source}: a key is one line of visible ASCII characters, no blanks")
     return key
-
-
-def open_device(name: str) -> torch.device:
-    try:
-        return torch.zeros(1, device=choose_device(name, ddp=False)).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def split_names(values: list[str], flag: str, form: str) -> dict[str, str]:
