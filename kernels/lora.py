@@ -19,17 +19,14 @@ class FastLoRALinear(LoRALinear):
         tensors = (x, self.weight, self.lora_A, self.lora_B)
         plain = torch.compiler.is_compiling() or not native.is_local_cpu_tensor(*tensors)
         dtype = native.autocast_dtype(x)
-        if plain or not torch.is_grad_enabled() or products(dtype) is None:
+        if plain or self.dropout or not torch.is_grad_enabled() or products(dtype) is None:
             return super().forward(x)
         factors = self.lora_A, self.lora_B, self.scale
-        kept = None
-        if self.dropout and self.training:  # 1 / (1 - dropout) where the update sees x, else 0
-            kept = F.dropout(torch.ones_like(x), self.dropout)
-        return LoRAFunction.apply(x, self.weight, self.bias, *factors, dtype, kept)
+        return LoRAFunction.apply(x, self.weight, self.bias, *factors, dtype)
 
 
 class LoRAFunction(torch.autograd.Function):
-    """x @ weight.T + bias + scale * (kept * x) @ A.T @ B.T, where weight and bias are frozen."""
+    """x @ weight.T + bias + scale * x @ A.T @ B.T, where weight and bias are frozen."""
 
     @staticmethod
     def forward(
@@ -41,39 +38,31 @@ class LoRAFunction(torch.autograd.Function):
         B: Tensor,
         scale: float,
         dtype: torch.dtype,
-        kept: Tensor | None,
     ) -> Tensor:
         ctx.x_dtype, ctx.scale, ctx.rank = x.dtype, scale, len(A)
         flat = x.to(dtype).reshape(-1, x.size(-1))  # (M, in)
         fill = -len(A) % RANK_BLOCK
         A = F.pad(A.float(), (0, 0, 0, fill))  # (rank, in)
         B = F.pad(B.float() * scale, (0, fill))  # (out, rank)
-        kept = None if kept is None else kept.to(dtype).view_as(flat)
-        low = torch.ops.minimind.linear(flat if kept is None else flat * kept, A)
+        low = torch.ops.minimind.linear(flat, A)
         out = torch.ops.minimind.linear(flat, weight, bias, low, B)
-        ctx.save_for_backward(flat, low, weight, A, B, kept)
+        ctx.save_for_backward(flat, low, weight, A, B)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, weight, A, B, kept = ctx.saved_tensors
+        x, low, weight, A, B = ctx.saved_tensors
         shape, grad = grad.shape, grad.reshape(-1, grad.size(-1)).contiguous()  # (M, out)
         grad_low = torch.empty_like(low)
         multiply(grad_low, grad, B)
         grad_A, grad_B = torch.empty_like(A), torch.empty_like(B)
-        sum_of_products(grad_A, grad_low, x if kept is None else x * kept)
+        sum_of_products(grad_A, grad_low, x)
         sum_of_products(grad_B, grad, low)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x)
-            if kept is None:
-                multiply(grad_x, grad, weight, grad_low, A)
-            else:
-                update = torch.empty_like(x)
-                multiply(update, grad_low, A)
-                multiply(grad_x, grad, weight)
-                grad_x.addcmul_(update, kept)
+            multiply(grad_x, grad, weight, grad_low, A)
             grad_x = grad_x.view(*shape[:-1], -1).to(ctx.x_dtype)
         grad_B = grad_B[:, : ctx.rank] * ctx.scale
-        return grad_x, None, None, grad_A[: ctx.rank], grad_B, None, None, None
+        return grad_x, None, None, grad_A[: ctx.rank], grad_B, None, None

@@ -367,17 +367,15 @@ def test_a_step_of_generation_adds_the_bias():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("shape, rank", [((96, 64), 8), ((1120, 1056), 40), ((40, 48), 4)])
-def test_a_lora_layer_and_its_gradients_are_those_of_the_formula(shape, rank, dropout, bias):
+def test_a_lora_layer_and_its_gradients_are_those_of_the_formula(shape, rank, bias):
     """Ranks that linear.cpp multiplies after filling them up, and sizes that it does not take."""
     base = torch.nn.Linear(shape[1], shape[0], bias).requires_grad_(False)
-    layer = LoRALinear(base, rank, 16.0, dropout)
+    layer = LoRALinear(base, rank, 16.0, 0.0)
     torch.nn.init.normal_(layer.lora_B)
     x, upstream = (torch.randn(3, 25, n).bfloat16() for n in reversed(shape))
 
     def results(kind: type, low: bool) -> list[torch.Tensor]:
-        torch.manual_seed(0)  # what is dropped
         layer.__class__ = kind
         layer.zero_grad(set_to_none=True)
         rows = (x if low else x.float()).detach().requires_grad_()
