@@ -69,7 +69,7 @@ def read_choice_row(row: dict) -> ChoiceRow:
         return listed(task, question, read_texts(row["choices"]), labels, row, "答案：")
     if isinstance(row["choices"], dict):  # ARC
         texts, labels = read_labelled(row["choices"])
-        right = find_answer(row.get("answerKey"), "answerKey", texts, labels)
+        right = find_answer(row.get("answerKey"), "answerKey", labels, texts)
         return ChoiceRow(task, f"Question: {question}\nAnswer:", texts, right)
     texts = read_texts(row["choices"])
     labels = list(LETTERS[: len(texts)])
@@ -83,7 +83,7 @@ def listed(
     task: str, question: str, texts: list[str], labels: list[str], row: dict, ask: str
 ) -> ChoiceRow:
     """A question that lists its choices: their letters are scored."""
-    right = find_answer(row.get("answer"), "answer", texts, labels)
+    right = find_answer(row.get("answer"), "answer", labels, texts)
     lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=True)]
     return ChoiceRow(task, "\n".join([question, *lines, ask]), labels, right)
 
@@ -110,19 +110,25 @@ def read_labelled(choices: dict) -> tuple[list[str], list[str]]:
     return texts, [check_text(label, "a label of 'choices'") for label in labels]
 
 
-def find_answer(answer: object, key: str, texts: list[str], labels: list[str]) -> int:
-    """The number of the right choice, which its text, label or number names.
+def find_answer(answer: object, key: str, *names: list[str]) -> int:
+    """The number of the right choice, counted from 0.
+
+    Args:
+        key: of the answer, for messages.
+        names: lists of what may name a choice, the likeliest first.
 
     Raises:
         ValueError: it names none.
     """
+    count = len(names[0])
     if isinstance(answer, str):
-        for names in (texts, labels, [str(n) for n in range(len(texts))]):
-            if answer.strip() in names:
-                return names.index(answer.strip())
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
+        for spelled in (answer.strip(), answer.strip().upper()):
+            for known in (*names, [str(n) for n in range(count)]):
+                if spelled in known:
+                    return known.index(spelled)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < count:
         return answer
-    ways = f"its text, its letter ({', '.join(labels)}) or its number (0 to {len(texts) - 1})"
+    ways = f"its text, its letter or its number (0 to {count - 1})"
     found = "nothing" if answer is None else repr(answer)[:40]
     raise ValueError(f"{key!r} must name the right choice by {ways}, found {found}")
 

@@ -108,11 +108,8 @@ def open_chat_model(
     Args:
         path: a .pth file or a folder in Hugging Face's format.
         dtype: of weights and products; None: bfloat16 on a GPU, else float32.
-        lora: an adapter to merge.
-        tokenizer_dir, chat_template, rope_scaling, device_map, max_memory: the flags of
-            eval_model.py.
+        lora: an adapter to merge. The other flags are those of eval_model.py.
         raw: plain text is continued; a chat template is not needed.
-        thinking: None: as the chat template does by itself.
         sampling: arguments of `MiniMindLM.stream`, without eos_token_id.
 
     Raises:

@@ -10,6 +10,7 @@ from conftest import write_jsonl
 from test_eval_model import FACTS, error, ok, save, turns
 
 from dataset.chat_format import chat_coder
+from dataset.choice_rows import read_choice_row
 from model.lm import LMConfig, MiniMindLM
 from model.weights import load_model
 from runtime.scoring.table import wilson_interval
@@ -119,6 +120,24 @@ def test_tables_of_published_sets(run, ignorant, tmp_path):
     ask = "{}\nA. {}\nB. {}\nC. {}\nD. {}\n答案："
     assert answers[0] == [(2, 3, ask.format("两行\n问题", 1, 2, 3, 4))]
     assert [answer[:2] for answer in answers[1]] == [(1, 1), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    "row, right",
+    [
+        (OURS | {"choices": ["B", "A"], "answer": "A"}, 1),  # its text
+        (OURS | {"choices": ["x", "y"], "answer": "b"}, 1),
+        (OURS | {"choices": ["2", "1"], "answer": "1"}, 1),
+        (OURS | {"choices": ["x", "y"], "answer": "1"}, 1),
+        (OURS | {"choices": [2, 1.5], "answer": "1.5"}, 1),
+        (MMLU | {"choices": ["B", "A"], "answer": "A"}, 0),  # its letter
+        (MMLU | {"choices": ["2", "1"], "answer": 1}, 1),
+        (CEVAL | {"A": "C", "answer": "C"}, 2),
+        (ARC | {"choices": {"text": ["B", "A"], "label": ["A", "B"]}, "answerKey": "A"}, 0),
+    ],
+)
+def test_what_names_the_right_choice(row, right):
+    assert read_choice_row(row).right == right
 
 
 BAD = {

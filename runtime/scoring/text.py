@@ -42,7 +42,7 @@ def text_nats(model, ids: list[int]) -> float:
     """
     begin = text_begin(model.tokenizer) or [end_of_text(model.tokenizer)]
     windows = list(text_windows(begin, ids, min(model.context, MAX_WINDOW)))
-    with count_bar(len(windows), "scoring", "windows") as bar:
+    with count_bar(len(windows), "scoring", " windows") as bar:
         scores = score_continuations(model.model, windows, bar.update)
     return -math.fsum(score.logprob for score in scores)
 
