@@ -1,8 +1,8 @@
 """Train one run in eight layouts, and once more killed and resumed, and draw the loss curves.
 
 The same data, seed and global batch everywhere, float32, one thread a process. Prints the largest
-relative difference of a loss to the run on one process, and draws all curves on top of each other,
-with their differences below. Ends with exit code 0 if no loss differs by more than 1e-5.
+relative difference of a loss to the run on one process, and takes a picture of their report: all
+curves on top of each other, with their differences below (Bokeh, Playwright and Chromium). Ends with exit code 0 if no loss differs by more than 1e-5.
 
     python benchmarks/one_curve.py
     python benchmarks/one_curve.py --only "ddp x2" "zero3 x2" --steps 10 --image ""
@@ -19,8 +19,22 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
 REFERENCE = "one process, 8 x 1"
 KILLED = "kill -9, resumed as zero3 x2"
+CHROMIUM = "/usr/bin/chromium"
+DISTANCE = "Relative difference to the run on one process"
+TITLE = "Training loss of one run in {} ways: same data, seed and global batch"
+# In a page's script: wide lines first and thin ones on top of them, so that each can be seen where
+# they lie on each other; no running means, and no numbers of a step.
+PICTURE = """
+for (const [at, {plot, curves}] of figures.entries()) {
+  for (const renderer of plot.renderers) renderer.visible = curves.includes(renderer);
+  curves.forEach(({glyph}, n) => glyph.setv({line_alpha: 1, line_width: at ? 1 : 1.3 * (curves.length - n)}));
+}
+document.querySelectorAll("output, .step").forEach((part) => part.remove());
+"""
 LIMIT = 1e-5  # sums over several processes are rounded otherwise
 
 # name: (processes, flags). A step has 8 rows = data-parallel processes x micro-batches x batch_size.
@@ -88,41 +102,42 @@ def relative_differences(losses: list[float], reference: list[float]) -> list[fl
     return [abs(a - b) / b for a, b in zip(losses, reference, strict=True)]
 
 
-def draw(curves: dict[str, list[float]], path: Path) -> None:
-    """Write the picture: the curves on top of each other, and their distances from the first."""
+def draw(curves: dict[str, list[float]], picture: Path) -> None:
+    """Take the picture: a report's figures of the losses and of their distances from the first."""
     try:
-        import matplotlib
+        from playwright.sync_api import sync_playwright
     except ImportError:
-        raise SystemExit("matplotlib draws the picture: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        packages = "pip install -r requirements-report.txt playwright"
+        raise SystemExit(f"a browser takes the picture: {packages}") from None
 
-    reference = curves[REFERENCE]
-    steps = range(1, len(reference) + 1)
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(8, 5.6), sharex=True, height_ratios=(3, 1.3), layout="constrained"
-    )
-    colours = pyplot.get_cmap("tab10").colors
-    for n, (name, losses) in enumerate(curves.items()):
-        colour = colours[n % len(colours)]
-        # Wide lines first, thin ones on top of them, so that each can be seen.
-        above.plot(steps, losses, color=colour, linewidth=9 - 0.95 * n, label=name)
-        if name != REFERENCE:
-            distances = relative_differences(losses, reference)
-            below.plot(steps, [max(d, 1e-9) for d in distances], color=colour, linewidth=1)
-    above.set_ylabel("training loss")
-    above.set_title("One run, nine ways: same data, seed and global batch", fontsize=11)
-    above.legend(fontsize=8, frameon=False)
-    below.set_yscale("log")
-    below.set_ylim(1e-9, 1e-2)
-    below.set_ylabel("relative\ndifference")
-    below.set_xlabel("optimizer step")
-    for axes in (above, below):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    from runtime.reporting.page import write_page
+    from runtime.reporting.run_record import read_run
+
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = []
+        for name, losses in curves.items():
+            folder = Path(scratch) / name
+            folder.mkdir()
+            distances = relative_differences(losses, curves[REFERENCE])
+            rows = enumerate(zip(losses, distances, strict=True), 1)
+            lines = [{"step": n, "loss": loss, DISTANCE: d} for n, (loss, d) in rows]
+            text = "".join(f"{json.dumps(line)}\n" for line in lines)
+            (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+            runs.append(read_run(folder / "metrics.jsonl"))
+        page = Path(scratch) / "report.html"
+        write_page(runs, page)
+        with sync_playwright() as running:
+            browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            tab = browser.new_page(viewport={"width": 900, "height": 900})
+            tab.goto(page.as_uri())
+            tab.wait_for_selector("html[data-ready]", state="attached")
+            tab.evaluate(PICTURE)
+            title = f"(head) => {{ head.textContent = {json.dumps(TITLE.format(len(curves)))} }}"
+            tab.locator("h3").first.evaluate(title)
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            tab.locator(".figures").screenshot(path=picture)
+            browser.close()
+    print(f"wrote {picture}")
 
 
 def main() -> int:

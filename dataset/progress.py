@@ -4,6 +4,8 @@ import sys
 
 from tqdm import tqdm
 
+LINE = "{desc}: {percentage:.0f}% of {total_fmt} {unit}, {elapsed} so far, {remaining} to go\n"
+
 
 def byte_bar(total: int, what: str) -> tqdm:
     """A bar of bytes on standard error; a log gets a line a minute instead."""
@@ -12,6 +14,6 @@ def byte_bar(total: int, what: str) -> tqdm:
 
 def count_bar(total: int, what: str, unit: str, **options) -> tqdm:
     """The same of anything that is counted."""
-    every = 0.1 if sys.stderr.isatty() else 60  # seconds
-    options |= {"unit": unit, "mininterval": every, "delay": every}
+    every, look = (0.1, None) if sys.stderr.isatty() else (60, LINE)  # seconds
+    options |= {"unit": unit, "mininterval": every, "delay": every, "bar_format": look}
     return tqdm(total=total, desc=what, **options)

@@ -1,5 +1,6 @@
 """A training run: what the loop of a stage works with, and the bookkeeping of all stages."""
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -91,5 +92,10 @@ class Run:
         number = self.stop.number
         ending = f"stopped by signal {number} at step {self.step}" if number else "finished"
         self.tracker.print(f"{ending}; {result}")
+        # A page of curves takes a second or two: a short try should not wait for it.
+        if not number and time.monotonic() - self.tracker.began > 60:
+            from runtime.reporting.page import write_at_end
+
+            write_at_end(self.tracker.folder, self.tracker.print)
         self.tracker.close()
         return 128 + number if number else 0

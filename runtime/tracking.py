@@ -52,7 +52,8 @@ class Tracker:
         """
         self.folder, self.args, self.enabled = folder, args, enabled
         self.report_to = {*args["report_to"]} | ({"wandb"} if args["use_wandb"] else set())
-        self.bar, self.reporters = None, None
+        self.resumed_from = resumed_from
+        self.bar, self.reporters, self.began = None, None, math.inf
         if not enabled:
             return
         for name in sorted(self.report_to - {"none"}):
@@ -106,6 +107,8 @@ class Tracker:
         self.first_step = step = progress["step"]
         if not self.enabled:
             return
+        if self.resumed_from is not None:
+            self.print(f"resumed from {self.resumed_from} behind step {step}")
         if line := kernel_loader.report():
             self.print(line)
         path = self.folder / "metrics.jsonl"

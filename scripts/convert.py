@@ -76,6 +76,7 @@ def write_weights(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from runtime.checkpoint import save_file
+    from runtime.exports.file_bar import file_bar
     from runtime.tokenizer_record import record_of
 
     out = Path(args.out)
@@ -85,7 +86,10 @@ def write_weights(args: argparse.Namespace) -> int:
         raise ValueError(f"{out}: is there already; name another file, or remove it")
     source = open_weights(args)
     config = replace(source.config, tokenizer=record_of(source.tokenizer))
-    save_file(out, source.state_dict())  # first: the one that a full disk stops
+    state = source.state_dict()
+    size = sum(tensor.nbytes for tensor in state.values())
+    with file_bar(out.with_name(f".tmp-{out.name}"), size):  # save_file's, until it is whole
+        save_file(out, state)  # first: the one that a full disk stops
     save_file(out.with_suffix(".json"), config.to_json())
     print(f"{source.path}{merged(args)}: {out}")
     return 0

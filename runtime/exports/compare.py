@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dataset.progress import count_bar
 from runtime.exports.ends import end_of_turn
 from runtime.exports.source import Source
 
@@ -88,7 +89,9 @@ def compare(
     """Figures of one model: ours against (token ids, logits (T, vocab)) of each text elsewhere."""
     same_ids = tokens = same_argmax = 0
     difference = 0.0
+    bar = count_bar(len(texts), "comparing", "texts")
     for text, (ids, logits) in zip(texts, theirs, strict=True):
+        bar.update()
         same_ids += tokenizer.backend_tokenizer.encode(text).ids == ids
         ids = ids[: model.config.max_seq_len]
         vocab_size = model.config.vocab_size
@@ -101,6 +104,7 @@ def compare(
         tokens += len(ids)
         worst = (ours - logits).abs().max() / (ours.max() - ours.min())
         difference = max(difference, worst.item())
+    bar.close()
     return Figures(len(texts), same_ids, tokens, same_argmax, difference)
 
 

@@ -1,5 +1,6 @@
 """Whether a folder in Hugging Face's format says in transformers what its weights say here."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -53,12 +54,13 @@ def check_hf(folder: Path, source: Source) -> tuple[bool, list[str]]:
         is_template = chats == [chat_text(tokenizer, text) for text in TEXTS]
         lines.append(f"chat template: {'the same' if is_template else 'DIFFERENT'}")
         same &= is_template
-    answers = []
-    for text in texts:
-        ids = tokenizer(text)["input_ids"]
-        logits = theirs(torch.tensor([ids[: source.config.max_seq_len]])).logits[0]
-        answers.append((ids, logits))
-    figures = compare(model, source.tokenizer, texts, iter(answers))
+
+    def answers() -> Iterator[tuple[list[int], torch.Tensor]]:
+        for text in texts:
+            ids = tokenizer(text)["input_ids"]
+            yield ids, theirs(torch.tensor([ids[: source.config.max_seq_len]])).logits[0]
+
+    figures = compare(model, source.tokenizer, texts, answers())
     lines.append(str(figures))
     same &= figures.same_ids == figures.texts and figures.same_argmax == figures.tokens
     return same and figures.difference <= LIMIT, lines

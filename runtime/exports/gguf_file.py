@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dataset.progress import byte_bar
 from model.config import LMConfig
 from runtime.exports.source import Source
 from runtime.process.terminal import naming
@@ -79,16 +80,17 @@ def write_gguf(
     if is_llama3(config):
         tensors = {**tensors, ROPE_FACTORS: rope_factors(config)}
     plan = [(entry, type_of(entry, dtype)) for entry in list_entries(config)]
-    for entry, kind in plan:
-        size = byte_size(entry.shape, kind)
+    sizes = [byte_size(entry.shape, kind) for entry, kind in plan]
+    for (entry, kind), size in zip(plan, sizes, strict=True):
         writer.add_tensor_info(entry.name, entry.shape, None, size, gguf.GGMLQuantizationType[kind])
     try:
-        with naming(path):
+        with naming(path), byte_bar(sum(sizes), "writing weights") as bar:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for entry, kind in plan:
+            for (entry, kind), size in zip(plan, sizes, strict=True):
                 writer.write_tensor_data(encode(entry.read(tensors), kind, entry.source))
+                bar.update(size)
             writer.flush()
             os.fsync(writer.fout[0].fileno())
         writer.close()

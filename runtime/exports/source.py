@@ -1,11 +1,14 @@
 """What is exported: weights with their shape and the tokenizer that they were trained with."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from dataset.progress import byte_bar
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
 from model.hf import meta_model
@@ -28,20 +31,29 @@ class Source:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All of it in float32, a tied head as the embedding itself."""
         state = {}
-        for name, tensor in self.tensors.items():
-            if name == "lm_head.weight" and self.config.tie_embeddings:
-                state[name] = state["model.embed_tokens.weight"]
-            else:
-                state[name] = tensor[:].float()
+        with self.read_bar() as bar:
+            for name, tensor in self.tensors.items():
+                if name == "lm_head.weight" and self.config.tie_embeddings:
+                    state[name] = state["model.embed_tokens.weight"]
+                else:
+                    state[name] = tensor[:].float()
+                bar.update(state[name].nbytes)
         return state
 
     def model(self) -> MiniMindLM:
         """The model on the CPU, float32, in evaluation mode."""
         model = meta_model(self.config)
         allocate(model, "cpu")
-        for name, p in model.state_dict().items():
-            p.copy_(self.tensors[name][:])
+        with self.read_bar() as bar:
+            for name, p in model.state_dict().items():
+                p.copy_(self.tensors[name][:])
+                bar.update(p.nbytes)
         return model.eval()
+
+    def read_bar(self) -> tqdm:
+        """The progress of reading all of it as float32."""
+        values = sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+        return byte_bar(4 * values, f"reading {self.path.name}")
 
 
 def open_source(

@@ -163,7 +163,7 @@ def load_tensors(reader, model, optimizer) -> None:
 
 
 def restore(checkpoint: Path, scaler: torch.amp.GradScaler | None = None) -> dict:
-    """Put back what is small in a checkpoint, scaler and generators, and say so.
+    """Put back what is small in a checkpoint, scaler and generators.
 
     On another number of ranks the generators cannot be those of before; they then go on from the
     current seed.
@@ -178,8 +178,6 @@ def restore(checkpoint: Path, scaler: torch.amp.GradScaler | None = None) -> dic
             scaler.load_state_dict(run["scaler"])
         if len(run["rng"]) == world_size:
             set_rng_state(run["rng"][rank])
-    if rank == 0:
-        print(f"resumed from {checkpoint} behind step {run['progress']['step']}", flush=True)
     return run["progress"]
 
 
