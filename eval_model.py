@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from model.generate import stream_text
-from model.weights import newest_weights
+from model.newest import newest_weights
 from runtime.chat_model import ChatModel, open_chat_model, open_device
 from runtime.flags import check_flags, usage_error
 from runtime.process import exits

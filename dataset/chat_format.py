@@ -152,11 +152,6 @@ class ChatCoder:
     # Replies
     # ----------------------------------------------------------------------------------------------
 
-    @property
-    def can_think(self) -> bool:
-        """Whether the template asks if the model is to think."""
-        return "enable_thinking" in self.reader.template.source
-
     def opening(self, thinking: bool | None = None) -> str:
         """What a prompt says already of the reply: "<think>\\n", or nothing."""
         return self.reader.template.opening(thinking)
@@ -173,15 +168,6 @@ class ChatCoder:
         return self.tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-
-    def said(self, messages: list[dict], tools: list[dict] | None = None) -> str:
-        """The last turn, an assistant's, as `decode_reply` gives it, without its thinking."""
-        last = {name: v for name, v in messages[-1].items() if name != "reasoning_content"}
-        if not last.get("tool_calls"):
-            return last["content"]
-        chat = [*messages[:-1], {**last, "loss": True}]
-        ids, mask = self.encode_chats([(chat, tools)], "last")[0]
-        return self.decode_reply([token for token, said in zip(ids, mask, strict=True) if said])
 
 
 def chat_coder(tokenizer) -> ChatCoder:

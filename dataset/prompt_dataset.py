@@ -113,7 +113,7 @@ def split_prompt(
             row = {"output": ""} | row  # a prompt needs none
     messages, tools = normalise_row(row, fmt, need_assistant=False)
     if messages[-1]["role"] == "assistant":
-        answer = final_answer(coder.said(messages, tools))
+        answer = final_answer(said(coder, messages, tools))
         messages.pop()
         row = ({"answer": answer} if answer else {}) | row
     if not any(message["role"] == "user" for message in messages):
@@ -150,3 +150,13 @@ def preview_prompts(dataset: PromptDataset, tokenizer, count: int) -> str:
         )
         lines.append(tokenizer.decode(dataset[number]))
     return "\n".join([*lines, "--- " + describe_prompts(dataset)])
+
+
+def said(coder: ChatCoder, messages: list[dict], tools: list[dict] | None = None) -> str:
+    """The last turn, an assistant's, as `decode_reply` gives it, without its thinking."""
+    last = {name: v for name, v in messages[-1].items() if name != "reasoning_content"}
+    if not last.get("tool_calls"):
+        return last["content"]
+    chat = [*messages[:-1], {**last, "loss": True}]
+    ids, mask = coder.encode_chats([(chat, tools)], "last")[0]
+    return coder.decode_reply([token for token, said in zip(ids, mask, strict=True) if said])

@@ -16,7 +16,7 @@ from dataset.template_layout import (
     plain_message,
 )
 from dataset.template_literals import Looks
-from dataset.template_manner import OTHER, Template, common, learn_manner
+from dataset.template_manner import OTHER, Template, learn_manner
 from dataset.text_encoder import TextEncoder
 
 LAYOUTS = 1 << 12  # kept in memory
@@ -84,7 +84,9 @@ class TemplateReader:
             if filled == real:
                 layout.verified = True
                 return self._fill(layout, cut)
-            reasons.append(_difference(cut, layout, filled, real))
+            from dataset.template_faults import difference
+
+            reasons.append(difference(cut, layout, filled, real))
         raise ValueError(reasons[0])
 
     def _sees(self, values: list[str]) -> bool:
@@ -199,16 +201,3 @@ class TemplateReader:
                 begin = ends[2 * span.first] - len(pieces[span.first]) + span.begin
                 spans[turn] = begin, ends[2 * span.last + 1] + span.end, span.mark
         return Chat("".join(parts), spans, layout.controls)
-
-
-def _difference(cut: Cut, layout: Layout, filled: str, real: str) -> str:
-    """What a template did to a text that it was to write as it is."""
-    at, turn = common(filled, real), None
-    ends = list(accumulate(map(len, layout.fill(layout.pieces, cut.values))))
-    for (n, _), end in zip(layout.slots, ends[::2], strict=False):
-        if end <= at:
-            turn = cut.owners[n][0]
-    where = "" if turn is None else f"turn {turn + 1}: "
-    begin = max(0, at - 10)
-    shown = f"it writes {real[begin : at + 30]!r}, not {filled[begin : at + 30]!r}"
-    return f"{where}the chat template changes what the row says: {shown}"

@@ -203,6 +203,21 @@ def strftime_now(layout: str) -> str:
     return datetime.now().strftime(layout)
 
 
+def render(source: str, messages: list[dict], **variables) -> str:
+    """What transformers' render_jinja_template gives.
+
+    Raises:
+        jinja2.exceptions.SecurityError: it takes more than the budget; others of jinja2.
+    """
+    messages = [
+        {"thinking": m["reasoning_content"], **m} if m.get("reasoning_content") else m
+        for m in messages
+    ]
+    sandbox, template = compiled(source)
+    variables = {"add_generation_prompt": False, "documents": None, **variables}
+    return sandbox.run(template, messages=messages, **variables)
+
+
 @functools.lru_cache
 def compiled(source: str) -> tuple[Sandbox, jinja2.Template]:
     """A template, and the sandbox that runs it. jinja2.TemplateSyntaxError: it is none."""

@@ -82,6 +82,10 @@ def load_tokenizer(folder: str | Path, chat_template: str | Path | None = None) 
             f"; {slow.name} alone is a slow tokenizer: convert it to a fast one" if slow else ""
         )
         raise ValueError(f"--tokenizer_dir {folder}: there is no tokenizer.json{advice}")
+    if not chat_template:
+        return LazyTokenizer(folder)
+    from dataset.given_template import read_template
+
     return LazyTokenizer(folder, *read_template(chat_template))
 
 
@@ -137,21 +141,3 @@ def own_template(folder: Path, known: dict | None = None) -> str | None:
         fault = "chat_template must be a text, or a list of templates with name and template"
         raise ValueError(f"{folder / 'tokenizer_config.json'}: {fault}")
     return template.get("default") if isinstance(template, dict) else template
-
-
-def read_template(chat_template: str | Path | None) -> tuple[str, str]:
-    """The text of --chat_template, a file or the text itself, and where it is from."""
-    if not chat_template:
-        return "", ""
-    if isinstance(chat_template, str) and "{" in chat_template:
-        return chat_template, "the chat template"
-    if Path(chat_template).exists() and not Path(chat_template).is_file():
-        raise ValueError(f"--chat_template {chat_template}: not a file")  # but a pipe, a device
-    try:
-        text = Path(chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ValueError(f"--chat_template {chat_template}: {reason}") from None
-    if not text.strip():
-        raise ValueError(f"--chat_template {chat_template}: the file is empty")
-    return text, str(chat_template)

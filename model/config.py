@@ -82,9 +82,10 @@ class LMConfig:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, path: str | Path) -> Self:
-        """Read the JSON beside a weights file. ValueError: it is not one of ours; names it."""
+    def from_json(cls, path: str | Path, leave_out: str = "") -> Self:
+        """Read the JSON beside a weights file, a key apart. ValueError: it is not one of ours."""
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**{name: value for name, value in values.items() if name != leave_out})
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a model configuration ({error})") from None

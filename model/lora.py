@@ -5,6 +5,7 @@ An adapter is NAME.pth, a plain state dict of the low-rank factors alone (`...q_
 settings with a hash of the base weights.
 """
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from model.lm import LMConfig, MiniMindLM, Router, blocks
 from model.tensor_file import read_tensors
-from model.weights import hash_weights
+from model.weight_hash import hash_weights
+from model.weights import open_weights
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -204,3 +206,13 @@ def write_peft(path: str | Path, folder: str | Path, base: str) -> None:
         f"base_model.model.{name}.weight": value.contiguous() for name, value in tensors.items()
     }
     save_file(named, Path(folder) / "adapter_model.safetensors")
+
+
+def hash_file(model: MiniMindLM, path: str | Path) -> str:
+    """`hash_weights` of the model with the weights of a file or folder, read in parts."""
+    digest, tensors = hashlib.sha256(), open_weights(model, path)
+    for name in model.state_dict():
+        digest.update(name.encode())
+        for part in tensors[name].chunks():
+            digest.update(part.float().numpy().data)
+    return digest.hexdigest()

@@ -3,13 +3,11 @@
 A folder is one in Hugging Face's format, see model/hf.py.
 """
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
@@ -113,56 +111,6 @@ def allocate(model: MiniMindLM, device: torch.device | str) -> None:
         nn.init.zeros_(model.score.weight)
 
 
-def hash_weights(state_dict: dict[str, Tensor]) -> str:
-    """SHA-256 of names and bits of float32 weights, wherever they are: which weights these are.
-
-    Every process calls it where they share the weights, which are put together one by one.
-    """
-    digest = hashlib.sha256()
-    for name, value in state_dict.items():
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value
-        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def hash_file(model: MiniMindLM, path: str | Path) -> str:
-    """`hash_weights` of the model with the weights of a file or folder, read in parts."""
-    digest, tensors = hashlib.sha256(), open_weights(model, path)
-    for name in model.state_dict():
-        digest.update(name.encode())
-        for part in tensors[name].chunks():
-            digest.update(part.float().numpy().data)
-    return digest.hexdigest()
-
-
-def newest_weights(weight: str, out_dir: str | Path, flag: str = "--weight") -> Path:
-    """The weights that a name means where the model's shape is not known: chat, scoring, serving.
-
-    Args:
-        weight: a path, a hub name, a run (`full_sft_512`), or a stage (`full_sft`): its newest run.
-        flag: what named them, for the error.
-
-    Raises:
-        ValueError: there are none; says what to run.
-    """
-    path = Path(weight) if is_path(weight) else Path(out_dir) / f"{weight}.pth"
-    if path.is_file() or is_path(weight) and path.is_dir():
-        return path
-    if is_path(weight) and weight.endswith(".pth"):
-        raise ValueError(f"{flag} {weight}: no such file")
-    if is_path(weight):
-        from model.hf import resolve_folder
-
-        return resolve_folder(weight, flag)
-    runs = [other for other in Path(out_dir).glob("*.pth") if other.name.startswith(f"{weight}_")]
-    if not runs:
-        script = f"trainer/train_{weight}.py"
-        is_stage = (Path(__file__).parents[1] / script).is_file()
-        first = f"run `python {script}` first" if is_stage else "train it first"
-        raise ValueError(f"no {weight} weights in {out_dir}: {first}, or name others with {flag}")
-    return max(runs, key=lambda other: other.stat().st_mtime)
-
-
 def read_config(path: str | Path, reward: bool = False) -> LMConfig:
     """The shape of the language model in a weights file or a folder in Hugging Face's format.
 
@@ -189,10 +137,7 @@ def read_config(path: str | Path, reward: bool = False) -> LMConfig:
         raise ValueError(f"{path}: {fault}")
     if '"head": "score"' in text:
         if reward:
-            from model.reward import RewardConfig
-
-            shape = asdict(RewardConfig.from_json(config_path))
-            return LMConfig(**{name: value for name, value in shape.items() if name != "head"})
+            return LMConfig.from_json(config_path, leave_out="head")
         fault = "a reward model, which scores texts but writes none; name a language model"
         raise ValueError(f"{path}: {fault}")
     return LMConfig.from_json(config_path)

@@ -38,6 +38,7 @@ class ChatModel:
         self.context = self.model.config.max_seq_len
         self.opening = ""  # of a reply, in the prompt already
         if self.coder:
+            check_thinking(self.coder, self.thinking)
             self.end_of_turn = self.sampling["eos_token_id"] = self.coder.end_of_turn
             self.opening = self.coder.opening(self.thinking)
 
@@ -143,7 +144,12 @@ def open_chat_model(
         plain, sampling["eos_token_id"] = text_encoder(tokenizer), end_of_text(tokenizer)
         return ChatModel(model, None, tokenizer.decode, None, sampling, plain, tokenizer)
     coder = chat_coder(tokenizer)
-    if thinking and not coder.can_think:
-        fault = f"{tokenizer.template_place} has no enable_thinking, so it can turn nothing on"
-        raise ValueError(f"--thinking 1: {fault}; leave the flag out")
     return ChatModel(model, coder, coder.decode_reply, thinking, sampling, coder.plain, tokenizer)
+
+
+def check_thinking(coder: ChatCoder, thinking: bool | None) -> None:
+    """ValueError: thinking is asked for, of a chat template that can turn none on."""
+    template = coder.reader.template
+    if thinking and "enable_thinking" not in template.source:
+        fault = f"{template.place} has no enable_thinking, so it can turn nothing on"
+        raise ValueError(f"--thinking 1: {fault}; leave the flag out")

@@ -30,9 +30,10 @@ def make_optimizer(
         block_matrices = [p for key, p in parameters if is_block_matrix(key, p.shape)]
     taken = {id(p) for p in block_matrices}
     rest = [p for _, p in parameters if id(p) not in taken]
+    dims = {id(p): len(getattr(p, "ds_shape", p.shape)) for p in rest}  # DeepSpeed: none has values
     groups = [
-        {"params": [p for p in rest if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in rest if dims[id(p)] > 1], "weight_decay": weight_decay},
+        {"params": [p for p in rest if dims[id(p)] <= 1], "weight_decay": 0.0},
     ]
     if name == "lamb":
         from runtime.optimizers.lamb import Lamb

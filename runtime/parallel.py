@@ -99,27 +99,6 @@ def wrap(
     return wrapping.wrap(model, args, dtype, global_batch, fill)
 
 
-def wrap_frozen(
-    model: nn.Module,
-    args,
-    dtype: str,
-    fill: Callable[[nn.Module, torch.device], None] | None,
-) -> nn.Module:
-    """A model that is only asked, in evaluation mode, shared where the one that is trained is.
-
-    Where it is, every rank calls it equally often.
-
-    Args:
-        args, dtype, fill: as for `wrap`.
-    """
-    model.eval().requires_grad_(False)
-    if fill is None:
-        return model
-    from runtime.distributed import wrapping
-
-    return wrapping.share(model, args, dtype, fill, reshard=True)
-
-
 def describe(model: nn.Module, args, dtype: str) -> str:
     """Size and layout of a wrapped model, in a line."""
     layout = "no strategy"

@@ -52,7 +52,7 @@ def attach_reference(
     Each pair is computed by one rank, once: the result stays beside the token cache.
 
     Args:
-        model: the reference, of `parallel.wrap_frozen`.
+        model: the reference, of `frozen.wrap_frozen`.
         args: the flags batch_size and device, a torch.device.
         dtype: of the matrix products, the one of autocast.
         weights: what tells the model's weights from others.

@@ -140,7 +140,9 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     path, line = find_weights(args.from_weight, default, args, required)
     weights = read_shape(path)
     if path is not None and not path.exists():
-        weights = read_shape(own_weights(args))
+        from runtime.saving.own_weights import own_weights
+
+        weights = read_shape(own_weights(args, suffix_of(args)))
     given = {n: vars(args)[n] for n in (*SIZES, *EXPERT_SIZES) if vars(args)[n] is not None}
     if "use_moe" in given:
         given["use_moe"] = bool(given["use_moe"])
@@ -207,13 +209,6 @@ def find_weights(
             advice = f"there is {others[0]}: name it as a path, or its width with --dim"
         raise ValueError(f"{path}: no such weights file; {advice}")
     return path, f"starting from {path}"
-
-
-def own_weights(args) -> Path:
-    """The weights of a run that goes on though what it started from is not there any more."""
-    path = Path(args.out_dir) / f"{args.save_weight}{suffix_of(args)}.pth"
-    others = list(path.parent.glob(f"{args.save_weight}_[0-9]*.pth"))
-    return others[0] if len(others) == 1 else path  # a folder said how wide it is
 
 
 def suffix_of(args) -> str:

@@ -61,21 +61,6 @@ def find_record(weights: Path | None, recorded: dict | None) -> dict | None:
     return recorded
 
 
-def check_same(weights: Path, recorded: dict | None, record: dict) -> None:
-    """ValueError: these weights were trained with another tokenizer than a run has.
-
-    Args:
-        recorded: `LMConfig.tokenizer` of the weights.
-        record: that of the run.
-    """
-    own = find_record(weights, recorded)
-    if own and own["sha256"] != record["sha256"]:
-        fault = (
-            f"trained with the tokenizer of {own['folder']}, not with that of {record['folder']}"
-        )
-        raise ValueError(f"{weights}: {fault}: both models must have the same tokenizer")
-
-
 def check_size(tokenizer: LazyTokenizer, vocab_size: int, may_be_padded: bool) -> None:
     """ValueError: the model's vocabulary is not as large as the tokenizer, or padded beyond it."""
     entries = len(tokenizer)

@@ -43,7 +43,8 @@ def to_hf(args: argparse.Namespace) -> int:
 
 def to_peft(args: argparse.Namespace, folder: Path) -> int:
     from model.lora import merge_adapter, write_peft
-    from model.weights import load_model, newest_weights
+    from model.newest import newest_weights
+    from model.weights import load_model
     from runtime.process.terminal import naming
 
     if args.lora is None:

@@ -23,7 +23,7 @@ import yaml
 
 from dataset.progress import count_bar
 from model.generate import generate_batch, make_sampler
-from model.weights import newest_weights
+from model.newest import newest_weights
 from runtime.chat_model import ChatModel, open_chat_model, open_device
 from runtime.device import keep_memory
 from runtime.flags import check_flags, usage_error

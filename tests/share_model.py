@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from runtime import parallel
+from runtime.rl import reward_model
 
 
 class TrainingBegins(Exception):
@@ -45,7 +46,13 @@ def models_of(stage) -> tuple[list, int]:
 
         return record
 
-    def begin(*args):
+    def begin(run, *others):
+        if not models:  # a stage of a pipeline
+            models.append(run.model)
+        raise TrainingBegins
+
+    def initialize(model, *others, **more):
+        models.append(model)
         raise TrainingBegins
 
     def run() -> None:
@@ -54,26 +61,50 @@ def models_of(stage) -> tuple[list, int]:
         except TrainingBegins:
             pass
 
-    parallel.wrap, parallel.wrap_frozen = recorded(parallel.wrap), recorded(parallel.wrap_frozen)
-    stage.train_epoch = begin
+    parallel.wrap = recorded(parallel.wrap)
+    for module in (stage, reward_model):
+        if hasattr(module, "wrap_frozen"):
+            module.wrap_frozen = recorded(module.wrap_frozen)
+    if hasattr(stage, "lightning_engine"):  # which begins with it
+        wrap = stage.lightning_engine.wrap
+        stage.lightning_engine.wrap = lambda *args: initialize(wrap(*args))
+    else:
+        stage.train_epoch = begin
+    if hasattr(stage, "deepspeed_engine"):
+        import deepspeed
+
+        deepspeed.initialize = initialize
     peak = peak_of(run)
     return models, peak
+
+
+def values_of(model):
+    """Names and whole values of a model that processes share."""
+    for key, p in model.state_dict(keep_vars=True).items():
+        if hasattr(p, "ds_shape"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(p):
+                yield key, p.data.clone()
+        else:
+            yield key, p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
 def main() -> None:
     name, files = sys.argv.pop(1), sys.argv.pop(1).split(",")
     wholes = [torch.load(file, weights_only=True) for file in files]
-    models, peak = models_of(importlib.import_module(f"trainer.{name}"))
+    models, peak = models_of(importlib.import_module(name))
     if hasattr(models[-1], "actor"):
         models[-1:] = [models[-1].actor, models[-1].critic]
     size = 0
     for model, whole in zip(models, wholes, strict=True):
-        for key, p in model.state_dict().items():
-            value = p.full_tensor() if hasattr(p, "full_tensor") else p
+        for key, value in values_of(model):
             assert torch.equal(value, whole[key]) if key in whole else not value.any(), key
-        if model.config.tie_embeddings:
+        if model.config.tie_embeddings and hasattr(model, "lm_head"):
             assert model.lm_head.weight is model.model.embed_tokens.weight
-        size += sum(p.nbytes for p in model.parameters())
+        size += sum(value.nbytes for value in whole.values())
+        if model.config.tie_embeddings:
+            size -= whole["lm_head.weight"].nbytes
     largest = max(value.nbytes for whole in wholes for value in whole.values())
     print(json.dumps({"peak": peak, "size": size, "largest": largest}))
     dist.destroy_process_group()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import eval_model
+from benchmarks.chat_templates import CHATML
 from dataset.chat_format import chat_coder
 from dataset.chat_template import MARKERS
 from model.lm import LMConfig, MiniMindLM
@@ -209,6 +210,15 @@ def test_system_and_thinking_enter_the_prompt(run, knowing, tokenizer):
         "<think>\n"
     )
     assert not plain.startswith("<think>")
+
+
+def test_thinking_that_no_template_can_turn_on(run, knowing, tmp_path):
+    template = tmp_path / "plain.jinja"
+    template.write_text(CHATML)
+    words = ("--prompt", "hi", "--chat_template", template, "--max_new_tokens", 2)
+    message = error(run(knowing, *words, "--thinking", 1))
+    assert f"--thinking 1: {template} has no enable_thinking" in message
+    ok(run(knowing, *words, "--thinking", 0))
 
 
 def test_a_reply_is_read_again_as_it_was_written(run, knowing, tokenizer, monkeypatch):

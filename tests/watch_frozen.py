@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.weights import hash_weights
+from model.weight_hash import hash_weights
 from runtime import checkpoint, parallel
 
 wrap, wait, wrapped = parallel.wrap, checkpoint.wait, []

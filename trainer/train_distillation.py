@@ -33,14 +33,16 @@ from dataset.lm_dataset import SFTDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.distillation import Student, make_teacher, read_teacher_config
 from model.lm import LMConfig
-from model.weights import hash_weights, newest_weights
+from model.newest import newest_weights
+from model.weight_hash import hash_weights
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device
+from runtime.frozen import wrap_frozen
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
+from runtime.same_tokenizer import check_same
 from runtime.start import build_model, open_start
-from runtime.tokenizer_record import check_same
 from runtime.tracking import Tracker
 
 
@@ -365,7 +367,7 @@ def main() -> int:
     make = functools.partial(make_teacher, teacher_config)
     teacher, fill_teacher = build_model(make, args, teacher_path)
     apply_kernels(teacher, args.device, dtype)
-    teacher = parallel.wrap_frozen(teacher, args, dtype, fill_teacher)
+    teacher = wrap_frozen(teacher, args, dtype, fill_teacher)
     teacher_weights = {"the weights of --teacher_weight": hash_weights(teacher.state_dict())}
     parallel.assert_same_on_all_ranks(teacher_weights)
     run_dir = start.run_dir

@@ -36,9 +36,10 @@ from dataset.packing import Plan, batches, plan_epoch
 from dataset.preference_dataset import open_pairs
 from model.lm import LMConfig, MiniMindLM
 from model.preference_loss import METRICS, bradley_terry, logps_of, sum_metrics
-from model.weights import hash_weights
+from model.weight_hash import hash_weights
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device
+from runtime.frozen import wrap_frozen
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
@@ -420,7 +421,7 @@ def main() -> int:
     apply_kernels(model, args.device, dtype)
     weights, reference = {}, None
     if args.loss_type != "simpo":
-        reference = parallel.wrap_frozen(copy.deepcopy(model), args, dtype, start.fill)
+        reference = wrap_frozen(copy.deepcopy(model), args, dtype, start.fill)
         weights = {"the weights of --from_weight": hash_weights(reference.state_dict())}
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | weights
     identity |= {"the data of --eval_data": held_out[0].key} if args.eval_data else {}

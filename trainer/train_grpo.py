@@ -38,9 +38,10 @@ from torch import Tensor
 from dataset.packing import Plan, plan_epoch, split_rows
 from dataset.prompt_dataset import PromptDataset, describe_prompts
 from model.lm import LMConfig, MiniMindLM
-from model.weights import hash_weights
+from model.weight_hash import hash_weights
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device, to_float64
+from runtime.frozen import wrap_frozen
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.rl.rewards import load_rewards
@@ -498,7 +499,7 @@ def main() -> int:
     identity = checkpoint.identity_of(vars(args), args.global_batch_size, dataset.key)
     reference = None
     if args.kl_beta:
-        reference = parallel.wrap_frozen(copy.deepcopy(model), args, dtype, start.fill)
+        reference = wrap_frozen(copy.deepcopy(model), args, dtype, start.fill)
         identity["the weights of --from_weight"] = hash_weights(reference.state_dict())
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
 

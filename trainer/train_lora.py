@@ -32,8 +32,8 @@ import torch.distributed as dist
 from dataset.lm_dataset import SFTDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
-from model.lora import adapter_json, adapter_tensors, add_lora
-from model.weights import hash_file, hash_weights
+from model.lora import adapter_json, adapter_tensors, add_lora, hash_file
+from model.weight_hash import hash_weights
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device
 from runtime.kernel_loader import apply_kernels

@@ -41,9 +41,10 @@ from dataset.packing import Plan, plan_epoch, split_rows
 from dataset.prompt_dataset import PromptDataset, describe_prompts
 from model.lm import LMConfig, MiniMindLM
 from model.reward import ActorCritic, RewardConfig, RewardModel
-from model.weights import hash_weights
+from model.weight_hash import hash_weights
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device, to_float64
+from runtime.frozen import wrap_frozen
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.rl.rewards import load_rewards
@@ -475,9 +476,8 @@ def main() -> int:
         autocast = torch.autocast(args.device.type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(args.device.type, init_scale=2.0**14, enabled=dtype == "float16")
 
-    # 4. Strategy, rewards and the model, without dropout: the policy is compared with itself. The
-    #    reference keeps the weights of the start. A copy generates for a policy that is sharded or
-    #    compiled: the only model that a process then has whole.
+    # 4. Strategy, rewards and the model, without dropout: the policy is compared with itself. A
+    #    copy generates for one that is sharded or compiled: all that a process then has whole.
     if args.dropout:
         reason = "a policy with dropout is not the one that wrote the rollout"
         Logger(f"--dropout {args.dropout} is taken as 0: {reason}")
@@ -496,7 +496,7 @@ def main() -> int:
     identity = checkpoint.identity_of(vars(args), args.global_batch_size, dataset.key)
     reference = None
     if args.kl_beta:
-        reference = parallel.wrap_frozen(copy.deepcopy(actor), args, dtype, start.fill)
+        reference = wrap_frozen(copy.deepcopy(actor), args, dtype, start.fill)
         identity["the weights of --from_weight"] = hash_weights(reference.state_dict())
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
 
@@ -510,8 +510,8 @@ def main() -> int:
         start.fill(both.actor, device)
         of_critic.fill(both.critic, device)
 
-    # Steps have any number of passes
-    model = parallel.wrap(model, args, dtype, math.inf, fill if start.fill else None)
+    fill_parts = fill if start.fill else None
+    model = parallel.wrap(model, args, dtype, math.inf, fill_parts)  # any number of passes
     shard = args.strategy == "zero1"
     optimizer = make_optimizer(model, args.optimizer, args.peak_lr, args.weight_decay, shard)
     progress = checkpoint.load_run(resumed, model, optimizer, scaler)

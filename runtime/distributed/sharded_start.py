@@ -5,7 +5,8 @@ files, reading no more than that, or with the random numbers that a whole model 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,12 +18,31 @@ from model.weights import allocate, open_weights
 from runtime.device import is_sharded, local
 
 
+@dataclass
+class Fill:
+    """Gives a model its values once it has been shared out.
+
+    Attributes:
+        values: the tensors in their order: names, and what writes a part of one, (out, part).
+    """
+
+    values: Callable[[], Iterable[tuple[str, Callable]]]
+
+    @torch.no_grad()
+    def __call__(self, model: MiniMindLM, device: torch.device) -> None:
+        """Give the parts that are here memory and values. ValueError: one is not finite."""
+        allocate(model, device)
+        parameters = dict(model.named_parameters())  # of a stage of a pipeline: some
+        for name, write in self.values():
+            if name in parameters:
+                p = parameters[name]
+                write(local(p), own_part(p))
+
+
 def build(
     make: Callable[[], nn.Module], path: Path | None, resumed: Path | None
-) -> tuple[nn.Module, Callable[[nn.Module, torch.device], None]]:
+) -> tuple[nn.Module, Fill]:
     """A model on the meta device, and what gives its parts their values once they have memory.
-
-    What gets the values may be less than this model: a stage of a pipeline.
 
     Args:
         make: makes the model, whose values are random.
@@ -35,14 +55,12 @@ def build(
     if resumed is None and path is None:
         model, state = make_without_memory(make)
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        options = {"state": state, "shapes": shapes, "n_layers": model.config.n_layers}
-        return model, functools.partial(fill_randomly, **options)
+        values = functools.partial(random_values, state, shapes, model.config.n_layers)
+        return model, Fill(values)
     with on_meta_device():
         model = make()
-    if resumed is not None:
-        return model, allocate
-    tensors = open_weights(model, path, new_head=True)
-    return model, functools.partial(fill_from_files, tensors=tensors)
+    tensors = {} if resumed is not None else open_weights(model, path, new_head=True)
+    return model, Fill(lambda: [(name, tensor.copy_to) for name, tensor in tensors.items()])
 
 
 def make_without_memory(make: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
@@ -70,22 +88,15 @@ def make_without_memory(make: Callable[[], nn.Module]) -> tuple[nn.Module, Tenso
         hook.remove()
 
 
-@torch.no_grad()
-def fill_randomly(
-    model: MiniMindLM,
-    device: torch.device,
-    state: Tensor,
-    shapes: dict[str, torch.Size],
-    n_layers: int,
-) -> None:
-    """Values of a random start: whole tensors are drawn one after the other, parts of them kept.
+def random_values(
+    state: Tensor, shapes: dict[str, torch.Size], n_layers: int
+) -> Iterator[tuple[str, Callable]]:
+    """For a `Fill`, those of a random start: whole tensors are drawn one after the other.
 
     Args:
         state: of the generator, see `make_without_memory`.
         shapes, n_layers: of the whole model.
     """
-    allocate(model, device)
-    parameters = dict(model.named_parameters())
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(state)
         for name, shape in shapes.items():
@@ -93,25 +104,7 @@ def fill_randomly(
                 continue
             whole = torch.ones(shape)  # norms stay so
             init_parameter(name, whole, n_layers)
-            if name in parameters:
-                p = parameters[name]
-                local(p).copy_(whole[own_part(p)])
-
-
-@torch.no_grad()
-def fill_from_files(model: MiniMindLM, device: torch.device, tensors: dict) -> None:
-    """Values of a weights file, or of a folder in Hugging Face's format.
-
-    Args:
-        tensors: of `open_weights`.
-
-    Raises:
-        ValueError: a value is not finite.
-    """
-    allocate(model, device)
-    for name, p in model.named_parameters():
-        if name in tensors:
-            tensors[name].copy_to(local(p), own_part(p))
+            yield name, lambda out, part, whole=whole: out.copy_(whole[part])
 
 
 def add_factors(start, targets: list[str]) -> None:

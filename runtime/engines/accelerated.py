@@ -3,6 +3,9 @@
 What accelerate cannot do where it runs it leaves out without a word: several processes become one,
 FSDP and DeepSpeed become DDP, float16 becomes float32. The loss curve then is the right one, so
 only a check of what came out tells.
+
+`Accelerator.prepare` takes a model with its values, so every process begins with all of it, whatever
+it is then shared out by; `train_full_sft.py --strategy zero3` does not.
 """
 
 import importlib.util

@@ -91,8 +91,52 @@ def extensions() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
 
 
-def start(model: nn.Module, config: dict, args):
-    """The engine around a model on its device.
+def shares_weights(config: dict) -> bool:
+    """Whether processes share the weights from the start on: DeepSpeed moves those to disks later."""
+    zero = section(config, "zero_optimization")
+    on_disk = section(zero, "offload_param").get("device") == "nvme"
+    return zero.get("stage") == 3 and world()[1] > 1 and not on_disk
+
+
+@torch.no_grad()
+def share_out(model: nn.Module, config: dict, fill, device: torch.device) -> None:
+    """ZeRO 3: give a model without memory its values, of which each process keeps its part.
+
+    One tensor at a time is whole.
+
+    Args:
+        fill: a `sharded_start.Fill`.
+    """
+    import deepspeed
+
+    deepspeed.init_distributed(dist.get_backend(), dist_init_required=False)
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    on = (kind for name, kind in wanted.items() if section(config, name).get("enabled"))
+    dtype = next(on, torch.float32)
+    parameters = dict(model.named_parameters())
+    places: dict[int, list] = {}  # two of a tied matrix
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            places.setdefault(id(p), []).append((module, name))
+
+    def share(name: str, value: Tensor) -> None:
+        p = parameters.pop(name)
+        shared = nn.Parameter(value.to(device, dtype), requires_grad=p.requires_grad)
+        deepspeed.zero.Init(module=nn.ParameterList([shared]), config_dict_or_path=config)
+        for module, leaf in places[id(p)]:
+            setattr(module, leaf, shared)
+
+    for name, write in fill.values():
+        if name in parameters:
+            value = torch.empty(parameters[name].shape)
+            write(value, tuple(slice(0, size) for size in value.shape))
+            share(name, value)
+    for name, p in list(parameters.items()):  # a checkpoint brings the values
+        share(name, torch.zeros(p.shape))
+
+
+def start(model: nn.Module, config: dict, args, fill=None):
+    """The engine around a model on its device, or with `fill` around one that has no memory yet.
 
     Args:
         config: as `deepspeed_config.fill` gives it.
@@ -107,6 +151,8 @@ def start(model: nn.Module, config: dict, args):
     deprecated = r"`torch.distributed.\w+` is deprecated"  # by torch, in DeepSpeed's calls
     warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
     load_ops(config)
+    if fill is not None:
+        share_out(model, config, fill, args.device)
     zero = section(config, "zero_optimization")
     optimizer = None
     if "optimizer" not in config:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dataset.progress import count_bar
+from runtime.exports.ends import end_of_turn
 from runtime.exports.source import Source
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
@@ -62,7 +63,7 @@ def check_gguf(
     """
     tokenizer, model = source.tokenizer, source.model()
     texts = list(texts)
-    if tokenizer.chat_template:
+    if end_of_turn(tokenizer) is not None:
         turns = ([{"role": "user", "content": text}] for text in list(texts))
         options = {"tokenize": False, "add_generation_prompt": True}
         texts += [tokenizer.apply_chat_template(turn, **options) for turn in turns]

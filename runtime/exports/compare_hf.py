@@ -7,6 +7,7 @@ import torch
 
 from model.hf import config_from_hf, read_hf_tensors
 from runtime.exports.compare import TEXTS, compare
+from runtime.exports.ends import end_of_turn
 from runtime.exports.source import Source
 
 LIMIT = 1e-4  # of the range of a text's logits; both sides compute in float32
@@ -47,7 +48,7 @@ def check_hf(folder: Path, source: Source) -> tuple[bool, list[str]]:
     except Exception as error:  # of any of its parts
         raise ValueError(f"{folder}: transformers cannot load it: {first_line(error)}") from None
     texts = list(TEXTS)
-    if source.tokenizer.chat_template:
+    if end_of_turn(source.tokenizer) is not None:  # else none that is trained with
         chats = [chat_text(source.tokenizer, text) for text in TEXTS]
         texts += chats
         is_template = chats == [chat_text(tokenizer, text) for text in TEXTS]

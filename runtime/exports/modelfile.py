@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.template_manner import Template
 from runtime.exports.ends import end_of_turn
 from runtime.exports.gguf_tokenizer import text_ends
 from runtime.saving.store import save_file
@@ -78,9 +79,11 @@ def chat_layout(tokenizer) -> ChatLayout:
         return [{"role": role, "content": MARKS[role]} for role in roles]
 
     def render(messages: list[dict]) -> str:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text.removeprefix(bos)
+        return template.render(messages, add_generation_prompt=True).removeprefix(bos)
 
+    own = tokenizer.chat_template
+    source = own if isinstance(own, str) else own.get("default", "")
+    template = Template(source, "the tokenizer", dict(tokenizer.special_tokens_map))
     bos = text_ends(tokenizer)[0]  # which llama.cpp writes by itself
     bos = "" if bos is None else tokenizer.convert_ids_to_tokens(bos)
     talk = ("user", "assistant", "user")

@@ -14,7 +14,8 @@ from model.config import LMConfig
 from model.hf import meta_model
 from model.lazy_tensors import LazyTensor
 from model.lm import MiniMindLM
-from model.weights import allocate, load_model, newest_weights, open_weights, read_config
+from model.newest import newest_weights
+from model.weights import allocate, load_model, open_weights, read_config
 from runtime import tokenizer_record
 
 

@@ -9,10 +9,11 @@ import torch
 from model.lm import LMConfig
 from model.reward import RewardModel, read_reward_config
 from runtime import parallel
+from runtime.frozen import wrap_frozen
 from runtime.kernel_loader import apply_kernels
 from runtime.rl.rollout import Rollout
+from runtime.same_tokenizer import check_same
 from runtime.start import build_model
-from runtime.tokenizer_record import check_same
 
 
 def load_scorer(path: str, policy: LMConfig, args) -> Callable[[Rollout], list[float]]:
@@ -32,7 +33,7 @@ def load_scorer(path: str, policy: LMConfig, args) -> Callable[[Rollout], list[f
         )
     model, fill = build_model(functools.partial(RewardModel, have), args, Path(path))
     apply_kernels(model, args.device, "float32")
-    return functools.partial(scores_of, parallel.wrap_frozen(model, args, "float32", fill))
+    return functools.partial(scores_of, wrap_frozen(model, args, "float32", fill))
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def scores_of(model: RewardModel, rollout: Rollout, budget: int = 8192) -> list[
     """The score of each prompt with its completion, at its last token.
 
     Args:
-        model: of `parallel.wrap_frozen`; where ranks share it, all of them call this.
+        model: of `frozen.wrap_frozen`; where ranks share it, all of them call this.
         budget: tokens of a forward pass, unless a single text is longer.
     """
     device = model.score.weight.device

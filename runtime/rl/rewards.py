@@ -10,12 +10,10 @@ Prompts and completions are texts; rows are the rows of the data file with all t
     --reward out/reward_512.pth           what trainer/train_reward.py made
 """
 
-import importlib.util
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -86,6 +84,8 @@ def load_rewards(words: list[str], policy: LMConfig, args) -> list[Reward]:
 
             function = load_scorer(name, policy, args)
         elif ".py:" in name:
+            from runtime.rl.reward_file import function_in
+
             function = function_in(name)
         elif name in FUNCTIONS:
             function = FUNCTIONS[name]
@@ -97,24 +97,6 @@ def load_rewards(words: list[str], policy: LMConfig, args) -> list[Reward]:
             )
         rewards.append(Reward(name, weight, function, reads_tokens=name.endswith(".pth")))
     return rewards
-
-
-def function_in(name: str) -> Callable:
-    """The function that FILE.py:FUNCTION names."""
-    path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"--reward {name}: there is no file {path}")
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file does when it is loaded
-        raise ValueError(
-            f"--reward {name}: {path} cannot be loaded: {type(error).__name__}: {error}"
-        ) from None
-    if not callable(getattr(module, function, None)):
-        raise ValueError(f"--reward {name}: {path} has no function {function}")
-    return getattr(module, function)
 
 
 def compute_rewards(

@@ -15,7 +15,8 @@ from test_model import MOE, build, ids
 from model.hf import config_from_hf, config_to_hf, read_hf_tensors, resolve_folder
 from model.layout import Layout
 from model.lm import LMConfig
-from model.weights import load_model, load_weights, newest_weights, read_config
+from model.newest import newest_weights
+from model.weights import load_model, load_weights, read_config
 
 
 def relative(ours, theirs) -> float:

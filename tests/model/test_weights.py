@@ -9,8 +9,9 @@ import torch
 from test_model import MOE, TINY, build, ids
 
 from model.lm import LMConfig, MiniMindLM
+from model.newest import newest_weights
 from model.tensor_file import read_tensors
-from model.weights import load_weights, newest_weights
+from model.weights import load_weights
 
 # --------------------------------------------------------------------------------------------------
 # What does not fit

@@ -297,6 +297,16 @@ def test_a_model_that_was_only_pretrained(tmp_path):
     convert("check", tmp_path / "hf", "pretrain", "--out_dir", tmp_path, "--tokenizer_dir", bare)
 
 
+def test_a_hostile_template_ends_no_export(tmp_path):
+    """It goes out as it is, with weights that nobody here has trained as a chat."""
+    write(tmp_path / "a.pth")
+    evil = tmp_path / "evil.jinja"
+    evil.write_text("{% for a in range(99999) %}{{ 'x' * 9999999 }}{% endfor %}")
+    words = (tmp_path / "a.pth", tmp_path / "hf", "--chat_template", evil)
+    convert("to-hf", *words)
+    convert("check", tmp_path / "hf", tmp_path / "a.pth", "--chat_template", evil)
+
+
 def test_a_missing_stage_and_what_is_no_file(tmp_path):
     said = convert("to-hf", "nonsense", tmp_path / "hf", "--out_dir", tmp_path, code=2)
     assert "no nonsense weights" in said and "train_nonsense" not in said

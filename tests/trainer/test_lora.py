@@ -21,7 +21,8 @@ from model.lora import (
     merge_adapter,
     write_peft,
 )
-from model.weights import hash_weights, load_model
+from model.weight_hash import hash_weights
+from model.weights import load_model
 
 PLAIN = {"targets": None, "rank": 4, "alpha": 8.0, "dropout": 0.0}
 

@@ -322,13 +322,14 @@ def main() -> int:
     identity |= deepspeed_engine.identity_of(args.deepspeed)
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
     make = functools.partial(MiniMindLM, config, args.gradient_checkpointing)
-    model = start.build(make, args, resumed, shared=False)
+    shared = deepspeed_engine.shares_weights(args.deepspeed)
+    model = start.build(make, args, resumed, shared)
     apply_kernels(model, args.device, dtype_of(args.dtype, args.device))
 
     # 4. The engine: precision, optimizer, sharding, offload. Every rank has its own dropout.
     setup_seed(args.seed + parallel.world()[0])
     args.deepspeed = deepspeed_config.fill(args.deepspeed, args, config, world_size, run_dir)
-    model = deepspeed_engine.start(model, args.deepspeed, args)
+    model = deepspeed_engine.start(model, args.deepspeed, args, start.fill)
     progress = deepspeed_engine.load_run(resumed, model)
 
     # 5. Tracking

@@ -85,8 +85,22 @@ def test_no_process_ever_holds_the_whole_model(shared, source, weights, llama, d
     whole = llama.with_suffix(".pth") if source == "folder" else weights
     flags += [*shared.split(), f"--data_path={data['chats']}", f"--out_dir={tmp_path}"]
     flags += [f"--cache_dir={data['chats'].parent}"]
-    for line in measure("train_full_sft", [whole], *flags):  # its half, and one tensor more
+    for line in measure("trainer.train_full_sft", [whole], *flags):  # its half, and one tensor more
         assert line["peak"] < line["size"] / 2 + line["largest"] * 1.1 < line["size"] * 0.85
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "lightning", "pipeline"])
+def test_nor_under_an_engine(engine, weights, data, tmp_path):
+    pytest.importorskip(engine) if engine != "pipeline" else None
+    more = {"deepspeed": "--deepspeed_config=configs/deepspeed/zero3.json"}
+    more |= {"lightning": "--strategy=model_parallel", "pipeline": "--accumulation_steps=2"}
+    flags = [f"--from_weight={weights}", f"--data_path={data['chats']}", more[engine]]
+    flags += [f"--cache_dir={data['chats'].parent}", f"--out_dir={tmp_path}", "--dtype=float32"]
+    name = f"trainer.engines.train_sft_{engine}"
+    for line in measure(
+        name, [weights], *flags
+    ):  # a matrix that is tied: at both ends of a pipeline
+        assert line["peak"] < line["size"] / 2 + line["largest"] * 2.2 < line["size"]
 
 
 def flags_of(stage: str, weights, reward, data) -> list[str]:
@@ -105,7 +119,7 @@ def test_nor_several_of_them(stage, weights, reward, data, tmp_path):
     asked, copies = ([reward, weights], 1) if stage in ("grpo", "ppo") else ([weights], 0)
     trained = [weights, weights] if stage == "ppo" else [weights]
     flags = ["--strategy=zero3", f"--out_dir={tmp_path}", *flags_of(stage, weights, reward, data)]
-    for line in measure(f"train_{stage}", [*asked, *trained], *flags):
+    for line in measure(f"trainer.train_{stage}", [*asked, *trained], *flags):
         whole = line["size"] / len([*asked, *trained])
         assert line["peak"] < line["size"] / 2 + copies * whole + line["largest"] * 2.2
 
