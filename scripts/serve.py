@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from model.weights import newest_weights, read_config
+from model.newest import newest_weights
+from model.weights import read_config
 from runtime.chat_model import ChatModel, open_chat_model, open_device
 from runtime.flags import check_flags, usage_error
 from runtime.process import exits
