@@ -57,7 +57,12 @@ function makeView(message) {
   if (message.role === "user")
     return new QuestionView(message, { edit: (text) => editQuestion(message, text) });
   if (message.role === "tool") return { message, node: resultNode(message) };
-  const view = new AnswerView(message, { drawn: followText, help: helpFor, regenerate, sendResults });
+  const view = new AnswerView(message, {
+    drawn: followText,
+    help: helpFor,
+    regenerate,
+    sendResults,
+  });
   const running = replies.get(chat.id);
   const isRunning = running?.reply.message === message;
   if (isRunning) running.view = view;
@@ -373,7 +378,8 @@ function wireComposer() {
   });
   question.addEventListener("keydown", (event) => {
     // Enter that ends the spelling of a Chinese word sends nothing
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229)
+      return;
     event.preventDefault();
     sendQuestion();
   });

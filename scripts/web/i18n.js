@@ -58,7 +58,8 @@ const WORDS = {
     off: "Off",
     on: "On",
     questionSays: "Question",
-    quota: "The browser's storage is full: what is new is lost when you close this page. Delete some conversations.",
+    quota:
+      "The browser's storage is full: what is new is lost when you close this page. Delete some conversations.",
     regenerate: "Answer again",
     refused: "The server refused: {detail}",
     rename: "Rename",
@@ -98,7 +99,8 @@ const WORDS = {
     toolCall: "Calls {name}",
     tools: "Tools",
     toolsHint: "A JSON list in OpenAI's form. You give the results.",
-    tooLong: "The conversation no longer fits the model's context. Start a new one, or edit a question further up. ({detail})",
+    tooLong:
+      "The conversation no longer fits the model's context. Start a new one, or edit a question further up. ({detail})",
     topK: "Top k",
     topP: "Top p",
     tryAgain: "Try again",

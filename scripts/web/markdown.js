@@ -170,7 +170,12 @@ function drawCode(token) {
   return el(
     "div",
     { class: "code" },
-    el("div", { class: "code-head" }, el("span", {}, language), copyButton("copyCode", () => code.textContent)),
+    el(
+      "div",
+      { class: "code-head" },
+      el("span", {}, language),
+      copyButton("copyCode", () => code.textContent),
+    ),
     scroller,
   );
 }
@@ -187,7 +192,11 @@ function drawTable(token, depth) {
       "tr",
       {},
       ...cells.map((cell, n) =>
-        el(tag, { class: token.align[n] && `align-${token.align[n]}` }, ...drawInline(cell.tokens, depth)),
+        el(
+          tag,
+          { class: token.align[n] && `align-${token.align[n]}` },
+          ...drawInline(cell.tokens, depth),
+        ),
       ),
     );
   const table = el(
@@ -209,7 +218,8 @@ const INLINE = {
   em: (token, depth) => el("em", {}, ...drawInline(token.tokens, depth)),
   escape: (token) => token.text,
   // Nothing is loaded from elsewhere
-  image: (token) => drawLink(token, [el("span", { say: "image" }), `: ${token.text || token.href}`]),
+  image: (token) =>
+    drawLink(token, [el("span", { say: "image" }), `: ${token.text || token.href}`]),
   link: (token, depth) => drawLink(token, drawInline(token.tokens, depth)),
   strong: (token, depth) => el("strong", {}, ...drawInline(token.tokens, depth)),
   text: (token, depth) =>
@@ -239,9 +249,12 @@ function protocolOf(href) {
 }
 
 function decodeEntities(text) {
-  return text.replace(/&(?:#(\d{1,7})|#[xX]([\da-fA-F]{1,6})|([a-z]{2,4}));/g, (whole, decimal, hex, name) => {
-    if (name) return ENTITIES[name] ?? whole;
-    const code = decimal ? Number(decimal) : parseInt(hex, 16);
-    return code > 0 && code <= 0x10ffff ? String.fromCodePoint(code) : "\ufffd";
-  });
+  return text.replace(
+    /&(?:#(\d{1,7})|#[xX]([\da-fA-F]{1,6})|([a-z]{2,4}));/g,
+    (whole, decimal, hex, name) => {
+      if (name) return ENTITIES[name] ?? whole;
+      const code = decimal ? Number(decimal) : parseInt(hex, 16);
+      return code > 0 && code <= 0x10ffff ? String.fromCodePoint(code) : "\ufffd";
+    },
+  );
 }

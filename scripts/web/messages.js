@@ -90,12 +90,15 @@ export class AnswerView {
 
   /** Draw soon what has come; often enough to look alive, seldom enough to leave the page usable. */
   grown() {
-    this.timer ??= setTimeout(() => {
-      const started = performance.now();
-      this.draw(false);
-      this.actions.drawn();
-      this.drawMs = performance.now() - started;
-    }, FRAME_MS + SHARE * (this.drawMs ?? 0));
+    this.timer ??= setTimeout(
+      () => {
+        const started = performance.now();
+        this.draw(false);
+        this.actions.drawn();
+        this.drawMs = performance.now() - started;
+      },
+      FRAME_MS + SHARE * (this.drawMs ?? 0),
+    );
   }
 
   /** Whether no message follows: only the last reply can be asked for again. */
@@ -126,14 +129,19 @@ export class AnswerView {
     if (!this.thoughts) {
       this.thoughtsTitle = el("span");
       this.thoughtsBody = el("div", { class: "thoughts-body" });
-      this.thoughts = el("details", { class: "thoughts" }, el("summary", {}, this.thoughtsTitle), this.thoughtsBody);
+      this.thoughts = el(
+        "details",
+        { class: "thoughts" },
+        el("summary", {}, this.thoughtsTitle),
+        this.thoughtsBody,
+      );
       this.thoughtsText = new MarkdownView(this.thoughtsBody);
       this.node.prepend(this.thoughts);
     }
     const thinking = !complete && message.thinkingMs === undefined;
     this.thoughts.classList.toggle("thinking", thinking);
     if (thinking) say(this.thoughtsTitle, "thinking");
-    else if (message.thinkingMs === undefined) say(this.thoughtsTitle, "thought");
+    else if (!(message.thinkingMs >= 100)) say(this.thoughtsTitle, "thought");
     else say(this.thoughtsTitle, "thoughtFor", { seconds: roundTo(message.thinkingMs / 1000, 1) });
     this.thoughtsText.update(message.reasoning, complete);
   }
@@ -162,7 +170,8 @@ function statsLine({ stats, finish }) {
     line.append(part);
   };
   if (stats) {
-    if (stats.tokens > 1) add("tokensPerSecond", { rate: roundTo(stats.rate, stats.rate < 100 ? 1 : 0) });
+    if (stats.tokens > 1)
+      add("tokensPerSecond", { rate: roundTo(stats.rate, stats.rate < 100 ? 1 : 0) });
     add(stats.tokens === 1 ? "tokensOne" : "tokens", { count: stats.tokens });
     add("firstToken", { seconds: roundTo(stats.firstMs / 1000, 2) });
   }
@@ -177,7 +186,9 @@ function errorCard({ kind, values }, help) {
   say(words, kind, values);
   const card = el("div", { class: "error", role: "alert" }, words);
   if (help)
-    card.append(el("button", { type: "button", class: "text-button", say: help.words, click: help.act }));
+    card.append(
+      el("button", { type: "button", class: "text-button", say: help.words, click: help.act }),
+    );
   return card;
 }
 

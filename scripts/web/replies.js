@@ -7,8 +7,9 @@ const MOST_CALLS = 128; // of tools, in one reply
 /** The messages of a conversation as the server takes them; thoughts stay here. */
 export function messagesFor(chat) {
   const system = chat.system.trim() ? [{ role: "system", content: chat.system }] : [];
-  const sent = chat.messages.filter(({ role, content, toolCalls }) =>
-    role !== "assistant" || content || toolCalls?.length); // what failed before it began is none
+  const sent = chat.messages.filter(
+    ({ role, content, toolCalls }) => role !== "assistant" || content || toolCalls?.length,
+  ); // what failed before it began is none
   return [...system, ...sent.map(messageFor)];
 }
 
@@ -30,7 +31,6 @@ export class Reply {
     this.message = message;
     this.grown = grown;
     this.controller = new AbortController();
-    this.running = true;
   }
 
   stop() {
@@ -56,9 +56,7 @@ export class Reply {
         console.error(error);
       }
     } finally {
-      this.running = false;
       this.message.stats = this.stats();
-      this.grown();
     }
   }
 
@@ -68,7 +66,8 @@ export class Reply {
     if (!choice) return;
     const { message } = this;
     const delta = choice.delta ?? {};
-    if (delta.reasoning_content) message.reasoning = (message.reasoning ?? "") + delta.reasoning_content;
+    if (delta.reasoning_content)
+      message.reasoning = (message.reasoning ?? "") + delta.reasoning_content;
     if (delta.content) message.content += delta.content;
     for (const call of delta.tool_calls ?? []) takeToolCall(message, call);
     if (delta.reasoning_content || delta.content || delta.tool_calls) {
@@ -79,7 +78,8 @@ export class Reply {
   }
 
   count({ reasoning_content: thought, content, tool_calls: calls }, ms) {
-    this.characters += `${thought ?? ""}${content ?? ""}${calls ? JSON.stringify(calls) : ""}`.length;
+    this.characters +=
+      `${thought ?? ""}${content ?? ""}${calls ? JSON.stringify(calls) : ""}`.length;
     this.firstMs ??= ms;
     if (!this.chunks) this.firstCharacters = this.characters;
     this.lastMs = ms;
