@@ -81,13 +81,25 @@ OWN = {
     "trainer/engines/train_sft_pipeline.py": TINY | {"pipeline_parallel": 1},
     "eval_model.py": MODEL | {"device": "cpu", "prompt": "hi", "max_new_tokens": 4},
     "scripts/convert.py": MODEL,
+    "scripts/lm_eval_adapter.py": MODEL,
+    "scripts/report.py": {"out": "WORK/out/report.html"},
+    "scripts/serve.py": {
+        "out_dir": "WORK/weights",
+        "device": "cpu",
+        "port": 0,
+        "max_concurrent": 2,
+        "grace": 1,
+    },
     "scripts/plan.py": TINY | {"data_path": "none"},
     "scripts/doctor.py": {"out_dir": "WORK/out"},
     "scripts/check_copies.py": {},
     "dataset/make_demo.py": {"out_dir": "WORK/out", "pairs": 4, "persona": 2, "rl_prompts": 4},
 }
-# What a script with commands is given first; these flags are the command's.
-COMMAND = {"scripts/convert.py": ["to-hf", "WORK/weights/full_sft_32.pth", "WORK/out/hf"]}
+# What a script is given first; where that is a command, the flags are the command's.
+COMMAND = {
+    "scripts/convert.py": ["to-hf", "WORK/weights/full_sft_32.pth", "WORK/out/hf"],
+    "scripts/report.py": ["WORK/weights/lora_32"],
+}
 # Scripts that hand all flags they do not know to a stage.
 STARTERS = ("main.py", "scripts/plan.py", "scripts/prepare_data.py", "scripts/run_distributed.py")
 # Scripts whose output is all that they make: they end when nobody reads it.
@@ -318,9 +330,17 @@ def make_weights(work: Path) -> None:
     assert ended.code == 0, ended
 
 
-def stub_what_starts_processes(script: str) -> None:
-    """A launcher has done its part when it starts the training; doctor's processes would talk for
-    seconds."""
+def stub_what_takes_long(script: str) -> None:
+    """A launcher has done its part when it starts the training, a server when it has started;
+    doctor's processes would talk for seconds."""
+    if script == "scripts/serve.py":
+        import uvicorn
+
+        async def startup(self, sockets=None) -> None:
+            await start_server(self, sockets)
+            self.should_exit = True
+
+        start_server, uvicorn.Server.startup = uvicorn.Server.startup, startup
     if script == "scripts/run_distributed.py":
         subprocess.Popen = lambda *args, **kwargs: sys.exit(0)
     if script == "scripts/doctor.py":
@@ -382,7 +402,7 @@ def be_script(case: Case, words: list[str], folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
         set_streams(case.streams)
-        stub_what_starts_processes(case.script)
+        stub_what_takes_long(case.script)
         sys.argv = [str(ROOT / case.script), *words]
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")

@@ -56,7 +56,7 @@ RANGES = [
     (1, 4096, "max_concurrent"),
     (0, 1_000_000, "max_waiting"),
     (1, 1 << 30, "max_body"),
-    (0.1, 7 * 24 * 3600, "request_timeout grace"),
+    (0.1, 7 * 24 * 3600, "request_timeout grace watch"),
     (1, 100_000, "bucket_cap_mb"),
     (1e-3, 365 * 24 * 60, "timeout"),  # a year, in minutes
     (1e-3, REAL, "device_memory_gb flops_tflops link_gbps"),

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from runtime.flags import usage_error
+from runtime.flags import check_flags, usage_error
 from runtime.process import exits
 from runtime.reporting.page import write_page
 from runtime.reporting.run_record import RunRecord, find_run, name_apart, read_run
@@ -33,7 +33,9 @@ def parse_args() -> argparse.Namespace:
     add(
         "--watch", type=float, metavar="SECONDS", help="write it again and again while a run trains"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_flags(vars(args))
+    return args
 
 
 def read_runs(paths: list[Path]) -> list[RunRecord]:
@@ -60,8 +62,6 @@ def watch(paths: list[Path], out: Path, seconds: float) -> None:
 
 def main() -> int:
     args = parse_args()
-    if args.watch is not None and not 0.1 <= args.watch <= 86400:
-        raise ValueError(f"--watch {args.watch:g}: must be seconds, 0.1 to 86400")
     paths = [find_run(name, Path(args.out_dir)) for name in args.runs]
     for number, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:number]]:

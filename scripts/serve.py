@@ -35,6 +35,7 @@ from runtime.serving.memory import check_cache, check_weights
 from runtime.serving.served_model import ServedModel
 
 PACKAGES = ("starlette", "uvicorn", "httptools")  # llguidance is asked for where it is needed
+MOST_KEY = 4096  # characters
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -89,9 +90,13 @@ def read_api_key(path: str | None) -> str:
     """The key that requests must bring; "": none."""
     key = os.environ.get("MINIMIND_API_KEY", "")
     if path:
-        key = Path(path).read_text(encoding="utf-8", errors="replace").strip()
-        if not key:
-            raise ValueError(f"--api_key_file {path}: it is empty")
+        if not Path(path).is_file():
+            raise ValueError(f"--api_key_file {path}: no such file")
+        with open(path, encoding="utf-8", errors="replace") as file:
+            key = file.read(MOST_KEY + 1).strip()
+        if not 0 < len(key) <= MOST_KEY:
+            fault = f"a key has 1 to {MOST_KEY} characters"
+            raise ValueError(f"--api_key_file {path}: {fault}")
     if not key.isascii() or not key.isprintable() or " " in key:
         source = f"--api_key_file {path}" if path else "MINIMIND_API_KEY"
         raise ValueError(f"{source}: a key is one line of visible ASCII characters, no blanks")

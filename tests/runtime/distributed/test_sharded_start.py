@@ -121,7 +121,8 @@ def test_nor_several_of_them(stage, weights, reward, data, tmp_path):
     flags = ["--strategy=zero3", f"--out_dir={tmp_path}", *flags_of(stage, weights, reward, data)]
     for line in measure(f"trainer.train_{stage}", [*asked, *trained], *flags):
         whole = line["size"] / len([*asked, *trained])
-        assert line["peak"] < line["size"] / 2 + copies * whole + line["largest"] * 2.2
+        # Of the largest piece there are three at once where garbage is collected late.
+        assert line["peak"] < line["size"] / 2 + copies * whole + line["largest"] * 3
 
 
 def test_the_curve_is_that_of_one_process(llama, tmp_path):

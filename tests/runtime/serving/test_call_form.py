@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.chat_templates import CASES, case_tokenizer
 from dataset.chat_format import ChatCoder, chat_coder
+from dataset.prompt_dataset import said
 from runtime.serving.api_error import APIError
 from runtime.serving.call_form import CallForm, learn_call_form
 from runtime.serving.constraints import Grammars
@@ -78,10 +79,10 @@ def test_constrained_calls_are_of_the_template_form(coder):
         parts = ReplyParts(False, form, frozenset("f")).add(text, is_last=True)
         arguments = json.loads("".join(part.text for part in parts))
         assert parts[0].name == "f" and 0 <= arguments["x"] <= 99
-        said = {"role": "assistant", "content": ""}
-        said["tool_calls"] = [{"name": "f", "arguments": arguments}]
-        turns = [{"role": "user", "content": "q"}, said]
-        assert coder.said(turns, TOOLS) == text  # as the template writes it
+        calls = [{"name": "f", "arguments": arguments}]
+        turns = [{"role": "user", "content": "q"}]
+        turns.append({"role": "assistant", "content": "", "tool_calls": calls})
+        assert said(coder, turns, TOOLS) == text  # as the template writes it
 
 
 def test_a_constraint_begins_behind_the_thinking(coder):

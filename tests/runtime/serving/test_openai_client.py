@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 from running import ROOT, run_script
-from serving import CALL, FACTS, NAME, THOUGHT, TOOLS, Server, user
+from serving import CALL, FACTS, NAME, THOUGHT, TOOLS, Server, train_by_heart, user
 
 openai = pytest.importorskip("openai", reason="pip install openai")
 for package in ("starlette", "uvicorn", "httptools"):
@@ -20,6 +20,11 @@ SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return train_by_heart(tmp_path_factory.mktemp("by_heart"))
 
 
 @pytest.fixture(scope="module")
