@@ -82,7 +82,8 @@ def check_flags(args: dict) -> None:
     for name, value in args.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             check_number(name, value)
-        if value == [] and name != "report_to":  # argparse drops this one before Python 3.13
+        # Argparse makes a list of nothing of `--` before Python 3.13, in a repeated flag, too.
+        if (value == [] and name != "report_to") or value == [[]]:
             raise ValueError(f"--{name} --: must have a value")
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str | os.PathLike):
