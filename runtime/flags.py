@@ -27,7 +27,7 @@ RANGES = [
     (1, 1 << 17, "dim lora_rank"),
     (1, 1 << 14, "n_heads n_kv_heads"),
     (1, 1000, "n_layers"),
-    (1, 4096, "n_experts n_experts_per_tok"),
+    (1, 4096, "n_experts n_experts_per_tok max_concurrent"),
     (0, 4096, "n_shared_experts"),
     # batches, steps and intervals
     (1, 10_000, "epochs updates_per_rollout mini_batches ppo_epochs"),
@@ -36,8 +36,8 @@ RANGES = [
     (0, WHOLE, "max_steps save_interval eval_interval sample_interval replica_check"),
     (1, WHOLE, "global_batch_size log_interval"),
     # other counts
-    (0, WHOLE, "preview top_k show_wrong hold_out max_restarts num_fewshot"),
-    (1, WHOLE, "min_frequency limit"),
+    (0, WHOLE, "preview top_k show_wrong max_waiting hold_out max_restarts num_fewshot"),
+    (1, WHOLE, "min_frequency limit max_body"),
     (0, 2**63 - 1, "seed"),  # what torch takes
     # losses, rollouts and optimisation
     (ABOVE_0, REAL, "lora_alpha beta clip value_clip"),
@@ -53,9 +53,6 @@ RANGES = [
     (0, 1 << 20, "node_rank"),
     (1, 65535, "master_port"),
     (0, 65535, "port"),
-    (1, 4096, "max_concurrent"),
-    (0, 1_000_000, "max_waiting"),
-    (1, 1 << 30, "max_body"),
     (0.1, 7 * 24 * 3600, "request_timeout grace watch"),
     (1, 100_000, "bucket_cap_mb"),
     (1e-3, 365 * 24 * 60, "timeout"),  # a year, in minutes
@@ -82,8 +79,7 @@ def check_flags(args: dict) -> None:
     for name, value in args.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             check_number(name, value)
-        # Argparse makes a list of nothing of `--` before Python 3.13, in a repeated flag, too.
-        if (value == [] and name != "report_to") or value == [[]]:
+        if value in ([], [[]]) and name != "report_to":  # argparse's "--" before Python 3.13
             raise ValueError(f"--{name} --: must have a value")
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str | os.PathLike):

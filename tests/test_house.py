@@ -312,7 +312,7 @@ BEHIND = {
     "trainer/train_grpo.py": (
         [CHAT | {"answer": "4"}],
         [*TINY, "--from_weight=full_sft", "--max_new_tokens=4"],
-        6815,
+        6820,
     ),
     "eval_model.py": (None, ["--prompt=hello", "--max_new_tokens=4"], 3725),
 }

@@ -59,7 +59,7 @@ def test_a_comparison(out, tmp_path):
         (["{out}/empty"], "/empty: there is no metrics.jsonl in it: name the folder of a run"),
         (["pretrain", "full_sft_64"], "several runs are compared in one page: name its file with --out"),
         (["pretrain", "pretrain_64", "--out=x"], "pretrain_64: named twice: "),
-        (["pretrain", "--watch=0"], "--watch 0.0: must be 0.1 or more"),
+        (["pretrain", "--watch=0"], "--watch 0.0: must be positive"),
         (["pretrain", "--watch=nan"], "--watch nan: must be a finite number"),
         (["pretrain", "--out={out}/no/x.html"], "{out}/no/x.html: No such file or directory"),
         (["pretrain", "--out={out}/empty"], "{out}/empty: Is a directory"),
