@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from runtime.serving.api_error import APIError
 
-LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 # The page loads nothing from elsewhere, and nothing may frame it.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
@@ -32,8 +31,8 @@ class Access:
     def check(self, scope) -> None:
         """Refuse a request by its headers. APIError."""
         headers = dict(scope["headers"])
-        if self.local_only and host_name(headers.get(b"host", b"")) not in LOCAL_NAMES:
-            fault = "this server answers requests to localhost; others need --host and --api_key"
+        if self.local_only and not is_local(host_name(headers.get(b"host", b""))):
+            fault = "this server answers requests to localhost; others need --host and a key"
             raise APIError(fault, code="unknown_host", status=403)
         if self.api_key and scope["path"].startswith(OPEN_PATHS):
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
@@ -47,6 +46,14 @@ class Access:
 def is_loopback(address: str) -> bool:
     """Whether an address reaches this machine alone."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def is_local(name: str) -> bool:
+    """Whether a host's name is this machine's own: no other name is believed."""
+    try:
+        return name == "localhost" or is_loopback(name)
+    except ValueError:  # another name
+        return False
 
 
 def host_name(host: bytes) -> str:

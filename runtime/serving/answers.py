@@ -11,7 +11,7 @@ from runtime.serving.reply_parts import Part
 
 DONE = b"data: [DONE]\n\n"
 # Of a reply that the server ended before its time, too.
-FINISH_REASONS = {"cancelled": "length", "error": "length"}
+FINISH_REASONS = {"cancelled": "length", "refused": "length", "error": "length"}
 
 
 def finish_reason(choice: Reply) -> str:

@@ -40,3 +40,12 @@ class APIError(Exception):
             "code": self.code,
         }
         return json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def shutting_down() -> APIError:
+    return APIError("the server is shutting down", code="shutting_down", status=503)
+
+
+def timed_out() -> APIError:
+    message = "the request took longer than the server allows (--request_timeout)"
+    return APIError(message, code="timeout", status=408, headers={"x-should-retry": "false"})

@@ -1,6 +1,7 @@
 """The HTTP side of the server: an ASGI app with OpenAI's API, /health, /metrics and the page."""
 
 import asyncio
+import contextlib
 import math
 import time
 import traceback
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from runtime.serving.access import Access, guarded, send_bytes, send_error
 from runtime.serving.answers import Chunks, whole_answer
-from runtime.serving.api_error import APIError
+from runtime.serving.api_error import APIError, shutting_down, timed_out
 from runtime.serving.engine import QueueFull
 from runtime.serving.fields import read_body
 from runtime.serving.mailbox import Inbox, Mailbox
@@ -21,7 +22,11 @@ from runtime.serving.reply_parts import Part
 from runtime.serving.served_model import ServedModel
 
 BODY_SECONDS = 30.0  # within which a body must arrive
-LARGE_BODY = 1 << 14  # bytes: what takes longer to encode than streams should wait
+DRAINED = 4  # times the largest body: what is read of a larger one, so that its answer arrives
+MOST_PREPARING = 64  # requests that wait to be prepared
+# What takes longer to prepare than streams should wait: bytes; what else a body can have in it. A
+# name may be spelled with an escape.
+LARGE_BODY, LONG_WORK = 1 << 14, (b"json_schema", b"tools", b"\\u")
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -56,6 +61,7 @@ class Service:
         self.under_way: set[Replies] = set()
         self.closing = False
         self.mailbox: Mailbox | None = None
+        self.in_preparation = 0
         # One: preparing a large request must leave the other core to the model.
         self.preparing = ThreadPoolExecutor(1, "preparing")
 
@@ -92,6 +98,12 @@ class CompletionEndpoint:
         except APIError as error:
             status = error.status
             await send_error(send, error)
+        except asyncio.CancelledError:  # of one that was not submitted yet
+            if not self.service.closing:
+                raise
+            status = 503
+            with contextlib.suppress(RuntimeError):  # it has begun
+                await send_error(send, shutting_down())
         except Exception:  # a fault of ours: the others go on
             traceback.print_exc()
             status = 500
@@ -104,11 +116,10 @@ class CompletionEndpoint:
         """Answer a request; returns the status that was sent. Raises APIError before any was."""
         service = self.service
         if service.closing:
-            raise APIError("the server is shutting down", code="shutting_down", status=503)
+            raise shutting_down()
         data = await read_data(scope, receive, service.limits.max_body)
-        if len(data) > LARGE_BODY or b'"json_schema"' in data or b'"tools"' in data:
-            loop = asyncio.get_running_loop()
-            prepared = await loop.run_in_executor(service.preparing, self.prepare, data)
+        if len(data) > LARGE_BODY or any(mark in data for mark in LONG_WORK):
+            prepared = await self.prepare_aside(data, receive)
         else:
             prepared = self.prepare(data)
         model, wanted, prompts, constraints = prepared
@@ -120,6 +131,27 @@ class CompletionEndpoint:
             headers = {"retry-after": service.retry_after(model)}
             raise APIError(str(full), code="queue_full", status=429, headers=headers) from None
         return await self.deliver(replies, receive, send)
+
+    async def prepare_aside(self, data: bytes, receive) -> tuple:
+        """`prepare` on the thread for it, if that is not too busy, while the client is there."""
+        service, loop = self.service, asyncio.get_running_loop()
+        if service.in_preparation >= MOST_PREPARING:
+            headers = {"retry-after": "5"}
+            fault = f"{MOST_PREPARING} requests with tools, schemas or long prompts wait already"
+            raise APIError(fault, code="queue_full", status=429, headers=headers)
+        service.in_preparation += 1
+        preparing = loop.run_in_executor(service.preparing, self.prepare, data)
+        gone = asyncio.create_task(until_gone(receive))
+        try:
+            seconds = service.limits.request_timeout
+            await asyncio.wait((preparing, gone), timeout=seconds, return_when="FIRST_COMPLETED")
+            if preparing.done():
+                return preparing.result()
+            preparing.cancel()
+            raise APIError("the client went away", status=499) if gone.done() else timed_out()
+        finally:
+            gone.cancel()
+            service.in_preparation -= 1
 
     def prepare(self, data: bytes) -> tuple:
         """What a body asks for: (model, parameters, prompts, a constraint or None for each choice)."""
@@ -204,7 +236,7 @@ class CompletionEndpoint:
             if choice.finish_reason is None
         )
         data = text.encode() + chunks.last()
-        if error and error.status == 500:
+        if error and not replies.cause:
             data = b"data: " + error.body() + b"\n\n" + data
         await send_part(send, data, more=False)
         return 200
@@ -218,10 +250,15 @@ async def send_part(send, data: bytes, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
-async def watch(receive, replies: Replies) -> None:
-    """End the replies when their client goes away."""
+async def until_gone(receive) -> None:
+    """Wait until the client goes away."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def watch(receive, replies: Replies) -> None:
+    """End the replies when their client goes away."""
+    await until_gone(receive)
     replies.end("gone")
 
 
@@ -230,31 +267,46 @@ async def read_data(scope, receive, most: int) -> bytes:
     headers = dict(scope["headers"])
     close = {"connection": "close"}
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if kind != b"application/json":  # what a form of another page could send is none
-        fault = "the header Content-Type must be application/json"
-        raise APIError(fault, status=415, headers=close)
-    too_large = APIError(f"the body is larger than {most} bytes", status=413, headers=close)
     length = headers.get(b"content-length", b"0")
-    if not length.isdigit() or int(length[:12]) > most:
-        raise too_large
-
-    async def read() -> bytes:
-        pieces, size, more = [], 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise APIError("the client went away", status=499)
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-            if size > most:
-                raise too_large
-            more = message.get("more_body", False)
-        return b"".join(pieces)
-
+    fault = None
+    if kind != b"application/json":  # what a form of another page could send is none
+        message = "the header Content-Type must be application/json"
+        fault = APIError(message, status=415, headers=close)
+    elif not length.isdigit() or int(length[:12]) > most:
+        fault = too_large(most)
     try:
-        return await asyncio.wait_for(read(), BODY_SECONDS)
+        data = await asyncio.wait_for(read_all(receive, most), BODY_SECONDS)
     except (asyncio.TimeoutError, TimeoutError):
-        raise APIError("the body took too long", status=408, headers=close) from None
+        fault = fault or APIError("the body took too long", status=408, headers=close)
+        raise fault from None
+    if fault is not None:
+        raise fault
+    return data
+
+
+async def read_all(receive, most: int) -> bytes:
+    """A body of so many bytes at most. A larger one is read on, for a while, and then refused.
+
+    Raises:
+        APIError: it is larger, or the client went away.
+    """
+    pieces, size, more = [], 0, True
+    while more and size <= DRAINED * most:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise APIError("the client went away", status=499)
+        size += len(message.get("body", b""))
+        if size <= most:
+            pieces.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    if size > most:
+        raise too_large(most)
+    return b"".join(pieces)
+
+
+def too_large(most: int) -> APIError:
+    close = {"connection": "close"}
+    return APIError(f"the body is larger than {most} bytes", status=413, headers=close)
 
 
 def make_app(service: Service, access: Access, cors_origins: list[str], page: Path | None = None):
@@ -275,7 +327,8 @@ def make_app(service: Service, access: Access, cors_origins: list[str], page: Pa
             app,
             allow_origins=cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["*"],  # client libraries send some of their own
+            expose_headers=["retry-after"],
         )
     return app
 

@@ -30,7 +30,7 @@ class GrammarConstraint:
 
     def __init__(self, matcher, vocab_size: int, ends: list[int], end_think: int | None):
         self.matcher, self.end_think = matcher, end_think
-        self.vocab_size, self.ends = vocab_size, ends
+        self.vocab_size, self.ends, self.error = vocab_size, ends, ""
 
     def copy(self) -> "GrammarConstraint":
         """Another one at the same place."""
@@ -47,12 +47,20 @@ class GrammarConstraint:
     def allowed(self) -> Tensor:
         if self.end_think is not None:
             return ~self.at_end
-        if self.matcher.is_stopped():
+        if self.check() or self.matcher.is_stopped():
             return self.at_end
         mask = torch.frombuffer(bytearray(self.matcher.compute_logit_bias()), dtype=torch.uint8) > 0
-        if self.matcher.is_error() or not mask.any():
+        if not mask.any() and not self.matcher.is_accepting():
+            self.error = "nothing may follow"
+        if self.check() or not mask.any():
             return self.at_end
         return mask | self.at_end if self.matcher.is_accepting() else mask
+
+    def check(self) -> str:
+        """What went wrong in the matcher: too much work, say. "": nothing."""
+        if self.matcher.is_error():
+            self.error = self.matcher.get_error().splitlines()[0][:300] or "it has failed"
+        return self.error
 
     def advance(self, token: int) -> None:
         if self.end_think is None:
@@ -84,7 +92,7 @@ class Grammars:
             fault = "constrained decoding needs llguidance on the server: pip install llguidance"
             raise APIError(fault, param, "unsupported_parameter") from None
         if self._tokenizer is None:
-            spec = self.coder.tokenizer.backend_tokenizer.to_str()
+            spec = without_names(self.coder.tokenizer.backend_tokenizer.to_str())
             self._tokenizer = LLTokenizer(
                 spec, n_vocab=self.vocab_size, eos_token=list(self.coder.ends)
             )
@@ -98,10 +106,12 @@ class Grammars:
         matcher = LLMatcher(
             self._tokenizer, LLMatcher.grammar_from_lark(f"start: {grammar}"), log_level=0
         )
-        if matcher.is_error():
-            reason = matcher.get_error().splitlines()[0][:300]
-            raise APIError(f"{param}: {reason}", param, "invalid_json_schema")
-        return GrammarConstraint(matcher, self.vocab_size, list(self.coder.ends), end_think)
+        ends = list(self.coder.ends)
+        probe = GrammarConstraint(matcher.deep_copy(), self.vocab_size, ends, None)
+        probe.allowed()  # a grammar that never ends is found here
+        if probe.error:
+            raise APIError(f"{param}: {probe.error}", param, "invalid_json_schema")
+        return GrammarConstraint(matcher, self.vocab_size, ends, end_think)
 
     def json(self, schema: dict, opening: str) -> GrammarConstraint:
         """A reply that is JSON of a schema."""
@@ -117,6 +127,9 @@ class Grammars:
             function = tool["function"]
             head = f'{{"name": {json.dumps(function["name"])}, "{form.key}": '
             schema = {"type": "object", **function.get("parameters", {})}
+            if schema["type"] != "object":
+                field = f"tools[{n}].function.parameters.type"
+                raise APIError(f"{field}: must be object, for a forced call", field)
             names.append(f"call_{n}")
             rules.append(f'call_{n}: {json.dumps(head)} arguments_{n} "}}"\n')
             rules.append(f"arguments_{n}: {_json(schema)}\n")
@@ -126,11 +139,23 @@ class Grammars:
         return self.constraint(grammar + "".join(rules), opening, "tools")
 
     def _mark(self, text: str) -> str:
-        """A mark in Lark: a token, where it is one that Lark can name."""
-        if not text:
-            return ""
-        is_token = text in self.coder.plain.ids and text[0] == "<" and text[-1] == ">"
-        return text if is_token else json.dumps(text)
+        """A mark in Lark: a token, by its id, where it is one."""
+        number = self.coder.plain.ids.get(text)
+        if number is not None:
+            return f"<[{number}]>"
+        return json.dumps(text) if text else ""
+
+
+def without_names(spec: str) -> str:
+    """A tokenizer.json in which no text spells a control token: what a schema says stays text."""
+    tokenizer = json.loads(spec)
+    vocab = tokenizer["model"]["vocab"]
+    for token in tokenizer["added_tokens"]:
+        name = f"\ue000{token['id']}\ue001"
+        if token["content"] in vocab:
+            vocab[name] = vocab.pop(token["content"])
+        token |= {"content": name, "special": True}
+    return json.dumps(tokenizer)
 
 
 def _json(schema: dict) -> str:

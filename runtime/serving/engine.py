@@ -45,7 +45,9 @@ class Output:
 
     Attributes:
         tokens: without the end token.
-        finish_reason: None; of the last one "stop" (an end token), "length", "cancelled", "error".
+        finish_reason: None; of the last one "stop" (an end token), "length", "cancelled", "refused"
+            (by the constraint, which can say no more) or "error".
+        error: why, of the last two.
     """
 
     tokens: list[NewToken]
@@ -77,6 +79,8 @@ class Generation:
     Attributes:
         cached_tokens: of the prompt, taken from what others had read; known with the first output.
         generated: tokens so far.
+        waits_for: (slot, who has it, how many tokens of this prompt it is to hold), while another
+            request reads them.
         finished: there will be no further output.
     """
 
@@ -85,8 +89,15 @@ class Generation:
         self.prompt = np.array(request.prompt, dtype=np.int64)
         self.source = TokenSource(request.sampling, request.prompt, vocab_size, device)
         self.slot: Slot | None = None
+        self.waits_for: tuple[Slot, Generation, int] | None = None
         self.cached_tokens = self.generated = 0
         self.finished = False
+
+    def is_waiting_for_another(self) -> bool:
+        if self.waits_for is None:
+            return False
+        slot, other, tokens = self.waits_for
+        return slot.generation is other and slot.held < tokens
 
 
 class Slot:
@@ -224,18 +235,24 @@ class Engine:
         for generation in list(self.waiting):
             if not self.free:
                 return
+            if generation.is_waiting_for_another():
+                continue
             held = [slot.common(generation.prompt) for slot in self.slots]
-            if self.is_being_read(generation.prompt, max(held)):
+            if self.is_being_read(generation, max(held)):
                 continue
             self.waiting.remove(generation)
-            self.take_slot(generation, held)
             self.leave_queue()
+            self.take_slot(generation, held)
 
-    def is_being_read(self, prompt: np.ndarray, held: int) -> bool:
-        """Whether it pays to wait for a prompt that another request reads."""
-        reading = (slot.generation for slot in self.slots if slot.is_reading)
-        soon = max((common_prefix(other.prompt, prompt) for other in reading), default=0)
-        return soon - held >= WORTH_WAITING
+    def is_being_read(self, generation: Generation, held: int) -> bool:
+        """Whether it pays to wait for a prompt that another request reads; notes which one."""
+        for slot in self.slots:
+            if slot.is_reading:
+                soon = common_prefix(slot.generation.prompt, generation.prompt)
+                if soon - held >= WORTH_WAITING:
+                    generation.waits_for = slot, slot.generation, soon
+                    return True
+        return False
 
     def take_slot(self, generation: Generation, held: list[int]) -> None:
         """Give a request a free slot, with as much of its prompt as any slot holds.
@@ -249,14 +266,14 @@ class Engine:
         slot = min(free, key=lambda slot: (slot is best, slot.used))
         if best.generation is None and (shared == best.held or len(free) == 1):
             slot = best
-        elif shared:
-            for kv in self.layers():
-                kv[:, slot.number, :, :shared] = kv[:, best.number, :, :shared]
         slot.ids[: len(generation.prompt)] = generation.prompt
         slot.held, slot.used, slot.generation = shared, next(self.count), generation
         generation.slot, generation.cached_tokens = slot, shared
         self.prompt_tokens += len(generation.prompt)
         self.cached_tokens += shared
+        if shared and slot is not best:
+            for kv in self.layers():
+                kv[:, slot.number, :, :shared] = kv[:, best.number, :, :shared]
 
     def read_prompts(self) -> None:
         """Read a piece of the prompts that are not read yet, the oldest requests first."""
@@ -320,6 +337,9 @@ class Engine:
         tokens = next_tokens(logits, sources, constraints)
         for slot, generation, token in zip(slots, generations, tokens, strict=True):
             request = generation.request
+            if request.constraint is not None and request.constraint.error:
+                self.finish(generation, Output([], "refused", request.constraint.error))
+                continue
             if token.id in request.ends:
                 self.finish(generation, Output([], "stop"))
                 continue

@@ -59,6 +59,11 @@ def serve(
             end.cancel()
             engines.close()  # while there is a loop that its last outputs can go to
 
+        def handle_exit(self, sig, frame) -> None:
+            super().handle_exit(sig, frame)
+            if self.force_exit and service.mailbox:  # the second Ctrl-C
+                service.mailbox.loop.call_soon_threadsafe(service.end_all)
+
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             """As uvicorn does, but without dying of the signal afterwards: the exit code is 0."""

@@ -5,7 +5,7 @@ import json
 import secrets
 import time
 
-from runtime.serving.api_error import APIError
+from runtime.serving.api_error import APIError, shutting_down, timed_out
 from runtime.serving.engine import Generation, Output, QueueFull, Request
 from runtime.serving.mailbox import Inbox
 from runtime.serving.parameters import Parameters
@@ -214,14 +214,16 @@ class Replies:
     def error(self) -> APIError | None:
         """What ended the request before its time; None: nothing did."""
         if self.cause == "timeout":
-            message = "the request took longer than the server allows (--request_timeout)"
-            return APIError(
-                message, code="timeout", status=408, headers={"x-should-retry": "false"}
-            )
+            return timed_out()
         if self.cause == "shutdown":
-            return APIError("the server is shutting down", code="shutting_down", status=503)
-        failed = next((choice.error for choice in self.choices if choice.error), "")
-        return APIError(f"the server failed: {failed}", status=500) if failed else None
+            return shutting_down()
+        failed = next((choice for choice in self.choices if choice.error), None)
+        if failed is None:
+            return None
+        if failed.finish_reason == "refused":
+            fault = f"the grammar of response_format or tools: {failed.error}"
+            return APIError(fault, code="invalid_json_schema")
+        return APIError(f"the server failed: {failed.error}", status=500)
 
 
 def dump(value) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 CHARACTER = 4  # bytes, and so tokens, of the longest one
+BROKEN = "\ufffd"  # stands for bytes that are no character
 MOST_WAITING = 64  # tokens that are decoded again and again
 
 
@@ -30,15 +31,23 @@ class TextDecoder:
     def _piece(self, is_last: bool) -> str:
         text = self.decode(self.ids[self.begin :])
         waiting = len(self.ids) - self.read
-        if text.endswith("\ufffd") and not is_last and waiting < MOST_WAITING:
-            if waiting <= CHARACTER:
-                return ""
-            # These bytes are no character, whatever comes; only the last ones may become one.
-            piece, self.shown = text[self.shown : -1], max(self.shown, len(text) - 1)
-            return piece
+        if not text.endswith(BROKEN) or is_last or waiting >= MOST_WAITING:
+            return self._show(text, len(self.ids))
+        for end in range(len(self.ids) - 1, max(self.read, len(self.ids) - CHARACTER), -1):
+            whole = self.decode(self.ids[self.begin : end])
+            if not whole.endswith(BROKEN):
+                return self._show(whole, end)
+        if waiting <= CHARACTER:
+            return ""
+        # These bytes are no character, whatever comes; only the last ones may become one.
+        piece, self.shown = text[self.shown : -1], max(self.shown, len(text) - 1)
+        return piece
+
+    def _show(self, text: str, end: int) -> str:
+        """What is new in the text of the ids up to `end`."""
         piece = text[self.shown :]
-        self.shown = len(self.decode(self.ids[self.read :]))
-        self.begin, self.read = self.read, len(self.ids)
+        self.shown = len(self.decode(self.ids[self.read : end]))
+        self.begin, self.read = self.read, end
         return piece
 
 

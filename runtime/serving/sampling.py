@@ -51,7 +51,13 @@ class Sampling:
 
 
 class Constraint(Protocol):
-    """Which tokens a reply may go on with."""
+    """Which tokens a reply may go on with.
+
+    Attributes:
+        error: why it can say no more; the reply ends with it. "": it can.
+    """
+
+    error: str
 
     def allowed(self) -> Tensor:
         """(vocab,) bool, on the CPU; end tokens included where the reply may end."""
@@ -74,7 +80,7 @@ class TokenSource:
     def __init__(self, sampling: Sampling, prompt: list[int], vocab_size: int, device):
         self.sampling = sampling
         seed = int.from_bytes(os.urandom(8), "big") if sampling.seed is None else sampling.seed
-        self.random = np.random.default_rng(abs(seed)).random
+        self.random = np.random.default_rng(seed % 2**64).random
         self.seen = self.counts = None
         if sampling.has_penalties:
             self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)

@@ -124,3 +124,37 @@ def test_the_end_is_allowed_where_json_is_complete(coder):
     assert not constraint.allowed()[at_end].any()
     constraint.advance(coder.plain("7")[0])
     assert constraint.allowed()[at_end].all()
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "a<tool_call>b", "</tool_call>", "<think>"])
+def test_a_schema_that_spells_control_tokens(coder, text):
+    """It is text in what is written, and ends nothing."""
+    pytest.importorskip("llguidance", reason="pip install llguidance")
+    grammars = Grammars(coder, len(coder.tokenizer))
+    constraint = grammars.json({"const": text}, "")
+    assert json.loads(write(constraint, coder)) == text and not constraint.error
+    tool = {"name": "f", "parameters": {"properties": {"x": {"const": text}}, "required": ["x"]}}
+    tool["parameters"]["additionalProperties"] = False
+    form = learn_call_form(coder)
+    written = write(grammars.calls([{"function": tool}], form, ""), coder)
+    parts = ReplyParts(False, form, frozenset("f")).add(written, is_last=True)
+    assert json.loads("".join(part.text for part in parts)) == {"x": text}
+
+
+def test_grammars_without_end_and_too_large(coder):
+    pytest.importorskip("llguidance", reason="pip install llguidance")
+    grammars = Grammars(coder, len(coder.tokenizer))
+    with pytest.raises(APIError, match="response_format: "):
+        grammars.json({"$ref": "#"}, "")
+    kinds = [
+        {"type": "object", "properties": {f"k{n}": {}}, "required": [f"k{n}"]} for n in range(3000)
+    ]
+    constraint = grammars.json({"anyOf": kinds}, "")
+    write(constraint, coder)
+    assert (
+        "2000" in constraint.error
+    )  # an engine tells it, and no half reply passes for a whole one
+    tool = {"name": "f", "parameters": {"type": "string"}}
+    with pytest.raises(APIError) as refused:
+        grammars.calls([{"function": tool}], learn_call_form(coder), "")
+    assert refused.value.param == "tools[0].function.parameters.type"

@@ -329,3 +329,48 @@ def test_a_model_whose_blocks_lie_on_several_devices():
     assert [g.cached_tokens for g in generations] == [0, 30, 30]
     for n, generation in zip(range(3, 6), generations, strict=True):
         assert ids_of(generation) == alone(whole, [*ids, n], 6)
+
+
+class Broken:
+    """A constraint that fails at its third token."""
+
+    def __init__(self):
+        self.error, self.tokens = "", 0
+
+    def allowed(self) -> torch.Tensor:
+        if self.tokens == 2:
+            self.error = "too many items"
+        return torch.ones(TINY["vocab_size"], dtype=torch.bool)
+
+    def advance(self, token: int) -> None:
+        self.tokens += 1
+
+
+def test_a_constraint_that_fails_ends_its_own_request_with_an_error():
+    model = make_model()
+    engine = Engine(model, 2, 60, 20)
+    broken = Client(engine).ask(prompt(0, 5), 10, constraint=Broken())
+    other = Client(engine).ask(prompt(1, 5), 10)
+    finish(engine)
+    assert (
+        broken.outputs[-1] == Output([], "refused", "too many items") and len(ids_of(broken)) == 2
+    )
+    assert ids_of(other) == alone(model, prompt(1, 5), 10) and reason(other) == "length"
+
+
+def test_a_fault_while_a_slot_is_taken_loses_no_request(monkeypatch):
+    model = make_model()
+    engine, ids = Engine(model, 3, 60, 20), prompt(0, 30)
+    first = Client(engine).ask(ids, 3)
+    finish(engine)
+    second, third = (Client(engine).ask([*ids, n], 3) for n in (3, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "layers", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.fail("a fault")
+    assert [reason(g) for g in (first, second, third)] == ["length", "error", "error"]
+    assert (engine.submitted, engine.running, len(engine.waiting)) == (0, 0, 0)
+    later = Client(engine).ask([*ids, 3], 3)
+    finish(engine)
+    assert ids_of(later) == alone(model, [*ids, 3], 3)

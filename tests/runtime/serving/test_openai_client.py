@@ -479,3 +479,17 @@ def test_an_unknown_model_and_a_wrong_key(server, client):
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as other:
             with pytest.raises(openai.AuthenticationError, match="API key is wrong"):
                 other.models.list()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_is_too_much_work_is_an_error_not_half_a_reply(ask, stream):
+    kinds = [
+        {"type": "object", "properties": {f"k{n}": {}}, "required": [f"k{n}"]} for n in range(3000)
+    ]
+    schema = {"name": "s", "schema": {"anyOf": kinds}}
+    with pytest.raises(openai.APIError) as refused:
+        answer = ask(
+            "hi", response_format={"type": "json_schema", "json_schema": schema}, stream=stream
+        )
+        list(answer)
+    assert "2000" in str(refused.value)

@@ -54,9 +54,10 @@ def test_other_tokenizers(kind):
     ids = tokenizer.encode(
         "Say  this: \u4f60\u597d \U0001f469 , it's 3 .", add_special_tokens=False
     )
-    decoder = TextDecoder(tokenizer.decode)
-    text = "".join(decoder.add([token]) for token in ids)
-    assert text + decoder.end() == tokenizer.decode(ids)
+    for size in range(1, 12):  # ids that come at once
+        decoder = TextDecoder(tokenizer.decode)
+        text = "".join(decoder.add(ids[n : n + size]) for n in range(0, len(ids), size))
+        assert text + decoder.end() == tokenizer.decode(ids)
 
 
 @settings(max_examples=25)

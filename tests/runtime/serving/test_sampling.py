@@ -142,8 +142,19 @@ def test_log_probabilities_are_the_models_own():
     assert [value for _, value in first.top] == pytest.approx(exact[order[:3]].tolist())
 
 
+def test_seeds_of_either_sign_are_different_ones():
+    flat = torch.zeros(1, VOCAB)
+    runs = []
+    for seed in (5, -5, 2**64 - 5):
+        drawn = source(seed=seed)
+        runs.append([next_tokens(flat, [drawn], [None])[0].id for _ in range(30)])
+    assert runs[0] != runs[1] == runs[2]
+
+
 class Only:
     """Allows some tokens."""
+
+    error = ""
 
     def __init__(self, *tokens: int):
         self.mask = torch.zeros(VOCAB, dtype=torch.bool)
