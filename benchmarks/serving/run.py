@@ -64,14 +64,16 @@ def random_prompts(count: int, low: int, high: int, vocab: int, seed: int = 0) -
     return [torch.randint(300, vocab, (n,), generator=generator).tolist() for n in lengths]
 
 
-def body(prompt: list[int], new: int, stream: bool = True) -> dict:
+def body(prompt: list[int] | str, new: int, stream: bool = True) -> dict:
     options = {"stream": stream, "temperature": 0, "max_tokens": new}
     if stream:
         options["stream_options"] = {"include_usage": True}
     return {"model": "bench", "prompt": prompt, **options}
 
 
-async def at_once(server: Server, prompts: list[list[int]], new: int, stream: bool) -> list[Reply]:
+async def at_once(
+    server: Server, prompts: list[list[int]] | list[str], new: int, stream: bool
+) -> list[Reply]:
     return await asyncio.gather(*(post(server, body(p, new, stream)) for p in prompts))
 
 
@@ -132,14 +134,16 @@ def peers(model: MiniMindLM, server: Server, rounds: int, llama_python: str | No
     new = min(NEW, model.config.max_seq_len - 64)
     with tempfile.TemporaryDirectory() as scratch:
         export = [sys.executable, str(ROOT / "scripts/convert.py")]
-        subprocess.run([*export, "to-hf", model.path, "--out", f"{scratch}/hf"], check=True)
+        subprocess.run([*export, "to-hf", model.path, f"{scratch}/hf"], check=True)
         one_by_one = {"transformers": hf_speed(f"{scratch}/hf", prompts[:4], new)}
         if llama_python:
+            chat = open_chat_model(model.path, torch.device("cpu"))
+            texts = [chat.decode(ids) for ids in prompts]
             subprocess.run(
-                [*export, "to-gguf", model.path, "--out", f"{scratch}/m.gguf"], check=True
+                [*export, "to-gguf", model.path, f"{scratch}/m.gguf", "--dtype=f32"], check=True
             )
             one_by_one["llama.cpp's server"] = llama_speed(
-                llama_python, f"{scratch}/m.gguf", prompts, new, model.config.max_seq_len
+                llama_python, f"{scratch}/m.gguf", texts, new, model.config.max_seq_len
             )
     asyncio.run(at_once(server, prompts[::-1], new, True))
     speeds = []
@@ -168,8 +172,8 @@ def hf_speed(folder: str, prompts: list[list[int]], new: int) -> float:
     return statistics.median(speeds[1:])
 
 
-def llama_speed(python: str, path: str, prompts: list[list[int]], new: int, context: int) -> float:
-    """Tokens/s of llama.cpp's server with the same clients."""
+def llama_speed(python: str, path: str, texts: list[str], new: int, context: int) -> float:
+    """Tokens/s of llama.cpp's server with the same clients; it takes no token ids."""
     port = 18233
     command = [python, "-m", "llama_cpp.server", "--model", path, "--port", str(port)]
     command += ["--n_ctx", str(min(context, 1024)), "--n_threads", str(os.cpu_count())]
@@ -177,9 +181,9 @@ def llama_speed(python: str, path: str, prompts: list[list[int]], new: int, cont
         server = Server(process, "127.0.0.1", port)
         try:
             wait_until_open(server)
-            asyncio.run(at_once(server, prompts[:1], 8, False))
+            asyncio.run(at_once(server, texts[:1], 8, False))
             started = time.perf_counter()
-            replies = asyncio.run(at_once(server, prompts[:8], new, False))
+            replies = asyncio.run(at_once(server, texts[:8], new, False))
             seconds = time.perf_counter() - started
         finally:
             process.terminate()

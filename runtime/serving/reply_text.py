@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 CHARACTER = 4  # bytes, and so tokens, of the longest one
 BROKEN = "\ufffd"  # stands for bytes that are no character
-MOST_WAITING = 64  # tokens that are decoded again and again
+MOST_WAITING = 256  # tokens that are decoded again and again
 
 
 class TextDecoder:
@@ -37,10 +37,10 @@ class TextDecoder:
             whole = self.decode(self.ids[self.begin : end])
             if not whole.endswith(BROKEN):
                 return self._show(whole, end)
-        if waiting <= CHARACTER:
-            return ""
-        # These bytes are no character, whatever comes; only the last ones may become one.
-        piece, self.shown = text[self.shown : -1], max(self.shown, len(text) - 1)
+        # What now ends it is no character, whatever comes, but for the last bytes of it.
+        broken = len(text) - len(text.rstrip(BROKEN))
+        settled = len(text) - min(broken, CHARACTER - 1)
+        piece, self.shown = text[self.shown : settled], max(self.shown, settled)
         return piece
 
     def _show(self, text: str, end: int) -> str:
