@@ -37,6 +37,8 @@ class TextDecoder:
             whole = self.decode(self.ids[self.begin : end])
             if not whole.endswith(BROKEN):
                 return self._show(whole, end)
+        if waiting < CHARACTER:
+            return ""
         # What now ends it is no character, whatever comes, but for the last bytes of it.
         broken = len(text) - len(text.rstrip(BROKEN))
         settled = len(text) - min(broken, CHARACTER - 1)
