@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import re
 import subprocess
@@ -46,20 +47,43 @@ class Reply:
     """An answer as it arrived.
 
     Attributes:
-        times: seconds (perf_counter) at which pieces of text came.
-        pieces: the text of each.
+        started: seconds (perf_counter) at which the request was sent.
+        lines: when the data of each event came, and what it was.
+        body: of an answer that does not stream.
     """
 
     status: int = 0
     started: float = 0.0
-    times: list[float] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    usage: dict = field(default_factory=dict)
+    lines: list[tuple[float, bytes]] = field(default_factory=list)
     body: bytes = b""
+
+    @functools.cached_property
+    def events(self) -> list[tuple[float, dict]]:
+        """Read when it is asked for: that must not slow the machine meanwhile."""
+        lines = (line for line in self.lines if not line[1].startswith(b"[DONE]"))
+        return [(moment, json.loads(data)) for moment, data in lines]
+
+    @functools.cached_property
+    def pieces(self) -> list[tuple[float, str]]:
+        """The pieces of text, and when they came."""
+        pieces = []
+        for moment, event in self.events:
+            for choice in event.get("choices", ()):
+                text = choice.get("text") or choice.get("delta", {}).get("content") or ""
+                pieces += [(moment, text)] if text else []
+        return pieces
+
+    @property
+    def times(self) -> list[float]:
+        return [moment for moment, _ in self.pieces]
 
     @property
     def text(self) -> str:
-        return "".join(self.pieces)
+        return "".join(text for _, text in self.pieces)
+
+    @property
+    def usage(self) -> dict:
+        return next((event["usage"] for _, event in self.events if event.get("usage")), {})
 
 
 async def post(
@@ -96,21 +120,10 @@ async def post(
 
 async def read_events(reader, reply: Reply, leave_after: int | None, slow: float) -> None:
     """Take events as they come; lines between chunks of HTTP are not of interest."""
-    lines: list[tuple[float, bytes]] = []
     while line := await reader.readline():
         if line.startswith(b"data: "):
-            lines.append((time.perf_counter(), line[6:]))
-            if line.startswith(b"data: [DONE]") or len(lines) == leave_after:
+            reply.lines.append((time.perf_counter(), line[6:]))
+            if line.startswith(b"data: [DONE]") or len(reply.lines) == leave_after:
                 break
             if slow:
                 await asyncio.sleep(slow)
-    for moment, data in lines:  # parsed afterwards: it must not slow the machine meanwhile
-        if data.startswith(b"[DONE]"):
-            continue
-        event = json.loads(data)
-        reply.usage = event.get("usage") or reply.usage
-        for choice in event.get("choices", ()):
-            text = choice.get("text") or choice.get("delta", {}).get("content") or ""
-            if text:
-                reply.times.append(moment)
-                reply.pieces.append(text)
