@@ -27,13 +27,16 @@ class Server:
 def serve(*flags: str) -> Iterator[Server]:
     """scripts/serve.py on a free port, until the block ends."""
     command = [sys.executable, str(ROOT / "scripts/serve.py"), "--port=0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, text=True, **streams)
     try:
+        text = ""
         for line in process.stdout:
+            text += line
             if found := re.search(r"http://([\d.]+):(\d+)", line):
                 break
         else:
-            raise SystemExit("the server did not start")
+            raise SystemExit(f"the server did not start: {text}")
         # Its further output must not fill the pipe.
         threading.Thread(target=process.stdout.read, daemon=True).start()
         yield Server(process, found[1], int(found[2]))
