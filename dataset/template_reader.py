@@ -188,9 +188,8 @@ class TemplateReader:
                 return tokens[at].end()
         ends = [match.end() for match in tokens if match[0] in self.manner.ends]
         if not ends:
-            raise ValueError(
-                f"turn {turn + 1}: no token ends this turn: behind it stands {behind!r}"
-            )
+            fault = f"no token ends this turn: behind it stands {behind!r}"
+            raise ValueError(f"turn {turn + 1}: {fault}")
         return ends[0]
 
     def _fill(self, layout: Layout, cut: Cut) -> Chat:
