@@ -6,12 +6,14 @@
     ARC     {"question", "choices": {"text": [...], "label": [...]}, "answerKey"}
 
 The answer is the number of a choice, counted from 0, its letter or its text. MMLU and C-Eval list
-the choices in the question, and their letters are what is scored; of the others it is the texts.
+the choices in the question, behind which stands "Answer:" (of a Chinese one its translation), and
+their letters are what is scored; of the others it is the texts.
 Besides JSON, CSV with these names in its first line is read, and MMLU's without them.
 """
 
 import csv
 import io
+import re
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from dataset.checks import check_text, json_type, present
 from dataset.read_text import read_text
 
 LETTERS = string.ascii_uppercase
+CHINESE = re.compile("[\u4e00-\u9fff]")
 MMLU_NAMES = ("question", "A", "B", "C", "D", "answer")
 
 
@@ -66,7 +69,7 @@ def read_choice_row(row: dict) -> ChoiceRow:
     if "choices" not in row:  # C-Eval
         row["choices"] = [row[letter] for letter in LETTERS if letter in row]
         labels = [letter for letter in LETTERS if letter in row]
-        return listed(task, question, read_texts(row["choices"]), labels, row, "答案：")
+        return listed(task, question, read_texts(row["choices"]), labels, row)
     if isinstance(row["choices"], dict):  # ARC
         texts, labels = read_labelled(row["choices"])
         right = find_answer(row.get("answerKey"), "answerKey", labels, texts)
@@ -74,17 +77,16 @@ def read_choice_row(row: dict) -> ChoiceRow:
     texts = read_texts(row["choices"])
     labels = list(LETTERS[: len(texts)])
     if "question" in row:  # MMLU
-        return listed(task, question, texts, labels, row, "Answer:")
+        return listed(task, question, texts, labels, row)
     right = find_answer(row.get("answer"), "answer", texts, labels)
     return ChoiceRow(task, row.get("prompt", "").rstrip(), texts, right)
 
 
-def listed(
-    task: str, question: str, texts: list[str], labels: list[str], row: dict, ask: str
-) -> ChoiceRow:
+def listed(task: str, question: str, texts: list[str], labels: list[str], row: dict) -> ChoiceRow:
     """A question that lists its choices: their letters are scored."""
     right = find_answer(row.get("answer"), "answer", labels, texts)
     lines = [f"{label}. {text}" for label, text in zip(labels, texts, strict=True)]
+    ask = "答案：" if CHINESE.search(question) else "Answer:"
     return ChoiceRow(task, "\n".join([question, *lines, ask]), labels, right)
 
 
@@ -164,5 +166,5 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def is_headless(fields: list[str]) -> bool:
-    """Whether a first line is a row of MMLU."""
-    return len(fields) == len(MMLU_NAMES) and fields[-1].strip() in [*"ABCD"]
+    """Whether a first line is a row of MMLU, its answer right or wrong."""
+    return len(fields) == len(MMLU_NAMES) and len(fields[-1].strip()) == 1

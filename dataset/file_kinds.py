@@ -150,7 +150,8 @@ def binary_kind(path: Path, head: bytes) -> tuple[str, str] | None:
         if re.match(first, head):
             tar = kind.startswith("compressed") and re.search(r"\.tar\.|\.t[gbx]z2?$", path.name)
             return ("a compressed tar archive", "tar -xf FILE") if tar else (kind, advice)
-    if b"\0" not in head or (head.count(0) <= len(head) // 100 and decodes(head, "utf-8")):
+    # Of UTF-16 that is UTF-8 too, nearly every other byte is 0.
+    if b"\0" not in head or (head.count(0) <= len(head) // 4 and decodes(head, "utf-8")):
         return None
     if name := wide_encoding(head):
         return f"text in {name}", f"iconv -f {name} -t UTF-8 FILE > UTF8"

@@ -55,6 +55,8 @@ class TemplateReader:
         except jinja2.TemplateSyntaxError as error:
             fault = f"{template.place}:{error.lineno}: {error.message}"
             raise ValueError(f"{fault}; {OTHER}") from None
+        except RecursionError:
+            raise ValueError(f"{template.place}: nested too deeply; {OTHER}") from None
         self.manner = learn_manner(template, encoder.tokens)
 
     def read(self, messages: list[dict], tools: list | None = None, **flags) -> Chat:
@@ -178,18 +180,16 @@ class TemplateReader:
         """Where a turn ends in the control text behind it."""
         tokens, tail = list(self.encoder.tokens.finditer(behind)), ""
         if "tool_calls" in cut.messages[turn]:  # a call may end otherwise, with <|eom_id|>, say
-            tail = parse_layout(self.template.render(cut.messages[: turn + 1], cut.tools)).pieces[
-                -1
-            ]
+            said = self.template.render(cut.messages[: turn + 1], cut.tools)
+            tail = parse_layout(said).pieces[-1]
             own = self.encoder.tokens.findall(tail)
             at = next((n for n, token in enumerate(own) if token in self.manner.ends), len(own) - 1)
             if own[: at + 1] == [match[0] for match in tokens[: at + 1]] and own:
                 return tokens[at].end()
         ends = [match.end() for match in tokens if match[0] in self.manner.ends]
         if not ends:
-            raise ValueError(
-                f"turn {turn + 1}: no token ends this turn: behind it stands {behind!r}"
-            )
+            fault = f"no token ends this turn: behind it stands {behind!r}"
+            raise ValueError(f"turn {turn + 1}: {fault}")
         return ends[0]
 
     def _fill(self, layout: Layout, cut: Cut) -> Chat:

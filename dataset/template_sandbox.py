@@ -8,13 +8,15 @@ import functools
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MappingView
 from datetime import datetime
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 STEPS = 5_000_000  # turns of loops, and calls: seconds
@@ -22,8 +24,10 @@ SIZE = 1 << 24  # characters of a text, items of a list
 SECONDS = 20.0  # of this thread, where each step takes long
 BITS = 4096  # of a whole number
 # Calls whose result may be as long as all that is inside of what they are given
-WRITERS = ("join", "tojson", "string", "pprint", "format", "sum", "xmlattr", "urlencode")
+WRITERS = ("join", "tojson", "string", "pprint", "format", "sum", "urlencode")
+SLOW = ("wordwrap", "urlize", "striptags", "xmlattr")  # filters that no chat template needs
 SEQUENCES = (str, list, tuple)
+CONTAINERS = (list, tuple, dict, MappingView)
 WIDE = re.compile(r"\d{8}")  # in a format: columns
 
 
@@ -38,8 +42,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self.written
         )
         self.filters["tojson"] = to_json
-        self.filters = {name: self.guard(name, own) for name, own in self.filters.items()}
+        kept = [name for name in self.filters if name not in SLOW]
+        self.filters = {name: self.guard(name, self.filters[name]) for name in kept}
         self.filters |= {"count_turns": self.count_turns, "concatenate": self.concatenate}
+        self.filters["checked"] = self.checked
+        self.globals = {"range": range, "dict": dict, "namespace": Space}
         self.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
         self.steps, self.deadline = 0, 0.0
 
@@ -73,10 +80,20 @@ class Sandbox(ImmutableSandboxedEnvironment):
             fault = f"it writes more than {SIZE:,} characters or items"
             raise jinja2.exceptions.SecurityError(fault)
 
+    def checked(self, value):
+        """A value; of a list in a list in ... the parts count each time that they are shared."""
+        if isinstance(value, CONTAINERS):
+            size = size_of(value)
+            self.check_size(size)
+            self.step(size)
+        elif isinstance(value, str):
+            self.check_size(len(value))
+        return value
+
     def count_turns(self, items: Iterable) -> Iterator:
         for item in items:
             self.step()
-            yield item
+            yield self.checked(item)
 
     def concatenate(self, parts: tuple) -> str:
         texts = [str(self.written(part)) for part in parts]
@@ -108,17 +125,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.check_size(lengths[0] * times[0] if lengths and times else 0)
         elif operator == "+" and isinstance(left, SEQUENCES) and isinstance(right, SEQUENCES):
             self.check_size(len(left) + len(right))
-        value = super().call_binop(context, operator, left, right)
-        self.step(len(value) if hasattr(value, "__len__") else 0)
-        return value
+        self.step()
+        return self.checked(super().call_binop(context, operator, left, right))
 
     def call(self, context, function, *args, **named):
-        name = getattr(function, "__name__", "")
-        text = getattr(getattr(function, "__wrapped__", function), "__self__", None)
-        self.check_call(name, (text, *args, *named.values()))
-        value = super().call(context, function, *args, **named)
-        self.check_size(len(value) if isinstance(value, SEQUENCES) else 0)
-        return value
+        if isinstance(function, Macro):
+            self.step(1024)
+            self.checked((*args, *named.values()))
+        else:
+            name = getattr(function, "__name__", "")
+            text = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+            self.check_call(name, (text, *args, *named.values()))
+        return self.checked(super().call(context, function, *args, **named))
 
     def guard(self, name: str, function):
         """A filter that is checked as calls are."""
@@ -127,7 +145,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         def guarded(*args, **named):
             args = [list(self.count_turns(a)) if isinstance(a, Iterator) else a for a in args]
             self.check_call(name, (*args, *named.values()))
-            return function(*args, **named)
+            value = function(*args, **named)
+            return map(self.checked, value) if isinstance(value, Iterator) else self.checked(value)
 
         return guarded
 
@@ -136,10 +155,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if len(values) == 1 and type(values[0]) is str and name not in WRITERS:
             return self.step(1024 + len(values[0]))
         texts = sorted(len(value) for value in values if isinstance(value, str))
-        numbers = [abs(value) for value in values if isinstance(value, int)]
+        numbers = [abs(value) for value in values[1:] if isinstance(value, int)]
         lists = [value for value in values if isinstance(value, list | tuple | dict | range)]
         self.step(1024 + sum(texts) + 16 * sum(map(len, lists)))
-        self.check_size(max(numbers, default=0))
+        most = max(numbers, default=0)
+        self.check_size(most**2 if name == "round" else most)  # it computes 10**most
         if name in ("indent", "expandtabs"):
             texts = sorted([*texts, *numbers])
         if len(texts) > 1:  # "replace" may write the one for each character of the other
@@ -152,7 +172,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class Counting(NodeTransformer):
-    """Has loops count their turns, and `~` the characters that it writes."""
+    """Has loops count their turns, `~` the characters that it writes, and lists all in them."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -162,6 +182,20 @@ class Counting(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
         return nodes.Filter(nodes.Tuple(node.nodes, "load"), "concatenate", [], [], None, None)
+
+    def visit_List(self, node: nodes.Expr) -> nodes.Expr:
+        self.generic_visit(node)
+        if getattr(node, "ctx", "load") != "load":  # {% set a, b = ... %}
+            return node
+        return nodes.Filter(node, "checked", [], [], None, None)
+
+    visit_Tuple = visit_Dict = visit_List
+
+
+class Space(Namespace):
+    """Jinja's namespace, whose text does not hold that of all in it."""
+
+    __repr__ = object.__repr__
 
 
 class GenerationTag(Extension):
@@ -185,7 +219,7 @@ def size_of(value) -> int:
             size += len(value)
         elif isinstance(value, dict):
             left += [*value, *value.values()]
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, CONTAINERS):
             left += value
     return size
 

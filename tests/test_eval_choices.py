@@ -112,14 +112,18 @@ def test_tables_of_published_sets(run, ignorant, tmp_path):
     ceval.write_bytes(b"\xef\xbb\xbf" + f'{names}0,"两行\n问题",1,2,3,4,D\r\n'.encode())
     mmlu = tmp_path / "mmlu.csv"
     mmlu.write_text('"What, then?",one,two,three,four,B\nHow?,1,2,3,4,A\n')
+    named = tmp_path / "named.csv"
+    named.write_text("question,A,B,C,D,answer\nHow?,1,2,3,4,A\n")
     answers = []
-    for path in (ceval, mmlu):
+    for path in (ceval, mmlu, named):
         out = tmp_path / "out.jsonl"
         ok(run(ignorant, "--eval_file", path, "--eval_out", out))
         answers.append([(row["line"], row["answer"], row["prompt"]) for row in rows_of(out)])
     ask = "{}\nA. {}\nB. {}\nC. {}\nD. {}\n答案："
     assert answers[0] == [(2, 3, ask.format("两行\n问题", 1, 2, 3, 4))]
     assert [answer[:2] for answer in answers[1]] == [(1, 1), (2, 0)]
+    english = ask.format("How?", 1, 2, 3, 4).replace("答案：", "Answer:")
+    assert answers[1][1][2] == answers[2][0][2] == english
 
 
 @pytest.mark.parametrize(
@@ -162,6 +166,11 @@ BAD = {
         {"conversations": turns("a"), "answer": {"tool_calls": [{"name": "f"}]}}, "no 'tools'"),
     "calls that are none": (
         {"conversations": turns("a"), "answer": {"tool_calls": []}}, "have 'tool_calls'"),
+    "calls of what is not offered": (
+        {"conversations": turns("a"), "answer": {"tool_calls": [{"name": "f"}]}, "tools": [
+            {"type": "function", "function": {"name": "g", "parameters": {}}}]},
+        "'answer' calls 'f', but 'tools' offers g"),
+    "a task of several lines": (OURS | {"task": "a\n\x1b[2J"}, "must be one line of printable text"),
     "calls and words": (
         {"conversations": turns("a"), "answer": {"tool_calls": [{"name": "f"}], "content": "x"}},
         "without content"),
@@ -193,7 +202,8 @@ def test_what_is_no_raw_text_is_refused(run, ignorant, tmp_path):
         (b"question,A,B,answer\nq,caf\xe9,2,A\n", ":2: byte 0xe9 is not UTF-8"),
         (b"question,A,B,answer\n", ": no rows"),
         (b"", ": there is no text in it"),
-        (b"a,b\n1,2\n", ":2: unknown schema, keys found: 'a', 'b'"),
+        (b"a,b\n1,2\n", ":2: unknown schema, keys found: 'a', 'b'; accepted: 'conversations' with"),
+        (b"2+2?,3,4,5,6,E\n", ":1: 'answer' must name the right choice"),
     ],
 )
 def test_bad_tables(run, ignorant, tmp_path, content, reason):
@@ -207,6 +217,7 @@ def test_bad_tables(run, ignorant, tmp_path, content, reason):
 # --------------------------------------------------------------------------------------------------
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}
+TOOLS = [TOOL, {"type": "function", "function": {"name": "rain", "parameters": {}}}]
 CALLED = {"name": "weather", "arguments": {"city": "Rome", "days": 2}}
 
 
@@ -218,7 +229,7 @@ def calling(tmp_path_factory, tokenizer):
     model = MiniMindLM(LMConfig(vocab_size=len(tokenizer), **shape))
     said = [{"role": "user", "content": "Rome?"}]
     said.append({"role": "assistant", "content": "", "tool_calls": [CALLED]})
-    ids, mask = chat_coder(tokenizer).encode_chats([(said, [TOOL])])[0]
+    ids, mask = chat_coder(tokenizer).encode_chats([(said, TOOLS)])[0]
     x, at = torch.tensor([ids]), torch.tensor(mask)[1:].nonzero().squeeze(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(120):
@@ -236,7 +247,7 @@ def calling(tmp_path_factory, tokenizer):
 def test_calls_are_compared_by_json_name_and_arguments(run, calling, tmp_path):
     def row(*calls, **more) -> dict:
         answer = {"tool_calls": list(calls), **more}
-        return {"task": "t", "conversations": turns("Rome?"), "tools": [TOOL], "answer": answer}
+        return {"task": "t", "conversations": turns("Rome?"), "tools": TOOLS, "answer": answer}
 
     arguments = {"days": 2.0, "city": "Rome"}  # another order, and the same number
     rows = [

@@ -141,6 +141,7 @@ def test_patterns_and_turns_that_the_model_answers_itself(run, knowing, write_js
     replies = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [reply["right"] for reply in replies[:3]] == [True, False, True] and replies[4]["right"]
     assert replies[0]["accept"] == ["nothing", "^HELLO,"] and "answer" not in replies[0]
+    assert "conversations" not in replies[0] and replies[2]["conversations"] == [first, second]
     assert replies[2]["reply"] == replies[4]["reply"] == SECOND_TURN[1]
 
 
@@ -158,6 +159,7 @@ BAD_ROWS = {
         {"conversations": turns("hi"), "accept": ["(a"]},
         "'(a' is no regular expression",
     ),
+    "an empty pattern": ({"conversations": turns("hi"), "accept": ["x", ""]}, "an empty regular"),
     "an answer and patterns": (question("hi", "a", accept=["a"]), "'answer' or 'accept', not both"),
     "turns that are too long together": (
         {"conversations": [{"role": "user", "content": "word " * 60}] * 3, "accept": ["x"]},
@@ -189,6 +191,24 @@ def test_a_bad_row_is_named_by_file_and_line(run, knowing, write_jsonl, tmp_path
     else:
         assert message.startswith(f"error: {path}:2: ") and reason in message
     assert not out.exists()
+
+
+def test_rows_that_share_a_line_are_told_apart(run, knowing, tmp_path):
+    path, out = tmp_path / "rows.json", tmp_path / "replies.jsonl"
+    path.write_text(json.dumps([QUESTIONS[0], question("hi", "no")]))
+    output = ok(run(knowing, "--eval_file", path, "--eval_out", out, "--show_wrong", 2))
+    assert "line 1, row 2 (" in output
+    assert [json.loads(line).get("row") for line in out.read_text().splitlines()] == [None, 2]
+    path.write_text(json.dumps([QUESTIONS[0], {"task": "x"}]))
+    assert f"{path}:1, row 2: unknown" in error(run(knowing, "--eval_file", path))
+
+
+def test_a_pattern_without_end_is_stopped(run, knowing, write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.setattr(replies_module, "SECONDS", 0.05)
+    rows = [QUESTIONS[0], {"conversations": turns("hi"), "accept": ["((((((.+)+)+)+)+)+)+$x"]}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    message = error(run(knowing, "--eval_file", path))
+    assert message.startswith(f"error: {path}:2: 'accept': ") and "more than 0.05 s" in message
 
 
 def test_files_that_cannot_be_scored(run, knowing, write_jsonl, tmp_path):

@@ -171,15 +171,16 @@ def train_epoch(run: Run, plan: Plan, pairs: PreferenceDataset, held_out: tuple)
             with parallel.sync_gradients(model, micro == n_micro - 1):
                 with run.autocast:
                     sums, aux_loss = reward_loss(model, X, Y, loss_mask, doc_lens, args.device)
-                sums, aux_loss = sums / n_pairs, aux_loss * (sum(doc_lens) / tokens)
-                scaler.scale((sums[0] + aux_loss) * parallel.replicas()).backward()
+                loss, aux_loss = sums[0] / n_pairs, aux_loss * (sum(doc_lens) / tokens)
+                scaler.scale((loss + aux_loss) * parallel.replicas()).backward()
             window_sums, window_aux = window_sums + sums.detach(), window_aux + aux_loss.detach()
 
         # 3. Clip and step. All ranks have each other's numbers: all step, or all skip.
         scaler.unscale_(optimizer)
         grad_norm = parallel.clip_gradients(model, args.grad_clip)
         sums = (window_aux, float(run.stop.received), *window_sums)
-        grad_norm, aux_loss, stopping, *means = parallel.agree_on_step(grad_norm, *sums)
+        grad_norm, aux_loss, stopping, *sums = parallel.agree_on_step(grad_norm, *sums)
+        means = [total / n_pairs for total in sums]
         is_finite = math.isfinite(means[0] + aux_loss + grad_norm)
         if is_finite:
             scaler.step(optimizer)

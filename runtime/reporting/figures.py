@@ -30,7 +30,7 @@ FIGURES = (
     ("Rewards of chosen and rejected", ("chosen_reward", "rejected_reward")),
     ("Auxiliary loss of the experts", ("aux_loss",)),
 )  # fmt: skip
-COUNTERS = {"epoch", "tokens", "supervised_tokens", "total_tokens"}  # not drawn
+COUNTERS = {"epoch", "tokens", "supervised_tokens", "total_tokens", "pairs"}  # not drawn
 AS_LOGGED = {"lr"}  # follows a formula, so there is nothing to smooth
 
 # Okabe and Ito's colours, which those who see fewer colours tell apart too; where one would be too
@@ -40,6 +40,7 @@ ON_DARK = ("#56b4e9", "#e69f00", "#1bb98a", "#cc79a7", "#f0e442")
 DASHES = ("solid", "dashed", "dotted", "dashdot")  # once the colours are used up
 MOST_POINTS = (100, 2000)  # of a curve: at least, at most
 ALL_POINTS = 150_000  # of a page of at most 5 MB
+LARGEST = 1e300  # that is drawn: an axis ends a little behind it
 
 
 @dataclass
@@ -233,6 +234,7 @@ def draw_marks(plot, marks: list[dict]) -> None:
 
 def compact(values: np.ndarray) -> np.ndarray:
     """The same in half the bytes; what a figure shows needs no more digits."""
+    values = values.clip(-LARGEST, LARGEST)
     if len(values) and (values == np.round(values)).all() and np.abs(values).max() < 2**31:
         return values.astype(np.int32)
     with np.errstate(over="ignore"):

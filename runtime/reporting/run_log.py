@@ -7,6 +7,7 @@ from pathlib import Path
 
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)", re.DOTALL)
 STARTED = re.compile(r"\S.*?: (.*\b[\d,]+ steps\b.*\blearning rate .*)")
+TOTAL_STEPS = re.compile(r"([\d,]+) steps\b")
 PARAMETERS = re.compile(r"([\d,]+) parameters")
 RESUMED = re.compile(r"resumed from .* behind step (\d{1,15})$")
 SKIPPED = re.compile(r"step (\d{1,15}) skipped: (.*?)(?: \(\d+ skipped so far\))?$")
@@ -99,7 +100,10 @@ def read_line(log: RunLog, text: str) -> int | None:
 
 def take_back(log: RunLog, step: int) -> None:
     """The run goes on behind `step`: what was said of later steps no longer counts."""
-    log.resumed = [other for other in log.resumed if other <= step] + [step]
+    log.resumed = [other for other in log.resumed if other <= step]
+    total = TOTAL_STEPS.search(log.header)
+    if not total or step < int(total[1].replace(",", "")):  # behind the last one nothing goes on
+        log.resumed.append(step)
     log.skipped = [(other, reason) for other, reason in log.skipped if other <= step]
     log.samples = {other: samples for other, samples in log.samples.items() if other <= step}
 

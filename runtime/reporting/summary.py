@@ -9,7 +9,8 @@ from runtime.reporting.curves import Curve
 from runtime.reporting.run_record import RunRecord
 
 # Flags that tell where a run lies and how it was started, not what it trains.
-NOT_COMPARED = {"history", "out_dir", "save_weight", "resume", "resume_with_changes", "cache_dir"}
+NOT_COMPARED = {"out_dir", "save_weight", "resume", "resume_with_changes", "cache_dir"}
+NO_FLAGS = {"history", "peak_lr", "total_steps"}  # in args.json too
 HIGHER_IS_BETTER = ("reward", "accuracy", "margin")
 # In the order of the summary
 FACTS = ("State", "Model", "Data", "Steps", "Started", "Loss", "Loss, held out", "Reward",
@@ -119,7 +120,7 @@ def times(count: int) -> str:
 
 def compare_flags(runs: list[RunRecord]) -> list[tuple[str, list[str], bool]]:
     """(flag, its value in each run, whether they differ), those that differ first."""
-    names = dict.fromkeys(name for run in runs for name in run.flags if name != "history")
+    names = dict.fromkeys(name for run in runs for name in run.flags if name not in NO_FLAGS)
     rows = []
     for name in names:
         values = [flag_text(run.flags.get(name)) if name in run.flags else "" for run in runs]

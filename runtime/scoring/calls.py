@@ -24,6 +24,18 @@ def read_expected_calls(answer: dict) -> list[dict]:
     return calls
 
 
+def check_offered(calls: list[dict], tools: list[dict] | None) -> None:
+    """Refuse calls that no reply can make, as the row offers no such function: ValueError."""
+    if not tools:
+        raise ValueError("'answer' has tool calls, but the row offers no 'tools'")
+    functions = [tool.get("function", tool) for tool in tools]
+    offered = [function.get("name") for function in functions if isinstance(function, dict)]
+    for call in calls:
+        if call["name"] not in offered:
+            names = ", ".join(map(str, offered))
+            raise ValueError(f"'answer' calls {call['name']!r}, but 'tools' offers {names}")
+
+
 def judge_calls(question: dict) -> None:
     """Fill in `valid_json`, `right_name`, `right_arguments` and `right` of an answered question.
 

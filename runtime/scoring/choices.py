@@ -49,7 +49,8 @@ def read_choice_question(row: dict, model) -> dict:
     if longest > model.context + 1:
         sizes = f"{longest} tokens, the context of the model is {model.context}"
         raise ValueError(f"the prompt with its longest choice makes {sizes}: shorten it")
-    return {
+    earlier = {"conversations": messages} if len(messages) > 1 else {}
+    return earlier | {
         "task": question.task,
         "prompt": messages[-1]["content"],
         "choices": question.choices,

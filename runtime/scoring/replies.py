@@ -1,13 +1,18 @@
 """Questions that a model answers in words: its replies, and whether they are right."""
 
+import contextlib
 import re
+import signal
+from collections.abc import Iterator
 
 from dataset.chat_rows import detect_format, normalise_row
 from dataset.checks import present
 from dataset.progress import count_bar
 from dataset.replies import THINK, final_answer
 from model.generate import generate_batch, make_sampler
-from runtime.scoring.calls import judge_calls, read_expected_calls
+from runtime.scoring.calls import check_offered, judge_calls, read_expected_calls
+
+SECONDS = 5.0  # of the CPU, for the regular expressions of a row
 
 # --------------------------------------------------------------------------------------------------
 # Questions
@@ -36,8 +41,10 @@ def read_question(row: dict, model) -> dict:
         fault = "the last turn must not be the assistant's"
         raise ValueError(f"{fault}: that is what the model is to say")
     question = {"prompt": messages[-1]["content"], **read_answer(present(row), model)}
-    if "calls" in question and not tools:
-        raise ValueError("'answer' has tool calls, but the row offers no 'tools'")
+    if len(messages) > 1:
+        question["conversations"] = messages
+    if "calls" in question:
+        check_offered(question["calls"], tools)
     turns = [message["role"] for message in messages]
     ends = [n for n in range(1, len(turns)) if turns[n - 1] == turns[n] == "user"] + [len(turns)]
     starts = [0, *ends[:-1]]
@@ -67,6 +74,8 @@ def read_patterns(accept: object) -> list[re.Pattern]:
     is_list = isinstance(accept, list) and bool(accept)
     if not is_list or not all(isinstance(pattern, str) for pattern in accept):
         raise ValueError("'accept' must be a list of regular expressions")
+    if "" in accept:
+        raise ValueError("'accept': an empty regular expression is found in every reply")
     try:
         return [re.compile(pattern, re.IGNORECASE) for pattern in accept]
     except re.error as error:
@@ -111,9 +120,33 @@ def judge(question: dict) -> None:
     if "calls" in question:
         judge_calls(question)
     elif "accept" in question:
-        question["right"] = any(pattern.search(reply) for pattern in question["accept"])
+        with time_limit(f"{question['place']}: 'accept': a regular expression"):
+            question["right"] = any(pattern.search(reply) for pattern in question["accept"])
     else:
         question["right"] = reply == final_answer(question["answer"])
+
+
+@contextlib.contextmanager
+def time_limit(what: str) -> Iterator[None]:
+    """Stop what takes long: a regular expression of nested repeats may search for years.
+
+    Raises:
+        ValueError: it has taken more than SECONDS of the CPU; never on Windows, which has no timer.
+    """
+
+    def stop(*_) -> None:
+        raise ValueError(f"{what} takes more than {SECONDS:g} s: write it without nested repeats")
+
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def reply_limit(question: dict, model) -> int:

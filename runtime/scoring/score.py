@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dataset.checks import present
 from dataset.choice_rows import has_choices, read_csv
 from dataset.read_rows import Row, read_rows
 from runtime.device import keep_memory
@@ -17,7 +18,12 @@ from runtime.scoring.table import SHARES, format_table
 
 # What --show_wrong prints of a question and --eval_out writes, where there is such
 SHOWN = ("prompt", "accept", "choices", "answer", "reply", "choice", "choice_norm", "logprobs")
-WRITTEN = ("line", "task", *SHOWN, "right", *SHARES)
+CONVERSATIONS = {"conversations", "messages", "instruction", "output"}
+FORMS = (  # docs/en/chat.md
+    "'conversations' with 'answer' or 'accept'; 'prompt' or 'question' with 'choices' and 'answer';"
+    " 'question', 'A', 'B', ... and 'answer'; 'question', 'choices' and 'answerKey'"
+)
+WRITTEN = ("line", "row", "task", "conversations", *SHOWN, "right", *SHARES)
 
 
 def score(model, path: Path, batch_size: int, show_wrong: int, eval_out: str | None) -> None:
@@ -44,7 +50,8 @@ def score(model, path: Path, batch_size: int, show_wrong: int, eval_out: str | N
     seconds = time.monotonic() - started
     print(f"{format_table(questions)}\n{len(questions)} prompts in {seconds:.1f} s")
     for question in [q for q in questions if not q["right"]][:show_wrong]:
-        print(f"\nline {question['line']} ({question['task']})")
+        row = f", row {question['row']}" if "row" in question else ""
+        print(f"\nline {question['line']}{row} ({question['task']})")
         for key, value in fields_of(question, SHOWN).items():
             print(f"  {key:6} {json.dumps(value, ensure_ascii=False)}")
     if eval_out:
@@ -62,18 +69,34 @@ def read_questions(path: Path, model) -> list[dict]:
     """
     if not path.is_file():
         raise ValueError(f"--eval_file {path}: no such file")
-    questions = []
-    for line, row, fault in read_lines(path):
+    questions, last = [], 0
+    for number, (line, row, fault) in enumerate(read_lines(path), 1):
+        # Rows of an array may share a line
+        place = {"line": line} | ({"row": number} if line == last else {})
+        at, last = f"{path}:{line}" + (f", row {number}" if line == last else ""), line
         try:
             if fault:
                 raise ValueError(fault)
-            read = read_choice_question if has_choices(row) else read_question
-            questions.append({"line": line, **read(row, model)})
+            questions.append({**place, "place": at, **read_row(row, model)})
         except ValueError as error:
-            raise ValueError(f"{path}:{line}: {error}") from None
+            raise ValueError(f"{at}: {error}") from None
     if not questions:
         raise ValueError(f"{path}: no rows")
     return questions
+
+
+def read_row(row: object, model) -> dict:
+    """A question, see `read_questions`. ValueError: a fault of the row."""
+    if has_choices(row):
+        question = read_choice_question(row, model)
+    elif isinstance(row, dict) and not CONVERSATIONS & present(row).keys():
+        found = ", ".join(map(repr, list(row)[:10])) or "none"
+        raise ValueError(f"unknown schema, keys found: {found}; accepted: {FORMS}")
+    else:
+        question = read_question(row, model)
+    if not question["task"].isprintable():
+        raise ValueError(f"'task' {question['task'][:60]!r}: must be one line of printable text")
+    return question
 
 
 def read_lines(path: Path) -> Iterator[Row]:

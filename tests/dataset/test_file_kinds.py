@@ -227,7 +227,7 @@ def test_faults_are_told_apart_from_other_files(tmp_path):
         assert len(list(read_rows(write_jsonl(tmp_path / "a.jsonl", lines)))) == len(lines)
     assert len(list(read_rows(write_jsonl(tmp_path / "rows.csv", ROWS)))) == len(ROWS)
     marks = ("GGUF \u662f", "PAR1 \u662f", "a,b\nc,d\n", "<doc id=1>\n\u662f</doc>\n", "{no json}")
-    for text in (*marks, "a\0b" + "\u662f" * 99, '        {"\u662f": 1'):
+    for text in (*marks, "a\0b" + "\u662f" * 99, "no\0json", '        {"\u662f": 1'):
         (tmp_path / "a.txt").write_text(text, encoding="utf-8")
         assert list(read_rows(tmp_path / "a.txt"))
 

@@ -14,8 +14,10 @@ from dataset.chat_template import CHAT_TEMPLATE
 from dataset.template_checks import BATTERY
 from dataset.template_layout import plain_message
 from dataset.template_manner import Template
+from dataset.template_reader import TemplateReader
 
 MANY = "{% for a in range(99999) %}"
+SHARE = "{% set ns = namespace(a=[1], b=[1]) %}{% for n in range(40) %}"
 GROW = "{% set ns = namespace(x=[1, 2], t='ab', n=10) %}" + MANY
 HOSTILE = {
     "loops": (MANY * 3 + "{% endfor %}" * 3, "more than"),
@@ -50,6 +52,27 @@ HOSTILE = {
         "{% endfor %}{{ ns.x | tojson }}",
         "more than",
     ),
+    "a comparison": (
+        SHARE + "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}"
+        "{{ ns.a == ns.b }}",
+        "more than",
+    ),
+    "a hash": (SHARE + "{% set ns.a = (ns.a, ns.a) %}{% endfor %}{{ {ns.a: 1} }}", "more than"),
+    "a dict": (SHARE + "{% set ns.a = dict(a=ns.a, b=ns.a) %}{% endfor %}{{ ns.a }}", "more than"),
+    "its views": (SHARE + "{% set ns.a = {1: ns.a, 2: ns.a}.items() %}{% endfor %}", "more than"),
+    "a batch": (
+        SHARE + "{% for x in [1] | batch(3, ns.a) %}{% set ns.a = x %}{% endfor %}{% endfor %}",
+        "more than",
+    ),
+    "arguments": (
+        SHARE + "{% macro f() %}{% set ns.a = varargs %}{% endmacro %}{{ f(ns.a, ns.a) }}"
+        "{% endfor %}{{ ns.a == ns.b }}",
+        "more than",
+    ),
+    "lorem ipsum": ("{{ lipsum(n=1000000) }}", "'lipsum' is undefined"),
+    "wrapping": ("{{ ('a' * 9999999) | wordwrap(1) }}", "No filter named 'wordwrap'"),
+    "rounding": ("{{ 1.5 | round(9999999, 'floor') }}", "more than"),
+    "parentheses": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
     "a range": ("{{ range(9999999999) | list }}", "more than"),
     "a filter": ("{{ 'x' | center(9999999999) }}", "more than"),
     "a method": ("{{ 'x'.ljust(9999999999) }}", "more than"),
@@ -95,6 +118,8 @@ FEATURES = """\
 {{- '%s-%05.2f' % ('a', 1) }}{{ '{}:{:>4}'.format(1, 'b') }}{{ [1, 2] * 2 + [3] }}{{ 2 ** 10 * 3 % 7 }}
 {{- messages | map(attribute='role') | join(', ') }}{{ (messages | selectattr('role', 'equalto', 'user') | list) | length }}
 {{- {'b': 1, 'a': '<é>'} | tojson }}{{ {'b': [1]} | tojson(indent=2) }}{{ 'a\nb' | indent(2) }}
+{%- macro f(n) %}{{ n }}{% endmacro %}{{ f(1733000000) }}{{ 1733000000 | string }}
+{%- set a, b = (1, [2]) %}{{ a }}{{ b }}{{ [a, b] == [1, [2]] }}{{ {'k': b}.items() | list }}
 {{- dict(a=1) }}{{ messages[0].content | trim | upper | replace('A', 'bb') }}{{ undefined_name }}"""
 
 
@@ -113,3 +138,13 @@ def test_ordinary_templates_are_rendered_as_transformers_does(name):
                     template.render(messages, tools, **flags)
             else:
                 assert template.render(messages, tools, **flags) == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{% if 1 %}" * 3000 + "{% endif %}" * 3000],
+    ids=["parentheses", "conditions"],
+)
+def test_a_template_that_is_nested_too_deeply_is_refused(source):
+    with pytest.raises(ValueError, match="^evil.jinja: nested too deeply; name another"):
+        TemplateReader(Template(source, "evil.jinja", {}), None)

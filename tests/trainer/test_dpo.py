@@ -207,6 +207,8 @@ def test_two_ranks_train_as_one(train, alone, strategy):
     )  # its pairs are shared by the ranks
     run = train(strategy, "--use_moe=1", f"--strategy={strategy}", *cached, nproc=2)
     same_metrics(run, alone, rel=1e-5, abs=2e-6)
+    right = [line["accuracy"] * line["pairs"] for line in curve(run) if "pairs" in line]
+    assert right == pytest.approx([round(count) for count in right], abs=1e-9)
     ours, wanted = (torch.load(f"{path}.pth") for path in (run, alone))
     for name, value in ours.items():
         assert (value - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name

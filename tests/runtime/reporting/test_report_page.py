@@ -141,7 +141,10 @@ def test_figures_of_one_run_and_of_several(tmp_path):
 
 
 def test_flags_that_differ(tmp_path):
-    flags = ({"learning_rate": 0.1, "seed": 1, "out_dir": "a"}, {"learning_rate": 0.2, "seed": 1})
+    flags = [
+        {"learning_rate": rate, "peak_lr": rate, "seed": 1, "out_dir": f"{rate}"}
+        for rate in (0.1, 0.2)
+    ]
     runs = [make_run(tmp_path / f"r{n}", [], "", one) for n, one in enumerate(flags)]
     rows = compare_flags(runs)
     assert rows[0] == ("learning_rate", ["0.1", "0.2"], True)
@@ -154,7 +157,18 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert [run.name for run in runs] == ["a/sft_64", "b/sft_64"]
 
 
-@pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": None}], [{"step": 5, "x": 1e300}]])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [{"step": 1, "loss": None}],
+        [{"step": 5, "x": 1e300}],
+        [
+            {"step": n, "loss": value, "pairs": 8}
+            for n, value in enumerate((1.0, 1e308, -1.7e308, 2.0))
+        ],
+    ],
+)
 def test_little_or_nothing_logged(tmp_path, visit, lines):
     run = make_run(tmp_path / "run", lines)
     page.write_page([run], tmp_path / "report.html")

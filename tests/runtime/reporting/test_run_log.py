@@ -43,6 +43,7 @@ def test_a_resume_takes_back_what_came_later(read):
     log = read(HEADER, *skips, *sampled, HEADER, "resumed from out/a b/step_00000005 behind step 5")
     assert log.resumed == [5] and log.samples == {}
     assert log.skipped == [(4, "loss nan, gradient norm nan")]
+    assert read(HEADER, "resumed from out/a/step_00000018 behind step 18").resumed == []
 
 
 def test_samples_as_a_sampler_writes_them(read):
