@@ -101,8 +101,8 @@ function makeView(message) {
   const running = replies.get(chat.id);
   const isRunning = running?.reply.message === message;
   if (isRunning) running.view = view;
-  const grows = isRunning || (isAnsweredElsewhere() && message === chat.messages.at(-1));
-  view.draw(!grows);
+  const hasEnd = Boolean(message.finish || message.error);
+  view.draw(!isRunning && (hasEnd || !isAnsweredElsewhere()));
   return view;
 }
 

@@ -39,8 +39,10 @@ export function openChat(id) {
   const title = list.find((entry) => entry.id === id)?.title ?? "";
   const until = asNumber(stored.answeredUntil) ?? 0;
   const answeredUntil = until <= Date.now() + LEASE_MS ? until : 0;
-  const last = messages.at(-1);
-  if (answeredUntil <= Date.now() && last?.role === "assistant" && !last.error) last.finish ??= "stopped";
+  const growing = answeredUntil > Date.now() ? messages.at(-1) : null;
+  for (const message of messages)
+    if (message.role === "assistant" && !message.error && message !== growing)
+      message.finish ??= "stopped"; // its tab ended before it did
   return { id, title, system: asText(stored.system), messages, answeredUntil, isKept: true };
 }
 

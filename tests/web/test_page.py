@@ -529,7 +529,9 @@ def test_a_tab_that_died_leaves_its_conversation_to_the_others(read, server):
     page.evaluate(
         """() => {
         const put = (name, value) => localStorage.setItem("minimind." + name, JSON.stringify(value));
-        const messages = [{role: "user", content: "hello"}, {role: "assistant", content: "beg"}];
+        const asked = {role: "user", content: "hello"};
+        const replies = ["cut", "beg"].map((content) => ({role: "assistant", content}));
+        const messages = replies.flatMap((reply) => [asked, reply]);
         put("chats", [{id: "a", title: "ours"}]);
         put("chat.a", {system: "", messages, answeredUntil: Date.now() + 80_000});
         put("current", "a");
@@ -540,8 +542,9 @@ def test_a_tab_that_died_leaves_its_conversation_to_the_others(read, server):
     expect(page.locator(".streaming")).to_have_text("beg")
     page.clock.fast_forward(90_000)
     expect(page.locator("#elsewhere")).to_be_hidden()
-    expect(page.locator(".stats")).to_have_text("stopped")
+    expect(page.locator(".stats")).to_have_text(["stopped"] * 2)
     reader.ask("hello")
+    expect(reader.answers).to_have_text(["cut", "beg", "hello"])
     assert len(server.bodies) == 1
 
 
