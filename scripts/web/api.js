@@ -14,11 +14,20 @@ export class ApiError extends Error {
   }
 }
 
-let apiKey = sessionStorage.getItem("minimind.key") ?? "";
+let apiKey = "";
+try {
+  apiKey = sessionStorage.getItem("minimind.key") ?? "";
+} catch {
+  // Switched off: the reader gives it anew
+}
 
 export function setKey(key) {
   apiKey = key;
-  sessionStorage.setItem("minimind.key", key);
+  try {
+    sessionStorage.setItem("minimind.key", key);
+  } catch {
+    // Switched off: it is known until the page is closed
+  }
 }
 
 export const hasKey = () => apiKey !== "";

@@ -1,11 +1,20 @@
 // The page: which conversation is open, what is asked, and what the server is up to.
 
 import { hasKey, listModels, setKey } from "./api.js";
-import { listChats, newChat, openChat, rereadChats, saveChat, titleOf } from "./chats.js";
+import {
+  commonLength,
+  listChats,
+  newChat,
+  openChat,
+  rereadChats,
+  retitleChat,
+  saveChat,
+  titleOf,
+} from "./chats.js";
 import { el } from "./dom.js";
 import { say, sayAll, switchLanguage, t } from "./i18n.js";
 import { AnswerView, announcement, fitHeight, QuestionView, resultNode } from "./messages.js";
-import { messagesFor, Reply } from "./replies.js";
+import { messagesFor, Reply, wholeCalls } from "./replies.js";
 import { openSettings, requestSettings, startSettings } from "./settings.js";
 import { drawSidebar } from "./sidebar.js";
 import { onChangeElsewhere, read, write } from "./storage.js";
@@ -42,6 +51,32 @@ function show(next) {
   drawList();
 }
 
+/** Take over what another tab made of the open conversation. */
+function refresh() {
+  const stored = openChat(chat.id);
+  if (!stored || replies.has(chat.id)) return;
+  // Messages that are the same stay as they are, and with them a question that is being edited
+  const same = chat.messages.slice(0, commonLength(chat, stored));
+  stored.messages.splice(0, same.length, ...same);
+  chat = stored;
+  drawChat();
+}
+
+/** Take over titles that another tab gave, and leave what it deleted. */
+function refreshList() {
+  rereadChats();
+  for (const one of new Set([chat, ...Array.from(replies.values(), (running) => running.chat)])) {
+    const entry = listChats().find(({ id }) => id === one.id);
+    if (entry) one.title = entry.title;
+    else if (one.isKept) {
+      stopReply(one);
+      if (one === chat) show(newChat(chat.system));
+    }
+  }
+  drawAround();
+  drawList();
+}
+
 /** Draw the messages that are not drawn yet; those that are stay as they are. */
 function drawChat() {
   for (const view of views) if (!chat.messages.includes(view.message)) view.node.remove();
@@ -66,7 +101,8 @@ function makeView(message) {
   const running = replies.get(chat.id);
   const isRunning = running?.reply.message === message;
   if (isRunning) running.view = view;
-  view.draw(!isRunning);
+  const hasEnd = Boolean(message.finish || message.error);
+  view.draw(!isRunning && (hasEnd || !isAnsweredElsewhere()));
   return view;
 }
 
@@ -83,9 +119,22 @@ function drawAround() {
   const isRunning = replies.has(chat.id);
   $("#stop").hidden = !isRunning;
   $("#send").hidden = isRunning;
-  $("#send").disabled = !question.value.trim();
+  drawSend();
   drawContext();
+  const isElsewhere = isAnsweredElsewhere();
+  $("#elsewhere").hidden = !isElsewhere;
+  $("#system").readOnly = isElsewhere;
+  clearTimeout(drawAround.timer); // that tab may be gone without a word
+  if (isElsewhere) drawAround.timer = setTimeout(refresh, chat.answeredUntil - Date.now() + 1);
 }
+
+function drawSend() {
+  $("#send").disabled = !question.value.trim() || isAnsweredElsewhere();
+}
+
+const isAnsweredElsewhere = () => !replies.has(chat.id) && chat.answeredUntil > Date.now();
+
+const isBusy = () => replies.has(chat.id) || isAnsweredElsewhere();
 
 function drawContext() {
   const used = chat.messages.findLast((message) => message.stats)?.stats.contextTokens;
@@ -106,8 +155,7 @@ function drawList() {
     },
     rename: renameChat,
     deleted: (id) => {
-      replies.get(id)?.reply.stop();
-      replies.delete(id);
+      stopReply({ id });
       if ($("#banner").dataset.say === "quota") hideBanner();
       if (id === chat.id) startChat();
       else drawList();
@@ -117,13 +165,8 @@ function drawList() {
 }
 
 function renameChat(id, title) {
-  const renamed = id === chat.id ? chat : (replies.get(id)?.chat ?? openChat(id));
-  if (renamed) {
-    renamed.title = title;
-    keep(renamed);
-  }
-  drawAround();
-  drawList();
+  tellRoom(retitleChat(id, title));
+  refreshList();
 }
 
 function startChat() {
@@ -133,7 +176,12 @@ function startChat() {
 }
 
 function keep(kept, options) {
-  if (!saveChat(kept, options)) showBanner("quota");
+  tellRoom(saveChat(kept, { ...options, isAnswering: replies.has(kept.id) }));
+}
+
+/** Tell whether the browser had room for what was written last. */
+function tellRoom(hadRoom) {
+  if (!hadRoom) showBanner("quota");
   else if ($("#banner").dataset.say === "quota") hideBanner();
 }
 
@@ -143,7 +191,7 @@ function keep(kept, options) {
 
 function ask(text) {
   const settings = settingsOrDrawer();
-  if (replies.has(chat.id) || !text.trim() || !settings) return false;
+  if (isBusy() || !text.trim() || !settings) return false;
   chat.messages.push({ role: "user", content: text });
   chat.title ||= titleOf(text);
   answer(settings);
@@ -152,15 +200,17 @@ function ask(text) {
 
 /** Put a question in the place of one and all that follows it. */
 function editQuestion(message, text) {
-  if (!settingsOrDrawer()) return;
+  if (isAnsweredElsewhere() || !settingsOrDrawer()) return;
   stopReply();
-  chat.messages.splice(chat.messages.indexOf(message));
+  const place = chat.messages.indexOf(message);
+  chat.messages.splice(place);
+  if (place === 0 && chat.title === titleOf(message.content)) chat.title = "";
   ask(text);
 }
 
 function regenerate() {
   const settings = settingsOrDrawer();
-  if (replies.has(chat.id) || !settings) return;
+  if (isBusy() || !settings) return;
   while (chat.messages.at(-1)?.role === "assistant") chat.messages.pop();
   answer(settings);
 }
@@ -168,10 +218,10 @@ function regenerate() {
 /** Give the model the results of the tools that it called. */
 function sendResults(texts) {
   const settings = settingsOrDrawer();
-  if (replies.has(chat.id) || !settings) return;
-  const { toolCalls } = chat.messages.at(-1);
+  if (isBusy() || !settings) return;
+  const calls = wholeCalls(chat.messages.at(-1));
   texts.forEach((content, n) => {
-    const { id, name } = toolCalls[n];
+    const { id, name } = calls[n];
     chat.messages.push({ role: "tool", content, toolCallId: id, name });
   });
   answer(settings);
@@ -184,11 +234,11 @@ function settingsOrDrawer() {
   return settings;
 }
 
-function stopReply() {
-  const running = replies.get(chat.id);
+function stopReply({ id } = chat) {
+  const running = replies.get(id);
   if (!running) return;
   running.reply.stop();
-  replies.delete(chat.id); // at once: what is asked next need not wait for the end of this one
+  replies.delete(id); // at once: what is asked next need not wait for the end of this one
 }
 
 /** Have the open conversation answered. */
@@ -197,17 +247,12 @@ function answer(settings) {
   const body = { model: currentModel()?.id, messages: messagesFor(asked), ...settings };
   const message = { role: "assistant", content: "" };
   asked.messages.push(message);
-  keep(asked, { toTop: true });
-  let savedAt = performance.now();
   const reply = new Reply(message, () => {
-    if (replies.get(asked.id) !== running) return; // stopped
-    running.view?.grown();
-    if (performance.now() - savedAt < SAVE_MS) return;
-    savedAt = performance.now();
-    keep(asked);
+    if (replies.get(asked.id) === running) running.view?.grown(); // else stopped
   });
   const running = { reply, chat: asked, view: null };
   replies.set(asked.id, running);
+  keep(asked, { toTop: true });
   say($("#status"), "answering");
   show(asked);
   reply.run(body).then(() => ended(running));
@@ -216,7 +261,7 @@ function answer(settings) {
 function ended(running) {
   const { reply, chat: asked, view } = running;
   if (replies.get(asked.id) === running) replies.delete(asked.id);
-  if (listChats().some((entry) => entry.id === asked.id)) keep(asked);
+  keep(asked);
   const { message } = reply;
   if (message.error?.kind === "gone") waitForServer();
   if (["keyNeeded", "keyWrong"].includes(message.error?.kind)) askForKey(message.error.kind);
@@ -308,7 +353,7 @@ function hideBanner() {
 // -------------------------------------------------------------------------------------------------
 
 function followText() {
-  if (following) scroller.scrollTop = scroller.scrollHeight;
+  if (following) scroller.scrollTop = chat.messages.length ? scroller.scrollHeight : 0;
   $("#latest").hidden = following;
 }
 
@@ -317,7 +362,8 @@ function isNearEnd() {
 }
 
 function showSettings() {
-  openSettings(chat, currentModel(), () => {
+  openSettings(chat, currentModel(), (system) => {
+    chat.system = system;
     keep(chat);
     drawAround();
   });
@@ -347,11 +393,12 @@ function drawMenu() {
 }
 
 function drawTheme() {
-  const theme = read("theme", "auto");
+  const stored = read("theme", "auto");
+  const theme = THEMES.includes(stored) ? stored : "auto";
   if (theme === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
   const words = { auto: "themeAuto", light: "themeLight", dark: "themeDark" };
-  say($("#theme span"), words[theme] ?? "themeAuto");
+  say($("#theme span"), words[theme]);
 }
 
 function nextTheme() {
@@ -374,7 +421,7 @@ function wireComposer() {
   });
   question.addEventListener("input", () => {
     fitHeight(question);
-    $("#send").disabled = !question.value.trim();
+    drawSend();
   });
   question.addEventListener("keydown", (event) => {
     // Enter that ends the spelling of a Chinese word sends nothing
@@ -426,16 +473,23 @@ function wirePage() {
   const suggest = (key) => el("button", { type: "button", say: key, click: () => ask(t(key)) });
   $("#suggestions").append(...SUGGESTIONS.map((key) => el("li", {}, suggest(key))));
   window.addEventListener("pagehide", () => {
-    for (const { chat: unfinished } of replies.values()) keep(unfinished);
-  });
-  onChangeElsewhere((name) => {
-    if (name === "chats") {
-      rereadChats();
-      drawList();
-    } else if (name === `chat.${chat.id}` && !replies.has(chat.id)) {
-      show(openChat(chat.id) ?? newChat(chat.system));
+    for (const { chat: unfinished } of replies.values()) {
+      stopReply(unfinished);
+      keep(unfinished);
     }
   });
+  window.addEventListener("pageshow", ({ persisted }) => {
+    if (!persisted) return;
+    refreshList(); // what the others did meanwhile was not told
+    refresh();
+  });
+  onChangeElsewhere((name) => {
+    if (name === "chats") refreshList();
+    else if (name === `chat.${chat.id}`) refresh();
+  });
+  setInterval(() => {
+    for (const { chat: growing } of replies.values()) keep(growing);
+  }, SAVE_MS);
 }
 
 startSettings();

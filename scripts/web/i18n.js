@@ -1,7 +1,7 @@
 // What the page says, in English and Chinese. Every text remembers its key, so that switching the
 // language changes what is on the page without drawing it anew.
 
-import { read, write } from "./storage.js";
+import { asText, read, write } from "./storage.js";
 
 const WORDS = {
   en: {
@@ -30,6 +30,7 @@ const WORDS = {
     deleted: "Deleted “{title}”",
     edit: "Edit",
     editQuestion: "Edit the question; what follows is replaced",
+    elsewhere: "This conversation is being answered in another tab.",
     failed: "The server failed: {detail}",
     firstToken: "first token after {seconds} s",
     full: "The server has as many requests as it takes. Try again in {seconds} s.",
@@ -133,6 +134,7 @@ const WORDS = {
     deleted: "已删除“{title}”",
     edit: "编辑",
     editQuestion: "编辑问题，其后的内容会被替换",
+    elsewhere: "另一个标签页正在回答这个对话。",
     failed: "服务器出错：{detail}",
     firstToken: "首个 token 用时 {seconds} 秒",
     full: "服务器的请求已满，请在 {seconds} 秒后再试。",
@@ -211,15 +213,17 @@ const WORDS = {
 };
 const SAID_ATTRIBUTES = ["aria-label", "title", "placeholder"];
 
-let language =
-  read("language", null) ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
+const chosen = read("language", null);
+const ofBrowser = navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en";
+let language = Object.keys(WORDS).includes(chosen) ? chosen : ofBrowser;
 
-/** The text of a key, with {name} replaced by the value of that name. */
+/** The text of a key, with {name} replaced by the value of that name; else the key. */
 export function t(key, values = {}) {
-  return WORDS[language][key].replace(/\{(\w+)\}/g, (_, name) => {
+  const words = Object.hasOwn(WORDS[language], key) ? WORDS[language][key] : key;
+  return words.replace(/\{(\w+)\}/g, (_, name) => {
     const value = values[name];
     if (typeof value === "number") return new Intl.NumberFormat(language).format(value);
-    return value;
+    return asText(value);
   });
 }
 

@@ -3,6 +3,7 @@
 import { copyButton, el, icon, iconButton } from "./dom.js";
 import { say, sayAttribute, t } from "./i18n.js";
 import { MarkdownView } from "./markdown.js";
+import { wholeCalls } from "./replies.js";
 
 const FRAME_MS = 40;
 const SHARE = 3; // of the time: drawing takes at most a quarter, however long the text gets
@@ -149,9 +150,11 @@ export class AnswerView {
   drawBelow() {
     const { message } = this;
     this.below.replaceChildren();
-    for (const call of message.toolCalls ?? []) this.below.append(toolCall(call));
-    if (this.isLast && message.toolCalls?.length)
-      this.below.append(resultsForm(message.toolCalls, this.actions.sendResults));
+    for (const call of message.toolCalls ?? [])
+      if (call.name || call.arguments) this.below.append(toolCall(call));
+    const calls = wholeCalls(message);
+    if (this.isLast && calls.length)
+      this.below.append(resultsForm(calls, this.actions.sendResults));
     const help = this.isLast && message.error && this.actions.help(message.error);
     if (message.error) this.below.append(errorCard(message.error, help));
     const buttons = el("div", { class: "actions" });

@@ -1,28 +1,43 @@
 // Replies that stream: from the conversation to a request, and from the server's chunks to a message.
 
 import { ApiError, streamChat } from "./api.js";
+import { isObject } from "./storage.js";
 
 const MOST_CALLS = 128; // of tools, in one reply
 
 /** The messages of a conversation as the server takes them; thoughts stay here. */
 export function messagesFor(chat) {
   const system = chat.system.trim() ? [{ role: "system", content: chat.system }] : [];
-  const sent = chat.messages.filter(
-    ({ role, content, toolCalls }) => role !== "assistant" || content || toolCalls?.length,
-  ); // what failed before it began is none
+  const calls = chat.messages.flatMap(wholeCalls);
+  const sent = chat.messages.filter((message) => {
+    if (message.role === "tool") return calls.some(({ id }) => id === message.toolCallId);
+    // What failed before it began is no reply
+    return message.role === "user" || message.content || wholeCalls(message).length;
+  });
   return [...system, ...sent.map(messageFor)];
 }
 
 function messageFor(message) {
-  const { role, content, toolCalls, toolCallId } = message;
+  const { role, content, toolCallId } = message;
   if (role === "tool") return { role, content, tool_call_id: toolCallId };
-  if (!toolCalls?.length) return { role, content };
-  const calls = toolCalls.map(({ id, name, arguments: text }) => ({
+  const calls = wholeCalls(message).map(({ id, name, arguments: text }) => ({
     id,
     type: "function",
     function: { name, arguments: text },
   }));
-  return { role, content, tool_calls: calls };
+  return calls.length ? { role, content, tool_calls: calls } : { role, content };
+}
+
+/** The calls of a message that can be answered: the server refuses those that were cut short. */
+export function wholeCalls({ toolCalls, finish, error }) {
+  if (!toolCalls || error || finish === "length" || finish === "stopped") return [];
+  return toolCalls.filter(({ name, arguments: text }) => {
+    try {
+      return name && isObject(JSON.parse(text || "{}"));
+    } catch {
+      return false;
+    }
+  });
 }
 
 /** One reply on its way: `message` grows, and `grown` is called whenever it has. */
@@ -33,8 +48,11 @@ export class Reply {
     this.controller = new AbortController();
   }
 
+  /** What came is complete at once: a page that is left has no time for more. */
   stop() {
     this.controller.abort();
+    this.message.finish = "stopped";
+    this.message.stats = this.stats();
   }
 
   /** Stream until the end, an error or stop(); what went wrong stands in the message then. */
@@ -47,9 +65,10 @@ export class Reply {
         this.take(chunk, performance.now() - started);
         this.grown();
       }
+      this.message.finish ??= "stop";
     } catch (error) {
-      if (this.controller.signal.aborted) this.message.finish = "stopped";
-      else if (error instanceof ApiError)
+      if (this.controller.signal.aborted) return; // stop() said so
+      if (error instanceof ApiError)
         this.message.error = { kind: error.kind, values: error.values };
       else {
         this.message.error = { kind: "broken", values: { detail: String(error) } };

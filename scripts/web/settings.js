@@ -2,7 +2,7 @@
 
 import { el } from "./dom.js";
 import { say } from "./i18n.js";
-import { read, write } from "./storage.js";
+import { asText, isObject, read, write } from "./storage.js";
 
 // Name in the API -> what the field takes. Empty: the server decides.
 const NUMBERS = {
@@ -20,7 +20,8 @@ const tools = document.querySelector("#tools");
 const toolsError = document.querySelector("#tools-error");
 const fields = {}; // name -> {input, error}
 
-let sampling = read("sampling", {}); // name -> what stands in the field
+const stored = read("sampling", {});
+let sampling = isObject(stored) ? stored : {}; // name -> what stands in the field
 
 function makeNumberField(name, { words, min, max, step, hint }) {
   const input = el("input", {
@@ -83,9 +84,9 @@ function showError(input, error, wrong, words, values) {
 }
 
 function fill() {
-  for (const [name, { input }] of Object.entries(fields)) input.value = sampling[name] ?? "";
-  thinking.value = sampling.thinking ?? "";
-  tools.value = sampling.tools ?? "";
+  for (const [name, { input }] of Object.entries(fields)) input.value = asText(sampling[name]);
+  thinking.value = asText(sampling.thinking);
+  tools.value = asText(sampling.tools);
   check();
 }
 
@@ -100,13 +101,10 @@ export function requestSettings(model) {
   return settings; // JSON leaves out what is undefined
 }
 
-/** Open the drawer for a conversation and a model; `changed` is called when the prompt has. */
+/** Open the drawer for a conversation and a model; `changed` is called with each new prompt. */
 export function openSettings(chat, model, changed) {
   system.value = chat.system;
-  system.oninput = () => {
-    chat.system = system.value;
-    changed();
-  };
+  system.oninput = () => changed(system.value);
   document.querySelector("#thinking-field").hidden = !model?.thinking;
   dialog.showModal();
 }

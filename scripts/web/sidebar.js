@@ -16,6 +16,7 @@ let toastTimer;
  * `actions`: open(id), rename(id, title), deleted(id), restored(id)
  */
 export function drawSidebar(currentId, actions) {
+  if (node.querySelector("input")) return; // a title is being edited; its end draws the list
   const focused = node.contains(document.activeElement) && document.activeElement.dataset.focus;
   node.replaceChildren(...listChats().map((entry) => item(entry, entry.id === currentId, actions)));
   if (focused) node.querySelector(`[data-focus="${focused}"]`)?.focus();
@@ -47,6 +48,7 @@ function showEditor(line, title, id, actions) {
   const close = (save) => {
     if (!open) return;
     open = false;
+    field.remove();
     actions.rename(id, (save && field.value.trim()) || title);
     node.querySelector(`[data-focus="rename-${id}"]`)?.focus();
   };

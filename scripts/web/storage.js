@@ -4,6 +4,12 @@
 const PREFIX = "minimind.";
 const MEMORY = new Map();
 
+/** Whether a value is an object with names: what is stored may be anything. */
+export const isObject = (value) =>
+  typeof value === "object" && value !== null && !Array.isArray(value);
+
+export const asText = (value) => (typeof value === "string" ? value : "");
+
 function storage() {
   try {
     return window.localStorage;

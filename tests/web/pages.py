@@ -53,7 +53,8 @@ class Reader:
         page = self.context.new_page()
         page.set_default_timeout(20_000)
         page.goto(self.url)
-        expect(page.locator("#model-size:visible, dialog[open]")).to_be_visible()
+        known = "#model-name:not(:empty), #model:not([hidden]), dialog[open]"
+        expect(page.locator(known)).to_have_count(1)
         return page
 
     def _hear(self, message) -> None:

@@ -290,6 +290,44 @@ def test_tool_calls_are_shown_and_take_results(read, server):
     ]
 
 
+@pytest.mark.parametrize("how", ["length", "stopped", "no JSON", "a list", "skipped"])
+def test_calls_that_are_cut_short_are_not_sent(read, server, how):
+    arguments = {"length": "{}", "a list": "[1]", "skipped": "{}"}.get(how, '{"a": 1')
+    call = {"id": "c", "function": {"name": "add", "arguments": arguments}}
+    go_on = threading.Event()
+
+    def reply(body):
+        if len(body["messages"]) > 1:
+            yield from said("ok")
+            return
+        yield event({"tool_calls": [{"index": 1 if how == "skipped" else 0, **call}]})
+        if how == "stopped":
+            go_on.wait(20)
+        yield event({}, "length" if how == "length" else "tool_calls") + DONE
+
+    server.reply = reply
+    reader = read()
+    page = reader.page
+    reader.ask("1 + 1")
+    if how == "stopped":
+        expect(page.locator(".streaming .waiting")).to_have_count(0)
+        page.keyboard.press("Escape")
+        go_on.set()
+    expect(page.locator(".tool-call")).to_have_count(1)
+    if how == "skipped":
+        page.get_by_label("Result of add").fill("2")
+        page.get_by_role("button", name="Send the results").click()
+    else:
+        expect(page.get_by_role("button", name="Send the results")).to_have_count(0)
+        reader.ask("then?")
+    expect(reader.answers.last).to_have_text("ok")
+    call |= {"type": "function"}
+    sent = {"role": "user", "content": "then?"}
+    result = {"role": "tool", "content": "2", "tool_call_id": "c"}
+    calls = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert server.bodies[1]["messages"][1:] == ([calls, result] if how == "skipped" else [sent])
+
+
 # --------------------------------------------------------------------------------------------------
 # What goes wrong
 # --------------------------------------------------------------------------------------------------
@@ -412,6 +450,102 @@ def test_what_lies_in_the_storage_may_be_anything(read):
     expect(page.locator(".chat-link")).to_have_text(["ours", "x"])
     page.locator(".chat-link").first.click()
     expect(page.locator(".question")).to_have_text(["kept"])
+
+
+@pytest.mark.parametrize("value", ["5", '"fr"', "[null]", '{"toString": 5}'])
+def test_values_in_the_storage_may_be_any_json(read, server, value):
+    reader = read()
+    page = reader.page
+    page.evaluate(
+        """(value) => {
+        const put = (name, text) => localStorage.setItem("minimind." + name, text);
+        for (const name of ["language", "sampling", "theme", "model"]) put(name, value);
+        put("current", value);
+        const [title, system] = ["ours", JSON.parse(value)];
+        const message = {role: "assistant", content: "text"};
+        const names = ["reasoning", "thinkingMs", "toolCalls", "finish", "error", "stats"];
+        const messages = names.map((name) => ({...message, [name]: system}));
+        messages.push({...message, error: {kind: "zzz", values: system}, toolCalls: [system]});
+        messages.push({...message, error: {kind: "constructor"}, stats: {tokens: 3, rate: null}});
+        messages.push({...message, error: {kind: "failed", values: {detail: system}}});
+        put("chats", JSON.stringify([{id: "a", title}]));
+        put("chat.a", JSON.stringify({system, messages, answeredUntil: system}));
+    }""",
+        value,
+    )
+    page.reload()
+    page.locator(".chat-link").click()
+    expect(reader.answers).to_have_text(["text"] * 9)
+    expect(page.locator(".error").first).to_have_text("zzz")
+    reader.ask("and now?")
+    expect(reader.answers.last).to_have_text("hello")
+
+
+def test_a_key_without_a_session_storage(read, server):
+    server.key = "open sesame"
+    reader = read(may_fail=True)
+    page = reader.page
+    blocked = "{get() { throw new DOMException('blocked', 'SecurityError'); }}"
+    page.add_init_script(f"Object.defineProperty(window, 'sessionStorage', {blocked})")
+    page.reload()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.fill("#key", "open sesame")
+    page.keyboard.press("Enter")
+    expect(page.locator("#model-name")).to_have_text("tiny")
+    reader.ask("hello")
+    expect(reader.answers).to_have_text("hello")
+
+
+def slow_reply(server) -> threading.Event:
+    """Replies begin, and end when the event is set."""
+    go_on = threading.Event()
+
+    def reply(body):
+        yield event({"content": "begins "})
+        go_on.wait(20)
+        yield from said("ends")
+
+    server.reply = reply
+    return go_on
+
+
+def test_a_reply_that_a_reload_cuts_is_stopped(read, server):
+    go_on = slow_reply(server)
+    reader = read()
+    reader.ask("hello")
+    expect(reader.answers).to_have_text("begins ")
+    reader.page.reload()
+    go_on.set()
+    expect(reader.answers).to_have_text("begins ")
+    expect(reader.page.locator(".stats")).to_contain_text("1 token")
+    expect(reader.page.locator(".stats")).to_contain_text("stopped")
+    assert reader.saved()["messages"][1]["finish"] == "stopped"
+
+
+def test_a_tab_that_died_leaves_its_conversation_to_the_others(read, server):
+    reader = read()
+    page = reader.page
+    page.clock.install()
+    page.evaluate(
+        """() => {
+        const put = (name, value) => localStorage.setItem("minimind." + name, JSON.stringify(value));
+        const asked = {role: "user", content: "hello"};
+        const replies = ["cut", "beg"].map((content) => ({role: "assistant", content}));
+        const messages = replies.flatMap((reply) => [asked, reply]);
+        put("chats", [{id: "a", title: "ours"}]);
+        put("chat.a", {system: "", messages, answeredUntil: Date.now() + 80_000});
+        put("current", "a");
+    }"""
+    )
+    page.reload()
+    expect(page.locator("#elsewhere")).to_be_visible()
+    expect(page.locator(".streaming")).to_have_text("beg")
+    page.clock.fast_forward(90_000)
+    expect(page.locator("#elsewhere")).to_be_hidden()
+    expect(page.locator(".stats")).to_have_text(["stopped"] * 2)
+    reader.ask("hello")
+    expect(reader.answers).to_have_text(["cut", "beg", "hello"])
+    assert len(server.bodies) == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -582,6 +716,101 @@ def test_tabs_see_each_others_conversations(read, server):
     reader.ask("from one tab")
     reader.wait_for_answer()
     expect(other.locator(".chat-link")).to_have_text("from one tab")
+
+
+def test_one_tab_at_a_time_has_a_conversation_answered(read, server):
+    go_on = slow_reply(server)
+    reader = read()
+    page = reader.page
+    reader.ask("first")
+    expect(reader.answers).to_have_text("begins ")
+    other = reader.another_tab()
+    expect(other.locator("#elsewhere")).to_be_visible()
+    other.fill("#question", "second")
+    expect(other.locator("#send")).to_be_disabled()
+    other.keyboard.press("Enter")
+    go_on.set()
+    expect(other.locator(".body")).to_have_text("begins ends")
+    expect(other.locator("#elsewhere")).to_be_hidden()
+    expect(other.locator(".question")).to_have_text("first")
+    other.click("#send")
+    for tab in (page, other):
+        expect(tab.locator(".question")).to_have_text(["first", "second"])
+        expect(tab.locator(".body")).to_have_text(["begins ends"] * 2)
+        expect(tab.locator(".answer.streaming")).to_have_count(0)
+    assert len(reader.saved()["messages"]) == 4
+    assert len(server.bodies) == 2
+
+
+def test_a_conversation_that_another_tab_deletes_stays_deleted(read, server):
+    go_on = slow_reply(server)
+    reader = read()
+    page = reader.page
+    reader.ask("first")
+    expect(reader.answers).to_have_text("begins ")
+    other = reader.another_tab()
+    other.get_by_role("button", name="Delete").click()
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator("#stop")).to_be_hidden()
+    go_on.set()
+    page.reload()
+    for tab in (page, other):
+        expect(tab.locator(".chat-link")).to_have_count(0)
+    assert not page.evaluate("Object.keys(localStorage).filter(name => name.includes('chat.'))")
+    other.get_by_role("button", name="Undo").click()
+    expect(other.locator(".stats")).to_contain_text("stopped")
+    expect(page.locator(".chat-link")).to_have_text("first")
+
+
+def test_what_is_being_edited_outlives_what_another_tab_does(read, server):
+    reader = read()
+    page = reader.page
+    reader.ask("first")
+    reader.wait_for_answer()
+    other = reader.another_tab()
+    other.locator(".question").hover()
+    other.get_by_role("button", name="Edit the question").click()
+    other.keyboard.type(" draft")
+    reader.ask("second")
+    reader.wait_for_answer()
+    expect(other.locator(".body")).to_have_text(["hello"] * 2)
+    expect(other.locator(".editor textarea")).to_have_value("first draft")
+    expect(other.locator(".editor textarea")).to_be_focused()
+    other.get_by_role("button", name="Rename").click()
+    other.keyboard.type("new ti")
+    page.click("#new-chat")
+    reader.ask("third")
+    reader.wait_for_answer()
+    other.keyboard.type("tle")
+    other.keyboard.press("Enter")
+    for tab in (page, other):
+        expect(tab.locator(".chat-link")).to_have_text(["third", "new title"])
+
+
+def test_an_edited_first_question_is_the_title(read, server):
+    reader = read()
+    page = reader.page
+    reader.ask("first")
+    reader.wait_for_answer()
+    for question, title in (("other", "other"), ("last", "named")):
+        page.locator(".question").hover()
+        page.get_by_role("button", name="Edit the question").click()
+        page.locator(".editor textarea").fill(question)
+        page.keyboard.press("Enter")
+        expect(page.locator(".question")).to_have_text(question)
+        reader.wait_for_answer()
+        expect(page.locator("h1")).to_have_text(title)
+        page.get_by_role("button", name="Rename").click()
+        page.keyboard.type("named")
+        page.keyboard.press("Enter")
+
+
+def test_the_welcome_is_seen_from_its_beginning(read):
+    page = read().page
+    page.set_viewport_size({"width": 390, "height": 300})
+    page.reload()
+    expect(page.locator("#model-size")).to_be_visible()
+    assert page.evaluate("scroller.scrollHeight > scroller.clientHeight && !scroller.scrollTop")
 
 
 def test_code_and_answers_are_copied(read, server):
