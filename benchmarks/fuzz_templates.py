@@ -240,7 +240,7 @@ def main() -> int:
             from dataset.tokenizer import load_tokenizer
 
             coder = chat_coder(load_tokenizer(args.tokenizer_dir).loaded)
-            manner = coder.reader.manner
+            manner = coder.readers[0].manner
             head, ends = "|".join(map(re.escape, manner.heads)), tuple(manner.ends)
             name, fields = args.tokenizer_dir, known_fields(coder)
         else:

@@ -5,18 +5,17 @@
     messages, tools -> ChatCoder.encode_prompt -> ids up to where the model is to speak
     ids that a model wrote -> ChatCoder.decode_reply -> text
 
-`template_reader.py` finds out which part of the text that a template writes is control text, and
-what an assistant turn is; `text_encoder.py` encodes the text so that no content can spell a control
-token. For ordinary text the ids are those of `tokenizer.apply_chat_template`.
+`chatml.py` writes what our own template makes of roles and texts. For all else `template_reader.py`
+finds out which part of the text that a template writes is control text, and what an assistant turn
+is. `text_encoder.py` encodes the text so that no content can spell a control token. For ordinary
+text the ids are those of `tokenizer.apply_chat_template`.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
-from tokenizers import Encoding
-
-from dataset.template_manner import OTHER, Template
-from dataset.template_reader import Chat, TemplateReader
+from dataset.chatml import END, Chat, chatml_of, opening
 from dataset.text_encoder import TextEncoder, text_encoder
 
 
@@ -25,22 +24,27 @@ class ChatCoder:
 
     Attributes:
         plain: encodes text that is no chat; control tokens that it spells stay text.
+        chatml: writes conversations of our template; None: the tokenizer has another one.
         end_of_turn: id of the token with which an assistant turn ends.
         ends: ids of all tokens that may end one.
     """
 
-    def __init__(self, tokenizer, reader: TemplateReader, tool_reader: TemplateReader):
+    def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.reader, self.tool_reader = reader, tool_reader
-        self.plain: TextEncoder = reader.encoder
-        self.ends = [self.plain.ids[token] for token in reader.manner.ends]
+        self.plain: TextEncoder = text_encoder(tokenizer)
+        self.chatml = chatml_of(tokenizer, self.plain)
+        ends = [END] if self.chatml else self.readers[0].manner.ends
+        self.ends = [self.plain.ids[token] for token in ends]
         self.end_of_turn = self.ends[0]
-        self._end_names = tuple(self.plain.names[token] for token in reader.manner.ends)
+        self._end_names = tuple(self.plain.names[token] for token in ends)
         self.control_ids = frozenset(self.plain.ids.values())
 
-    # ----------------------------------------------------------------------------------------------
-    # Conversations
-    # ----------------------------------------------------------------------------------------------
+    @cached_property
+    def readers(self) -> tuple:
+        """Two `TemplateReader`s of any chat template: without tools, and with."""
+        from dataset.template_reader import open_readers
+
+        return open_readers(self.tokenizer, self.plain)
 
     def read_chat(
         self, messages: list[dict], tools: list[dict] | None, loss_on: str = "all"
@@ -57,8 +61,7 @@ class ChatCoder:
         """
         if loss_on not in ("all", "last"):
             raise ValueError(f"loss_on must be 'all' or 'last', found {loss_on!r}")
-        reader = self.tool_reader if tools else self.reader
-        chat = reader.read(messages, tools)
+        chat = self._read(messages, tools)
         turns = list(chat.spans)[-1 if loss_on == "last" else 0 :]
         spans = {turn: chat.spans[turn] for turn in turns if messages[turn].get("loss", True)}
         return replace(chat, spans=spans)
@@ -71,48 +74,12 @@ class ChatCoder:
             end-of-turn tokens included. A token that begins in the text before counts, too.
         """
         rows = self.plain.batch([chat.text for chat in chats])
-        masks = [self._mask(ids, chat) for ids, chat in zip(rows, chats, strict=True)]
-        odd = [chat for mask, chat in zip(masks, chats, strict=True) if mask is None]
-        encodings = iter(self.plain.encodings([chat.text for chat in odd]))
-        others = (self._mask_of_spans(next(encodings), chat) for chat in odd)
-        masks = [next(others) if mask is None else mask for mask in masks]
+        masks = [_mask(ids, chat) for ids, chat in zip(rows, chats, strict=True)]
+        if not all(masks):
+            from dataset.character_masks import fill_masks
+
+            fill_masks(masks, chats, self.plain)
         return list(zip(rows, masks, strict=True))
-
-    def _mask(self, ids: list[int], chat: Chat) -> list[int] | None:
-        """The mask of a row by its control tokens; None: that needs each token's characters."""
-        places, at = [], -1
-        try:
-            for token in chat.controls:
-                at = ids.index(token, at + 1)
-                places.append(at)
-        except ValueError:  # a word beside it made it text
-            return None
-        mask = [0] * len(ids)
-        for _, _, mark in chat.spans.values():
-            if mark is None:
-                return None
-            first, last = places[mark.after] + 1, places[mark.end]
-            begin = first + len(mark.head)
-            if ids[first:begin] != mark.head:  # its end has merged with what is said
-                return None
-            mask[begin : last + 1] = [1] * (last + 1 - begin)
-        return mask
-
-    def _mask_of_spans(self, encoding: Encoding, chat: Chat) -> list[int]:
-        """The mask of a row by the characters that its tokens stand for."""
-        ids = encoding.ids
-        mask = [0] * len(ids)
-        for begin, end, _ in chat.spans.values():
-            first = encoding.char_to_token(begin)
-            at = begin
-            while first is None and at < end:  # a blank that this tokenizer leaves out
-                at += 1
-                first = encoding.char_to_token(at)
-            last = encoding.char_to_token(end - 1)
-            if ids[first] in self.control_ids and encoding.token_to_chars(first)[0] < begin:
-                first += 1  # a control token that takes the blanks behind it
-            mask[first : last + 1] = [1] * (last + 1 - first)
-        return mask
 
     def encode_chats(
         self, chats: Sequence[tuple], loss_on: str = "all"
@@ -140,21 +107,21 @@ class ChatCoder:
 
     def prompt_text(self, messages, tools=None, thinking: bool | None = None) -> str:
         """What `encode_prompt` encodes: text in which control tokens have their random names."""
-        reader = self.tool_reader if tools else self.reader
         flags = {} if thinking is None else {"enable_thinking": thinking}
-        return reader.read(messages, tools, add_generation_prompt=True, **flags).text
+        return self._read(messages, tools, add_generation_prompt=True, **flags).text
+
+    def _read(self, messages: list[dict], tools: list[dict] | None, **flags) -> Chat:
+        if self.chatml and self.chatml.can_write(messages, tools):
+            return self.chatml.write(messages, **flags)
+        return self.readers[bool(tools)].read(messages, tools, **flags)
 
     def ends_turn(self, text: str) -> bool:
         """Whether such a text begins with an end-of-turn token."""
         return text.startswith(self._end_names)
 
-    # ----------------------------------------------------------------------------------------------
-    # Replies
-    # ----------------------------------------------------------------------------------------------
-
     def opening(self, thinking: bool | None = None) -> str:
         """What a prompt says already of the reply: "<think>\\n", or nothing."""
-        return self.reader.template.opening(thinking)
+        return opening(thinking) if self.chatml else self.readers[0].template.opening(thinking)
 
     def decode_reply(self, ids: Sequence[int]) -> str:
         """What a model wrote, as text: all up to its end-of-turn token; padding is left out.
@@ -170,31 +137,31 @@ class ChatCoder:
         )
 
 
+def _mask(ids: list[int], chat: Chat) -> list[int]:
+    """The mask of a row by its control tokens; []: that needs each token's characters."""
+    places, at = [], -1
+    try:
+        for token in chat.controls:
+            at = ids.index(token, at + 1)
+            places.append(at)
+    except ValueError:  # a word beside it made it text
+        return []
+    mask = [0] * len(ids)
+    for _, _, mark in chat.spans.values():
+        if mark is None:
+            return []
+        first, last = places[mark.after] + 1, places[mark.end]
+        begin = first + len(mark.head)
+        if ids[first:begin] != mark.head:  # its end has merged with what is said
+            return []
+        mask[begin : last + 1] = [1] * (last + 1 - begin)
+    return mask
+
+
 def chat_coder(tokenizer) -> ChatCoder:
     """Look up once what every conversation needs, and check it.
 
     Raises:
         ValueError: the tokenizer is no fast BPE; it has no chat template, or one with a fault.
     """
-    from dataset.template_checks import check_battery
-
-    encoder = text_encoder(tokenizer)
-    place = str(getattr(tokenizer, "template_place", "the tokenizer's chat template"))
-    templates = tokenizer.chat_template
-    if not templates:
-        fault = "there is no chat template (chat_template.jinja, or in tokenizer_config.json)"
-        folder = getattr(tokenizer, "folder", "") or tokenizer.name_or_path or "the tokenizer"
-        raise ValueError(f"{folder}: {fault}; {OTHER}")
-    if isinstance(templates, str):
-        templates = {"default": templates}
-    if "default" not in templates:
-        found = ", ".join(templates)
-        raise ValueError(f"{place}: no template is named 'default' (found: {found}); {OTHER}")
-    variables = dict(tokenizer.special_tokens_map)
-    reader = TemplateReader(Template(templates["default"], place, variables), encoder)
-    tool_reader = reader
-    if "tool_use" in templates:
-        tool_reader = TemplateReader(Template(templates["tool_use"], place, variables), encoder)
-    coder = ChatCoder(tokenizer, reader, tool_reader)
-    check_battery(coder, place)
-    return coder
+    return ChatCoder(tokenizer)

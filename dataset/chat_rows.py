@@ -114,15 +114,12 @@ def normalise_turns(turns: list, sharegpt: bool) -> list[dict]:
 
 
 def _normalise_turn(turn: object, where: str, role_key: str, content_key: str) -> dict:
-    if not isinstance(turn, dict):
-        raise ValueError(f"{where} must be an object, found {json_type(turn)}")
-    fields = present(turn)
-    if role_key not in fields:
-        keys = ", ".join(map(str, fields)) or "none"
-        raise ValueError(f"{where} has no {role_key!r} (keys found: {keys})")
-    name = fields[role_key]
+    fields = present(turn) if isinstance(turn, dict) else {}
+    name = fields.get(role_key)
     if not isinstance(name, str) or name not in ROLES:
-        raise ValueError(f"{where}: unknown role {repr(name)[:40]} (known: {', '.join(ROLES)})")
+        from dataset.turn_fields import wrong_turn
+
+        raise wrong_turn(turn, where, role_key, ROLES)
     content = fields.get(content_key)
     if isinstance(content, str) and SPECIAL.isdisjoint(fields) and name != "function_call":
         return {"role": ROLES[name], "content": check_text(content, f"{where}: {content_key!r}")}

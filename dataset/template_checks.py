@@ -46,8 +46,8 @@ BATTERY: list[tuple[list[dict], list | None]] = [
 ]
 
 
-def check_battery(coder, place: str) -> None:
-    """Compare with the tokenizer's own `apply_chat_template`.
+def check_battery(reader, tool_reader, tokenizer) -> None:
+    """Compare what template readers read with the tokenizer's own `apply_chat_template`.
 
     A conversation that the template refuses is none to compare: a row like it is refused, too.
 
@@ -55,29 +55,28 @@ def check_battery(coder, place: str) -> None:
         ValueError: an id differs, and where.
     """
     for messages, tools in BATTERY:
+        of = tool_reader if tools else reader
         try:
-            chat = coder.read_chat(messages, tools)
-            prompt = coder.encode_prompt(messages[:-1], tools)
+            chat = of.read(messages, tools)
+            prompt = of.read(messages[:-1], tools, add_generation_prompt=True)
         except ValueError:
             continue
-        ids, _ = coder.encode([chat])[0]
-        _compare(coder, place, ids, messages, tools)
-        _compare(coder, place, prompt, messages[:-1], tools, add_generation_prompt=True)
+        _compare(chat, of, tokenizer, messages, tools)
+        _compare(prompt, of, tokenizer, messages[:-1], tools, add_generation_prompt=True)
 
 
-def _compare(coder, place: str, ids: list[int], messages, tools, **flags) -> None:
+def _compare(chat, reader, tokenizer, messages, tools, **flags) -> None:
     # The text is that of our sandbox: transformers' has no budget
-    reader = coder.tool_reader if tools else coder.reader
-    text = reader.template.render(messages, tools, **flags)
-    apply = coder.tokenizer.apply_chat_template
-    expected = apply(messages, chat_template="{{ text }}", text=text, return_dict=False)
+    ids, text = reader.encoder(chat.text), reader.template.render(messages, tools, **flags)
+    expected = tokenizer.apply_chat_template(
+        messages, chat_template="{{ text }}", text=text, return_dict=False
+    )
     if ids == expected:
         return
     pairs = enumerate(zip(ids, expected, strict=False))
     at = next((n for n, (a, b) in pairs if a != b), min(len(ids), len(expected)))
-    found, wanted = (
-        coder.tokenizer.convert_ids_to_tokens(row[at : at + 3]) for row in (ids, expected)
-    )
+    found, wanted = (tokenizer.convert_ids_to_tokens(row[at : at + 3]) for row in (ids, expected))
     where = f"token {at} of a conversation of {len(messages)} turns is {found}"
     fault = f"{where}, apply_chat_template gives {wanted}"
+    place = reader.template.place
     raise ValueError(f"{place}: {fault}: this tokenizer with this template is not supported")

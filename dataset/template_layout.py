@@ -19,6 +19,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from dataset.chatml import Mark
 from dataset.replies import END_THINK
 
 NONCE = secrets.token_hex(8)
@@ -65,19 +66,6 @@ class Layout:
             parts.append(text)
             parts.append(piece)
         return parts
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A span in tokens.
-
-    It begins behind the control token number `after` and the ids `head`, and ends with the control
-    token number `end`.
-    """
-
-    after: int
-    head: list[int]
-    end: int
 
 
 @dataclass(frozen=True)

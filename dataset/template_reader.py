@@ -1,38 +1,18 @@
 """A chat template, understood: the text of a conversation and what in it an assistant says."""
 
-from dataclasses import dataclass
 from datetime import date
 from itertools import accumulate
 
 import jinja2
 
-from dataset.template_layout import (
-    Cut,
-    Layout,
-    Mark,
-    Span,
-    cuttings,
-    parse_layout,
-    plain_message,
-)
+from dataset.chatml import Chat, Mark
+from dataset.template_checks import check_battery
+from dataset.template_layout import Cut, Layout, Span, cuttings, parse_layout, plain_message
 from dataset.template_literals import Looks
 from dataset.template_manner import OTHER, Template, learn_manner
 from dataset.text_encoder import TextEncoder
 
 LAYOUTS = 1 << 12  # kept in memory
-
-
-@dataclass
-class Chat:
-    """A conversation as text, ready to be encoded, and what assistant turns say in it.
-
-    spans: number of a turn -> (begin, end) in characters, its end-of-turn token included; the same
-        in tokens, where that is known. controls: ids of the control tokens in the text.
-    """
-
-    text: str
-    spans: dict[int, tuple[int, int, Mark | None]]
-    controls: list[int]
 
 
 class TemplateReader:
@@ -201,3 +181,29 @@ class TemplateReader:
                 begin = ends[2 * span.first] - len(pieces[span.first]) + span.begin
                 spans[turn] = begin, ends[2 * span.last + 1] + span.end, span.mark
         return Chat("".join(parts), spans, layout.controls)
+
+
+def open_readers(tokenizer, encoder: TextEncoder) -> tuple[TemplateReader, TemplateReader]:
+    """The readers of a tokenizer's chat templates, checked: for all, and for those with tools.
+
+    Raises:
+        ValueError: there is no chat template, or one with a fault.
+    """
+    place = str(getattr(tokenizer, "template_place", "the tokenizer's chat template"))
+    templates = tokenizer.chat_template
+    if not templates:
+        fault = "there is no chat template (chat_template.jinja, or in tokenizer_config.json)"
+        folder = getattr(tokenizer, "folder", "") or tokenizer.name_or_path or "the tokenizer"
+        raise ValueError(f"{folder}: {fault}; {OTHER}")
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    if "default" not in templates:
+        found = ", ".join(templates)
+        raise ValueError(f"{place}: no template is named 'default' (found: {found}); {OTHER}")
+    variables = dict(tokenizer.special_tokens_map)
+    reader = TemplateReader(Template(templates["default"], place, variables), encoder)
+    tool_reader = reader
+    if "tool_use" in templates:
+        tool_reader = TemplateReader(Template(templates["tool_use"], place, variables), encoder)
+    check_battery(reader, tool_reader, tokenizer)
+    return reader, tool_reader

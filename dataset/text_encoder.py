@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 TAG = re.compile(r"\s*[<\[].*[>\]]\s*", re.DOTALL)
 
@@ -38,10 +38,6 @@ class TextEncoder:
         """Encode many texts at once, on all cores (TOKENIZERS_PARALLELISM=false: on one)."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
-
-    def encodings(self, texts: Sequence[str]) -> list[Encoding]:
-        """As `batch`, with the characters that each token stands for."""
-        return self.backend.encode_batch(list(texts), add_special_tokens=False)
 
     def rename(self, text: str) -> str:
         """Control text with the names of its control tokens, which encode to their ids."""

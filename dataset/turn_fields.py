@@ -1,8 +1,9 @@
 """Turns and rows with more than roles and texts: system text, thinking, tools, what to learn."""
 
 import json
+from collections.abc import Iterable
 
-from dataset.checks import check_text, present
+from dataset.checks import check_text, json_type, present
 from dataset.row_fields import (
     EMPTY,
     LEARN,
@@ -123,3 +124,15 @@ def thinking_of(fields: dict, where: str) -> dict:
     if len(set(texts.values())) > 1:
         raise ValueError(f"{where}{' and '.join(map(repr, texts))} differ: keep one of them")
     return {"reasoning_content": next(iter(texts.values()))} if texts else {}
+
+
+def wrong_turn(turn: object, where: str, role_key: str, roles: Iterable[str]) -> ValueError:
+    """A turn is no object, or says its role in none of the ways that are known."""
+    if not isinstance(turn, dict):
+        return ValueError(f"{where} must be an object, found {json_type(turn)}")
+    fields = present(turn)
+    if role_key not in fields:
+        keys = ", ".join(map(str, fields)) or "none"
+        return ValueError(f"{where} has no {role_key!r} (keys found: {keys})")
+    found = repr(fields[role_key])[:40]
+    return ValueError(f"{where}: unknown role {found} (known: {', '.join(roles)})")

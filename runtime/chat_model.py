@@ -149,7 +149,9 @@ def open_chat_model(
 
 def check_thinking(coder: ChatCoder, thinking: bool | None) -> None:
     """ValueError: thinking is asked for, of a chat template that can turn none on."""
-    template = coder.reader.template
-    if thinking and "enable_thinking" not in template.source:
+    if not thinking:
+        return
+    template = coder.readers[0].template
+    if "enable_thinking" not in template.source:
         fault = f"{template.place} has no enable_thinking, so it can turn nothing on"
         raise ValueError(f"--thinking 1: {fault}; leave the flag out")

@@ -32,7 +32,7 @@ class CallForm:
 
 def learn_call_form(coder: ChatCoder) -> CallForm | None:
     """The form of calls in a tokenizer's chat template; None: it has none that is JSON."""
-    reader = coder.tool_reader
+    _, reader = coder.readers
     template, user = reader.template, {"role": "user", "content": "q"}
     tools = [{"type": "function", "function": {"name": NAME, "parameters": {"type": "object"}}}]
     call = as_call({"name": NAME, "arguments": {KEY: VALUE}}, reader.manner.text_arguments)
