@@ -59,12 +59,16 @@ class ChatML:
         self.assistant_ids = encoder(self.heads["assistant"])[1:]
 
     def can_write(self, messages: list[dict], tools: list[dict] | None) -> bool:
-        """Whether there is nothing but roles and texts, and no thinking in the assistant's."""
+        """Whether there is nothing but roles and texts, and no thinking in a row's answers."""
         return not tools and all(
             message.keys() <= FIELDS
             and message["role"] in self.heads
             and isinstance(message.get("content"), str)
-            and (message["role"] != "assistant" or "</think>" not in message["content"])
+            and (
+                "</think>" not in message["content"]
+                or message["role"] != "assistant"
+                or message.get("from_model", False)
+            )
             for message in messages
         )
 
