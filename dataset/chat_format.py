@@ -12,10 +12,9 @@ text the ids are those of `tokenizer.apply_chat_template`.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 
-from dataset.chatml import END, Chat, chatml_of, opening
+from dataset.chatml import END, Chat, chatml_of
 from dataset.text_encoder import TextEncoder, text_encoder
 
 
@@ -26,7 +25,7 @@ class ChatCoder:
         plain: encodes text that is no chat; control tokens that it spells stay text.
         chatml: writes conversations of our template; None: the tokenizer has another one.
         end_of_turn: id of the token with which an assistant turn ends.
-        ends: ids of all tokens that may end one.
+        ends, end_names: ids of all tokens that may end one, and their names in texts of prompts.
     """
 
     def __init__(self, tokenizer):
@@ -36,7 +35,7 @@ class ChatCoder:
         ends = [END] if self.chatml else self.readers[0].manner.ends
         self.ends = [self.plain.ids[token] for token in ends]
         self.end_of_turn = self.ends[0]
-        self._end_names = tuple(self.plain.names[token] for token in ends)
+        self.end_names = tuple(self.plain.names[token] for token in ends)
         self.control_ids = frozenset(self.plain.ids.values())
 
     @cached_property
@@ -63,8 +62,8 @@ class ChatCoder:
             raise ValueError(f"loss_on must be 'all' or 'last', found {loss_on!r}")
         chat = self._read(messages, tools)
         turns = list(chat.spans)[-1 if loss_on == "last" else 0 :]
-        spans = {turn: chat.spans[turn] for turn in turns if messages[turn].get("loss", True)}
-        return replace(chat, spans=spans)
+        chat.spans = {turn: chat.spans[turn] for turn in turns if messages[turn].get("loss", True)}
+        return chat
 
     def encode(self, chats: Sequence[Chat]) -> list[tuple[list[int], list[int]]]:
         """Encode many conversations at once, which makes millions of rows quick.
@@ -115,13 +114,9 @@ class ChatCoder:
             return self.chatml.write(messages, **flags)
         return self.readers[bool(tools)].read(messages, tools, **flags)
 
-    def ends_turn(self, text: str) -> bool:
-        """Whether such a text begins with an end-of-turn token."""
-        return text.startswith(self._end_names)
-
     def opening(self, thinking: bool | None = None) -> str:
         """What a prompt says already of the reply: "<think>\\n", or nothing."""
-        return opening(thinking) if self.chatml else self.readers[0].template.opening(thinking)
+        return (self.chatml or self.readers[0].template).opening(thinking)
 
     def decode_reply(self, ids: Sequence[int]) -> str:
         """What a model wrote, as text: all up to its end-of-turn token; padding is left out.

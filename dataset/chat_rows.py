@@ -107,25 +107,23 @@ def normalise_turns(turns: list, sharegpt: bool) -> list[dict]:
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     messages = []
     for n, turn in enumerate(turns, 1):
-        messages.append(_normalise_turn(turn, f"turn {n}", role_key, content_key))
+        where = f"turn {n}"
+        fields = present(turn) if isinstance(turn, dict) else {}
+        name, content = fields.get(role_key), fields.get(content_key)
+        if not isinstance(name, str) or name not in ROLES:
+            from dataset.turn_fields import wrong_turn
+
+            raise wrong_turn(turn, where, role_key, ROLES)
+        if isinstance(content, str) and SPECIAL.isdisjoint(fields) and name != "function_call":
+            text = check_text(content, f"{where}: {content_key!r}")
+            messages.append({"role": ROLES[name], "content": text})
+        else:
+            from dataset.turn_fields import normalise_special_turn as normalise
+
+            messages.append(normalise(turn, ROLES[name], where, role_key, content_key))
         if n > 1 and messages[-1]["role"] == "system":
-            raise ValueError(f"turn {n}: a system turn must be the first turn")
+            raise ValueError(f"{where}: a system turn must be the first turn")
     return messages
-
-
-def _normalise_turn(turn: object, where: str, role_key: str, content_key: str) -> dict:
-    fields = present(turn) if isinstance(turn, dict) else {}
-    name = fields.get(role_key)
-    if not isinstance(name, str) or name not in ROLES:
-        from dataset.turn_fields import wrong_turn
-
-        raise wrong_turn(turn, where, role_key, ROLES)
-    content = fields.get(content_key)
-    if isinstance(content, str) and SPECIAL.isdisjoint(fields) and name != "function_call":
-        return {"role": ROLES[name], "content": check_text(content, f"{where}: {content_key!r}")}
-    from dataset.turn_fields import normalise_special_turn
-
-    return normalise_special_turn(turn, ROLES[name], where, role_key, content_key)
 
 
 def check_row(row: object) -> dict:

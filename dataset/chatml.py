@@ -24,11 +24,7 @@ SAMPLE = [{"role": role, "content": f"a\n {role}"} for role in ROLES]
 
 @dataclass(frozen=True)
 class Mark:
-    """A span in tokens.
-
-    It begins behind the control token number `after` and the ids `head`, and ends with the control
-    token number `end`.
-    """
+    """A span in tokens: behind control token `after` and the ids `head`, up to token `end`."""
 
     after: int
     head: list[int]
@@ -40,7 +36,8 @@ class Chat:
     """A conversation as text, ready to be encoded, and what assistant turns say in it.
 
     spans: number of a turn -> (begin, end) in characters, its end-of-turn token included; the same
-        in tokens, where that is known. controls: ids of the control tokens in the text.
+        in tokens, where that is known, by the numbers of control tokens in the text.
+    controls: their ids.
     """
 
     text: str
@@ -59,16 +56,12 @@ class ChatML:
         self.assistant_ids = encoder(self.heads["assistant"])[1:]
 
     def can_write(self, messages: list[dict], tools: list[dict] | None) -> bool:
-        """Whether there is nothing but roles and texts, and no thinking in a row's answers."""
+        """Whether there is nothing but roles and texts, and no thinking in them."""
         return not tools and all(
             message.keys() <= FIELDS
             and message["role"] in self.heads
             and isinstance(message.get("content"), str)
-            and (
-                "</think>" not in message["content"]
-                or message["role"] != "assistant"
-                or message.get("from_model", False)
-            )
+            and (message.get("from_model") or "</think>" not in message["content"])
             for message in messages
         )
 
@@ -88,13 +81,12 @@ class ChatML:
                 spans[n] = begin, len(text), Mark(2 * n, self.assistant_ids, 2 * n + 1)
             text += "\n"
         if add_generation_prompt:
-            text += self.heads["assistant"] + self.rename(opening(enable_thinking))
+            text += self.heads["assistant"] + self.rename(self.opening(enable_thinking))
         return Chat(text, spans, self.controls * len(messages))
 
-
-def opening(thinking: bool | None) -> str:
-    """What a prompt says already of the reply."""
-    return "<think>\n" if thinking else ""
+    def opening(self, thinking: bool | None) -> str:
+        """What a prompt says already of the reply."""
+        return "<think>\n" if thinking else ""
 
 
 def chatml_of(tokenizer, encoder: TextEncoder) -> ChatML | None:

@@ -36,7 +36,7 @@ class Talk:
         """
         text = self._prompt_text(messages, dropped)
         behind = text[len(self._text) :]
-        if self._text and text.startswith(self._text) and self.coder.ends_turn(behind):
+        if self._text and text.startswith(self._text) and behind.startswith(self.coder.end_names):
             return [*self._ids, *self.coder.plain(behind)]
         return self.coder.plain(text)
 

@@ -37,11 +37,9 @@ def plain_chats(draw):
     """Roles in any order, texts of any kind; a system turn that is not the first one, too."""
     messages = []
     for role in draw(st.lists(st.sampled_from(ROLES), min_size=1, max_size=7)):
-        message = {"role": role, "content": draw(TEXT)}
-        if role == "assistant":
-            message["content"] = message["content"].replace("</think>", "")
-            if draw(st.booleans()):
-                message["loss"] = draw(st.booleans())
+        message = {"role": role, "content": draw(TEXT).replace("</think>", "")}
+        if role == "assistant" and draw(st.booleans()):
+            message["loss"] = draw(st.booleans())
         messages.append(message)
     return messages
 
@@ -118,6 +116,7 @@ def test_what_a_coder_knows_of_the_template_is_what_the_reader_finds(which):
         ([user("q"), assistant("a", tool_calls=[])], None),
         ([user("q"), assistant("<think>\nt\n</think>\n\na")], None),
         ([user("q"), assistant("</think>")], None),
+        ([user("q </think>"), assistant("a")], None),
         ([user("q"), assistant(None)], None),
         ([user("q"), {"role": "assistant"}], None),
         ([{**user("q"), "name": "n"}], None),
