@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from dataset.chat_format import ChatCoder
 from dataset.prompt_dataset import PromptDataset
-from runtime.parallel import data_world, sum_over_ranks
+from runtime.parallel import sum_over_ranks
 from runtime.rl.rewards import Reward, compute_rewards, texts_of
-from runtime.rl.rollout import Rollout, generate, whole_copy
+from runtime.rl.rollout import Rollout, generate
 
 
 @dataclass
@@ -20,9 +20,8 @@ class Sampler:
     args: Any  # the flags batch_size, max_new_tokens, temperature and seed
     rewards: list[Reward]  # of --reward
     dataset: PromptDataset
-    coder: ChatCoder
     autocast: Any  # around forward passes
-    copy: nn.Module | None  # to generate with, where the policy is sharded or compiled
+    copy: nn.Module | None  # of `whole_copy.py`, where the policy is sharded or compiled
 
     def sample_completions(
         self,
@@ -46,44 +45,38 @@ class Sampler:
         Raises:
             ValueError: see `compute_rewards`.
         """
-        args = self.args
+        args, dataset = self.args, self.dataset
+        if self.copy is not None:
+            from runtime.rl.whole_copy import update_copy
+
+            policy = update_copy(self.copy, policy)
         rollout = generate(
-            whole_copy(policy, self.copy),
-            [self.dataset[n] for n in numbers],
+            policy,
+            [dataset[n] for n in numbers],
             numbers,
             samples,
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature if temperature is None else temperature,
-            end=self.coder.end_of_turn,
+            end=dataset.coder.end_of_turn,
             seed=args.seed,
             step=step,
             autocast=self.autocast,
         )
         sources = [n for n in numbers for _ in range(samples)]
-        rows = [self.dataset.rows[n] for n in sources]
-        places = [self.dataset.places[n] for n in sources]
-        return rollout, compute_rewards(self.rewards, rollout, rows, places, self.coder)
+        rows = [dataset.rows[n] for n in sources]
+        places = [dataset.places[n] for n in sources]
+        return rollout, compute_rewards(self.rewards, rollout, rows, places, dataset.coder)
 
-    def greedy_reward(self, policy: nn.Module, numbers) -> float:
-        """Mean reward of the most probable completions of some prompts, each counted once.
 
-        Args:
-            numbers: (n,) of the prompts, the same on every rank.
-        """
-        rank, ranks = data_world()
-        local_numbers = numbers[rank::ranks].tolist()
-        _, rewards = self.sample_completions(policy, local_numbers, 1, 0, temperature=0.0)
-        return sum_over_ranks(rewards.sum())[0] / len(numbers)
-
-    def show(self, rollout: Rollout, rewards: Tensor, count: int = 3) -> str:
-        """A few completions of a rollout with their rewards, in a line each."""
-        prompts, completions = texts_of(rollout, self.coder)
-        total = rewards.sum(dim=1).tolist()
-        count = min(count, len(rollout))
-        rows = [n * len(rollout) // count for n in range(count)]
-        lines = [f"  reward {total[n]:.2f}: {prompts[n]!r} -> {completions[n]!r}" for n in rows]
-        return "\n".join(lines)
+def show_samples(rollout: Rollout, rewards: Tensor, coder: ChatCoder, count: int = 3) -> str:
+    """A few completions of a rollout with their rewards, in a line each."""
+    prompts, completions = texts_of(rollout, coder)
+    total = rewards.sum(dim=1).tolist()
+    count = min(count, len(rollout))
+    rows = [n * len(rollout) // count for n in range(count)]
+    lines = [f"  reward {total[n]:.2f}: {prompts[n]!r} -> {completions[n]!r}" for n in rows]
+    return "\n".join(lines)
 
 
 def rollout_metrics(rollout: Rollout, rewards: Tensor, names: list[str]) -> dict[str, float]:
@@ -95,7 +88,7 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor, names: list[str]) -> dict
     """
     total = rewards.sum(dim=1)
     sums = [len(rollout), total.sum(), total.square().sum()]
-    sums += [rollout.lengths.sum(), (~rollout.ended).sum()]
+    sums += [sum(map(len, rollout.completions)), rollout.ended.count(False)]
     count, mean, square, length, cut, *each = sum_over_ranks(*sums, *rewards.sum(dim=0))
     mean, square = mean / count, square / count
     metrics = {"reward": mean, "reward_std": math.sqrt(max(0.0, square - mean**2))}
