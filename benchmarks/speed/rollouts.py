@@ -1,8 +1,6 @@
-"""Rollouts as GRPO writes them: sampled completions with their log-probabilities, against
-transformers' generate.
+"""Rollouts as GRPO writes them, sampled completions, against transformers' generate.
 
-A prompt gets 8 completions of one length. transformers only draws; it is not asked for
-log-probabilities.
+A prompt gets 8 completions of one length.
 """
 
 import torch
@@ -45,13 +43,9 @@ def compare(label: str, shape: dict, device: torch.device, kind: str, rounds: in
             "max_new_tokens": NEW,
             "temperature": 1.0,
             "end": -1,
-            "seed": 0,
-            "step": step,
         }
-        numbers = list(range(PROMPTS))
-        rollout.generate(
-            model, prompts, numbers, SAMPLES, **options, autocast=autocast(device, kind)
-        )
+        keys = [(0, step, number, sample) for number in range(PROMPTS) for sample in range(SAMPLES)]
+        rollout.generate(model, prompts, keys, **options, autocast=autocast(device, kind))
 
     @torch.inference_mode()
     def peer(step: int) -> None:

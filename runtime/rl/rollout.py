@@ -46,6 +46,11 @@ class Pack:
     lengths: Tensor  # (R,) int64, tokens of each completion
     kept: dict[str, Tensor]  # what a stage keeps from one pass over the tokens to the next
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Completions, tokens of X, and tokens of completions."""
+        return len(self.rows), sum(self.doc_lens), len(self.targets)
+
 
 @dataclass
 class MiniBatch:
@@ -66,23 +71,20 @@ class MiniBatch:
 def generate(
     model: MiniMindLM,
     prompts: list[list[int]],
-    numbers: list[int],
-    samples: int,
+    keys: list[tuple[int, int, int, int]],
     *,
     batch_size: int,
     max_new_tokens: int,
     temperature: float,
     end: int,
-    seed: int,
-    step: int,
     autocast,
 ) -> Rollout:
-    """Complete every prompt `samples` times.
+    """Complete every prompt, each as often as there are keys for it.
 
     Args:
         model: not wrapped in DDP, nor sharded.
         prompts: token ids.
-        numbers: of the prompts in the data: with seed and step they decide what is sampled.
+        keys: (seed, step, prompt, sample) of each completion, whose random numbers follow from it.
         batch_size: prompts that are worked on at once.
         max_new_tokens: longest completion; both fit the model's max_seq_len.
         temperature: of the logits; 0 takes the likeliest token.
@@ -90,8 +92,8 @@ def generate(
     """
     if not prompts:
         return Rollout([], [], [])
+    samples = len(keys) // len(prompts)
     training, device = model.training, model.lm_head.weight.device
-    keys = [[seed, step, number, sample] for number in numbers for sample in range(samples)]
     exact = to_float64(torch.zeros((), device=device)).device  # where there is float64
     uniform = draw_uniform(keys, max_new_tokens).to(exact)
     ids = torch.zeros(len(keys), max_new_tokens, dtype=torch.int64, device=device)
@@ -118,7 +120,7 @@ def generate(
     )
 
 
-def draw_uniform(keys: list[list[int]], count: int) -> Tensor:
+def draw_uniform(keys: list[tuple], count: int) -> Tensor:
     """Random numbers in [0, 1) that follow from each row's key alone: (len(keys), count) float64."""
     return torch.from_numpy(np.stack([np.random.default_rng(key).random(count) for key in keys]))
 
@@ -182,21 +184,15 @@ def mini_batches(rollout: Rollout, rows: list[list[int]], budget: int) -> list[M
 
     Every rank makes the same number of passes, some without a row, and at least one.
     """
-    local_packs = [packs_of(rollout, part, budget) for part in rows]
+    local_packs = [packs_of(rollout, part, budget) or [pack(rollout, [])] for part in rows]
     counts = [
-        (
-            len(packs),
-            sum(len(pack.rows) for pack in packs),
-            sum(sum(pack.doc_lens) for pack in packs),
-            sum(len(pack.targets) for pack in packs),
-        )
-        for packs in local_packs
+        [len(packs), *np.sum([pack.counts for pack in packs], axis=0)] for packs in local_packs
     ]
     all_counts = np.array(parallel.gather_objects(counts))  # (ranks, mini-batches, 4)
     passes = all_counts.max(axis=0)[:, 0].tolist()
     sums = all_counts.sum(axis=0)[:, 1:].tolist()
     for packs, n in zip(local_packs, passes, strict=True):
-        packs += [pack(rollout, []) for _ in range(max(1, n) - len(packs))]
+        packs += [pack(rollout, []) for _ in range(n - len(packs))]
     return [MiniBatch(packs, *total) for packs, total in zip(local_packs, sums, strict=True)]
 
 

@@ -53,14 +53,11 @@ class Sampler:
         rollout = generate(
             policy,
             [dataset[n] for n in numbers],
-            numbers,
-            samples,
+            [(args.seed, step, n, sample) for n in numbers for sample in range(samples)],
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature if temperature is None else temperature,
             end=dataset.coder.end_of_turn,
-            seed=args.seed,
-            step=step,
             autocast=self.autocast,
         )
         sources = [n for n in numbers for _ in range(samples)]

@@ -58,9 +58,8 @@ def write(
         "temperature": temperature,
         "end": END,
     }
-    return rollout.generate(
-        model, prompts, numbers, samples, seed=seed, step=step, autocast=nullcontext(), **options
-    )
+    keys = [(seed, step, number, sample) for number in numbers for sample in range(samples)]
+    return rollout.generate(model, prompts, keys, autocast=nullcontext(), **options)
 
 
 def texts(sampled) -> list[list[int]]:
