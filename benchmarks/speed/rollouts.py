@@ -16,7 +16,7 @@ from common import (
     seconds_of,
 )
 
-from runtime.rl import rollout
+from runtime.rl import sampler
 
 PROMPTS, SAMPLES, NEW = 32, 8, 256
 SHAPES = {"26 M": {"dim": 512, "n_layers": 8}, "104 M": {"dim": 768, "n_layers": 16}}
@@ -45,7 +45,7 @@ def compare(label: str, shape: dict, device: torch.device, kind: str, rounds: in
             "end": -1,
         }
         keys = [(0, step, number, sample) for number in range(PROMPTS) for sample in range(SAMPLES)]
-        rollout.generate(model, prompts, keys, **options, autocast=autocast(device, kind))
+        sampler.generate(model, prompts, keys, **options, autocast=autocast(device, kind))
 
     @torch.inference_mode()
     def peer(step: int) -> None:

@@ -1,9 +1,4 @@
-"""Rollouts: completions of prompts, and the batches made of them.
-
-Ranks sample completions of different lengths, so nothing here talks to another rank while it
-generates: a sharded model is copied whole first, see `whole_copy.py`. What is sampled is a function
-of (seed, step, prompt, sample) alone, not of the ranks or the batch.
-"""
+"""Rollouts, which are completions of prompts, and the batches made of them to learn from."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,10 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import packing
-from model.generate import generate_batch
-from model.lm import MiniMindLM
 from runtime import parallel
-from runtime.device import to_float64
 
 
 @dataclass
@@ -60,92 +52,6 @@ class MiniBatch:
     completions: int  # over all ranks, as are the others
     tokens: int  # of X
     supervised: int  # of the completions
-
-
-# --------------------------------------------------------------------------------------------------
-# Sampling
-# --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def generate(
-    model: MiniMindLM,
-    prompts: list[list[int]],
-    keys: list[tuple[int, int, int, int]],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    end: int,
-    autocast,
-) -> Rollout:
-    """Complete every prompt, each as often as there are keys for it.
-
-    Args:
-        model: not wrapped in DDP, nor sharded.
-        prompts: token ids.
-        keys: (seed, step, prompt, sample) of each completion, whose random numbers follow from it.
-        batch_size: prompts that are worked on at once.
-        max_new_tokens: longest completion; both fit the model's max_seq_len.
-        temperature: of the logits; 0 takes the likeliest token.
-        end: the token that ends a completion.
-    """
-    if not prompts:
-        return Rollout([], [], [])
-    samples = len(keys) // len(prompts)
-    training, device = model.training, model.lm_head.weight.device
-    exact = to_float64(torch.zeros((), device=device)).device  # where there is float64
-    uniform = draw_uniform(keys, max_new_tokens).to(exact)
-    ids = torch.zeros(len(keys), max_new_tokens, dtype=torch.int64, device=device)
-    lengths = torch.zeros(len(keys), dtype=torch.int64, device=device)
-
-    def sampler(logits: Tensor, row: Tensor, position: Tensor) -> Tensor:
-        log_probs = (logits / (temperature or 1.0)).log_softmax(dim=-1)  # (R, vocab)
-        if not temperature:
-            return log_probs.argmax(dim=-1)
-        return draw(log_probs, uniform[row.to(exact), position.to(exact)])
-
-    model.eval()
-    with autocast:
-        limits = [max_new_tokens] * len(prompts)
-        tokens = generate_batch(model, prompts, limits, sampler, end, samples, batch_size)
-        for row, position, token in tokens:
-            ids[row, position], lengths[row] = token, position + 1
-    model.train(training)
-    completions = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
-    return Rollout(
-        prompts=[prompt for prompt in prompts for _ in range(samples)],
-        completions=completions,
-        ended=[completion[-1] == end for completion in completions],
-    )
-
-
-def draw_uniform(keys: list[tuple], count: int) -> Tensor:
-    """Random numbers in [0, 1) that follow from each row's key alone: (len(keys), count) float64."""
-    return torch.from_numpy(np.stack([np.random.default_rng(key).random(count) for key in keys]))
-
-
-def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the cumulated probability passes `uniform`.
-
-    Args:
-        log_probs: (B, V) float32.
-        uniform: (B,) float64 in [0, 1).
-
-    Returns:
-        (B,) int64.
-
-    Source: Devroye, Non-Uniform Random Variate Generation (1986), section III.2, inversion.
-    """
-    cumulated = to_float64(log_probs).exp().cumsum(dim=-1)
-    point = uniform.unsqueeze(1) * cumulated[:, -1:]
-    token = torch.searchsorted(cumulated, point, right=True).squeeze(1)
-    return token.clamp_max(log_probs.size(1) - 1).to(log_probs.device)
-
-
-# --------------------------------------------------------------------------------------------------
-# Learning from it
-# --------------------------------------------------------------------------------------------------
 
 
 def pack(rollout: Rollout, rows: list[int]) -> Pack:

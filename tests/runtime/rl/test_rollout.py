@@ -15,7 +15,7 @@ from model.generate import Decoder
 from model.lm import LMConfig, MiniMindLM
 from model.reward import RewardConfig, RewardModel
 from runtime.checkpoint import save_file
-from runtime.rl import reward_words, rewards, rollout, whole_copy
+from runtime.rl import reward_words, rewards, rollout, sampler, whole_copy
 
 SHAPE = {
     "dim": 32,
@@ -59,7 +59,7 @@ def write(
         "end": END,
     }
     keys = [(seed, step, number, sample) for number in numbers for sample in range(samples)]
-    return rollout.generate(model, prompts, keys, autocast=nullcontext(), **options)
+    return sampler.generate(model, prompts, keys, autocast=nullcontext(), **options)
 
 
 def texts(sampled) -> list[list[int]]:
@@ -69,11 +69,11 @@ def texts(sampled) -> list[list[int]]:
 def recorded_log_probs(monkeypatch, temperature: float) -> dict[tuple[int, int], float]:
     """(row, position) -> log-probability under which the token there is drawn, as it is drawn."""
     log_probs = {}
-    generate_batch = rollout.generate_batch
+    generate_batch = sampler.generate_batch
 
-    def generate(model, prompts, limits, sampler, *others):
+    def generate(model, prompts, limits, draw, *others):
         def sample(logits, row, position):
-            token = sampler(logits, row, position)
+            token = draw(logits, row, position)
             chosen = (logits / temperature).log_softmax(-1).gather(1, token.unsqueeze(1))
             keys = zip(row.tolist(), position.tolist(), strict=True)
             log_probs.update(zip(keys, chosen.flatten().tolist(), strict=True))
@@ -81,7 +81,7 @@ def recorded_log_probs(monkeypatch, temperature: float) -> dict[tuple[int, int],
 
         return generate_batch(model, prompts, limits, sample, *others)
 
-    monkeypatch.setattr(rollout, "generate_batch", generate)
+    monkeypatch.setattr(sampler, "generate_batch", generate)
     return log_probs
 
 
@@ -162,10 +162,10 @@ def test_rows_that_have_ended_cost_no_work(shape):
 def test_a_draw_inverts_the_cumulated_distribution():
     probs = torch.tensor([0.1, 0.0, 0.4, 0.5])
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    drawn = rollout.draw(probs.log().expand(1000, 4), uniform)
+    drawn = sampler.draw(probs.log().expand(1000, 4), uniform)
     assert drawn.bincount(minlength=4).tolist() == [100, 0, 400, 500] and (drawn.diff() >= 0).all()
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert rollout.draw(probs.log().expand(2, 4), edges).tolist() == [0, 3]
+    assert sampler.draw(probs.log().expand(2, 4), edges).tolist() == [0, 3]
 
 
 def test_samples_follow_the_model():
