@@ -2,11 +2,14 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_jsonl
+from running import ROOT
 
 from dataset.chat_format import chat_coder
 from dataset.lm_dataset import describe
@@ -353,3 +356,23 @@ def test_preview(open_rows, tokenizer):
     ):
         assert text in shown
     assert shown.splitlines()[-1].startswith("--- 1 rows, ") and shown.count("What is 2 + 2?") == 2
+
+
+LOADED = """
+import sys
+from dataset.preference_dataset import PreferenceDataset
+from dataset.tokenizer import load_tokenizer
+
+path, cache = sys.argv[1:]
+PreferenceDataset(path, load_tokenizer("model/minimind_tokenizer"), cache_dir=cache)
+print(*(name for name in sys.modules if name.startswith("dataset.")))
+"""
+
+
+@pytest.mark.parametrize("form", ["texts", "turns"])
+def test_plain_pairs_load_no_other_reader(form, tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [GOOD, FORMS[form]])
+    command = [sys.executable, "-c", LOADED, str(path), str(tmp_path / "cache")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.removeprefix("dataset.") for name in done.stdout.split()}
+    assert ("pair_rows" in loaded) == ("row_fields" in loaded) == (form == "turns")
