@@ -12,14 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from dataset.chat_format import Chat, chat_coder
-from dataset.chat_rows import add_row_fields, is_sharegpt, normalise_turns
-from dataset.checks import present
+from dataset.chat_rows import SPECIAL, is_sharegpt, normalise_turns
 from dataset.lm_dataset import CachedDataset
 from dataset.packing import split_rows
-from dataset.row_fields import refuse
 
-SIDES = ("chosen", "rejected")
-SHAPES = '{"chosen": [turns], "rejected": [turns]} or {"prompt", "chosen", "rejected"}'
+NOT_PLAIN = SPECIAL | {"conversations", "margin"}  # fields of a row that `pair_rows.py` reads
 
 Sample = tuple[Tensor, Tensor, Tensor]  # X, Y, loss_mask
 
@@ -114,104 +111,44 @@ class PairEncoder:
         self.max_length = max_length
 
     def parse(self, row: object) -> list[Chat]:
-        return [self.coder.read_chat(*side, "last") for side in normalise_pair(row)]
+        """Both sides of a pair; ValueError: a fault of the row, without the file and line."""
+        sides = read_plain_pair(row)
+        if not sides:
+            from dataset.pair_rows import normalise_pair
+
+            sides = normalise_pair(row)
+        return [self.coder.read_chat(messages, tools, "last") for messages, tools in sides]
 
     def encode(self, pairs: list[list[Chat]]) -> list[tuple[list, bool]]:
+        results, size = [], self.max_length + 1
         encoded = iter(self.coder.encode([chat for pair in pairs for chat in pair]))
-        sides = zip(encoded, encoded, strict=True)
-        return [truncate(list(pair), self.max_length) for pair in sides]
+        for pair in zip(encoded, encoded, strict=True):
+            chosen, rejected = ((ids[:size], mask[:size]) for ids, mask in pair)
+            is_learned = 1 in chosen[1] and 1 in rejected[1] and chosen != rejected
+            truncated = any(len(ids) > size for ids, _ in pair)
+            results.append(([chosen, rejected] if is_learned else [], truncated))
+        return results
 
 
-def normalise_pair(row: object) -> list[tuple[list[dict], list[dict] | None]]:
-    """Bring a row into two conversations, chosen and rejected, as `ChatCoder` takes them.
+def read_plain_pair(row: object) -> list[tuple[list[dict], None]]:
+    """(messages, no tools) of both sides; [] for a row that is not plain, or has a fault.
 
-    They are alike up to the last turn, which is the assistant's.
-
-    Raises:
-        ValueError: a fault of the row, in one line, without the file and line.
+    Plain are three texts, or two conversations of turns that are a role and a text.
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be a JSON object {SHAPES}, found {type(row).__name__}")
-    row = present(row)
-    for side in SIDES:
-        if side not in row:
-            found = ", ".join(map(repr, list(row)[:10])) or "none"
-            raise ValueError(
-                f"a preference pair needs {side!r}; keys found: {found}; accepted: {SHAPES}"
-            )
-    refuse(row, {"margin": "pairs are learned without one, take the field out"})
-    prompt = turns_of(row.get("prompt") or row.get("conversations") or [], "user", "prompt")
-    chats = [normalise_side(row, prompt, side) for side in SIDES]
-    (chosen, _), (rejected, _) = chats
-    if chosen[-1] == rejected[-1] and chosen[:-1] == rejected[:-1]:
-        raise ValueError("chosen and rejected are the same answer: there is nothing to prefer")
-    if chosen[:-1] != rejected[:-1]:
-        raise ValueError(
-            "chosen and rejected answer different prompts: they may differ in their last turn only"
-        )
-    if len(chosen) == 1:
-        raise ValueError(f"there is no prompt before the answers; accepted: {SHAPES}")
-    return chats
-
-
-def normalise_side(row: dict, prompt: list[dict], side: str) -> tuple[list[dict], list | None]:
-    """The conversation that ends with the answer of a side, and its tools."""
-    answer = turns_of(row[side], "assistant", side)
-    if answer and answer[0]["role"] in ("system", "user"):
-        answer = with_prompt(answer, prompt, side)
-    else:
-        answer = [*prompt, *answer]
-    if not answer:
-        raise ValueError(f"{side}: empty conversation")
-    messages, tools = add_row_fields(answer, row)
-    last = messages[-1]
-    if last["role"] != "assistant":
-        fault = f"the last turn must be the assistant's answer, it is of role {last['role']}"
-        raise ValueError(f"{side}: {fault}")
-    if not (last["content"].strip() or last.get("reasoning_content") or last.get("tool_calls")):
-        raise ValueError(f"{side}: the answer is empty")
-    return messages, tools
-
-
-def turns_of(part: object, role: str, name: str) -> list[dict]:
-    """A text, a turn or a list of turns as messages; a text is of the role."""
-    turns = part if isinstance(part, list) else [part]
-    sharegpt = is_sharegpt(turns)
-    by, text = ("from", "value") if sharegpt else ("role", "content")
+    if not isinstance(row, dict) or not NOT_PLAIN.isdisjoint(row):
+        return []
+    prompt, *sides = (row.get(name) for name in ("prompt", "chosen", "rejected"))
+    if prompt is not None:
+        if not (prompt and all(isinstance(text, str) for text in (prompt, *sides))):
+            return []
+        asked = {"role": "user", "content": prompt}
+        sides = [[asked, {"role": "assistant", "content": answer}] for answer in sides]
     try:
-        return normalise_turns(
-            [{by: role, text: turn} if isinstance(turn, str) else turn for turn in turns], sharegpt
-        )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def with_prompt(whole: list[dict], prompt: list[dict], side: str) -> list[dict]:
-    """A side that is the whole conversation and repeats the prompt, perhaps not its system turn.
-
-    Raises:
-        ValueError: it does not repeat it.
-    """
-    size = len(prompt)
-    if any(whole[at : at + size] == prompt for at in range(len(whole) - size + 1)):
-        return whole
-    if prompt[0]["role"] == "system" and whole[: size - 1] == prompt[1:]:
-        return [prompt[0], *whole]
-    raise ValueError(
-        f"{side}: it begins with a {whole[0]['role']} turn, so it is the whole conversation, but it"
-        " does not repeat the prompt: take the prompt out of the row, or all but the answer out of"
-        " this field"
-    )
-
-
-def truncate(
-    sides: list[tuple[list[int], list[int]]], max_length: int
-) -> tuple[list[tuple[list[int], list[int]]], bool]:
-    """Both sides (ids, mask) within max_length + 1 tokens, and whether one was longer.
-
-    There are no sides if nothing is left to learn from.
-    """
-    size = max_length + 1
-    shorter = [(ids[:size], mask[:size]) for ids, mask in sides]
-    learned = all(1 in mask for _, mask in shorter) and shorter[0] != shorter[1]
-    return (shorter if learned else []), any(len(ids) > size for ids, _ in sides)
+        chosen, rejected = (normalise_turns(turns, is_sharegpt(turns)) for turns in sides)
+    except (TypeError, ValueError):  # `pair_rows.py` says which turn it is
+        return []
+    if len(chosen) < 2 or chosen[:-1] != rejected[:-1] or chosen == rejected:
+        return []
+    answers = (chosen[-1], rejected[-1])
+    is_answered = all(turn["role"] == "assistant" and turn["content"].strip() for turn in answers)
+    return [(chosen, None), (rejected, None)] if is_answered and "tools" not in chosen[0] else []

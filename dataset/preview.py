@@ -1,8 +1,11 @@
-"""Rows of a token cache as text, for --preview."""
+"""Rows of data as the model sees them, as text, for --preview."""
+
+import json
 
 import numpy as np
 
 from dataset.lm_dataset import CachedDataset, describe
+from dataset.prompt_dataset import TALK, PromptDataset, describe_prompts
 
 
 def preview(dataset: CachedDataset, tokenizer, count: int, colour: bool = False) -> str:
@@ -25,6 +28,19 @@ def show_pairs(dataset, tokenizer, count: int, colour: bool) -> str:
             text = mark_supervised(ids, mask, tokenizer, colour)
             shown += f"--- pair {row}, {name}: {counts}\n{text}\n"
     return shown
+
+
+def preview_prompts(dataset: PromptDataset, tokenizer, count: int) -> str:
+    """Prompts as the model sees them, their rows' other fields, and the counts of the file."""
+    lines = []
+    for number in range(min(count, len(dataset))):
+        fields = {key: value for key, value in dataset.rows[number].items() if key not in TALK}
+        lines.append(
+            f"--- prompt {number}: {len(dataset[number])} tokens,"
+            f" {json.dumps(fields, ensure_ascii=False)}"
+        )
+        lines.append(tokenizer.decode(dataset[number]))
+    return "\n".join([*lines, "--- " + describe_prompts(dataset)])
 
 
 def mark_supervised(ids: np.ndarray, mask: np.ndarray, tokenizer, colour: bool) -> str:

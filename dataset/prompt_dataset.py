@@ -10,7 +10,6 @@ from torch.utils.data import Dataset
 from dataset.chat_format import ChatCoder, chat_coder
 from dataset.chat_rows import detect_format, normalise_row
 from dataset.read_rows import read_rows
-from dataset.replies import final_answer
 
 # Fields of a row that are the prompt.
 TALK = ("conversations", "messages", "instruction", "input", "output", "history", "system")
@@ -113,7 +112,9 @@ def split_prompt(
             row = {"output": ""} | row  # a prompt needs none
     messages, tools = normalise_row(row, fmt, need_assistant=False)
     if messages[-1]["role"] == "assistant":
-        answer = final_answer(said(coder, messages, tools))
+        from dataset.reference_answer import reference_answer
+
+        answer = reference_answer(coder, messages, tools)
         messages.pop()
         row = ({"answer": answer} if answer else {}) | row
     if not any(message["role"] == "user" for message in messages):
@@ -137,26 +138,3 @@ def describe_prompts(dataset: PromptDataset) -> str:
     return text + (
         f", {stats['bad']:,} bad rows skipped (first: {stats['first_bad']})" if stats["bad"] else ""
     )
-
-
-def preview_prompts(dataset: PromptDataset, tokenizer, count: int) -> str:
-    """Prompts as the model sees them, their rows' other fields, and the counts of the file."""
-    lines = []
-    for number in range(min(count, len(dataset))):
-        fields = {key: value for key, value in dataset.rows[number].items() if key not in TALK}
-        lines.append(
-            f"--- prompt {number}: {len(dataset[number])} tokens,"
-            f" {json.dumps(fields, ensure_ascii=False)}"
-        )
-        lines.append(tokenizer.decode(dataset[number]))
-    return "\n".join([*lines, "--- " + describe_prompts(dataset)])
-
-
-def said(coder: ChatCoder, messages: list[dict], tools: list[dict] | None = None) -> str:
-    """The last turn, an assistant's, as `decode_reply` gives it, without its thinking."""
-    last = {name: v for name, v in messages[-1].items() if name != "reasoning_content"}
-    if not last.get("tool_calls"):
-        return last["content"]
-    chat = [*messages[:-1], {**last, "loss": True}]
-    ids, mask = coder.encode_chats([(chat, tools)], "last")[0]
-    return coder.decode_reply([token for token, said in zip(ids, mask, strict=True) if said])

@@ -1,9 +1,10 @@
 """Evaluation over all ranks: every row counts once."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.parallel import data_world, is_fsdp, row_split, sum_over_ranks, unwrap
 from runtime.run import Run
@@ -37,6 +38,21 @@ def evaluate_pairs(
     """
     sums = sum_over_rows(run, lambda *args: loss_of(*args)[0], pairs, rows)
     return {f"eval_{name}": total / len(rows) for name, total in zip(names, sums, strict=True)}
+
+
+def evaluate_prompts(sampler: Any, policy: nn.Module, numbers) -> dict[str, float]:
+    """Mean reward of the most probable completions of some prompts: {"eval_reward", "eval_loss"}.
+
+    Args:
+        sampler: an `rl.sampler.Sampler`.
+        policy: not wrapped in DDP; it may be sharded.
+        numbers: (n,) of the prompts, the same on every rank.
+    """
+    rank, ranks = data_world()
+    local_numbers = numbers[rank::ranks].tolist()
+    _, rewards = sampler.sample_completions(policy, local_numbers, 1, 0, temperature=0.0)
+    reward = sum_over_ranks(rewards.sum())[0] / len(numbers)
+    return {"eval_loss": -reward, "eval_reward": reward}
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from runtime import parallel
+from runtime import frozen, parallel
 from runtime.rl import reward_model
 
 
@@ -62,7 +62,7 @@ def models_of(stage) -> tuple[list, int]:
             pass
 
     parallel.wrap = recorded(parallel.wrap)
-    for module in (stage, reward_model):
+    for module in (stage, reward_model, frozen):
         if hasattr(module, "wrap_frozen"):
             module.wrap_frozen = recorded(module.wrap_frozen)
     if hasattr(stage, "lightning_engine"):  # which begins with it

@@ -39,7 +39,6 @@ from model.preference_loss import METRICS, bradley_terry, logps_of, sum_metrics
 from model.weight_hash import hash_weights
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device
-from runtime.frozen import wrap_frozen
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.run import Run
@@ -422,7 +421,11 @@ def main() -> int:
     apply_kernels(model, args.device, dtype)
     weights, reference = {}, None
     if args.loss_type != "simpo":
-        reference = wrap_frozen(copy.deepcopy(model), args, dtype, start.fill)
+        reference = copy.deepcopy(model).eval().requires_grad_(False)
+        if start.fill:  # processes that share a model share the reference, too
+            from runtime.frozen import wrap_frozen
+
+            reference = wrap_frozen(reference, args, dtype, start.fill)
         weights = {"the weights of --from_weight": hash_weights(reference.state_dict())}
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | weights
     identity |= {"the data of --eval_data": held_out[0].key} if args.eval_data else {}

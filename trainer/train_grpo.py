@@ -38,21 +38,13 @@ from torch import Tensor
 from dataset.packing import Plan, plan_epoch, split_rows
 from dataset.prompt_dataset import PromptDataset, describe_prompts
 from model.lm import LMConfig, MiniMindLM
-from model.weight_hash import hash_weights
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device, to_float64
-from runtime.frozen import wrap_frozen
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
 from runtime.rl.rewards import load_rewards
-from runtime.rl.rollout import (
-    copy_to_generate,
-    mini_batch_rows,
-    mini_batches,
-    rank_prompts,
-    score,
-)
-from runtime.rl.sampler import Sampler, rollout_metrics
+from runtime.rl.rollout import mini_batch_rows, mini_batches, rank_prompts, score
+from runtime.rl.sampler import Sampler, rollout_metrics, show_samples
 from runtime.run import Run
 from runtime.start import open_start
 from runtime.tracking import Tracker
@@ -339,11 +331,12 @@ def train_epoch(run: Run, plan: Plan, sampler: Sampler, reference, held_out: np.
         # 7. Between two rollouts: show samples, evaluate, save
         run.progress["step_in_epoch"] += 1
         if run.has_passed(args.sample_interval, steps_per_rollout) or run.step == steps_per_rollout:
-            shown = sampler.show(rollout, rewards)
+            shown = show_samples(rollout, rewards, sampler.dataset.coder)
             run.tracker.print(f"step {run.step} reward {rollout_means['reward']:.3f}\n{shown}")
         if len(held_out) and run.is_due(args.eval_interval, steps_per_rollout):
-            reward = sampler.greedy_reward(policy, held_out)
-            run.log({"step": run.step, "eval_loss": -reward, "eval_reward": reward})
+            from runtime.evaluation import evaluate_prompts
+
+            run.log({"step": run.step} | evaluate_prompts(sampler, policy, held_out))
         if run.save_if_due(stopping, steps_per_rollout):
             return
     run.progress.update(epoch=run.progress["epoch"] + 1, step_in_epoch=0)
@@ -460,7 +453,7 @@ def main() -> int:
     dataset = PromptDataset(args.data_path, start.tokenizer, *sizes, args.skip_bad)
     Logger(f"{args.data_path}: {describe_prompts(dataset)}")
     if args.preview:
-        from dataset.prompt_dataset import preview_prompts
+        from dataset.preview import preview_prompts
 
         Logger(preview_prompts(dataset, start.tokenizer, args.preview))
         return 0
@@ -499,6 +492,9 @@ def main() -> int:
     identity = checkpoint.identity_of(vars(args), args.global_batch_size, dataset.key)
     reference = None
     if args.kl_beta:
+        from model.weight_hash import hash_weights
+        from runtime.frozen import wrap_frozen
+
         reference = wrap_frozen(copy.deepcopy(model), args, dtype, start.fill)
         identity["the weights of --from_weight"] = hash_weights(reference.state_dict())
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
@@ -506,6 +502,8 @@ def main() -> int:
     # 5. Compile, wrap, optimizer
     plain_copy = None
     if args.compile or start.fill:
+        from runtime.rl.whole_copy import copy_to_generate
+
         plain_copy = copy_to_generate(model, args.device)
     # Steps have any number of passes
     model = parallel.wrap(model, args, dtype, math.inf, start.fill)
@@ -528,14 +526,7 @@ def main() -> int:
         save_weights(model, config, Path(f"{run_dir}.pth"))
 
     # 7. Epochs
-    sampler = Sampler(
-        args=args,
-        rewards=rewards,
-        dataset=dataset,
-        coder=dataset.coder,
-        autocast=autocast,
-        copy=plain_copy,
-    )
+    sampler = Sampler(args, rewards, dataset, autocast, plain_copy)
     tracker.start(progress, args.total_steps)
     run = Run(
         args=args,

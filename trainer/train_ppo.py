@@ -50,14 +50,13 @@ from runtime.optim import make_optimizer, scale_lr
 from runtime.rl.rewards import load_rewards
 from runtime.rl.rollout import (
     Pack,
-    copy_to_generate,
     log_probs_of,
     mini_batch_rows,
     mini_batches,
     rank_prompts,
     score,
 )
-from runtime.rl.sampler import Sampler, rollout_metrics
+from runtime.rl.sampler import Sampler, rollout_metrics, show_samples
 from runtime.run import Run
 from runtime.start import find_weights, open_start
 from runtime.tracking import Tracker
@@ -222,6 +221,12 @@ def score_pack(model, pack: Pack, args) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return *log_probs_of(logits, targets, args.temperature), values, aux_loss
 
 
+def places_of(pack: Pack) -> tuple[Tensor, Tensor]:
+    """Where the tokens of a pack stand in (N, C): (K,) int64 rows of the rollout, (K,) columns."""
+    columns = [torch.arange(length) for length in pack.lengths.tolist()]
+    return pack.rows[pack.of], torch.cat([pack.of[:0], *columns])
+
+
 # Differs from trainer.train_grpo.roll_out: one completion a prompt, and a critic
 def roll_out(run: Run, plan: Plan, window: int, sampler: Sampler, reference):
     """Sample a completion of each of this rank's prompts of a window, with rewards and advantages.
@@ -238,7 +243,8 @@ def roll_out(run: Run, plan: Plan, window: int, sampler: Sampler, reference):
     budget = args.batch_size * args.max_seq_len
     batches = mini_batches(rollout, mini_batch_rows(*sizes), budget)
     packs = [pack for batch in batches for pack in batch.packs]
-    padded = {name: torch.zeros(rollout.log_probs.shape) for name in ("old", "values", "reference")}
+    size = (len(rollout), args.max_new_tokens)
+    padded = {name: torch.zeros(size) for name in ("old", "values", "reference")}
     with torch.no_grad(), run.autocast:
         for pack in packs:
             pack.kept["old"], _, pack.kept["values"], _ = score_pack(model, pack, args)
@@ -246,8 +252,8 @@ def roll_out(run: Run, plan: Plan, window: int, sampler: Sampler, reference):
             if reference is not None:
                 pack.kept["reference"] = score(reference, pack, args.temperature)[0]
             for name, values in padded.items():
-                pack.put(pack.kept[name], values)
-    lengths = rollout.lengths
+                values[places_of(pack)] = pack.kept[name].to(values)
+    lengths = torch.tensor([len(ids) for ids in rollout.completions], dtype=torch.int64)
     log_probs = (padded["old"], padded["reference"])
     per_token = token_rewards(rewards.sum(dim=1), *log_probs, lengths, args.kl_beta)
     values = padded["values"]
@@ -255,8 +261,8 @@ def roll_out(run: Run, plan: Plan, window: int, sampler: Sampler, reference):
     returns = advantages + values
     advantages = whiten(advantages, lengths)
     for pack in packs:
-        pack.kept["advantages"] = pack.tokens_of(advantages).float().to(args.device)
-        pack.kept["returns"] = pack.tokens_of(returns).to(args.device)
+        pack.kept["advantages"] = advantages[places_of(pack)].float().to(args.device)
+        pack.kept["returns"] = returns[places_of(pack)].to(args.device)
     return rollout, rewards, batches, rollout_metrics(rollout, rewards, args.reward)
 
 
@@ -335,11 +341,12 @@ def train_epoch(run: Run, plan: Plan, sampler: Sampler, reference, held_out: np.
         # 6. Between two rollouts: show samples, evaluate, save
         run.progress["step_in_epoch"] += 1
         if run.has_passed(args.sample_interval, steps_per_rollout) or run.step == steps_per_rollout:
-            shown = sampler.show(rollout, rewards)
+            shown = show_samples(rollout, rewards, sampler.dataset.coder)
             run.tracker.print(f"step {run.step} reward {rollout_means['reward']:.3f}\n{shown}")
         if len(held_out) and run.is_due(args.eval_interval, steps_per_rollout):
-            reward = sampler.greedy_reward(policy, held_out)
-            run.log({"step": run.step, "eval_loss": -reward, "eval_reward": reward})
+            from runtime.evaluation import evaluate_prompts
+
+            run.log({"step": run.step} | evaluate_prompts(sampler, policy, held_out))
         if run.save_if_due(stopping, steps_per_rollout):
             return
     run.progress.update(epoch=run.progress["epoch"] + 1, step_in_epoch=0)
@@ -452,7 +459,7 @@ def main() -> int:
     dataset = PromptDataset(args.data_path, start.tokenizer, *sizes, args.skip_bad)
     Logger(f"{args.data_path}: {describe_prompts(dataset)}")
     if args.preview:
-        from dataset.prompt_dataset import preview_prompts
+        from dataset.preview import preview_prompts
 
         Logger(preview_prompts(dataset, start.tokenizer, args.preview))
         return 0
@@ -503,6 +510,8 @@ def main() -> int:
     # 5. Compile, wrap, optimizer
     plain_copy = None
     if args.compile or start.fill:
+        from runtime.rl.whole_copy import copy_to_generate
+
         plain_copy = copy_to_generate(actor, args.device)
     model = ActorCritic(actor, critic)
 
@@ -531,14 +540,7 @@ def main() -> int:
         save_weights(model, config, Path(f"{run_dir}.pth"))
 
     # 7. Epochs
-    sampler = Sampler(
-        args=args,
-        rewards=rewards,
-        dataset=dataset,
-        coder=dataset.coder,
-        autocast=autocast,
-        copy=plain_copy,
-    )
+    sampler = Sampler(args, rewards, dataset, autocast, plain_copy)
     tracker.start(progress, args.total_steps)
     run = Run(
         args=args,

@@ -1,8 +1,6 @@
-"""Rollouts as GRPO writes them: sampled completions with their log-probabilities, against
-transformers' generate.
+"""Rollouts as GRPO writes them, sampled completions, against transformers' generate.
 
-A prompt gets 8 completions of one length. transformers only draws; it is not asked for
-log-probabilities.
+A prompt gets 8 completions of one length.
 """
 
 import torch
@@ -18,7 +16,7 @@ from common import (
     seconds_of,
 )
 
-from runtime.rl import rollout
+from runtime.rl import sampler
 
 PROMPTS, SAMPLES, NEW = 32, 8, 256
 SHAPES = {"26 M": {"dim": 512, "n_layers": 8}, "104 M": {"dim": 768, "n_layers": 16}}
@@ -45,13 +43,9 @@ def compare(label: str, shape: dict, device: torch.device, kind: str, rounds: in
             "max_new_tokens": NEW,
             "temperature": 1.0,
             "end": -1,
-            "seed": 0,
-            "step": step,
         }
-        numbers = list(range(PROMPTS))
-        rollout.generate(
-            model, prompts, numbers, SAMPLES, **options, autocast=autocast(device, kind)
-        )
+        keys = [(0, step, number, sample) for number in range(PROMPTS) for sample in range(SAMPLES)]
+        sampler.generate(model, prompts, keys, **options, autocast=autocast(device, kind))
 
     @torch.inference_mode()
     def peer(step: int) -> None:

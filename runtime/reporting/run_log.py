@@ -109,7 +109,7 @@ def take_back(log: RunLog, step: int) -> None:
 
 
 def read_sample(reward: str, text: str) -> Sample:
-    """A line of `Sampler.show`; one that is written otherwise stays as it is."""
+    """A line of `sampler.show_samples`; one that is written otherwise stays as it is."""
     pair = PAIR.match(text)
     try:
         prompt, completion = (ast.literal_eval(literal) for literal in pair.groups())

@@ -45,7 +45,8 @@ def scores_of(model: RewardModel, rollout: Rollout, budget: int = 8192) -> list[
         budget: tokens of a forward pass, unless a single text is longer.
     """
     device = model.score.weight.device
-    texts = [torch.cat(rollout.ids(row)) for row in range(len(rollout))]
+    pairs = zip(rollout.prompts, rollout.completions, strict=True)
+    texts = [torch.tensor(prompt + completion) for prompt, completion in pairs]
     batches, room = [], 0
     for text in texts:
         if len(text) > room:

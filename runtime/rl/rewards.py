@@ -11,7 +11,6 @@ Prompts and completions are texts; rows are the rows of the data file with all t
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,8 +22,6 @@ from dataset.replies import final_answer
 from model.lm import LMConfig
 from runtime.parallel import gather_objects
 from runtime.rl.rollout import Rollout
-
-THINKING = r"<think>\n.*?\n</think>\n\n.+"  # the layout of a reply that thinks first
 
 
 @dataclass
@@ -45,17 +42,7 @@ def exact(prompts: list[str], completions: list[str], rows: list[dict]) -> list[
     return [float(final_answer(text) == final_answer(row["answer"])) for text, row in pairs]
 
 
-def format(prompts: list[str], completions: list[str], rows: list[dict]) -> list[float]:
-    """1 where the completion matches the regular expression in the row's "format", else 0.
-
-    A row without "format" wants a reply that thinks first.
-    """
-    patterns = [row.get("format", THINKING) for row in rows]
-    pairs = zip(patterns, completions, strict=True)
-    return [float(bool(re.fullmatch(pattern, text, re.DOTALL))) for pattern, text in pairs]
-
-
-FUNCTIONS = {"exact": exact, "format": format}
+FUNCTIONS = {"exact": exact}  # and in `reward_words.py` what else a word may mean
 
 
 def load_rewards(words: list[str], policy: LMConfig, args) -> list[Reward]:
@@ -67,34 +54,15 @@ def load_rewards(words: list[str], policy: LMConfig, args) -> list[Reward]:
             reward model where they share the policy.
 
     Raises:
-        ValueError: an unknown name, a file or function that is not there or cannot be loaded, a
-            reward model of a shape that does not fit.
+        ValueError: see `reward_words.read_word`.
     """
     rewards = []
     for word in words:
-        name, weight = word, 1.0
-        if match := re.fullmatch(r"(.+):([-+.\d][-+.\de]*)", word):
-            try:
-                name, weight = match[1], float(match[2])
-            except ValueError:
-                message = f"--reward {word}: the weight {match[2]} is not a number"
-                raise ValueError(message) from None
-        if name.endswith(".pth"):
-            from runtime.rl.reward_model import load_scorer
+        name, weight, function = word, 1.0, FUNCTIONS.get(word)
+        if function is None:
+            from runtime.rl.reward_words import read_word
 
-            function = load_scorer(name, policy, args)
-        elif ".py:" in name:
-            from runtime.rl.reward_file import function_in
-
-            function = function_in(name)
-        elif name in FUNCTIONS:
-            function = FUNCTIONS[name]
-        else:
-            known = ", ".join(FUNCTIONS)
-            raise ValueError(
-                f"--reward {word}: neither {known}, nor FILE.py:FUNCTION, nor a reward model's"
-                " FILE.pth"
-            )
+            name, weight, function = read_word(word, FUNCTIONS, policy, args)
         rewards.append(Reward(name, weight, function, reads_tokens=name.endswith(".pth")))
     return rewards
 
@@ -133,9 +101,8 @@ def compute_rewards(
 
 def texts_of(rollout: Rollout, coder: ChatCoder) -> tuple[list[str], list[str]]:
     """Prompts in the layout of a chat, and completions as the model wrote them."""
-    pairs = [rollout.ids(row) for row in range(len(rollout))]
-    prompts = coder.tokenizer.batch_decode([prompt.tolist() for prompt, _ in pairs])
-    return prompts, [coder.decode_reply(ids.tolist()) for _, ids in pairs]
+    prompts = coder.tokenizer.batch_decode(rollout.prompts)
+    return prompts, [coder.decode_reply(ids) for ids in rollout.completions]
 
 
 def call(reward: Reward, prompts, completions, rows, places) -> list[float]:
@@ -144,38 +111,19 @@ def call(reward: Reward, prompts, completions, rows, places) -> list[float]:
     Raises:
         ValueError: what is wrong with them, or what the function raised, and for which row.
     """
-    name = reward.name
+    name, batch = reward.name, (prompts, completions, rows)
     try:
-        values = reward.function(prompts, completions, rows)
+        values = reward.function(*batch)
     except Exception as error:  # whatever a user's function raises
-        place = places[failing_row(reward.function, prompts, completions, rows)]
-        kind = type(error).__name__
-        raise ValueError(f"--reward {name} raised {kind} at {place}: {error}") from None
+        from runtime.rl.reward_faults import raised
+
+        raise ValueError(raised(error, name, reward.function, batch, places)) from None
     try:
-        values = [float(value) for value in values]
+        numbers = [float(value) for value in values]
     except (TypeError, ValueError):
-        raise ValueError(
-            f"--reward {name} must return a list of numbers, it returned {type(values).__name__}"
-            f" for the completions of {places[0]} and on"
-        ) from None
-    if len(values) != len(rows):
-        raise ValueError(
-            f"--reward {name} returned {len(values)} numbers for {len(rows)} completions, those of"
-            f" {places[0]} and on"
-        )
-    for value, text, place in zip(values, completions, places, strict=True):
-        if not math.isfinite(value):
-            raise ValueError(
-                f"--reward {name} returned {value} at {place} for the completion {text[:60]!r}"
-            )
-    return values
+        numbers = None
+    if numbers is None or len(numbers) != len(rows) or not all(map(math.isfinite, numbers)):
+        from runtime.rl.reward_faults import wrong_values
 
-
-def failing_row(function: Callable, prompts, completions, rows) -> int:
-    """The first row for which a function raises when it is called with that row alone."""
-    for n in range(len(rows)):
-        try:
-            function(prompts[n : n + 1], completions[n : n + 1], rows[n : n + 1])
-        except Exception:
-            return n
-    return 0  # only with all of them
+        raise ValueError(wrong_values(values, numbers, name, completions, places))
+    return numbers

@@ -1,16 +1,21 @@
 """Preference pairs: the forms of rows, masks, packing, and what is wrong with a row."""
 
 import json
+import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_jsonl
+from running import ROOT
 
 from dataset.chat_format import chat_coder
 from dataset.lm_dataset import describe
 from dataset.packing import batches, plan_epoch
-from dataset.preference_dataset import PreferenceDataset, open_pairs
+from dataset.pair_rows import normalise_pair
+from dataset.preference_dataset import PreferenceDataset, open_pairs, read_plain_pair
 from dataset.preview import show_pairs
 from runtime.reference import ReferencedPairs
 
@@ -92,6 +97,57 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_rows_mean_the_same(open_rows, form):
     assert sides(open_rows([FORMS[form]])) == sides(open_rows([GOOD]))
+
+
+ODD_TEXTS = ["a", "b", "", " ", "\ud800", None, 3, ["a"]]
+ODD_TURNS = [
+    turn("user", "a"), turn("user", "b"), turn("human", "a"), turn("assistant", "a"),
+    turn("assistant", "b"), turn("assistant", " "), turn("gpt", "b"), turn("system", "s"),
+    turn("system", "s") | {"tools": [{"name": "f"}]}, turn("tool", "4"), turn("me", "a"),
+    turn("assistant", "a") | {"weight": 0}, turn("assistant", "a") | {"weight": None},
+    turn("assistant", "") | {"reasoning_content": "r"}, turn("user", ["a"]), "a", None, {},
+    {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"role": "user"},
+]  # fmt: skip
+ODD_FIELDS = {"system": ["x", "", None], "weight": [0, 1], "margin": [2, None], "id": [7, None],
+              "conversations": [SHAREGPT, None], "tools": ["[]"]}  # fmt: skip
+
+
+def odd_pair(draw: random.Random) -> object:
+    """A row of some form, mostly right, in which anything may be odd."""
+
+    def part() -> object:
+        if draw.random() < 0.4:
+            return draw.choice(ODD_TEXTS[: draw.choice([2, 2, 2, 8])])
+        turns = [draw.choice(ODD_TURNS) for _ in range(draw.choice([0, 1, 2, 3]))]
+        return draw.choice([turns, turns, turns, draw.choice(ODD_TURNS), {}])
+
+    row = {side: part() for side in ("prompt", "chosen", "rejected")}
+    if draw.random() < 0.7:  # one conversation, which ends in two ways
+        before = draw.choice([[turn("user", "a")], GOOD["chosen"] + [turn("user", "b")], part()])
+        before = before if isinstance(before, list) else [before]
+        row = {side: [*before, draw.choice(ODD_TURNS[3:7])] for side in ("chosen", "rejected")}
+    if draw.random() < 0.2:
+        name = draw.choice([*ODD_FIELDS])
+        row[name] = draw.choice(ODD_FIELDS[name])
+    if draw.random() < 0.1:
+        row.pop(draw.choice([*row]))
+    return row
+
+
+def test_plain_pairs_are_read_as_all_others_are():
+    """`read_plain_pair` says the same as `pair_rows`, or leaves the row to it."""
+    draw, plain = random.Random(0), 0
+    for row in (odd_pair(draw) for _ in range(20_000)):
+        if sides := read_plain_pair(row):
+            assert normalise_pair(row) == sides, row
+            plain += 1
+    assert 1_500 < plain < 15_000
+    assert all(
+        read_plain_pair(row) for row in (GOOD, FORMS["texts"], FORMS["from and value in both"])
+    )
+    assert not any(
+        read_plain_pair(row) for row in ([1], None, {}, *(row for row, _ in BAD.values()))
+    )
 
 
 def test_real_data(tokenizer, shared_data, tmp_path):
@@ -300,3 +356,23 @@ def test_preview(open_rows, tokenizer):
     ):
         assert text in shown
     assert shown.splitlines()[-1].startswith("--- 1 rows, ") and shown.count("What is 2 + 2?") == 2
+
+
+LOADED = """
+import sys
+from dataset.preference_dataset import PreferenceDataset
+from dataset.tokenizer import load_tokenizer
+
+path, cache = sys.argv[1:]
+PreferenceDataset(path, load_tokenizer("model/minimind_tokenizer"), cache_dir=cache)
+print(*(name for name in sys.modules if name.startswith("dataset.")))
+"""
+
+
+@pytest.mark.parametrize("form", ["texts", "turns"])
+def test_plain_pairs_load_no_other_reader(form, tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [GOOD, FORMS[form]])
+    command = [sys.executable, "-c", LOADED, str(path), str(tmp_path / "cache")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.removeprefix("dataset.") for name in done.stdout.split()}
+    assert ("pair_rows" in loaded) == ("row_fields" in loaded) == (form == "turns")

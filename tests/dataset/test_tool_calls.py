@@ -7,7 +7,7 @@ from test_chat_format import WEATHER, assistant, user
 
 from benchmarks.chat_templates import case_tokenizer
 from dataset.chat_format import chat_coder
-from dataset.prompt_dataset import said
+from dataset.reference_answer import said
 from dataset.replies import final_answer
 from dataset.tool_calls import has_broken_call, parse_tool_calls
 

@@ -16,7 +16,7 @@ from dataset.prompt_dataset import PromptDataset
 from dataset.replies import final_answer
 from model.lm import LMConfig
 from runtime.rl import rewards, rollout
-from runtime.rl.sampler import Sampler
+from runtime.rl.sampler import show_samples
 
 CALL = {"name": "weather", "arguments": {"city": "北京"}}
 CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
@@ -84,12 +84,8 @@ def test_other_programs_keep_the_markers(tokenizer):
 
 
 def rollout_of(completions: list[list[int]]) -> rollout.Rollout:
-    n, lengths = len(completions), torch.tensor([len(ids) for ids in completions])
-    padded = torch.zeros(n, lengths.max(), dtype=torch.int64)
-    for row, ids in enumerate(completions):
-        padded[row, : len(ids)] = torch.tensor(ids)
-    prompts, log_probs = torch.full((n, 2), 9), torch.zeros(padded.shape)
-    return rollout.Rollout(prompts, torch.full((n,), 2), padded, lengths, log_probs, lengths > 0)
+    n = len(completions)
+    return rollout.Rollout([[9, 9]] * n, completions, [True] * n)
 
 
 def test_rewards_see_what_the_model_wrote(any_tokenizer, tmp_path):
@@ -109,8 +105,7 @@ def test_rewards_see_what_the_model_wrote(any_tokenizer, tmp_path):
         [1, 0, 0],
         [0, 1, 1],
     ]
-    sampler = Sampler(None, functions, None, coder, None, None)
-    assert repr(THOUGHT) in sampler.show(sampled, torch.zeros(3, 3))
+    assert repr(THOUGHT) in show_samples(sampled, torch.zeros(3, 3), coder)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from model.lm import LMConfig
 from model.reward import RewardConfig, RewardModel
 from model.weights import load_model
 from runtime.checkpoint import save_file
+from runtime.rl import rollout
 from runtime.saving import store, validity
 from trainer import train_ppo as ppo
 
@@ -67,6 +68,18 @@ def test_token_rewards():
         torch.tensor([5.0, 7.0]), log_probs, reference, torch.tensor([2, 3]), 0.1
     )
     torch.testing.assert_close(found, torch.tensor([[0.1, 5.2, 0.0], [0.1, 0.1, 7.3]]))
+
+
+def test_the_tokens_of_packs_have_each_their_place():
+    completions = [[5] * n for n in (3, 1, 4, 2, 4)]
+    sampled = rollout.Rollout([[9, 9]] * 5, completions, [True] * 5)
+    padded, again = torch.rand(5, 6), torch.zeros(5, 6)
+    for pack in [*rollout.packs_of(sampled, [4, 0, 1, 3], 8), rollout.pack(sampled, [])]:
+        places = ppo.places_of(pack)
+        assert padded[places].shape == pack.targets.shape
+        again[places] = padded[places]
+    inside = torch.arange(6) < torch.tensor([3, 1, 0, 2, 4]).unsqueeze(1)
+    assert torch.equal(again, padded * inside)
 
 
 def test_whitening():

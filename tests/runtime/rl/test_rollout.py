@@ -9,12 +9,13 @@ from conftest import write_jsonl
 
 from dataset.chat_format import chat_coder
 from dataset.packing import plan_epoch
-from dataset.prompt_dataset import PromptDataset, describe_prompts, preview_prompts
+from dataset.preview import preview_prompts
+from dataset.prompt_dataset import PromptDataset, describe_prompts
 from model.generate import Decoder
 from model.lm import LMConfig, MiniMindLM
 from model.reward import RewardConfig, RewardModel
 from runtime.checkpoint import save_file
-from runtime.rl import rewards, rollout
+from runtime.rl import reward_words, rewards, rollout, sampler, whole_copy
 
 SHAPE = {
     "dim": 32,
@@ -57,13 +58,31 @@ def write(
         "temperature": temperature,
         "end": END,
     }
-    return rollout.generate(
-        model, prompts, numbers, samples, seed=seed, step=step, autocast=nullcontext(), **options
-    )
+    keys = [(seed, step, number, sample) for number in numbers for sample in range(samples)]
+    return sampler.generate(model, prompts, keys, autocast=nullcontext(), **options)
 
 
 def texts(sampled) -> list[list[int]]:
-    return [sampled.ids(row)[1].tolist() for row in range(len(sampled))]
+    return sampled.completions
+
+
+def recorded_log_probs(monkeypatch, temperature: float) -> dict[tuple[int, int], float]:
+    """(row, position) -> log-probability under which the token there is drawn, as it is drawn."""
+    log_probs = {}
+    generate_batch = sampler.generate_batch
+
+    def generate(model, prompts, limits, draw, *others):
+        def sample(logits, row, position):
+            token = draw(logits, row, position)
+            chosen = (logits / temperature).log_softmax(-1).gather(1, token.unsqueeze(1))
+            keys = zip(row.tolist(), position.tolist(), strict=True)
+            log_probs.update(zip(keys, chosen.flatten().tolist(), strict=True))
+            return token
+
+        return generate_batch(model, prompts, limits, sample, *others)
+
+    monkeypatch.setattr(sampler, "generate_batch", generate)
+    return log_probs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -74,17 +93,18 @@ def texts(sampled) -> list[list[int]]:
 @pytest.mark.parametrize(
     "more", [{}, {"use_moe": True, "n_shared_experts": 1}], ids=["dense", "moe"]
 )
-def test_the_sampler_and_the_scorer_agree(more):
+def test_the_sampler_and_the_scorer_agree(more, monkeypatch):
     """One writes with a cache and padding on the left, the other reads packed rows."""
     model, prompts = tiny(**more), prompts_of([3, 9, 1, 6, 14, 2])
+    drawn = recorded_log_probs(monkeypatch, 0.7)
     model.train()
     sampled = write(model, prompts)
     assert model.training and len(sampled) == 18
-    assert {len(text) for text in texts(sampled)} > {
-        20
-    } and 0 < sampled.ended.sum() < 18  # of unequal lengths, some cut
+    assert {len(text) for text in texts(sampled)} > {20} and 0 < sum(
+        sampled.ended
+    ) < 18  # of unequal lengths, some cut
     for row, text in enumerate(texts(sampled)):
-        assert sampled.ids(row)[0].tolist() == prompts[row // 3]
+        assert sampled.prompts[row] == prompts[row // 3]
         assert (
             END not in text[:-1]
             and sampled.ended[row] == (text[-1] == END)
@@ -93,7 +113,12 @@ def test_the_sampler_and_the_scorer_agree(more):
     for pack in rollout.packs_of(sampled, list(range(18)), 100):
         with torch.no_grad():
             log_probs, entropy, _ = rollout.score(model, pack, 0.7)
-        assert (log_probs - pack.tokens_of(sampled.log_probs)).abs().max() <= 1e-5
+        keys = [
+            (row, position)
+            for row in pack.rows.tolist()
+            for position in range(len(sampled.completions[row]))
+        ]
+        assert (log_probs - torch.tensor([drawn[key] for key in keys])).abs().max() <= 1e-5
         assert (entropy > 0).all() and (log_probs < 0).all()
 
 
@@ -103,11 +128,6 @@ def test_what_is_drawn_depends_on_nothing_but_seed_step_prompt_and_sample():
     for n in range(4):
         alone = write(model, [prompts[n]], numbers=[n])
         assert texts(alone) == texts(reference)[3 * n : 3 * n + 3]
-        at = slice(3 * n, 3 * n + 3)
-        width = alone.log_probs.size(1)
-        torch.testing.assert_close(
-            alone.log_probs, reference.log_probs[at, :width], atol=1e-5, rtol=0
-        )
     assert texts(write(model, prompts[::-1], numbers=[3, 2, 1, 0], batch_size=2)) == [
         text for n in (3, 2, 1, 0) for text in texts(reference)[3 * n : 3 * n + 3]
     ]
@@ -135,25 +155,24 @@ def test_rows_that_have_ended_cost_no_work(shape):
     assert packs == [
         (1, 8 * 4)
     ]  # without padding, and the samples of a prompt share the pass over it
-    assert (
-        rows == [int((sampled.lengths > t).sum()) for t in range(1, len(rows) + 1)]
-        and rows[-1] < 64
-    )
+    lengths = torch.tensor([len(text) for text in texts(sampled)])
+    assert rows == [int((lengths > t).sum()) for t in range(1, len(rows) + 1)] and rows[-1] < 64
 
 
 def test_a_draw_inverts_the_cumulated_distribution():
     probs = torch.tensor([0.1, 0.0, 0.4, 0.5])
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    drawn = rollout.draw(probs.log().expand(1000, 4), uniform)
+    drawn = sampler.draw(probs.log().expand(1000, 4), uniform)
     assert drawn.bincount(minlength=4).tolist() == [100, 0, 400, 500] and (drawn.diff() >= 0).all()
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert rollout.draw(probs.log().expand(2, 4), edges).tolist() == [0, 3]
+    assert sampler.draw(probs.log().expand(2, 4), edges).tolist() == [0, 3]
 
 
 def test_samples_follow_the_model():
     """Of 4,000 first tokens each is met as often as its probability says."""
     model = tiny()
-    first = write(model, [[9, 10]], samples=4000, longest=1, temperature=1.3).completion_ids[:, 0]
+    sampled = write(model, [[9, 10]], samples=4000, longest=1, temperature=1.3)
+    first = torch.tensor(sampled.completions)[:, 0]
     probs = (model(torch.tensor([[9, 10]])).logits[0, -1] / 1.3).softmax(0).detach().double()
     off = (first.bincount(minlength=40).double() / 4000 - probs).abs() / (
         probs * (1 - probs) / 4000
@@ -175,8 +194,7 @@ def test_temperature_zero_is_greedy():
 def test_a_spare_copy_follows_the_model():
     model = tiny()
     spare = tiny()
-    assert rollout.whole_copy(model, None) is model
-    copy = rollout.whole_copy(model, spare)
+    copy = whole_copy.update_copy(spare, model)
     assert copy is spare and texts(write(copy, prompts_of([4]))) == texts(
         write(model, prompts_of([4]))
     )
@@ -192,14 +210,16 @@ def test_packs_hold_every_token_once_within_the_budget():
     packs = rollout.packs_of(sampled, list(range(18)), 60)
     assert [row for pack in packs for row in pack.rows.tolist()] == list(range(18))
     assert len(packs) > 3 and all(sum(pack.doc_lens) <= 60 for pack in packs)
-    again = torch.zeros_like(sampled.log_probs)
     for pack in packs:
         assert pack.X.size(1) == sum(pack.doc_lens)
+        rows = [sampled.prompts[row] + sampled.completions[row] for row in pack.rows.tolist()]
+        assert pack.X[0].tolist() == [token for row in rows for token in row[:-1]]
+        written = [sampled.completions[row] for row in pack.rows.tolist()]
+        assert pack.targets.tolist() == sum(written, [])
+        assert pack.lengths.tolist() == pack.of.bincount().tolist() == [*map(len, written)]
         assert (
             pack.X[0][pack.at[1:]][pack.of.diff() == 0] == pack.targets[:-1][pack.of.diff() == 0]
         ).all()
-        pack.put(pack.tokens_of(sampled.log_probs), again)
-    assert torch.equal(again, sampled.log_probs)
     alone = rollout.pack(sampled, [])
     assert (alone.X.tolist(), alone.doc_lens, len(alone.targets), len(alone.of)) == (
         [[0]],
@@ -401,7 +421,7 @@ def test_exact_and_format():
     ]
     replies = ["42", "<think>\n6 x 7\n</think>\n\n42", "42 ", "42"]
     assert rewards.exact([""] * 4, replies, rows) == [1, 1, 1, 0]
-    assert rewards.format([""] * 4, replies, rows) == [0, 1, 0, 0]
+    assert reward_words.format([""] * 4, replies, rows) == [0, 1, 0, 0]
     with pytest.raises(ValueError, match='no "answer"'):
         rewards.exact([""], ["x"], [{}])
 
@@ -411,17 +431,8 @@ def rewards_of(functions, tokenizer, replies: list[str]):
     ids = [
         tokenizer.encode(text) + [tokenizer.convert_tokens_to_ids("<|im_end|>")] for text in replies
     ]
-    width = max(map(len, ids))
-    padded = torch.tensor([text + [0] * (width - len(text)) for text in ids])
-    n, lengths = len(ids), torch.tensor([len(text) for text in ids])
-    sampled = rollout.Rollout(
-        torch.full((n, 2), 9),
-        torch.full((n,), 2),
-        padded,
-        lengths,
-        torch.zeros(n, width),
-        lengths > 0,
-    )
+    n = len(ids)
+    sampled = rollout.Rollout([[9, 9]] * n, ids, [True] * n)
     rows = [{"answer": "four"}] * n
     return rewards.compute_rewards(
         functions, sampled, rows, [f"data:{k}" for k in range(1, n + 1)], chat_coder(tokenizer)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.chat_templates import CASES, case_tokenizer
 from dataset.chat_format import ChatCoder, chat_coder
-from dataset.prompt_dataset import said
+from dataset.reference_answer import said
 from runtime.serving.api_error import APIError
 from runtime.serving.call_form import CallForm, learn_call_form
 from runtime.serving.constraints import Grammars
