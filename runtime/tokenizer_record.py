@@ -11,53 +11,43 @@ OURS = ROOT / "model/minimind_tokenizer"
 
 
 def open_tokenizer(
-    folder: str | None, chat_template: str | None, weights: Path | None, record: dict | None
+    folder: str | None, chat_template: str | None, weights: Path | None, recorded: dict | None
 ) -> LazyTokenizer:
     """The tokenizer of --tokenizer_dir; without the flag that of the weights, else our own.
 
     Args:
         folder, chat_template: the flags.
         weights: a file or a folder, None for random ones.
-        record: of `find_record`.
+        recorded: `LMConfig.tokenizer` of the weights.
 
     Raises:
         ValueError: it is not there, or another one than that of the weights.
     """
+    record = find_record(weights, recorded)
     if not record:
         own = weights if weights is not None and weights.is_dir() else OURS
         return load_tokenizer(folder or own, chat_template)
     own = ROOT / record["folder"]  # an absolute one stays as it is
     place = Path(folder or own)
-    is_there = (place / "tokenizer.json").is_file()
-    if not is_there and not folder:
-        moved = f"its tokenizer is not at {own} any more"
-        raise ValueError(f"{weights}: {moved}: say with --tokenizer_dir where it lies now")
-    if is_there and file_hash(place) != record["sha256"]:
-        if place.resolve() == own.resolve():
-            fault = f"the tokenizer at {own} was changed since, or is another one"
-        else:
-            fault = f"trained with the tokenizer of {own}, not with that of {place}"
-        remedy = "name an unchanged copy" if place == own else "leave the flag out, or name a copy"
-        raise ValueError(f"--tokenizer_dir {place}: {weights}: {fault}; {remedy}")
+    if not (place / "tokenizer.json").is_file() or file_hash(place) != record["sha256"]:
+        from runtime.tokenizer_faults import refuse_other
+
+        refuse_other(place, own, weights, is_given=bool(folder))
     template = chat_template or record["chat_template"]
     return load_tokenizer(place, None if template == own_template(place) else template)
 
 
 def find_record(weights: Path | None, recorded: dict | None) -> dict | None:
-    """The record of the tokenizer that weights were trained with; None: they have none.
-
-    Args:
-        recorded: `LMConfig.tokenizer` of the weights. A folder in Hugging Face's format has none,
-            but may hold the tokenizer itself.
+    """What is recorded; of a folder that has no record, but a tokenizer, the record of that.
 
     Raises:
         ValueError: what is recorded is no record.
     """
+    if not recorded and weights is not None and (weights / "tokenizer.json").is_file():
+        return {"folder": str(weights), "sha256": file_hash(weights), "chat_template": None}
     if recorded and not (isinstance(recorded, dict) and {*KEYS} <= recorded.keys()):
         fault = f'"tokenizer" must have {", ".join(KEYS)}'
         raise ValueError(f"the configuration of {weights}: {fault}; take another copy")
-    if not recorded and weights is not None and (weights / "tokenizer.json").is_file():
-        return {"folder": str(weights), "sha256": file_hash(weights), "chat_template": None}
     return recorded
 
 

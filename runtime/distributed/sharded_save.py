@@ -1,22 +1,41 @@
 """Saving a run of which every rank holds a part: see `checkpoint`."""
 
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.saving import background, safe_load
+from runtime.device import is_sharded
+from runtime.ranks import world
+from runtime.saving import background, safe_load, store
+from runtime.saving.run_state import copy_tensors
 
-_shared: dict = {}  # "group": of the writing threads; "stager": keeps the memory of the copies
+# "group": of the writing threads; "stager": keeps the memory of the copies; "newest": the last
+# checkpoint that this run saved or loaded
+_shared: dict = {}
 
 
-def writing_group() -> dist.ProcessGroup:
-    """The processes that write together: a group of its own, as training uses the default one."""
-    if "group" not in _shared:
+def is_needed(tensors: dict[str, Tensor], optimizer, own_tensors: bool) -> bool:
+    """Whether rank 0 lacks tensors that others have; on all ranks alike.
+
+    Args:
+        own_tensors: see `checkpoint.save_run`.
+    """
+    parts = getattr(optimizer, "parts", {"": optimizer}).values()
+    is_zero1 = any(hasattr(part, "optim") for part in parts)  # a ZeroRedundancyOptimizer
+    return own_tensors or is_zero1 or any(map(is_sharded, tensors.values()))
+
+
+def submit_save(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict) -> None:
+    """Copy what this rank holds, and have it written together with the others; see `store`."""
+    if "group" not in _shared:  # of their own: training uses the default one
         _shared["group"] = dist.new_group(backend="gloo")
-        background.need_other_ranks()
-    return _shared["group"]
+        background.state["collective"] = True
+    copy = stage if any(map(is_sharded, tensors.values())) else copy_tensors
+    background.submit(write, folder, keep, copy(tensors), run)
 
 
 def stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -26,6 +45,52 @@ def stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if "stager" not in _shared:
         _shared["stager"] = DefaultStager(StagingOptions(False, False, False, False))
     return _shared["stager"].stage(tensors)
+
+
+def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict) -> None:
+    """Write a checkpoint, all processes of the group together."""
+    group, rank, files = _shared["group"], world()[0], {}
+    step = run["progress"]["step"]
+    place = contextlib.nullcontext(folder / f".tmp-step_{step:08d}")
+    if rank == 0:
+        place = store.new_checkpoint(folder, step, keep, files)
+    try:
+        with place as building:
+            dist.barrier(group)
+            store.write_tensors(building, tensors, group)
+            paths = building.glob(f"__{rank}_*")
+            own = {path.name: store.describe(path, background.throttle) for path in paths}
+            parts = [None] * group.size() if rank == 0 else None
+            dist.gather_object(own, parts, group=group)
+            if rank == 0:
+                files.update({name: file for part in parts for name, file in part.items()})
+                store.save_file(building / "run.pt", run)
+                files |= {name: store.describe(building / name) for name in (".metadata", "run.pt")}
+                check_seen(building, files)
+    except BaseException as error:
+        from runtime.saving.validity import raise_not_saved
+
+        raise_not_saved(folder, step, error)
+        raise
+    remember_newest(folder / f"step_{step:08d}")
+
+
+def check_seen(building: Path, files: Iterable[str]) -> None:
+    """OSError: files that other nodes have written are not where this process sees them."""
+    for name in files:
+        if not (building / name).exists():
+            fault = f"{name} of another node is not here"
+            raise OSError(None, f"{fault}: --out_dir must lie on storage that all nodes share")
+
+
+def remember_newest(checkpoint: Path) -> None:
+    """Say which checkpoint `write_weights` reads."""
+    _shared["newest"] = checkpoint
+
+
+def write_weights(path: Path, shapes: dict[str, torch.Size], part: str) -> None:
+    """Write the weights of the newest checkpoint; `part` as in `checkpoint.save_weights`."""
+    store.write_weights(path, read_weights(_shared["newest"], shapes, part))
 
 
 def read_weights(checkpoint: Path, shapes: dict[str, torch.Size], part: str) -> dict[str, Tensor]:

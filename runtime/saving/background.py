@@ -1,26 +1,50 @@
-"""One thread that writes what a run leaves, in order, while training goes on."""
+"""What a run leaves is written in order, one thread a job, while training goes on."""
 
+import contextlib
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable
 
-SHARE = 0.05  # of a core: what the thread takes where training needs them all and nobody waits
+SHARE = 0.05  # of a core: what a thread takes where training needs them all and nobody waits
 
-_jobs: queue.Queue = queue.Queue()
+# "rests": training runs on the CPU and needs its cores; "collective": jobs write together with
+# those of other ranks; "last": the newest job's thread; "rested": its CPU time at its last rest
+state: dict = {"rests": False, "collective": False, "last": None, "rested": 0.0}
 _problems: list[Exception] = []
 _hurry = threading.Event()  # somebody waits
-# "rests": training needs the cores; "collective": a job may wait for other ranks
-_thread: dict = {"rests": False, "collective": False}
 
 
 def submit(job: Callable, *args) -> None:
-    """Have the writing thread call job(*args) behind everything it was given before."""
-    if "thread" not in _thread:  # a daemon: a fault must not wait for it
-        _thread["thread"] = threading.Thread(target=work, daemon=True)
-        _thread["thread"].start()
-    _jobs.put((job, args))
+    """Have a thread call job(*args) behind everything that was submitted before."""
+    words = (state["last"], job, args)
+    state["last"] = threading.Thread(target=work, args=words, daemon=True)  # ends with the process
+    state["last"].start()
+
+
+def work(before: threading.Thread | None, job: Callable, args: tuple) -> None:
+    """A thread of the lowest priority: training has the processor when it wants it."""
+    if before is not None:
+        before.join()
+    with contextlib.suppress(AttributeError, OSError):  # Windows has no priorities
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    state["rested"] = time.thread_time()
+    try:
+        if not _problems:
+            job(*args)
+    except Exception as error:
+        _problems.append(error)
+
+
+def throttle() -> None:
+    """Between two pieces of work of a job: rest in proportion to the last one.
+
+    What the thread takes of the cores training lacks, whatever their priorities; so a save is
+    spread over many steps, unless somebody waits.
+    """
+    if state["rests"]:
+        _hurry.wait((time.thread_time() - state["rested"]) * (1 / SHARE - 1))
+    state["rested"] = time.thread_time()
 
 
 def wait() -> None:
@@ -29,60 +53,16 @@ def wait() -> None:
     Raises:
         OSError: something could not be written; says which checkpoint is still good.
     """
-    finish()
+    if state["last"] is not None:
+        _hurry.set()
+        state["last"].join()
+        _hurry.clear()
     if _problems:
-        problem = _problems[0]
-        _problems.clear()
-        raise problem
-
-
-def finish() -> None:
-    """As `wait`, without a word about what went wrong."""
-    _hurry.set()
-    _jobs.join()
-    _hurry.clear()
+        raise _problems.pop()
 
 
 def flush_on_error() -> None:
     """In a process that ends with a fault: finish what it writes, if no other rank is needed."""
-    if not _thread["collective"]:
-        finish()
-
-
-def need_other_ranks() -> None:
-    """Say that from now on jobs write together with those of other ranks."""
-    _thread["collective"] = True
-
-
-def share_cores(rests: bool) -> None:
-    """Say whether training runs on the CPU and needs its cores: then the thread rests in between."""
-    _thread["rests"] = rests
-
-
-def throttle() -> None:
-    """In the writing thread, between two pieces of work: rest in proportion to the last one.
-
-    What the thread takes of the cores training lacks, whatever their priorities; so a save is
-    spread over many steps, unless somebody waits.
-    """
-    if _thread["rests"]:
-        _hurry.wait((time.thread_time() - _thread["rested"]) * (1 / SHARE - 1))
-    _thread["rested"] = time.thread_time()
-
-
-def work() -> None:
-    """The writing thread, of the lowest priority: training has the processor when it wants it."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-    except (AttributeError, OSError):
-        pass
-    while True:
-        job, args = _jobs.get()
-        _thread["rested"] = time.thread_time()
-        try:
-            if not _problems:
-                job(*args)
-        except Exception as error:
-            _problems.append(error)
-        finally:
-            _jobs.task_done()
+    if not state["collective"]:
+        with contextlib.suppress(Exception):  # the fault is what is told
+            wait()

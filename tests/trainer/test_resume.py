@@ -14,6 +14,7 @@ from running import run_script, wait_for_steps
 
 from benchmarks import kill_resume
 from runtime import earlier_runs
+from runtime.distributed.sharded_save import check_seen
 from runtime.saving import resume, store, validity
 
 FLAGS = (
@@ -289,9 +290,8 @@ def test_full_disk_loses_nothing_that_was_saved(flags, start_script, run_script,
 
 def saved(folder, step: int, keep: int):
     """A checkpoint with one file, saved as runtime/checkpoint.py does it."""
-    building = store.begin(folder, step)
-    store.save_file(building / "run.pt", {"value": torch.tensor(step)})
-    return store.finish(building, step, {"run.pt": store.describe(building / "run.pt")}, keep)
+    with store.new_checkpoint(folder, step, keep) as building:
+        store.save_file(building / "run.pt", {"value": torch.tensor(step)})
 
 
 def test_rotation_never_removes_the_last_good_one(tmp_path):
@@ -321,12 +321,13 @@ def test_a_save_that_fails_removes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_file_of_another_node_is_missed(tmp_path):
-    building = store.begin(tmp_path, 1)
+    files = {"__1_0.distcp": {"size": 1, "sha256": ""}}
     with pytest.raises(
         OSError, match="__1_0.distcp of another node is not here: --out_dir must lie on storage"
     ):
-        store.finish(building, 1, {"__1_0.distcp": {"size": 1, "sha256": ""}}, keep=1)
-    assert not store.list_checkpoints(tmp_path)
+        with store.new_checkpoint(tmp_path, 1, 1, files) as building:
+            check_seen(building, files)
+    assert not list(tmp_path.iterdir())
 
 
 def test_gradients_that_are_not_finite_stop_the_run_and_spare_the_weights(

@@ -36,6 +36,7 @@ from runtime.engines import engine_store, lightning_engine
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
 from runtime.run import Run
+from runtime.saving import resume
 from runtime.start import open_start
 from runtime.tracking import Tracker
 
@@ -348,7 +349,7 @@ def main() -> int:
     model = start.build(make, args, resumed, shared=args.strategy == "model_parallel")
     apply_kernels(model, args.device, dtype)
     setup_seed(args.seed + parallel.world()[0])  # every rank has its own dropout
-    progress = checkpoint.restore(resumed, scaler)  # Lightning reads its file in step 6
+    progress = resume.restore(resumed, scaler)  # Lightning reads its file in step 6
 
     # 5. Tracking: our files, Lightning's progress bar, its loggers for what --report_to names
     tracker = parallel.rank_zero_first(
