@@ -1,11 +1,11 @@
-"""Saving a run while training goes on; what loads one is in `saving.resume`.
+"""Saving a run; what loads one is in `saving.resume`.
 
 Tensors are saved under the names of the parameters, in the format of torch.distributed.checkpoint:
-so a checkpoint loads under another strategy and on another number of processes. A save copies the
-tensors and leaves the rest to a thread.
+so a checkpoint loads under another strategy and on another number of processes. A save in the
+middle of training copies the tensors and leaves the rest to `saving.background`.
 """
 
-import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from runtime.device import is_sharded
 from runtime.ranks import gather_objects, world
-from runtime.saving import background, store
-from runtime.saving.background import submit, wait
+from runtime.saving import store
 from runtime.saving.identity import identity_of
-from runtime.saving.run_state import COUNTERS, copy_tensors, rng_state, run_tensors
+from runtime.saving.run_state import COUNTERS, rng_state, run_tensors
 from runtime.saving.store import save_file, write_weights
 
-__all__ = ["identity_of", "rng_state", "save_file", "submit", "wait", "write_weights"]
+__all__ = ["identity_of", "rng_state", "save_file", "write_weights"]
+
+_state = {"beside": False}  # whether something is being written beside training
 
 
 def save_run(
@@ -32,7 +33,7 @@ def save_run(
     identity: dict,
     own_tensors: bool = False,
 ) -> None:
-    """Begin to save a checkpoint of the whole run; `wait` says how it went.
+    """Save a checkpoint of the whole run, in the middle of training beside it: see `wait`.
 
     Every rank calls it at the same step. Rank 0 writes what all ranks have; where the strategy
     shards, every rank writes its own.
@@ -46,26 +47,31 @@ def save_run(
             written once.
 
     Raises:
-        OSError: the save before this one failed.
+        OSError: this save failed, or one before it that was written beside training.
     """
     wait()
     folder = folder / "checkpoints"
     tensors = run_tensors(model, optimizer)
-    background.state["rests"] = next(iter(tensors.values())).device.type == "cpu"
     run = {"scaler": scaler.state_dict(), "progress": progress, "identity": identity}
-    run = copy.deepcopy(run) | {"rng": gather_objects(rng_state())}
+    run["rng"] = gather_objects(rng_state())
     if dist.is_initialized():
         from runtime.distributed import sharded_save
 
         if sharded_save.is_needed(tensors, optimizer, own_tensors):
-            sharded_save.submit_save(folder, keep, tensors, run)
+            submit(sharded_save.write, folder, keep, *sharded_save.snapshot(tensors, run))
             return
-    if world()[0] == 0:
-        submit(write, folder, keep, copy_tensors(tensors), run)
+    if world()[0] != 0:
+        return
+    if progress["step"] < progress["total_steps"]:
+        from runtime.saving import background
+
+        submit(background.write, folder, keep, *background.snapshot(tensors, run))
+    else:
+        write(folder, keep, {name: tensor.cpu() for name, tensor in tensors.items()}, run)
 
 
 def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict) -> None:
-    """Write a checkpoint that this process has all of."""
+    """Write a checkpoint that this process has all of. OSError: see `validity.raise_not_saved`."""
     step = run["progress"]["step"]
     try:
         with store.new_checkpoint(folder, step, keep) as building:
@@ -79,10 +85,11 @@ def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict) -> Non
 
 
 def save_weights(path: Path, state_dict: dict[str, Tensor], config: str, part: str = "") -> None:
-    """Have the weights written as a plain state dict, their configuration beside them.
+    """Save the weights as a plain state dict, with their configuration beside them.
 
-    All ranks call it. Sharded tensors are read back from the checkpoint of the `save_run` before
-    this call: putting them together here would keep every rank from training.
+    All ranks call it. They are written as the checkpoint of the `save_run` before this call is,
+    now or beside training. Sharded tensors are read back from it: putting them together here would
+    keep every rank from training.
 
     Args:
         path: of the weights, `out/full_sft_512.pth`.
@@ -93,15 +100,38 @@ def save_weights(path: Path, state_dict: dict[str, Tensor], config: str, part: s
         return
     names = [name for name in state_dict if name.startswith(part)]
     state_dict = {name.removeprefix(part): state_dict[name] for name in names}
-    submit(save_file, path.with_suffix(".json"), config)
     if any(map(is_sharded, state_dict.values())):
         from runtime.distributed import sharded_save
 
         shapes = {name: value.shape for name, value in state_dict.items()}
-        submit(sharded_save.write_weights, path, shapes, part)
+        submit(sharded_save.write_weights, path, shapes, part, config)
+        return
+    copied = {name: value.to("cpu", copy=True) for name, value in state_dict.items()}
+    if _state["beside"]:
+        submit(write_weights, path, copied, config)
     else:
-        copied = {name: value.to("cpu", copy=True) for name, value in state_dict.items()}
-        submit(write_weights, path, copied)
+        write_weights(path, copied, config)
+
+
+def submit(job: Callable, *args) -> None:
+    """Have job(*args) called beside training, behind everything that was submitted before."""
+    from runtime.saving import background
+
+    _state["beside"] = True
+    background.submit(job, *args)
+
+
+def wait() -> None:
+    """Until all that was submitted is on the disk. The end of a run and the next save call it.
+
+    Raises:
+        OSError: something could not be written; says which checkpoint is still good.
+    """
+    if _state["beside"]:
+        from runtime.saving import background
+
+        _state["beside"] = False
+        background.wait()
 
 
 def find_run(

@@ -1,6 +1,7 @@
 """Saving a run of which every rank holds a part: see `checkpoint`."""
 
 import contextlib
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from runtime.device import is_sharded
 from runtime.ranks import world
 from runtime.saving import background, safe_load, store
-from runtime.saving.run_state import copy_tensors
+from runtime.saving.validity import raise_not_saved
 
 # "group": of the writing threads; "stager": keeps the memory of the copies; "newest": the last
 # checkpoint that this run saved or loaded
@@ -29,22 +30,19 @@ def is_needed(tensors: dict[str, Tensor], optimizer, own_tensors: bool) -> bool:
     return own_tensors or is_zero1 or any(map(is_sharded, tensors.values()))
 
 
-def submit_save(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict) -> None:
-    """Copy what this rank holds, and have it written together with the others; see `store`."""
-    if "group" not in _shared:  # of their own: training uses the default one
+def snapshot(tensors: dict[str, Tensor], run: dict) -> tuple[dict[str, Tensor], dict]:
+    """As `background.snapshot`, of DTensors, too; `write` is the job that it is for."""
+    if "group" not in _shared:  # of the threads that write: training uses the default one
         _shared["group"] = dist.new_group(backend="gloo")
         background.state["collective"] = True
-    copy = stage if any(map(is_sharded, tensors.values())) else copy_tensors
-    background.submit(write, folder, keep, copy(tensors), run)
-
-
-def stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of DTensors and others as they are now, in the memory of the CPU."""
+    if not any(map(is_sharded, tensors.values())):
+        return background.snapshot(tensors, run)
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
     if "stager" not in _shared:
         _shared["stager"] = DefaultStager(StagingOptions(False, False, False, False))
-    return _shared["stager"].stage(tensors)
+    background.state["rests"] = next(iter(tensors.values())).device.type == "cpu"
+    return _shared["stager"].stage(tensors), copy.deepcopy(run)
 
 
 def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict) -> None:
@@ -57,7 +55,7 @@ def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict) -> Non
     try:
         with place as building:
             dist.barrier(group)
-            store.write_tensors(building, tensors, group)
+            store.write_tensors(building, tensors, background.throttled_planner(), group)
             paths = building.glob(f"__{rank}_*")
             own = {path.name: store.describe(path, background.throttle) for path in paths}
             parts = [None] * group.size() if rank == 0 else None
@@ -68,8 +66,6 @@ def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict) -> Non
                 files |= {name: store.describe(building / name) for name in (".metadata", "run.pt")}
                 check_seen(building, files)
     except BaseException as error:
-        from runtime.saving.validity import raise_not_saved
-
         raise_not_saved(folder, step, error)
         raise
     remember_newest(folder / f"step_{step:08d}")
@@ -88,9 +84,9 @@ def remember_newest(checkpoint: Path) -> None:
     _shared["newest"] = checkpoint
 
 
-def write_weights(path: Path, shapes: dict[str, torch.Size], part: str) -> None:
-    """Write the weights of the newest checkpoint; `part` as in `checkpoint.save_weights`."""
-    store.write_weights(path, read_weights(_shared["newest"], shapes, part))
+def write_weights(path: Path, shapes: dict[str, torch.Size], part: str, config: str) -> None:
+    """Write the weights of the newest checkpoint; `part`, `config`: see `checkpoint.save_weights`."""
+    store.write_weights(path, read_weights(_shared["newest"], shapes, part), config)
 
 
 def read_weights(checkpoint: Path, shapes: dict[str, torch.Size], part: str) -> dict[str, Tensor]:

@@ -1,10 +1,18 @@
-"""What a run leaves is written in order, one thread a job, while training goes on."""
+"""Saves in the middle of a run: written in order, one thread a job, while training goes on."""
 
 import contextlib
+import copy
 import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.saving import store
+from runtime.saving.validity import raise_not_saved
 
 SHARE = 0.05  # of a core: what a thread takes where training needs them all and nobody waits
 
@@ -13,6 +21,12 @@ SHARE = 0.05  # of a core: what a thread takes where training needs them all and
 state: dict = {"rests": False, "collective": False, "last": None, "rested": 0.0}
 _problems: list[Exception] = []
 _hurry = threading.Event()  # somebody waits
+_buffers: dict[str, Tensor] = {}  # the copies on the CPU, the same memory at every save
+
+
+# --------------------------------------------------------------------------------------------------
+# Jobs
+# --------------------------------------------------------------------------------------------------
 
 
 def submit(job: Callable, *args) -> None:
@@ -48,11 +62,7 @@ def throttle() -> None:
 
 
 def wait() -> None:
-    """Until all that was asked for is on the disk. The end of a run and the next save call it.
-
-    Raises:
-        OSError: something could not be written; says which checkpoint is still good.
-    """
+    """See `checkpoint.wait`."""
     if state["last"] is not None:
         _hurry.set()
         state["last"].join()
@@ -66,3 +76,49 @@ def flush_on_error() -> None:
     if not state["collective"]:
         with contextlib.suppress(Exception):  # the fault is what is told
             wait()
+
+
+# --------------------------------------------------------------------------------------------------
+# A checkpoint as a job
+# --------------------------------------------------------------------------------------------------
+
+
+def snapshot(tensors: dict[str, Tensor], run: dict) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and counters as they are now, in the memory of the CPU."""
+    state["rests"] = next(iter(tensors.values())).device.type == "cpu"
+    return copy_tensors(tensors), copy.deepcopy(run)
+
+
+def copy_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors alone; the next copy is made in the same memory."""
+    for name, tensor in tensors.items():
+        if name not in _buffers:
+            _buffers[name] = torch.empty_like(tensor, device="cpu")
+        _buffers[name].copy_(tensor)
+    return {name: _buffers[name] for name in tensors}
+
+
+def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict) -> None:
+    """As `checkpoint.write`, at a pace that leaves the cores to training."""
+    files: dict[str, dict] = {}
+    step = run["progress"]["step"]
+    try:
+        with store.new_checkpoint(folder, step, keep, files) as building:
+            store.write_tensors(building, tensors, throttled_planner())
+            store.save_file(building / "run.pt", run)
+            files |= {path.name: store.describe(path, throttle) for path in building.iterdir()}
+    except BaseException as error:
+        raise_not_saved(folder, step, error)
+        raise
+
+
+def throttled_planner():
+    """For `store.write_tensors`: rests before each tensor."""
+    from torch.distributed.checkpoint import DefaultSavePlanner  # here, as it takes a second
+
+    class ThrottledPlanner(DefaultSavePlanner):
+        def resolve_data(self, item):  # is called for each part of a tensor before it is written
+            throttle()
+            return super().resolve_data(item)
+
+    return ThrottledPlanner()

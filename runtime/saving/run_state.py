@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from runtime.ranks import unwrap
 
 COUNTERS = ("step", "epoch", "step_in_epoch", "tokens", "skipped", "skipped_in_a_row")
-_buffers: dict[str, Tensor] = {}  # the copies on the CPU, the same memory at every save
 
 
 def run_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
@@ -30,15 +29,6 @@ def parts_of(optimizer) -> list[torch.optim.Optimizer]:
     """The optimizers that hold state: those that one, such as Muon, consists of; ZeRO's own one."""
     parts = getattr(optimizer, "parts", {"": optimizer}).values()
     return [getattr(part, "optim", part) for part in parts]
-
-
-def copy_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as they are now, in the memory of the CPU."""
-    for name, tensor in tensors.items():
-        if name not in _buffers:
-            _buffers[name] = torch.empty_like(tensor, device="cpu")
-        _buffers[name].copy_(tensor)
-    return {name: _buffers[name] for name in tensors}
 
 
 def rng_state() -> dict:

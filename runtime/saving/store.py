@@ -20,8 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.saving.background import throttle
-
 MANIFEST = "manifest.json"
 
 # Without a process group is what we mean.
@@ -46,7 +44,7 @@ def new_checkpoint(
     building.mkdir()
     try:
         yield building
-        files = files or {path.name: describe(path, throttle) for path in building.iterdir()}
+        files = files or {path.name: describe(path) for path in building.iterdir()}
         save_file(building / MANIFEST, json.dumps({"step": step, "files": files}))
         if checkpoint.exists():  # an invalid one of a run before, or the same step saved again
             remove(checkpoint)
@@ -60,26 +58,21 @@ def new_checkpoint(
         raise
 
 
-def write_tensors(building: Path, tensors: dict[str, Tensor], group=None) -> None:
-    """Write tensors of the CPU to the disk: all processes of `group` together, or this one."""
+def write_tensors(building: Path, tensors: dict[str, Tensor], planner=None, group=None) -> None:
+    """Write tensors to the disk: all processes of `group` together, or this one alone."""
     import torch.distributed.checkpoint as dcp  # here, as it takes a second
 
-    class ThrottledPlanner(dcp.DefaultSavePlanner):
-        def resolve_data(self, item):  # is called for each part of a tensor before it is written
-            throttle()
-            return super().resolve_data(item)
-
-    dcp.save(
-        tensors,
-        storage_writer=dcp.FileSystemWriter(building),
-        planner=ThrottledPlanner(),
-        process_group=group,
-        no_dist=group is None,
-    )
+    writer = dcp.FileSystemWriter(building)
+    words = {"storage_writer": writer, "planner": planner, "process_group": group}
+    dcp.save(tensors, **words, no_dist=group is None)
 
 
-def write_weights(path: Path, state_dict: dict[str, Tensor]) -> None:
-    """Write whole tensors of the CPU; a head that equals the embedding is saved once, tied to it."""
+def write_weights(path: Path, state_dict: dict[str, Tensor], config: str) -> None:
+    """Write whole tensors of the CPU, and the JSON of their configuration beside them.
+
+    A head that equals the embedding is saved once, tied to it.
+    """
+    save_file(path.with_suffix(".json"), config)
     head = state_dict.get("lm_head.weight")
     if head is not None and torch.equal(head, state_dict["model.embed_tokens.weight"]):
         state_dict["lm_head.weight"] = state_dict["model.embed_tokens.weight"]

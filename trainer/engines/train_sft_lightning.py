@@ -111,8 +111,7 @@ def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
     state_dict = model.module.state_dict() if hasattr(model, "module") else model.state_dict()
     state_dict = engine_store.whole_tensors(state_dict)
     if is_main_process():
-        checkpoint.submit(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
-        checkpoint.submit(checkpoint.write_weights, path, state_dict)
+        checkpoint.submit(checkpoint.write_weights, path, state_dict, config.to_json())
 
 
 # Copied from trainer.train_full_sft.sft_loss
