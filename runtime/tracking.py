@@ -194,8 +194,7 @@ def lock_run(folder: Path):
     path, holder = (folder.with_name(f".{folder.name}.{end}") for end in ("lock", "pid"))
     lock = FileLock(path)
     try:
-        with naming(path):
-            lock.acquire(timeout=10)
+        lock.acquire(timeout=10)
     except Timeout:
         process = holder.read_text(encoding="utf-8") if holder.is_file() else "of someone else"
         advice = "stop it, or choose another --save_weight"
