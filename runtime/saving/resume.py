@@ -15,6 +15,7 @@ from runtime.ranks import gather_objects, unwrap, world
 from runtime.saving import safe_load, store
 from runtime.saving.identity import LAST_STEP
 from runtime.saving.identity_changes import check_identity
+from runtime.saving.rotation import list_checkpoints
 from runtime.saving.run_state import COUNTERS, parts_of, run_tensors
 from runtime.saving.validity import fault
 
@@ -98,7 +99,7 @@ def find(folder: Path, source: str) -> Path | None:
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
     skipped = []
-    for checkpoint in store.list_checkpoints(path):
+    for checkpoint in list_checkpoints(path):
         if not (problem := fault(checkpoint)):
             if skipped:
                 print("\n".join(skipped), file=sys.stderr, flush=True)
@@ -120,7 +121,7 @@ def refuse_other_shapes(folder: Path) -> None:
     stage = re.sub(r"_\d+(_moe)?$", "", folder.name)
     for other in sorted(folder.parent.glob(f"{stage}_*/checkpoints")):
         name = other.parent.name
-        if re.fullmatch(rf"{re.escape(stage)}_\d+(_moe)?", name) and store.list_checkpoints(other):
+        if re.fullmatch(rf"{re.escape(stage)}_\d+(_moe)?", name) and list_checkpoints(other):
             raise ValueError(
                 f"--resume auto: {folder} has no checkpoint, but {name} has: was that run meant"
                 " (--dim, --use_moe)? For a new run beside it use --resume none or another"

@@ -38,23 +38,25 @@ def new_checkpoint(
         folder: of the checkpoints; the oldest ones beyond `keep`, at least 1, are removed then.
         files: name -> {"size", "sha256"} of what the block has described already.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    clean(folder)  # what a killed writer left behind
     building, checkpoint = (folder / f"{state}step_{step:08d}" for state in (".tmp-", ""))
-    building.mkdir()
+    rotation = None
+    if folder.exists():
+        from runtime.saving import rotation
+
+        rotation.clean(folder)
+    building.mkdir(parents=True)
     try:
         yield building
         files = files or {path.name: describe(path) for path in building.iterdir()}
         save_file(building / MANIFEST, json.dumps({"step": step, "files": files}))
-        if checkpoint.exists():  # an invalid one of a run before, or the same step saved again
-            remove(checkpoint)
+        if rotation and checkpoint.exists():  # an invalid one, or the same step saved again
+            rotation.remove(checkpoint)
         os.rename(building, checkpoint)
         flush_folder(folder)
-        # The one just written is good, so whatever goes now, a good one remains.
-        for old in list_checkpoints(folder)[max(1, keep) :]:
-            remove(old)
+        if rotation:
+            rotation.keep_newest(folder, keep)
     except BaseException:
-        clean(folder)
+        shutil.rmtree(building, ignore_errors=True)
         raise
 
 
@@ -102,11 +104,6 @@ def save_file(path: Path, state: dict | str) -> None:
         raise not_written(path, temporary, error) from None
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, the newest step first, whether they are valid or not."""
-    return sorted(folder.glob("step_*"), reverse=True)
-
-
 def describe(path: Path, between: Callable[[], None] = lambda: None) -> dict:
     """Size and hash of a file; `between` is called between its blocks."""
     digest = hashlib.sha256()
@@ -115,20 +112,6 @@ def describe(path: Path, between: Callable[[], None] = lambda: None) -> dict:
             digest.update(block)
             between()
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def remove(checkpoint: Path) -> None:
-    """Take a checkpoint out of sight in one step, then delete it."""
-    trash = checkpoint.with_name(f".old-{checkpoint.name}")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.rename(checkpoint, trash)
-    shutil.rmtree(trash)
-
-
-def clean(folder: Path) -> None:
-    """Delete what is not whole."""
-    for left in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def flush_folder(folder: Path) -> None:

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from runtime.saving.disk_errors import reason
-from runtime.saving.store import MANIFEST, describe, list_checkpoints
+from runtime.saving.rotation import list_checkpoints
+from runtime.saving.store import MANIFEST, describe
 
 
 def fault(checkpoint: Path) -> str:
