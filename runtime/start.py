@@ -159,15 +159,15 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     vars(args).update({name: int(values[name]) for name in (*SIZES, *EXPERT_SIZES)})
     args.shape = {n: value for n, value in values.items() if n not in OUTSIDE_THE_SHAPE}
     source, known = (teacher, read_shape(teacher)) if weights is None else (path, weights)
-    recorded = known.tokenizer if known else None
+    record = tokenizer_record.find_record(source, known.tokenizer if known else None)
     tokenizer = tokenizer_record.open_tokenizer(
-        args.tokenizer_dir, args.chat_template, source, recorded
+        args.tokenizer_dir, args.chat_template, source, record
     )
     args.tokenizer_dir = str(tokenizer.folder)
     vocab_size = known.vocab_size if known else None
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix_of(args)}"
     is_foreign = source is not None and source.is_dir()
-    may_be_padded = recorded is not None or is_foreign
+    may_be_padded = record is not None or is_foreign
     return Start(path, line, shape, tokenizer, vocab_size, may_be_padded, run_dir)
 
 

@@ -11,19 +11,18 @@ OURS = ROOT / "model/minimind_tokenizer"
 
 
 def open_tokenizer(
-    folder: str | None, chat_template: str | None, weights: Path | None, recorded: dict | None
+    folder: str | None, chat_template: str | None, weights: Path | None, record: dict | None
 ) -> LazyTokenizer:
     """The tokenizer of --tokenizer_dir; without the flag that of the weights, else our own.
 
     Args:
         folder, chat_template: the flags.
         weights: a file or a folder, None for random ones.
-        recorded: `LMConfig.tokenizer` of the weights.
+        record: of `find_record`.
 
     Raises:
         ValueError: it is not there, or another one than that of the weights.
     """
-    record = find_record(weights, recorded)
     if not record:
         own = weights if weights is not None and weights.is_dir() else OURS
         return load_tokenizer(folder or own, chat_template)
@@ -38,7 +37,11 @@ def open_tokenizer(
 
 
 def find_record(weights: Path | None, recorded: dict | None) -> dict | None:
-    """What is recorded; of a folder that has no record, but a tokenizer, the record of that.
+    """The record of the tokenizer that weights were trained with; None: they have none.
+
+    Args:
+        recorded: `LMConfig.tokenizer` of the weights. A folder in Hugging Face's format has none,
+            but may hold the tokenizer itself.
 
     Raises:
         ValueError: what is recorded is no record.

@@ -83,7 +83,7 @@ def open_source(
         merge_adapter(model, newest_weights(lora, out_dir, "--lora"))
         tensors = model.state_dict()
     config = model.config  # with an adapter's scaled positions, if it brings some
-    opened = (tokenizer_dir, chat_template, path, config.tokenizer)
-    tokenizer = tokenizer_record.open_tokenizer(*opened)
+    record = tokenizer_record.find_record(path, config.tokenizer)
+    tokenizer = tokenizer_record.open_tokenizer(tokenizer_dir, chat_template, path, record)
     tokenizer_record.check_size(tokenizer, config.vocab_size, may_be_padded=True)
     return Source(path, config, tensors, tokenizer)

@@ -7,7 +7,7 @@ import pytest
 from running import on_a_terminal
 
 from runtime.process.terminal import describe_error
-from runtime.tracking import Tracker, open_lines
+from runtime.tracking import Tracker
 
 TINY = "--dim=32 --n_layers=1 --n_heads=2 --n_kv_heads=1 --max_seq_len=64 --device=cpu --batch_size=2".split()
 
@@ -41,7 +41,7 @@ def test_a_file_that_cannot_be_written_names_itself(tmp_path, name, spoil):
         if is_late:  # before that it is read, and this device never ends
             (run / name).unlink()
             spoil(run / name)
-            tracker.metrics_file = open_lines(run / name)
+            tracker.metrics_file = open(run / name, "a", buffering=1)
         tracker.print("a line")
         tracker.log({"step": 1, "eval_loss": 1.0})
     said = describe_error(raised.value)
