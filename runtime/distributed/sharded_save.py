@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from runtime.device import is_sharded
 from runtime.ranks import world
 from runtime.saving import background, safe_load, store
-from runtime.saving.validity import raise_not_saved
+from runtime.saving.validity import check_seen, raise_not_saved
 
 # "group": of the writing threads; "stager": keeps the memory of the copies; "newest": the last
 # checkpoint that this run saved or loaded
@@ -69,14 +68,6 @@ def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict) -> Non
         raise_not_saved(folder, step, error)
         raise
     remember_newest(folder / f"step_{step:08d}")
-
-
-def check_seen(building: Path, files: Iterable[str]) -> None:
-    """OSError: files that other nodes have written are not where this process sees them."""
-    for name in files:
-        if not (building / name).exists():
-            fault = f"{name} of another node is not here"
-            raise OSError(None, f"{fault}: --out_dir must lie on storage that all nodes share")
 
 
 def remember_newest(checkpoint: Path) -> None:

@@ -23,7 +23,6 @@ from torch.utils import cpp_extension
 from model.permissions import open_to_others
 from runtime import checkpoint, parallel
 from runtime.device import needs_process_group, one_order
-from runtime.distributed.sharded_save import check_seen
 from runtime.engines.deepspeed_config import OFFLOADS, curve_settings, section
 from runtime.engines.engine_store import seal
 from runtime.engines.leftovers import forget_leftovers
@@ -32,6 +31,7 @@ from runtime.ranks import gather_objects, world
 from runtime.saving import safe_load, store
 from runtime.saving.disk_errors import reason
 from runtime.saving.resume import restore
+from runtime.saving.validity import check_seen
 
 TAG = "deepspeed"  # of a checkpoint inside its folder
 LOUD = (

@@ -1,6 +1,7 @@
 """Whether a checkpoint is what was saved, and what to say where saving one failed."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from runtime.saving.disk_errors import reason
@@ -23,6 +24,14 @@ def fault(checkpoint: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return ""
+
+
+def check_seen(building: Path, files: Iterable[str]) -> None:
+    """OSError: files that other nodes have written are not where this process sees them."""
+    for name in files:
+        if not (building / name).exists():
+            missing = f"{name} of another node is not here"
+            raise OSError(None, f"{missing}: --out_dir must lie on storage that all nodes share")
 
 
 def raise_not_saved(folder: Path, step: int, error: BaseException) -> None:

@@ -14,7 +14,6 @@ from running import run_script, wait_for_steps
 
 from benchmarks import kill_resume
 from runtime import earlier_runs
-from runtime.distributed.sharded_save import check_seen
 from runtime.saving import resume, rotation, store, validity
 
 FLAGS = (
@@ -331,7 +330,7 @@ def test_a_file_of_another_node_is_missed(tmp_path):
         OSError, match="__1_0.distcp of another node is not here: --out_dir must lie on storage"
     ):
         with store.new_checkpoint(tmp_path, 1, 1, files) as building:
-            check_seen(building, files)
+            validity.check_seen(building, files)
     assert not list(tmp_path.iterdir())
 
 
