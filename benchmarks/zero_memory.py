@@ -28,7 +28,7 @@ from model.lm import LMConfig, MiniMindLM
 from runtime import parallel
 from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
-from runtime.saving import run_state
+from runtime.saving import resume
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 TOLERANCE = 0.1
@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
         found["gradients"] = size(p.grad for p in model.parameters())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    states = run_state.states_of(model, optimizer).values()
+    states = resume.states_of(model, optimizer).values()
     found["optimizer"] = size(value for _, state, _ in states for value in state.values())
     if args.strategy == "zero2":
         found["optimizer"] += size(

@@ -12,6 +12,24 @@ from runtime.process.terminal import naming
 from runtime.saving.identity_changes import describe_changes
 
 
+def take_over(
+    folder: Path, args: dict, resumed_from: Path | None, changes: dict
+) -> tuple[list[dict], list[str]]:
+    """Keep what an earlier run left, unless this one goes on with it; see `Tracker`.
+
+    Returns:
+        The history for args.json, and what to say.
+    """
+    history, notes = [], []
+    if resumed_from is not None:
+        history = history_of(resumed_from, args, changes)
+    if resumed_from is None or folder.resolve() not in resumed_from.resolve().parents:
+        notes += keep_earlier_run(folder)
+    if changes:
+        notes.append(describe_resume(resumed_from, changes))
+    return history, notes
+
+
 def keep_earlier_run(folder: Path) -> list[str]:
     """Move what an earlier run of this name left out of the way of a new one; says so.
 
@@ -88,7 +106,9 @@ def describe_resume(checkpoint: Path, changes: dict) -> str:
 
 
 def drop_later_steps(path: Path, step: int) -> None:
-    """Leave only the whole lines of steps up to `step` in metrics.jsonl."""
+    """Leave only the whole lines of steps up to `step` in metrics.jsonl, if there is one."""
+    if not path.exists():
+        return
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and metrics_step(line) <= step]
     if kept != lines:

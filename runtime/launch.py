@@ -15,7 +15,6 @@ from runtime.device import keep_memory
 from runtime.flags import usage_error  # noqa: F401  # for the scripts
 from runtime.launcher import read_launch
 from runtime.process.terminal import prepare_streams
-from runtime.saving import background
 
 _heartbeat = None  # the module, once `start_heartbeat` was called
 
@@ -126,6 +125,8 @@ def run(main: Callable[[], int]) -> None:
             raise
     finally:
         if code == 1:
+            from runtime.saving import background
+
             background.flush_on_error()
         if _heartbeat and code not in (1, 2):  # the silence after a fault tells the others
             _heartbeat.stop()

@@ -1,5 +1,6 @@
 """Where --report_to sends metrics: wandb and TensorBoard. Neither can end a run."""
 
+import importlib.util
 import logging
 import os
 import socket
@@ -16,9 +17,16 @@ class Reporters:
         failed: the names of those that raised something.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        """Args: tell: prints a line for people."""
-        self.tell = tell
+    def __init__(self, names: set[str], tell: Callable[[str], None]) -> None:
+        """Args: names: of those to start; tell: prints a line for people.
+
+        Raises:
+            ValueError: one is not installed.
+        """
+        for name in sorted(names):
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(f"--report_to {name}: it is not installed; pip install {name}")
+        self.names, self.tell = names, tell
         self.active: dict[str, Wandb | TensorBoard] = {}
         self.failed: set[str] = set()
 
@@ -34,7 +42,7 @@ class Reporters:
             self.tell(f"warning: {name} failed, the run goes on without it: {reason}")
             return None
 
-    def start(self, names: set[str], folder: Path, args: dict, progress: dict) -> None:
+    def start(self, folder: Path, args: dict, progress: dict) -> None:
         """Begin to report, or go on.
 
         Args:
@@ -42,7 +50,7 @@ class Reporters:
             args: flags.
             progress: counters, with `step` and `run_id`.
         """
-        for name in sorted(names):
+        for name in sorted(self.names):
             reporter = self.attempt(name, REPORTERS[name], folder, args, progress)
             if reporter is not None:
                 self.active[name] = reporter

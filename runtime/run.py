@@ -56,8 +56,13 @@ class Run:
         """
         self.progress["step"] += 1
         self.progress["tokens"] += tokens
+        if is_finite:
+            self.progress["skipped_in_a_row"] = 0
+            return
+        from runtime.skipped_steps import count_skipped
+
         numbers = f"loss {loss}, gradient norm {grad_norm}"
-        self.tracker.count_skipped(self.progress, is_finite, numbers)
+        count_skipped(self.progress, numbers, self.tracker.print)
 
     def log(self, metrics: dict) -> None:
         """A line of metrics.jsonl, which holds `step`, and the same to other trackers."""

@@ -28,17 +28,10 @@ def open_tokenizer(
         return load_tokenizer(folder or own, chat_template)
     own = ROOT / record["folder"]  # an absolute one stays as it is
     place = Path(folder or own)
-    is_there = (place / "tokenizer.json").is_file()
-    if not is_there and not folder:
-        moved = f"its tokenizer is not at {own} any more"
-        raise ValueError(f"{weights}: {moved}: say with --tokenizer_dir where it lies now")
-    if is_there and file_hash(place) != record["sha256"]:
-        if place.resolve() == own.resolve():
-            fault = f"the tokenizer at {own} was changed since, or is another one"
-        else:
-            fault = f"trained with the tokenizer of {own}, not with that of {place}"
-        remedy = "name an unchanged copy" if place == own else "leave the flag out, or name a copy"
-        raise ValueError(f"--tokenizer_dir {place}: {weights}: {fault}; {remedy}")
+    if not (place / "tokenizer.json").is_file() or file_hash(place) != record["sha256"]:
+        from runtime.tokenizer_faults import refuse_other
+
+        refuse_other(place, own, weights, is_given=bool(folder))
     template = chat_template or record["chat_template"]
     return load_tokenizer(place, None if template == own_template(place) else template)
 
@@ -53,11 +46,11 @@ def find_record(weights: Path | None, recorded: dict | None) -> dict | None:
     Raises:
         ValueError: what is recorded is no record.
     """
+    if not recorded and weights is not None and (weights / "tokenizer.json").is_file():
+        return {"folder": str(weights), "sha256": file_hash(weights), "chat_template": None}
     if recorded and not (isinstance(recorded, dict) and {*KEYS} <= recorded.keys()):
         fault = f'"tokenizer" must have {", ".join(KEYS)}'
         raise ValueError(f"the configuration of {weights}: {fault}; take another copy")
-    if not recorded and weights is not None and (weights / "tokenizer.json").is_file():
-        return {"folder": str(weights), "sha256": file_hash(weights), "chat_template": None}
     return recorded
 
 

@@ -1,10 +1,10 @@
-"""What a run leaves for people to see: metrics.jsonl, training.log, args.json, a progress bar.
+"""What a run leaves for people to see: metrics.jsonl, training.log, args.json, lines on a terminal.
 
-Only rank 0 writes; on the other ranks every call does nothing. wandb and TensorBoard are in
-`reporters`, what a run does with what an earlier one left in `earlier_runs`.
+Only rank 0 writes; on the other ranks every call does nothing. A terminal's `progress_bar` and
+`reporters`, wandb and TensorBoard, are made where they are wanted; what a run does with what an
+earlier one left is in `earlier_runs`.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -14,13 +14,10 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from runtime import kernel_loader
 from runtime.process.terminal import describe_error, naming
 from runtime.saving.store import save_file
-
-MAX_SKIPPED = 20  # enough for the scale of float16 to come down from its start, 2 ** 14
 
 
 class Tracker:
@@ -38,58 +35,45 @@ class Tracker:
         resumed_from: Path | None,
         changes: dict | None = None,
     ):
-        """Make the run's folder and its args.json.
+        """Lock the run's folder, keep what an earlier run left there, write args.json.
 
         Args:
             folder: the run's folder, `out/full_sft_512`.
             args: flags, for args.json and wandb; `report_to` and `use_wandb` say where metrics go.
             enabled: True on rank 0.
-            resumed_from: the checkpoint, None for a new run; see `earlier_runs.keep_earlier_run`.
+            resumed_from: the checkpoint, None for a new run.
             changes: what of the run's identity is another one from there on.
 
         Raises:
             ValueError: the folder cannot be written, or a reporter is not installed.
         """
         self.folder, self.args, self.enabled = folder, args, enabled
-        self.report_to = {*args["report_to"]} | ({"wandb"} if args["use_wandb"] else set())
         self.resumed_from = resumed_from
+        self.report_to = {*args["report_to"], "wandb" if args["use_wandb"] else "none"} - {"none"}
         self.bar, self.reporters, self.began = None, None, math.inf
         if not enabled:
             return
-        for name in sorted(self.report_to - {"none"}):
-            if importlib.util.find_spec(name) is None:
-                raise ValueError(f"--report_to {name}: it is not installed; pip install {name}")
+        if self.report_to:
+            from runtime.reporters import Reporters
+
+            self.reporters = Reporters(self.report_to, self.print)
+        history, notes = [], []
         try:
-            notes = self.open_folder(resumed_from, changes or {})
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_run(folder)
+            earlier = [p for p in folder.parent.iterdir() if p.name.startswith(folder.name)]
+            if earlier or resumed_from is not None:
+                from runtime import earlier_runs
+
+                history, notes = earlier_runs.take_over(folder, args, resumed_from, changes or {})
+            folder.mkdir(parents=True, exist_ok=True)
+            self.log_file = open_lines(folder / "training.log")
+            text = json.dumps(args | {"history": history}, indent=2, default=str)
+            save_file(folder / "args.json", f"{text}\n")
         except OSError as error:
             raise ValueError(f"--out_dir: cannot write to {describe_error(error)}") from None
         for note in notes:
             self.print(note)
-
-    def open_folder(self, resumed_from: Path | None, changes: dict) -> list[str]:
-        """Lock the run, keep what an earlier one left, write args.json; returns what to say."""
-        folder, notes, history = self.folder, [], []
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = lock_run(folder)
-        if resumed_from is not None:
-            from runtime import earlier_runs
-
-            history = earlier_runs.history_of(resumed_from, self.args, changes)
-        goes_on = resumed_from is not None and folder.resolve() in resumed_from.resolve().parents
-        left = (folder, *(folder.with_name(f"{folder.name}{end}") for end in (".pth", ".json")))
-        if not goes_on and any(path.exists() for path in left):
-            from runtime import earlier_runs
-
-            notes += earlier_runs.keep_earlier_run(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log_file = open(
-            folder / "training.log", "a", encoding="utf-8", errors="backslashreplace"
-        )
-        args = json.dumps(self.args | {"history": history}, indent=2, default=str)
-        save_file(folder / "args.json", f"{args}\n")
-        if changes:
-            notes.append(earlier_runs.describe_resume(resumed_from, changes))
-        return notes
 
     def start(self, progress: dict, total_steps: int) -> None:
         """Begin, or go on behind a checkpoint: what the files say about later steps is taken back.
@@ -99,42 +83,41 @@ class Tracker:
                 run.
         """
         progress.setdefault("run_id", secrets.token_hex(4))
-        progress["total_steps"] = total_steps
+        progress["total_steps"] = self.total_steps = total_steps
         if dist.is_initialized():
             from runtime.distributed import heartbeat
 
             heartbeat.follow(progress)
-        self.first_step = step = progress["step"]
+        self.first_step = progress["step"]
         if not self.enabled:
             return
+        metrics_path = self.folder / "metrics.jsonl"
         if self.resumed_from is not None:
-            self.print(f"resumed from {self.resumed_from} behind step {step}")
-        if line := kernel_loader.report():
-            self.print(line)
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
             from runtime import earlier_runs
 
-            earlier_runs.drop_later_steps(path, step)
-        self.metrics_file = open(path, "a", encoding="utf-8")
-        self.total_steps = total_steps
+            self.print(f"resumed from {self.resumed_from} behind step {self.first_step}")
+            earlier_runs.drop_later_steps(metrics_path, self.first_step)
+        if line := kernel_loader.report():
+            self.print(line)
+        self.metrics_file = open_lines(metrics_path)
         self.began = self.last_time = time.monotonic()
         self.last_tokens = progress["tokens"]
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
-        if names := self.report_to - {"none"}:
-            from runtime.reporters import Reporters
+            from runtime.progress_bar import open_bar
 
-            self.reporters = Reporters(self.print)
-            self.reporters.start(names, self.folder, self.args, progress)
+            self.bar = open_bar(total_steps, self.first_step)
+        if self.reporters is not None:
+            self.reporters.start(self.folder, self.args, progress)
 
     def print(self, text: str) -> None:
         """A line for people: on the terminal and in training.log."""
         if not self.enabled:
             return
-        tqdm.write(text)
+        say = print if self.bar is None else self.bar.write
+        say(text)
         sys.stdout.flush()
-        append(self.log_file, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        with naming(self.log_file.name):
+            self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def log(self, metrics: dict) -> None:
         """A line of metrics.jsonl; floats in full precision.
@@ -155,7 +138,8 @@ class Tracker:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in metrics.items()
         }
-        append(self.metrics_file, json.dumps(line) + "\n")
+        with naming(self.metrics_file.name):
+            self.metrics_file.write(f"{json.dumps(line)}\n")
         if self.reporters is not None:
             self.reporters.log(metrics)
         if "eval_loss" in metrics:
@@ -166,39 +150,20 @@ class Tracker:
 
     def show_step(self, metrics: dict) -> None:
         """A training line on the progress bar, or as text where there is none."""
-        step, loss, lr, norm = (metrics[name] for name in ("step", "loss", "lr", "grad_norm"))
         rate = metrics["tokens_per_sec"] * metrics["supervised_tokens"] / metrics["tokens"]
         if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-            shown = {"loss": f"{loss:.4f}", "lr": f"{lr:.2e}", "grad": f"{norm:.2f}"}
-            self.bar.set_postfix(shown | {"sup_tok/s": f"{rate:,.0f}"})
+            from runtime.progress_bar import show_step
+
+            show_step(self.bar, metrics, rate)
             return
+        step = metrics["step"]
         per_step = (time.monotonic() - self.began) / max(1, step - self.first_step)
         left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.total_steps - step)))
         self.print(
-            f"epoch {metrics['epoch']} step {step}/{self.total_steps} loss {loss:.4f} lr {lr:.2e}"
-            f" grad_norm {norm:.3f} {rate:,.0f} supervised tok/s left {left}"
+            f"epoch {metrics['epoch']} step {step}/{self.total_steps} loss {metrics['loss']:.4f}"
+            f" lr {metrics['lr']:.2e} grad_norm {metrics['grad_norm']:.3f}"
+            f" {rate:,.0f} supervised tok/s left {left}"
         )
-
-    def count_skipped(self, progress: dict, finite: bool, numbers: str) -> None:
-        """Count and report a step that was skipped because of `numbers` that are not finite.
-
-        All ranks call it at every step.
-
-        Raises:
-            FloatingPointError: the MAX_SKIPPED-th one in a row.
-        """
-        progress["skipped_in_a_row"] = 0 if finite else progress["skipped_in_a_row"] + 1
-        progress["skipped"] += not finite
-        if not finite:
-            so_far = f"{progress['skipped']} skipped so far"
-            self.print(f"step {progress['step']} skipped: {numbers} ({so_far})")
-        if progress["skipped_in_a_row"] == MAX_SKIPPED:
-            raise FloatingPointError(
-                f"{MAX_SKIPPED} steps in a row had no finite gradient, the run stops; its weights"
-                " and checkpoints are intact: lower --learning_rate, check the data, or use"
-                " --dtype bfloat16"
-            )
 
     def sync(self) -> None:
         """Bring metrics.jsonl to the disk, before a checkpoint that vouches for it."""
@@ -214,11 +179,9 @@ class Tracker:
                     part.close()
 
 
-def append(file, text: str) -> None:
-    """Write to an open file, now. OSError: names the file."""
-    with naming(file.name):
-        file.write(text)
-        file.flush()
+def open_lines(path: Path):
+    """A file to which lines are appended; each is written at once."""
+    return open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
 
 
 def lock_run(folder: Path):
@@ -231,8 +194,7 @@ def lock_run(folder: Path):
     path, holder = (folder.with_name(f".{folder.name}.{end}") for end in ("lock", "pid"))
     lock = FileLock(path)
     try:
-        with naming(path):
-            lock.acquire(timeout=10)
+        lock.acquire(timeout=10)
     except Timeout:
         process = holder.read_text(encoding="utf-8") if holder.is_file() else "of someone else"
         advice = "stop it, or choose another --save_weight"

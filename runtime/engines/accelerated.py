@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import checkpoint, parallel
+from runtime import parallel
 from runtime.device import dtype_of, to_float64
 from runtime.engines import deepspeed_engine
 from runtime.engines.leftovers import forget_leftovers
@@ -28,6 +28,7 @@ from runtime.optim import make_optimizer
 from runtime.parallel import is_fsdp, world
 from runtime.reporters import Reporters, wandb_reachable
 from runtime.saving import safe_load
+from runtime.saving.resume import restore
 from runtime.tracking import Tracker
 
 DTYPES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}  # our names, and accelerate's
@@ -310,7 +311,7 @@ def start_trackers(accelerator, tracker: Tracker, progress: dict) -> None:
         tracker: of the run, which goes on without those that fail.
         progress: counters, with `run_id`.
     """
-    tracker.reporters = tracker.reporters or Reporters(tracker.print)
+    tracker.reporters = tracker.reporters or Reporters(set(), tracker.print)
     asked, started = accelerator.log_with, []
     for name in asked:  # one by one, so that the others start where one fails
         accelerator.log_with, accelerator.trackers = [name], []
@@ -360,7 +361,7 @@ def load(accelerator, folder: Path | None) -> dict:
     if folder is not None:
         with safe_load.restricted(folder / "engine"):
             accelerator.load_state(str(folder / "engine"))
-    return checkpoint.restore(folder)
+    return restore(folder)
 
 
 def evaluation_loader(accelerator, rows: np.ndarray, batch_size: int) -> DataLoader | None:

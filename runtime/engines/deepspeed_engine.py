@@ -29,7 +29,9 @@ from runtime.engines.leftovers import forget_leftovers
 from runtime.optim import make_optimizer
 from runtime.ranks import gather_objects, world
 from runtime.saving import safe_load, store
-from runtime.saving.validity import reason
+from runtime.saving.disk_errors import reason
+from runtime.saving.resume import restore
+from runtime.saving.validity import check_seen
 
 TAG = "deepspeed"  # of a checkpoint inside its folder
 LOUD = (
@@ -341,22 +343,24 @@ def save_run(folder: Path, keep: int, engine, progress: dict, identity: dict) ->
     """
     checkpoint.wait()
     (rank, _), step, checkpoints = world(), progress["step"], folder / "checkpoints"
-    building = checkpoints / f".tmp-step_{step:08d}"
+    place = nullcontext(checkpoints / f".tmp-step_{step:08d}")
+    files: dict[str, dict] = {}
+    if rank == 0:
+        place = store.new_checkpoint(checkpoints, step, keep, files)
     try:
-        if rank == 0:
-            store.begin(checkpoints, step)
-        dist.barrier()
-        engine.save_checkpoint(str(building), tag=TAG)
-        paths = (path for path in building.rglob("*") if path.is_file() and writer_of(path) == rank)
-        rank_files = {str(path.relative_to(building)): seal(path) for path in paths}
-        files = {name: file for part in gather_objects(rank_files) for name, file in part.items()}
-        rng = gather_objects(checkpoint.rng_state())
-        if rank == 0:
-            store.save_file(
-                building / "run.pt", {"progress": progress, "identity": identity, "rng": rng}
-            )
-            files["run.pt"] = store.describe(building / "run.pt")
-            store.finish(building, step, files, keep)
+        with place as building:
+            dist.barrier()
+            engine.save_checkpoint(str(building), tag=TAG)
+            paths = (p for p in building.rglob("*") if p.is_file() and writer_of(p) == rank)
+            rank_files = {str(path.relative_to(building)): seal(path) for path in paths}
+            for part in gather_objects(rank_files):
+                files |= part
+            rng = gather_objects(checkpoint.rng_state())
+            if rank == 0:
+                run = {"progress": progress, "identity": identity, "rng": rng}
+                store.save_file(building / "run.pt", run)
+                files["run.pt"] = store.describe(building / "run.pt")
+                check_seen(building, files)
         dist.barrier()
     except (OSError, RuntimeError) as error:
         raise OSError(
@@ -384,13 +388,13 @@ def finish(engine, run_dir: Path) -> None:
 def load_run(folder: Path | None, engine) -> dict:
     """Put a checkpoint back into engine and generators; returns the counters, zeros for a new run."""
     if folder is None:
-        return checkpoint.restore(None)
+        return restore(None)
     with safe_load.restricted(folder):
         if engine.zero_nvme_offload_optimizer():
             load_from_disks(engine, folder)
         elif engine.load_checkpoint(str(folder), tag=TAG)[0] is None:
             raise ValueError(f"there is no {TAG} folder with files for this rank")
-    return checkpoint.restore(folder)
+    return restore(folder)
 
 
 def load_from_disks(engine, folder: Path) -> None:

@@ -7,19 +7,20 @@
 An engine's files are read by that engine alone; the identity of the run names it.
 """
 
+import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from runtime import checkpoint
 from runtime.device import is_sharded
 from runtime.ranks import gather_objects, world
 from runtime.saving import store
-from runtime.saving.validity import not_saved
+from runtime.saving.validity import raise_not_saved
 
 
 def save(
@@ -47,7 +48,10 @@ def save(
     """
     checkpoint.wait()
     folder, step, first = folder / "checkpoints", progress["step"], world()[0] == 0
-    building = folder / f".tmp-step_{step:08d}"
+    place = contextlib.nullcontext(folder / f".tmp-step_{step:08d}")
+    files: dict[str, dict] = {}
+    if first:
+        place = store.new_checkpoint(folder, step, keep, files)
     run = {
         "progress": progress,
         "identity": identity,
@@ -55,29 +59,30 @@ def save(
     }
     run["rng"] = gather_objects(checkpoint.rng_state())
     try:
-        if first:
-            store.begin(folder, step)
-        barrier()
-        write(building / "engine")
-        barrier()
-        if first:
-            store.save_file(building / "run.pt", run)
-            paths = (path for path in sorted(building.rglob("*")) if path.is_file())
-            store.finish(
-                building,
-                step,
-                {str(path.relative_to(building)): seal(path) for path in paths},
-                keep,
-            )
-    except (OSError, RuntimeError, CheckpointException) as error:
-        if first:
-            store.clean(folder)
-        raise not_saved(folder, step, error) from error
+        with place as building:
+            barrier()
+            write(building / "engine")
+            barrier()
+            if first:
+                store.save_file(building / "run.pt", run)
+                paths = (path for path in sorted(building.rglob("*")) if path.is_file())
+                files |= {str(path.relative_to(building)): seal(path) for path in paths}
+    except BaseException as error:
+        raise_not_saved(folder, step, error)
+        raise
 
 
 def seal(path: Path) -> dict:
-    """Bring to the disk what an engine wrote to a file; its size and hash."""
-    store.flush(path)
+    """Bring to the disk what an engine wrote to a file; its size and hash.
+
+    Windows syncs only what is open for writing.
+    """
+    is_windows = not hasattr(os, "O_DIRECTORY")
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     return store.describe(path)
 
 

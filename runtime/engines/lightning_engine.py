@@ -121,7 +121,7 @@ def restricted(load_checkpoint: Callable) -> Callable:
 
 def make_loggers(args, folder: Path, progress: dict, tracker: Tracker) -> list:
     """Lightning's loggers for what --report_to names; the run goes on without those that fail."""
-    tracker.reporters = tracker.reporters or Reporters(tracker.print)
+    tracker.reporters = tracker.reporters or Reporters(set(), tracker.print)
     names = sorted({*args.report_to} - {"none"} | ({"wandb"} if args.use_wandb else set()))
     loggers = [
         tracker.reporters.attempt(name, make_logger, name, folder, progress, tracker)

@@ -1,88 +1,124 @@
-"""One thread that writes what a run leaves, in order, while training goes on."""
+"""Saves in the middle of a run: written in order, one thread a job, while training goes on."""
 
+import contextlib
+import copy
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-SHARE = 0.05  # of a core: what the thread takes where training needs them all and nobody waits
+import torch
+from torch import Tensor
 
-_jobs: queue.Queue = queue.Queue()
+from runtime.saving import store
+from runtime.saving.validity import raise_not_saved
+
+SHARE = 0.05  # of a core: what a thread takes where training needs them all and nobody waits
+
+# "rests": training runs on the CPU and needs its cores; "collective": jobs write together with
+# those of other ranks; "last": the newest job's thread; "rested": its CPU time at its last rest
+state: dict = {"rests": False, "collective": False, "last": None, "rested": 0.0}
 _problems: list[Exception] = []
 _hurry = threading.Event()  # somebody waits
-# "rests": training needs the cores; "collective": a job may wait for other ranks
-_thread: dict = {"rests": False, "collective": False}
+_buffers: dict[str, Tensor] = {}  # the copies on the CPU, the same memory at every save
+
+
+# --------------------------------------------------------------------------------------------------
+# Jobs
+# --------------------------------------------------------------------------------------------------
 
 
 def submit(job: Callable, *args) -> None:
-    """Have the writing thread call job(*args) behind everything it was given before."""
-    if "thread" not in _thread:  # a daemon: a fault must not wait for it
-        _thread["thread"] = threading.Thread(target=work, daemon=True)
-        _thread["thread"].start()
-    _jobs.put((job, args))
+    """Have a thread call job(*args) behind everything that was submitted before."""
+    words = (state["last"], job, args)
+    state["last"] = threading.Thread(target=work, args=words, daemon=True)  # ends with the process
+    state["last"].start()
 
 
-def wait() -> None:
-    """Until all that was asked for is on the disk. The end of a run and the next save call it.
-
-    Raises:
-        OSError: something could not be written; says which checkpoint is still good.
-    """
-    finish()
-    if _problems:
-        problem = _problems[0]
-        _problems.clear()
-        raise problem
-
-
-def finish() -> None:
-    """As `wait`, without a word about what went wrong."""
-    _hurry.set()
-    _jobs.join()
-    _hurry.clear()
-
-
-def flush_on_error() -> None:
-    """In a process that ends with a fault: finish what it writes, if no other rank is needed."""
-    if not _thread["collective"]:
-        finish()
-
-
-def need_other_ranks() -> None:
-    """Say that from now on jobs write together with those of other ranks."""
-    _thread["collective"] = True
-
-
-def share_cores(rests: bool) -> None:
-    """Say whether training runs on the CPU and needs its cores: then the thread rests in between."""
-    _thread["rests"] = rests
+def work(before: threading.Thread | None, job: Callable, args: tuple) -> None:
+    """A thread of the lowest priority: training has the processor when it wants it."""
+    if before is not None:
+        before.join()
+    with contextlib.suppress(AttributeError, OSError):  # Windows has no priorities
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    state["rested"] = time.thread_time()
+    try:
+        if not _problems:
+            job(*args)
+    except Exception as error:
+        _problems.append(error)
 
 
 def throttle() -> None:
-    """In the writing thread, between two pieces of work: rest in proportion to the last one.
+    """Between two pieces of work of a job: rest in proportion to the last one.
 
     What the thread takes of the cores training lacks, whatever their priorities; so a save is
     spread over many steps, unless somebody waits.
     """
-    if _thread["rests"]:
-        _hurry.wait((time.thread_time() - _thread["rested"]) * (1 / SHARE - 1))
-    _thread["rested"] = time.thread_time()
+    if state["rests"]:
+        _hurry.wait((time.thread_time() - state["rested"]) * (1 / SHARE - 1))
+    state["rested"] = time.thread_time()
 
 
-def work() -> None:
-    """The writing thread, of the lowest priority: training has the processor when it wants it."""
+def wait() -> None:
+    """See `checkpoint.wait`."""
+    if state["last"] is not None:
+        _hurry.set()
+        state["last"].join()
+        _hurry.clear()
+    if _problems:
+        raise _problems.pop()
+
+
+def flush_on_error() -> None:
+    """In a process that ends with a fault: finish what it writes, if no other rank is needed."""
+    if not state["collective"]:
+        with contextlib.suppress(Exception):  # the fault is what is told
+            wait()
+
+
+# --------------------------------------------------------------------------------------------------
+# A checkpoint as a job
+# --------------------------------------------------------------------------------------------------
+
+
+def snapshot(tensors: dict[str, Tensor], run: dict) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and counters as they are now, in the memory of the CPU."""
+    state["rests"] = next(iter(tensors.values())).device.type == "cpu"
+    return copy_tensors(tensors), copy.deepcopy(run)
+
+
+def copy_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors alone; the next copy is made in the same memory."""
+    for name, tensor in tensors.items():
+        if name not in _buffers:
+            _buffers[name] = torch.empty_like(tensor, device="cpu")
+        _buffers[name].copy_(tensor)
+    return {name: _buffers[name] for name in tensors}
+
+
+def write(folder: Path, keep: int, tensors: dict[str, Tensor], run: dict) -> None:
+    """As `checkpoint.write`, at a pace that leaves the cores to training."""
+    files: dict[str, dict] = {}
+    step = run["progress"]["step"]
     try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-    except (AttributeError, OSError):
-        pass
-    while True:
-        job, args = _jobs.get()
-        _thread["rested"] = time.thread_time()
-        try:
-            if not _problems:
-                job(*args)
-        except Exception as error:
-            _problems.append(error)
-        finally:
-            _jobs.task_done()
+        with store.new_checkpoint(folder, step, keep, files) as building:
+            store.write_tensors(building, tensors, throttled_planner())
+            store.save_file(building / "run.pt", run)
+            files |= {path.name: store.describe(path, throttle) for path in building.iterdir()}
+    except BaseException as error:
+        raise_not_saved(folder, step, error)
+        raise
+
+
+def throttled_planner():
+    """For `store.write_tensors`: rests before each tensor."""
+    from torch.distributed.checkpoint import DefaultSavePlanner  # here, as it takes a second
+
+    class ThrottledPlanner(DefaultSavePlanner):
+        def resolve_data(self, item):  # is called for each part of a tensor before it is written
+            throttle()
+            return super().resolve_data(item)
+
+    return ThrottledPlanner()

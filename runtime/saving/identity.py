@@ -1,7 +1,6 @@
 """What makes a run this run: every flag that its curve depends on, and what is in their files.
 
-A run that goes on is compared with what its checkpoint records, see `identity_changes`. A new flag
-is part of it unless it stands among the HARMLESS.
+A run that goes on is compared with what its checkpoint records, see `identity_changes`.
 """
 
 import hashlib
@@ -10,20 +9,8 @@ from pathlib import Path
 
 from runtime.device import dtype_of
 
-# Flags that leave the curve as it is: names and places of what is written, what is told and when,
-# and how the work is shared. Of batches only --global_batch_size counts, of learning rates the
-# scaled one.
-HARMLESS = {
-    *("config", "cache_dir", "out_dir", "save_weight", "resume", "resume_with_changes", "preview"),
-    *("save_interval", "save_total_limit", "log_interval", "eval_interval", "sample_interval"),
-    *("use_wandb", "report_to", "num_workers", "replica_check", "timeout"),
-    *("device", "ddp", "strategy", "tensor_parallel", "context_parallel", "pipeline_parallel"),
-    *("pipeline_schedule", "offload", "bucket_cap_mb", "compile", "gradient_checkpointing"),
-    *("batch_size", "accumulation_steps", "lr_scaling", "cache_reference"),
-    "deepspeed_config",  # its settings are compared, see `deepspeed_engine.identity_of`
-    "rope_scaling",  # a part of the shape
-}
-DERIVED = {"total_steps", "peak_lr", "deepspeed", "shape"}  # no flags, but kept beside them
+# No flags but kept beside them; device says with --dtype in which precision
+DERIVED = {"total_steps", "peak_lr", "deepspeed", "shape", "device"}
 SHAPE = "the model's "  # begins the names of what no flag says
 ROWS = "the data of --data_path"
 LAST_STEP = "the last step"
@@ -38,29 +25,25 @@ def identity_of(flags: dict, global_batch: int, rows_key: str) -> dict:
         global_batch: rows of an optimizer step.
         rows_key: `key` of the data set.
     """
-    identity = {
-        f"--{name}": value for name, value in flags.items() if name not in HARMLESS | DERIVED
-    }
+    identity = {f"--{name}": value for name, value in flags.items() if name not in DERIVED}
     identity |= {f"{SHAPE}{name}": value for name, value in flags.get("shape", {}).items()}
     for name in ("from_weight", "teacher_weight", "critic_weight", "eval_data"):
         if flags.get(name):  # wherever they lie
             identity[f"--{name}"] = re.sub(r"(_\d+(_moe)?)?\.pth$", "", Path(flags[name]).name)
+    contents = {name: flags.get(name) for name in ("data_path", "tokenizer_dir", "chat_template")}
     for word in flags.get("reward", ()):
         if file := re.match(r"(.+\.(?:py|pth))(?=:|$)", word):
-            identity[f"the content of --reward {Path(file[1]).name}"] = sample_hash(Path(file[1]))
+            contents[f"reward {Path(file[1]).name}"] = file[1]
+    for name, path in contents.items():
+        if path:
+            path = Path(path, "tokenizer.json" if name == "tokenizer_dir" else "")
+            identity[f"the content of --{name}"] = sample_hash(path)
     if "reward" in flags:
         identity["--reward"] = [word.rpartition("/")[2] for word in flags["reward"]]
     if "dtype" in flags:
         identity["--dtype"] = dtype_of(flags["dtype"], flags["device"])
     if "peak_lr" in flags:
         identity["--learning_rate"] = flags["peak_lr"]
-    if "data_path" in flags:
-        identity["the content of --data_path"] = sample_hash(Path(flags["data_path"]))
-    if flags.get("tokenizer_dir"):
-        tokenizer = Path(flags["tokenizer_dir"]) / "tokenizer.json"
-        identity["the content of --tokenizer_dir"] = sample_hash(tokenizer)
-    if flags.get("chat_template"):
-        identity["the content of --chat_template"] = sample_hash(Path(flags["chat_template"]))
     if "total_steps" in flags:
         identity[LAST_STEP] = flags["total_steps"]
     return identity | {"--global_batch_size": global_batch, ROWS: rows_key}

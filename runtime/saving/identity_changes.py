@@ -1,6 +1,7 @@
 """--resume compares the run with what its checkpoint records.
 
-What differs is refused by name with both values, or accepted by --resume_with_changes.
+What differs is refused by name with both values, or accepted by --resume_with_changes. A new flag
+is compared unless it stands among the HARMLESS.
 """
 
 import re
@@ -8,6 +9,19 @@ from pathlib import Path
 
 from runtime.saving.identity import LAST_STEP, ROWS, SHAPE
 
+# Flags that leave the curve as it is: names and places of what is written, what is told and when,
+# and how the work is shared. Of batches only --global_batch_size counts, of learning rates the
+# scaled one.
+HARMLESS = {
+    *("config", "cache_dir", "out_dir", "save_weight", "resume", "resume_with_changes", "preview"),
+    *("save_interval", "save_total_limit", "log_interval", "eval_interval", "sample_interval"),
+    *("use_wandb", "report_to", "num_workers", "replica_check", "timeout"),
+    *("device", "ddp", "strategy", "tensor_parallel", "context_parallel", "pipeline_parallel"),
+    *("pipeline_schedule", "offload", "bucket_cap_mb", "compile", "gradient_checkpointing"),
+    *("batch_size", "accumulation_steps", "lr_scaling", "cache_reference"),
+    "deepspeed_config",  # its settings are compared, see `deepspeed_engine.identity_of`
+    "rope_scaling",  # a part of the shape
+}
 # What a checkpoint holds tensors or files for, or that is not used any more: no flag can change it
 # in the same run.
 FIXED = {
@@ -35,7 +49,7 @@ def changes_between(saved: dict, current: dict) -> dict[str, list]:
     """What differs between two identities, less what follows from it: name -> [before, now]."""
     saved = UNRECORDED | {RENAMED.get(name, name): value for name, value in saved.items()}
     current = UNRECORDED | current
-    recorded = saved.keys() & current.keys()
+    recorded = (saved.keys() & current.keys()) - {f"--{name}" for name in HARMLESS}
     changes = {
         name: [saved[name], current[name]]
         for name in sorted(recorded)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from runtime.device import local
-from runtime.ranks import gather_objects, world
+from runtime.ranks import gather_objects, unwrap, world
 from runtime.saving import safe_load, store
 from runtime.saving.identity import LAST_STEP
 from runtime.saving.identity_changes import check_identity
-from runtime.saving.run_state import run_tensors, states_of
+from runtime.saving.rotation import list_checkpoints
+from runtime.saving.run_state import COUNTERS, parts_of, run_tensors
 from runtime.saving.validity import fault
 
 RUN = ("progress", "identity", "rng")  # what run.pt has, at least
@@ -96,7 +99,7 @@ def find(folder: Path, source: str) -> Path | None:
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
     skipped = []
-    for checkpoint in store.list_checkpoints(path):
+    for checkpoint in list_checkpoints(path):
         if not (problem := fault(checkpoint)):
             if skipped:
                 print("\n".join(skipped), file=sys.stderr, flush=True)
@@ -118,7 +121,7 @@ def refuse_other_shapes(folder: Path) -> None:
     stage = re.sub(r"_\d+(_moe)?$", "", folder.name)
     for other in sorted(folder.parent.glob(f"{stage}_*/checkpoints")):
         name = other.parent.name
-        if re.fullmatch(rf"{re.escape(stage)}_\d+(_moe)?", name) and store.list_checkpoints(other):
+        if re.fullmatch(rf"{re.escape(stage)}_\d+(_moe)?", name) and list_checkpoints(other):
             raise ValueError(
                 f"--resume auto: {folder} has no checkpoint, but {name} has: was that run meant"
                 " (--dim, --use_moe)? For a new run beside it use --resume none or another"
@@ -139,6 +142,10 @@ def load_run(checkpoint: Path, model, optimizer, scaler) -> dict:
         if not local(tensor).isfinite().all():
             fault = f"{name} has values that are not finite, so the model in it is broken"
             raise safe_load.NotData(f"{checkpoint}: {fault}")
+    if dist.is_initialized():
+        from runtime.distributed import sharded_save
+
+        sharded_save.remember_newest(checkpoint)
     return restore(checkpoint, scaler)
 
 
@@ -162,15 +169,27 @@ def load_tensors(reader, model, optimizer) -> None:
     dcp.load(run_tensors(model, optimizer), storage_reader=reader, no_dist=True)
 
 
-def restore(checkpoint: Path, scaler: torch.amp.GradScaler | None = None) -> dict:
-    """Put back what is small in a checkpoint, scaler and generators.
+def states_of(model: nn.Module, optimizer) -> dict[str, tuple[Tensor, dict, dict]]:
+    """Name -> (parameter, its optimizer state, its options), for what this process updates."""
+    names = {p: name for name, p in unwrap(model).named_parameters()}
+    states = {}
+    for part in parts_of(optimizer):
+        for group in part.param_groups:
+            states |= {names[p]: (p, part.state[p], group) for p in group["params"]}
+    return states
+
+
+def restore(checkpoint: Path | None, scaler: torch.amp.GradScaler | None = None) -> dict:
+    """Put back what is small in a checkpoint, scaler and generators; None for a new run.
 
     On another number of ranks the generators cannot be those of before; they then go on from the
     current seed.
 
     Returns:
-        The counters that were saved.
+        The counters that were saved, zeros for a new run.
     """
+    if checkpoint is None:
+        return dict.fromkeys(COUNTERS, 0)
     run = safe_load.load(checkpoint / "run.pt", *RUN)
     rank, world_size = world()
     with safe_load.reading(checkpoint / "run.pt"):

@@ -11,36 +11,24 @@ from runtime.ranks import unwrap
 COUNTERS = ("step", "epoch", "step_in_epoch", "tokens", "skipped", "skipped_in_a_row")
 
 
-def parts_of(optimizer) -> list[torch.optim.Optimizer]:
-    """The optimizers that one, such as Muon, consists of."""
-    return list(getattr(optimizer, "parts", {"": optimizer}).values())
-
-
-def states_of(model: nn.Module, optimizer) -> dict[str, tuple[Tensor, dict, dict]]:
-    """Name -> (parameter, its optimizer state, its options), for what this process updates."""
-    names = {p: name for name, p in unwrap(model).named_parameters()}
-    states = {}
-    for part in parts_of(optimizer):
-        part = getattr(part, "optim", part)  # ZeroRedundancyOptimizer holds one for its share
-        for group in part.param_groups:
-            states |= {names[p]: (p, part.state[p], group) for p in group["params"]}
-    return states
-
-
 def run_tensors(model: nn.Module, optimizer) -> dict[str, Tensor]:
     """Everything large that training changes, by name.
 
     Parameters under `model.NAME`, what the optimizer keeps for them under `optimizer.NAME.KEY`.
     Frozen parameters come from where they came from at the start.
     """
-    tensors = {
-        f"model.{name}": p.detach()
-        for name, p in unwrap(model).named_parameters()
-        if p.requires_grad
-    }
-    for name, (_, state, _) in states_of(model, optimizer).items():
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    names = {p: name for name, p in unwrap(model).named_parameters()}
+    tensors = {f"model.{name}": p.detach() for p, name in names.items() if p.requires_grad}
+    for part in parts_of(optimizer):
+        for p, state in part.state.items():
+            tensors |= {f"optimizer.{names[p]}.{key}": value for key, value in state.items()}
     return tensors
+
+
+def parts_of(optimizer) -> list[torch.optim.Optimizer]:
+    """The optimizers that hold state: those that one, such as Muon, consists of; ZeRO's own one."""
+    parts = getattr(optimizer, "parts", {"": optimizer}).values()
+    return [getattr(part, "optim", part) for part in parts]
 
 
 def rng_state() -> dict:

@@ -13,51 +13,72 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 MANIFEST = "manifest.json"
 
-
-def begin(folder: Path, step: int) -> Path:
-    """An empty place for the checkpoint of a step; what a killed writer left behind is removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    clean(folder)
-    building = folder / f".tmp-step_{step:08d}"
-    building.mkdir()
-    return building
+# Without a process group is what we mean.
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+)
 
 
-def finish(building: Path, step: int, files: dict[str, dict], keep: int) -> Path:
-    """Make what `begin` began a checkpoint, and remove the oldest ones beyond `keep`.
+@contextlib.contextmanager
+def new_checkpoint(
+    folder: Path, step: int, keep: int, files: dict[str, dict] | None = None
+) -> Iterator[Path]:
+    """A place to write a checkpoint in, which it becomes when the block ends without an error.
 
     Args:
-        files: name -> {"size", "sha256"} of all that was written; it is on the disk already.
-        keep: checkpoints that stay, at least 1.
-
-    Raises:
-        OSError: the disk is full or not writable, or files are not where this process sees them.
+        folder: of the checkpoints; the oldest ones beyond `keep`, at least 1, are removed then.
+        files: name -> {"size", "sha256"} of what the block has described already.
     """
-    for name in files:
-        if not (building / name).exists():
-            raise OSError(
-                None,
-                f"{name} of another node is not here: --out_dir must lie on storage that all nodes"
-                " share",
-            )
-    save_file(building / MANIFEST, json.dumps({"step": step, "files": files}))
-    folder = building.parent
-    checkpoint = folder / building.name.removeprefix(".tmp-")
-    if checkpoint.exists():  # an invalid one of a run before, or the same step saved again
-        remove(checkpoint)
-    os.rename(building, checkpoint)
-    flush(folder)
-    # The one just written is good, so whatever goes now, a good one remains.
-    for old in list_checkpoints(folder)[max(1, keep) :]:
-        remove(old)
-    return checkpoint
+    building, checkpoint = (folder / f"{state}step_{step:08d}" for state in (".tmp-", ""))
+    rotation = None
+    if folder.exists():
+        from runtime.saving import rotation
+
+        rotation.clean(folder)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        files = files or {path.name: describe(path) for path in building.iterdir()}
+        save_file(building / MANIFEST, json.dumps({"step": step, "files": files}))
+        if rotation and checkpoint.exists():  # an invalid one, or the same step saved again
+            rotation.remove(checkpoint)
+        os.rename(building, checkpoint)
+        flush_folder(folder)
+        if rotation:
+            rotation.keep_newest(folder, keep)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def write_tensors(building: Path, tensors: dict[str, Tensor], planner=None, group=None) -> None:
+    """Write tensors to the disk: all processes of `group` together, or this one alone."""
+    import torch.distributed.checkpoint as dcp  # here, as it takes a second
+
+    writer = dcp.FileSystemWriter(building)
+    words = {"storage_writer": writer, "planner": planner, "process_group": group}
+    dcp.save(tensors, **words, no_dist=group is None)
+
+
+def write_weights(path: Path, state_dict: dict[str, Tensor], config: str) -> None:
+    """Write whole tensors of the CPU, and the JSON of their configuration beside them.
+
+    A head that equals the embedding is saved once, tied to it.
+    """
+    save_file(path.with_suffix(".json"), config)
+    head = state_dict.get("lm_head.weight")
+    if head is not None and torch.equal(head, state_dict["model.embed_tokens.weight"]):
+        state_dict["lm_head.weight"] = state_dict["model.embed_tokens.weight"]
+    save_file(path, state_dict)
 
 
 def save_file(path: Path, state: dict | str) -> None:
@@ -69,37 +90,18 @@ def save_file(path: Path, state: dict | str) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         with open(temporary, "wb") as file:
-            write_state(state, file)
+            if isinstance(state, str):
+                file.write(state.encode())
+            else:
+                torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-        flush(path.parent)
+        flush_folder(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise OSError(error.errno, reason, os.fspath(path)) from None
-        raise
+        from runtime.saving.disk_errors import not_written
 
-
-def write_state(state: dict | str, file) -> None:
-    """Write tensors (or a text) into an open file, to the disk."""
-    try:
-        if isinstance(state, str):
-            file.write(state.encode())
-        else:
-            torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    except RuntimeError as error:  # torch hides the OSError of a full disk
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, OSError):
-            raise cause from None
-        raise OSError(None, f"could not write: {error}", file.name) from None
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, the newest step first, whether they are valid or not."""
-    return sorted(folder.glob("step_*"), reverse=True)
+        raise not_written(path, temporary, error) from None
 
 
 def describe(path: Path, between: Callable[[], None] = lambda: None) -> dict:
@@ -112,30 +114,11 @@ def describe(path: Path, between: Callable[[], None] = lambda: None) -> dict:
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def remove(checkpoint: Path) -> None:
-    """Take a checkpoint out of sight in one step, then delete it."""
-    trash = checkpoint.with_name(f".old-{checkpoint.name}")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.rename(checkpoint, trash)
-    shutil.rmtree(trash)
-
-
-def clean(folder: Path) -> None:
-    """Delete what a killed writer left behind."""
-    for left in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Bring to the disk what was written to a file by whomever, or the renames in a folder.
-
-    Windows opens no folders, and syncs only what is open for writing.
-    """
-    is_windows = not hasattr(os, "O_DIRECTORY")
-    if is_windows and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def flush_folder(folder: Path) -> None:
+    """Bring the renames in a folder to the disk; Windows opens no folders."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,9 +1,12 @@
 """Whether a checkpoint is what was saved, and what to say where saving one failed."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-from runtime.saving.store import MANIFEST, describe, list_checkpoints
+from runtime.saving.disk_errors import reason
+from runtime.saving.rotation import list_checkpoints
+from runtime.saving.store import MANIFEST, describe
 
 
 def fault(checkpoint: Path) -> str:
@@ -23,21 +26,27 @@ def fault(checkpoint: Path) -> str:
     return ""
 
 
-def not_saved(folder: Path, step: int, error: BaseException) -> OSError:
-    """The error of a save that failed; says why, and which checkpoint is still good."""
+def check_seen(building: Path, files: Iterable[str]) -> None:
+    """OSError: files that other nodes have written are not where this process sees them."""
+    for name in files:
+        if not (building / name).exists():
+            missing = f"{name} of another node is not here"
+            raise OSError(None, f"{missing}: --out_dir must lie on storage that all nodes share")
+
+
+def raise_not_saved(folder: Path, step: int, error: BaseException) -> None:
+    """Say why a save failed, and which checkpoint is still good.
+
+    Raises:
+        OSError: it says so, where `error` is one of writing.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    if not isinstance(error, OSError | RuntimeError | CheckpointException):
+        return
     last = next((c.name for c in list_checkpoints(folder) if not fault(c)), "")
     advice = "none was saved before"
     if last:
         advice = f"{last} is intact: make room and go on with --resume auto"
-    return OSError(
-        f"cannot save the checkpoint of step {step} in {folder}: {reason(error)}; {advice}"
-    )
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong, in a few words: torch wraps the OSError of a full disk in others."""
-    if hasattr(error, "failures"):
-        error = next(iter(error.failures.values()))[0]
-    while not isinstance(error, OSError) and (inner := error.__cause__ or error.__context__):
-        error = inner
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    fault_line = f"cannot save the checkpoint of step {step} in {folder}: {reason(error)}; {advice}"
+    raise OSError(fault_line) from error

@@ -17,7 +17,7 @@ from model.reward import load_reward_model
 from model.weights import load_model
 from runtime import checkpoint
 from runtime.optim import make_optimizer
-from runtime.saving import store
+from runtime.saving import background, store
 
 IDENTITY = {"the last step": 1, "--dim": 32}
 
@@ -58,7 +58,7 @@ def small_model() -> MiniMindLM:
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
     """A run folder with one checkpoint of the plain stages, saved and read in this process."""
-    monkeypatch.setattr(checkpoint, "_buffers", {})
+    monkeypatch.setattr(background, "_buffers", {})
     save(tmp_path / "run", small_model())
     return tmp_path / "run"
 
@@ -74,6 +74,7 @@ def save(run, model: MiniMindLM) -> None:
         "tokens": 8,
         "skipped": 0,
         "skipped_in_a_row": 0,
+        "total_steps": 1,
     }
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     checkpoint.save_run(run, 1, model, optimizer, scaler, progress, IDENTITY)

@@ -13,7 +13,7 @@ from conftest import chat, write_jsonl
 from running import ROOT, kill_all, processes_of, start, wait_for_steps
 
 from runtime import launch
-from runtime.saving import store, validity
+from runtime.saving import rotation, validity
 
 NAME = "full_sft_32"
 
@@ -50,7 +50,7 @@ def steps_of(out) -> int:
 
 def check_saved(out) -> None:
     """The checkpoint of the last step is there, alone, and whole."""
-    (saved,) = store.list_checkpoints(out / NAME / "checkpoints")
+    (saved,) = rotation.list_checkpoints(out / NAME / "checkpoints")
     assert saved.name == f"step_{steps_of(out):08d}" and validity.fault(saved) == ""
 
 

@@ -41,7 +41,7 @@ def test_a_file_that_cannot_be_written_names_itself(tmp_path, name, spoil):
         if is_late:  # before that it is read, and this device never ends
             (run / name).unlink()
             spoil(run / name)
-            tracker.metrics_file = open(run / name, "a")
+            tracker.metrics_file = open(run / name, "a", buffering=1)
         tracker.print("a line")
         tracker.log({"step": 1, "eval_loss": 1.0})
     said = describe_error(raised.value)

@@ -9,7 +9,7 @@ from conftest import curve
 from running import run_script
 from stage_runs import prompt_runs, same_bits, same_rollouts
 
-from runtime.saving import store, validity
+from runtime.saving import rotation, validity
 from trainer import train_grpo as grpo
 
 FLAGS = (
@@ -179,9 +179,9 @@ def test_three_resumes_are_bit_identical(train):
     whole = train("whole", *flags)
     run = shutil.copytree(whole.parent, train.folder / "resumed") / whole.name
     for step in (4, 8, 12):  # as if the run had been killed behind each of these
-        for newer in store.list_checkpoints(run / "checkpoints"):
+        for newer in rotation.list_checkpoints(run / "checkpoints"):
             if int(newer.name[5:]) > step:
-                store.remove(newer)
+                rotation.remove(newer)
         train("resumed", *flags, "--resume=auto")
         same_bits(run, whole)
 
@@ -201,7 +201,7 @@ def test_killed_during_a_rollout(train):
     flags = [*train.flags, f"--out_dir={train.folder / 'killed'}", *TWO_PASSES]
     killed = run_script("trainer/train_grpo.py", *flags, env={"KILLED_AT_CALL": "3"})
     assert killed.returncode == -9
-    saved = store.list_checkpoints(train.folder / "killed/grpo_32/checkpoints")
+    saved = rotation.list_checkpoints(train.folder / "killed/grpo_32/checkpoints")
     assert saved and validity.fault(saved[-1]) == ""
     same_bits(
         train("killed", *TWO_PASSES, "--resume=auto"), train.one(*TWO_PASSES, name="two passes")

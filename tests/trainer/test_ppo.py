@@ -14,7 +14,7 @@ from model.reward import RewardConfig, RewardModel
 from model.weights import load_model
 from runtime.checkpoint import save_file
 from runtime.rl import rollout
-from runtime.saving import store, validity
+from runtime.saving import rotation, validity
 from trainer import train_ppo as ppo
 
 FLAGS = (
@@ -139,7 +139,7 @@ def test_the_run_logs_what_it_did_and_leaves_a_language_model(train):
         line["value_loss"] > 0 for line in lines[:8]
     )
     actor = load_model(train.one().with_suffix(".pth"))
-    tensors = checkpoint_tensors(store.list_checkpoints(train.one() / "checkpoints")[0])
+    tensors = checkpoint_tensors(rotation.list_checkpoints(train.one() / "checkpoints")[0])
     assert any(name.startswith("model.critic.") for name in tensors)
     for name, value in actor.named_parameters():
         assert torch.equal(value, tensors[f"model.actor.{name}"])
@@ -178,9 +178,9 @@ def test_three_resumes_are_bit_identical(train):
     whole = train("whole", *flags)
     run = shutil.copytree(whole.parent, train.folder / "resumed") / whole.name
     for step in (4, 8, 12):  # as if the run had been killed behind each of these
-        for newer in store.list_checkpoints(run / "checkpoints"):
+        for newer in rotation.list_checkpoints(run / "checkpoints"):
             if int(newer.name[5:]) > step:
-                store.remove(newer)
+                rotation.remove(newer)
         train("resumed", *flags, "--resume=auto")
         same_bits(run, whole)
 
@@ -189,7 +189,7 @@ def test_killed_during_a_rollout(train):
     flags = [*train.flags, f"--out_dir={train.folder / 'killed'}"]
     killed = run_script("trainer/train_ppo.py", *flags, env={"KILLED_AT_CALL": "3"})
     assert killed.returncode == -9
-    saved = store.list_checkpoints(train.folder / "killed/ppo_32/checkpoints")
+    saved = rotation.list_checkpoints(train.folder / "killed/ppo_32/checkpoints")
     assert saved and validity.fault(saved[-1]) == ""
     same_bits(train("killed", "--resume=auto"), train.one())
 

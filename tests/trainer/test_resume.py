@@ -14,7 +14,7 @@ from running import run_script, wait_for_steps
 
 from benchmarks import kill_resume
 from runtime import earlier_runs
-from runtime.saving import resume, store, validity
+from runtime.saving import resume, rotation, store, validity
 
 FLAGS = (
     "--dim=32 --n_layers=2 --n_heads=4 --n_kv_heads=2 --device=cpu --max_seq_len=64"
@@ -107,7 +107,7 @@ def test_signals_save_and_exit(flags, tmp_path, start_script, run_script):
         assert process.wait(60) == code, process.log.read_text()
         steps = len(metrics(out))
         saved = [f"step_{steps:08d}", *saved][:2]  # --save_total_limit
-        assert [c.name for c in store.list_checkpoints(out / NAME / "checkpoints")] == saved
+        assert [c.name for c in rotation.list_checkpoints(out / NAME / "checkpoints")] == saved
         assert f"stopped by signal {number} at step {steps}" in process.log.read_text()
     done = run_script("trainer/train_full_sft.py", *job)
     assert done.returncode == 0 and f"behind step {steps}" in done.stdout
@@ -125,7 +125,9 @@ def test_signal_to_one_rank_stops_all(flags, tmp_path, start_script):
     process.wait(60)
     log = process.log.read_text()
     assert "stopped by signal 15" in log and "Traceback" not in log.split("stopped by")[0]
-    assert validity.fault(store.list_checkpoints(tmp_path / "out" / NAME / "checkpoints")[0]) == ""
+    assert (
+        validity.fault(rotation.list_checkpoints(tmp_path / "out" / NAME / "checkpoints")[0]) == ""
+    )
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ def trained(twelve_steps, tmp_path):
 
 
 def test_torn_checkpoint_is_passed_over(flags, run_script, trained):
-    newest, older = store.list_checkpoints(trained)
+    newest, older = rotation.list_checkpoints(trained)
     assert (older.name, newest.name) == ("step_00000008", "step_00000012")
     before = torch.load(trained.parent.with_suffix(".pth"), weights_only=True)
     content = bytearray((newest / "__0_0.distcp").read_bytes())
@@ -167,7 +169,7 @@ def test_torn_checkpoint_is_passed_over(flags, run_script, trained):
 
 
 def test_no_valid_checkpoint_is_an_error_not_a_fresh_start(flags, run_script, trained):
-    for saved in store.list_checkpoints(trained):
+    for saved in rotation.list_checkpoints(trained):
         (saved / "manifest.json").unlink()
     done = run_script("trainer/train_full_sft.py", *flags, "--max_steps=12", "--resume=auto")
     assert (
@@ -279,7 +281,7 @@ def test_full_disk_loses_nothing_that_was_saved(flags, start_script, run_script,
         r"error: cannot save the checkpoint of step 16 in .*: .*; step_00000012 is intact",
         done.stderr,
     )
-    assert [validity.fault(c) for c in store.list_checkpoints(trained)] == ["", ""]
+    assert [validity.fault(c) for c in rotation.list_checkpoints(trained)] == ["", ""]
     assert not list(trained.glob(".tmp-*"))
     weights = torch.load(trained.parent.with_suffix(".pth"), weights_only=True)
     assert all(value.isfinite().all() for value in weights.values())
@@ -289,15 +291,17 @@ def test_full_disk_loses_nothing_that_was_saved(flags, start_script, run_script,
 
 def saved(folder, step: int, keep: int):
     """A checkpoint with one file, saved as runtime/checkpoint.py does it."""
-    building = store.begin(folder, step)
-    store.save_file(building / "run.pt", {"value": torch.tensor(step)})
-    return store.finish(building, step, {"run.pt": store.describe(building / "run.pt")}, keep)
+    with store.new_checkpoint(folder, step, keep) as building:
+        store.save_file(building / "run.pt", {"value": torch.tensor(step)})
 
 
 def test_rotation_never_removes_the_last_good_one(tmp_path):
     for step in range(1, 6):
         saved(tmp_path, step, keep=2)
-    assert [c.name for c in store.list_checkpoints(tmp_path)] == ["step_00000005", "step_00000004"]
+    assert [c.name for c in rotation.list_checkpoints(tmp_path)] == [
+        "step_00000005",
+        "step_00000004",
+    ]
     for step in (4, 5):  # damage all there are, then save one more with the smallest limit
         (tmp_path / f"step_{step:08d}" / "run.pt").write_bytes(b"torn")
     saved(tmp_path, 6, keep=1)
@@ -321,12 +325,13 @@ def test_a_save_that_fails_removes_nothing(tmp_path, monkeypatch):
 
 
 def test_a_file_of_another_node_is_missed(tmp_path):
-    building = store.begin(tmp_path, 1)
+    files = {"__1_0.distcp": {"size": 1, "sha256": ""}}
     with pytest.raises(
         OSError, match="__1_0.distcp of another node is not here: --out_dir must lie on storage"
     ):
-        store.finish(building, 1, {"__1_0.distcp": {"size": 1, "sha256": ""}}, keep=1)
-    assert not store.list_checkpoints(tmp_path)
+        with store.new_checkpoint(tmp_path, 1, 1, files) as building:
+            validity.check_seen(building, files)
+    assert not list(tmp_path.iterdir())
 
 
 def test_gradients_that_are_not_finite_stop_the_run_and_spare_the_weights(

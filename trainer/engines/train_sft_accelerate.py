@@ -110,8 +110,7 @@ def save_weights(accelerator, model: torch.nn.Module, config: LMConfig, path: Pa
     """Write `model.module.state_dict()` in float32, and the shape as JSON; all ranks call it."""
     state_dict = engine_store.whole_tensors(accelerated.whole_weights(accelerator, model))
     if is_main_process():
-        checkpoint.submit(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
-        checkpoint.submit(checkpoint.write_weights, path, state_dict)
+        checkpoint.submit(checkpoint.write_weights, path, state_dict, config.to_json())
 
 
 # Copied from trainer.train_full_sft.sft_loss

@@ -36,6 +36,7 @@ from runtime.engines import engine_store, lightning_engine
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
 from runtime.run import Run
+from runtime.saving import resume
 from runtime.start import open_start
 from runtime.tracking import Tracker
 
@@ -110,8 +111,7 @@ def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
     state_dict = model.module.state_dict() if hasattr(model, "module") else model.state_dict()
     state_dict = engine_store.whole_tensors(state_dict)
     if is_main_process():
-        checkpoint.submit(checkpoint.save_file, path.with_suffix(".json"), config.to_json())
-        checkpoint.submit(checkpoint.write_weights, path, state_dict)
+        checkpoint.submit(checkpoint.write_weights, path, state_dict, config.to_json())
 
 
 # Copied from trainer.train_full_sft.sft_loss
@@ -348,7 +348,7 @@ def main() -> int:
     model = start.build(make, args, resumed, shared=args.strategy == "model_parallel")
     apply_kernels(model, args.device, dtype)
     setup_seed(args.seed + parallel.world()[0])  # every rank has its own dropout
-    progress = checkpoint.restore(resumed, scaler)  # Lightning reads its file in step 6
+    progress = resume.restore(resumed, scaler)  # Lightning reads its file in step 6
 
     # 5. Tracking: our files, Lightning's progress bar, its loggers for what --report_to names
     tracker = parallel.rank_zero_first(

@@ -7,6 +7,7 @@ import pytest
 
 from runtime.reporting import run_log
 from runtime.reporting.run_log import Sample, read_log
+from runtime.skipped_steps import count_skipped
 from runtime.tracking import Tracker
 
 
@@ -90,7 +91,7 @@ def test_a_tracker_writes_what_is_read(tmp_path):
     progress = {"step": 3, "tokens": 0, "skipped": 0, "skipped_in_a_row": 0}
     tracker.start(progress, 9)
     progress["step"] = 4
-    tracker.count_skipped(progress, False, "loss inf, gradient norm nan")
+    count_skipped(progress, "loss inf, gradient norm nan", tracker.print)
     tracker.log({"step": 4, "eval_loss": math.nan})
     tracker.close()
     tracker.lock.release()

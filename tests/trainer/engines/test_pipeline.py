@@ -12,7 +12,7 @@ from running import wait_for_steps
 
 from model.lm import LMConfig, MiniMindLM
 from runtime.engines import pipeline
-from runtime.saving import store, validity
+from runtime.saving import rotation, validity
 
 SCRIPT = "train_sft_pipeline"
 FLAGS = [
@@ -116,7 +116,7 @@ def test_a_signal_to_one_rank_saves_on_all(job, tmp_path, start_script, run_scri
     subprocess.run(["kill", f"-{signal.SIGTERM.value}", children[-1]], check=True)
     process.wait(60)
     assert "stopped by signal 15" in process.log.read_text()
-    (saved,) = store.list_checkpoints(tmp_path / "full_sft_32/checkpoints")
+    (saved,) = rotation.list_checkpoints(tmp_path / "full_sft_32/checkpoints")
     assert validity.fault(saved) == "" and "exitcode  : 143" in process.log.read_text()
 
 
