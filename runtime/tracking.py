@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from runtime import kernel_loader
-from runtime.process.terminal import describe_error, naming
+from runtime.process.terminal import naming
 from runtime.saving.store import save_file
 
 MAX_SKIPPED = 20  # enough for the scale of float16 to come down from its start, 2 ** 14
@@ -62,6 +62,8 @@ class Tracker:
         try:
             notes = self.open_folder(resumed_from, changes or {})
         except OSError as error:
+            from runtime.process.exits import describe_error
+
             raise ValueError(f"--out_dir: cannot write to {describe_error(error)}") from None
         for note in notes:
             self.print(note)

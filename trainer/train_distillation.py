@@ -331,8 +331,7 @@ def main() -> int:
     teacher_path = newest_weights(args.teacher_weight, args.out_dir, "--teacher_weight")
     start = open_start(args, "pretrain", teacher_path)
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
-    parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
+    parallel.make_mesh(args)
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
@@ -369,7 +368,10 @@ def main() -> int:
     apply_kernels(teacher, args.device, dtype)
     teacher = wrap_frozen(teacher, args, dtype, fill_teacher)
     teacher_weights = {"the weights of --teacher_weight": hash_weights(teacher.state_dict())}
-    parallel.assert_same_on_all_ranks(teacher_weights)
+    if dist.is_initialized():
+        from runtime.distributed.replicas import assert_same_on_all_ranks
+
+        assert_same_on_all_ranks(teacher_weights)
     run_dir = start.run_dir
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | teacher_weights
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)

@@ -380,8 +380,7 @@ def main() -> int:
     start = open_start(args, "full_sft")
     check_loss(args)
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
-    parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
+    parallel.make_mesh(args)
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.

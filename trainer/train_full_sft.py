@@ -283,9 +283,7 @@ def main() -> int:
     launch.check_flags(vars(args))
     start = open_start(args, "pretrain")
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
-    sizes = (args.context_parallel, args.tensor_parallel)
-    parallel.make_mesh(args.device, args.strategy, *sizes, bool(args.offload))
+    parallel.make_mesh(args)
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.

@@ -451,8 +451,7 @@ def main() -> int:
     args.clip_low = low if args.clip_low is None else args.clip_low
     args.clip_high = high if args.clip_high is None else args.clip_high
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
-    parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
+    parallel.make_mesh(args)
     setup_seed(args.seed)
 
     # 2. Prompts, the plan of the epochs, and rewards

@@ -288,8 +288,7 @@ def main() -> int:
     launch.check_flags(vars(args))
     start = open_start(args, "full_sft")
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
-    parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
+    parallel.make_mesh(args)
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
@@ -332,7 +331,10 @@ def main() -> int:
     apply_kernels(model, args.device, dtype)
     args.lora_targets = lora["targets"]
     base = {"the weights of --from_weight": lora["base_sha256"]}
-    parallel.assert_same_on_all_ranks(base)
+    if dist.is_initialized():
+        from runtime.distributed.replicas import assert_same_on_all_ranks
+
+        assert_same_on_all_ranks(base)
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | base
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)
 

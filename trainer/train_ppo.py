@@ -443,8 +443,7 @@ def main() -> int:
     launch.check_flags(vars(args))
     start = open_start(args, "full_sft")
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
-    parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
+    parallel.make_mesh(args)
     setup_seed(args.seed)
 
     # 2. Prompts, the plan of the epochs, and rewards

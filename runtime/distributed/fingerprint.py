@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from runtime import kernel_loader
 from runtime.device import dtype_of
@@ -27,12 +28,16 @@ LOCAL = (
 
 
 def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
-    """Name -> hash or value. Reads a few MB at most, however large the data is.
+    """Name -> hash or value; {} for a process that is alone.
+
+    Reads a few MB at most, however large the data is.
 
     Args:
         data_path: the file that is trained on.
         args: the flags; those in LOCAL may differ.
     """
+    if not dist.is_initialized():
+        return {}
     digest = hashlib.sha256()
     files = (
         path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES

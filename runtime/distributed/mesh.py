@@ -1,5 +1,6 @@
 """The processes of a job as a mesh of data x context x tensor ranks, and their turns."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from datetime import timedelta
@@ -8,17 +9,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.ranks import SHARDED, mesh_sizes, sum_over_world, world
+from runtime.distributed.exchange import sum_over_world
+from runtime.distributed.fingerprint import fingerprint
+from runtime.distributed.replicas import assert_same_on_all_ranks
+from runtime.ranks import SHARDED, mesh_sizes, world
 
 # Of a rank that waits for another one to tokenise; a dead one is noticed at once.
 PATIENCE = timedelta(hours=12)
 groups: dict[str, dist.ProcessGroup] = {}  # "context" and "tensor", where one of them is split
 
 
+def join_mesh(args) -> None:
+    """Refuse processes that were started differently, and lay them out; see `parallel.make_mesh`."""
+    assert_same_on_all_ranks(fingerprint(args.data_path, vars(args)))
+    sizes = (getattr(args, "context_parallel", 1), getattr(args, "tensor_parallel", 1))
+    make_mesh(args.device, args.strategy, *sizes, bool(args.offload))
+
+
 def make_mesh(
     device: torch.device, strategy: str, context: int, tensor: int, offload: bool = False
 ) -> None:
-    """Lay the processes out as data x context x tensor ranks; see `parallel.make_mesh`."""
+    """Lay the processes out as data x context x tensor ranks.
+
+    Raises:
+        ValueError: the sizes do not divide the processes, or the strategy cannot be had there.
+    """
     check_layout(strategy, context, tensor, offload)
     mesh_sizes.update(context=context, tensor=tensor)
     if context * tensor > 1:
@@ -86,3 +101,13 @@ def rank_zero_first(build: Callable[[], object]) -> object:
     if message[0] is not None:
         raise ValueError(message[0])
     return result if dist.get_rank() == 0 else build()
+
+
+def leave_together() -> None:
+    """Wait until all ranks are here.
+
+    torchrun takes the first that a signal has stopped for one that failed, and gives those that
+    still save half a minute.
+    """
+    with contextlib.suppress(RuntimeError):  # another one failed, and says so
+        dist.barrier()

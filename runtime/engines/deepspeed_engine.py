@@ -22,7 +22,8 @@ from torch.utils import cpp_extension
 
 from model.permissions import open_to_others
 from runtime import checkpoint, parallel
-from runtime.device import needs_process_group, one_order
+from runtime.apple_gpu import needs_process_group
+from runtime.determinism import one_order
 from runtime.engines.deepspeed_config import OFFLOADS, curve_settings, section
 from runtime.engines.engine_store import seal
 from runtime.engines.leftovers import forget_leftovers

@@ -11,8 +11,7 @@ import traceback
 import torch.distributed as dist
 
 from runtime.launcher import read_launch
-from runtime.process.exits import is_usage_error
-from runtime.process.terminal import describe_error
+from runtime.process.exits import describe_error, is_usage_error
 
 # What needs no traceback
 ONE_LINE = (ValueError, OSError, FloatingPointError, dist.DistNetworkError)

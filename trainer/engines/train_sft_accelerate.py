@@ -32,7 +32,10 @@ from dataset.lm_dataset import SFTDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, launch, parallel
-from runtime.device import choose_device, one_order
+from runtime.determinism import one_order
+from runtime.device import choose_device
+from runtime.distributed.fingerprint import fingerprint
+from runtime.distributed.replicas import assert_same_on_all_ranks
 from runtime.engines import accelerated, engine_store
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
@@ -284,7 +287,7 @@ def main() -> int:
     start = open_start(args, "pretrain")
     accelerated.check_launch(args)
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
+    assert_same_on_all_ranks(fingerprint(args.data_path, vars(args)))
     run_dir = start.run_dir
     accelerator = accelerated.start(args, run_dir)
     setup_seed(args.seed)
