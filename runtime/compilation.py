@@ -3,7 +3,7 @@
 from torch import nn
 
 from runtime.determinism import one_order
-from runtime.kernel_loader import compiling, in_use
+from runtime.kernel_loader import compiling, package
 from runtime.ranks import SHARDED, mesh_sizes, world
 
 WORTH_COMPILING = 2e16  # operations of a run, per process: minutes on a GPU, of which part is saved
@@ -20,7 +20,7 @@ def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: in
     operations = 6 * sum(p.numel() for p in model.parameters()) * tokens / world()[1]
     is_dense = not model.config.use_moe and not args.gradient_checkpointing
     is_whole = args.strategy not in SHARDED and max(mesh_sizes.values()) == 1
-    if not (operations > WORTH_COMPILING and is_dense and is_whole and in_use()):
+    if not (operations > WORTH_COMPILING and is_dense and is_whole and package()):
         return 0
     if not compiling().compiler_works(args.device, dtype):
         return 0

@@ -62,12 +62,25 @@ def check_sizes(weights: LMConfig, given: dict, path: Path) -> None:
 
 
 def build(
-    make: Callable[[], nn.Module], device: torch.device, path: Path | None, resumed: Path | None
-) -> nn.Module:
-    """A model with the values of weights, or without values: for those of a checkpoint."""
+    make: Callable[[], nn.Module],
+    device: torch.device,
+    path: Path | None,
+    resumed: Path | None = None,
+    shared: bool = False,
+) -> tuple[nn.Module, Callable[[nn.Module, torch.device], None] | None]:
+    """A model with the values of weights at `path`; arguments as for `start.Start.build`.
+
+    Returns:
+        The model and None. Where processes share it, it has no memory yet: `parallel.wrap` gives
+        each its part, and what is returned here instead of None gives that part its values.
+    """
+    if shared:
+        from runtime.distributed import sharded_start
+
+        return sharded_start.build(make, path, resumed)
     with on_meta_device():  # the values come from elsewhere: none are made
         model = make()
     tensors = open_weights(model, path, new_head=True) if path and not resumed else {}
     allocate(model, device)  # last: sizes that do not fit the file ask for no memory
     copy_tensors(tensors, model)
-    return model
+    return model, None

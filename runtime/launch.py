@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -16,7 +15,6 @@ from runtime.saving import background
 
 # Flags that `command_line` takes out, or puts others in their place
 NOT_OF_A_STAGE = {"--config", "--device_map", "--local_rank", "--local-rank"}
-_heartbeat = None  # the module, once `start_heartbeat` was called
 
 
 def command_line(parser) -> list[str]:
@@ -95,34 +93,24 @@ def run(main: Callable[[], int]) -> None:
         keep_memory()
         code = main() or 0
         if dist.is_initialized():
-            from runtime.distributed import mesh
+            from runtime.distributed import leaving
 
-            mesh.leave_together()
+            leaving.wait_for_all()
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
         from runtime.process import faults
 
-        code, is_usage = faults.report_fault(error, _heartbeat)
+        code, is_usage = faults.report_fault(error)
         if code is None:
             code = 1
             raise
     finally:
         if code == 1:
             background.flush_on_error()
-        if _heartbeat and code not in (1, 2):  # the silence after a fault tells the others
-            _heartbeat.stop()
-        if dist.is_initialized() and code != 1:  # after one they may wait inside a collective
-            dist.destroy_process_group()
+        if dist.is_initialized():
+            from runtime.distributed import leaving
+
+            leaving.leave(code)
     sys.stdout.flush()
     sys.exit(2 if is_usage else code)
-
-
-def start_heartbeat(minutes: float) -> timedelta:
-    """See `heartbeat.start`; how long a collective may wait. Args: minutes: --timeout."""
-    global _heartbeat
-    from runtime.distributed import heartbeat
-    from runtime.process import faults
-
-    _heartbeat = heartbeat
-    return heartbeat.start(minutes, faults.tell_launcher)

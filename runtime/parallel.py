@@ -63,11 +63,7 @@ def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: in
 
 
 def wrap(
-    model: nn.Module,
-    args,
-    dtype: str,
-    global_batch: int,
-    fill: Callable[[nn.Module, torch.device], None] | None = None,
+    model: nn.Module, args, dtype: str, global_batch: int, fill: Callable | None = None
 ) -> nn.Module:
     """The model as the training loop calls it; the optimizer is made of its parameters.
 

@@ -37,6 +37,11 @@ def row_split() -> dict[str, int]:
     return {"part": world()[0] // tensor % context, "parts": context, "multiple": context * tensor}
 
 
+def is_shared(args) -> bool:
+    """Whether a process holds a part of the model alone. Args: args: `strategy`, which is chosen."""
+    return args.strategy in SHARDED or mesh_sizes["tensor"] > 1
+
+
 def sum_over_ranks(*values: Tensor | float) -> list[float]:
     """Sum each number over data and context ranks; in a tensor group, where all know it, once."""
     if not dist.is_initialized():

@@ -11,7 +11,7 @@ from torch import nn
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
 from runtime import tokenizer_record
-from runtime.ranks import SHARDED, mesh_sizes, world
+from runtime.ranks import is_shared, world
 
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")
 EXPERT_SIZES = ("n_experts", "n_experts_per_tok", "n_shared_experts")
@@ -62,53 +62,30 @@ class Start:
         return replace(self.shape, vocab_size=entries, tokenizer=record)
 
     def build(
-        self,
-        make: Callable[[], nn.Module],
-        args,
-        resumed: Path | None = None,
-        shared: bool | None = None,
+        self, make: Callable, args, resumed: Path | None = None, shared: bool | None = None
     ) -> nn.Module:
-        """`build_model` with these weights; says where they come from, and sets `fill`."""
+        """A model on its device, with the values that it starts from; says where they come from.
+
+        Args:
+            make: () -> the model, with random values.
+            args: `device`, and `strategy`, which is chosen.
+            resumed: the checkpoint whose values `checkpoint.load_run` puts in later.
+            shared: whether processes share the model; by default as `args.strategy` and the mesh
+                say. It has no memory then: `parallel.wrap` gives each its part, `fill` the values.
+
+        Raises:
+            ValueError: the weights are damaged, or made for another model.
+        """
         if resumed is None and world()[0] == 0:
             print(self.line, flush=True)
-        model, self.fill = build_model(make, args, self.path, resumed, shared)
+        if shared is None:
+            shared = is_shared(args)
+        if not (shared or self.path or resumed):
+            return make().to(args.device)
+        from runtime import given_weights
+
+        model, self.fill = given_weights.build(make, args.device, self.path, resumed, shared)
         return model
-
-
-def build_model(
-    make: Callable[[], nn.Module],
-    args,
-    path: Path | None,
-    resumed: Path | None = None,
-    shared: bool | None = None,
-) -> tuple[nn.Module, Callable[[nn.Module, torch.device], None] | None]:
-    """A model on its device, with the values that it starts from.
-
-    Args:
-        make: makes the model, whose values are random.
-        args: `device`, and `strategy`, which is chosen.
-        path: a weights file or a folder; None: random values.
-        resumed: the checkpoint whose values `checkpoint.load_run` puts in later.
-        shared: whether processes share the model; by default as `args.strategy` and the mesh say.
-
-    Returns:
-        The model and None. Where processes share it, it has no memory yet: `parallel.wrap` gives
-        each its part, and what is returned here instead of None gives that part its values.
-
-    Raises:
-        ValueError: the weights are damaged, or made for another model.
-    """
-    if shared is None:
-        shared = args.strategy in SHARDED or mesh_sizes["tensor"] > 1
-    if shared:
-        from runtime.distributed import sharded_start
-
-        return sharded_start.build(make, path, resumed)
-    if path is None and resumed is None:
-        return make().to(args.device), None
-    from runtime import given_weights
-
-    return given_weights.build(make, args.device, path, resumed), None
 
 
 def open_start(args, default: str, teacher: Path | None = None, required: bool = True) -> Start:
@@ -192,7 +169,7 @@ def choose_shape(args, weights: LMConfig | None, path: Path | None) -> LMConfig:
     if "use_moe" in given:
         given["use_moe"] = bool(given["use_moe"])
     shape = LMConfig(**given) if weights is None else weights
-    if path and weights:
+    if weights is not None:
         from runtime import given_weights
 
         given_weights.check_sizes(weights, given, path)

@@ -56,7 +56,9 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     if cuda and max(device.index + 1, launched.local_world_size) > gpus:
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
     if args.ddp:
-        timeout = launch.start_heartbeat(args.timeout)
+        from runtime.distributed import heartbeat
+
+        timeout = heartbeat.start(args.timeout)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     return device

@@ -1,6 +1,5 @@
 """The processes of a job as a mesh of data x context x tensor ranks, and their turns."""
 
-import contextlib
 import math
 from collections.abc import Callable
 from datetime import timedelta
@@ -101,13 +100,3 @@ def rank_zero_first(build: Callable[[], object]) -> object:
     if message[0] is not None:
         raise ValueError(message[0])
     return result if dist.get_rank() == 0 else build()
-
-
-def leave_together() -> None:
-    """Wait until all ranks are here.
-
-    torchrun takes the first that a signal has stopped for one that failed, and gives those that
-    still save half a minute.
-    """
-    with contextlib.suppress(RuntimeError):  # another one failed, and says so
-        dist.barrier()
