@@ -22,7 +22,7 @@ def find(name: str, of_stage: Path, required: bool) -> Path:
     """The weights that --from_weight names.
 
     Args:
-        name: a stage, a path, a folder in Hugging Face's format, or the name of one on the hub.
+        name: as for `start.find_weights`.
         of_stage: the file, if it is a stage.
 
     Raises:

@@ -36,12 +36,11 @@ def make_mesh(args) -> None:
         ValueError: the sizes do not divide the processes, the strategy cannot be had there, or a
             process was started with other code, data or flags.
     """
-    alone = not dist.is_initialized() and not args.strategy.startswith("zero") and not args.offload
-    if alone and getattr(args, "context_parallel", 1) * getattr(args, "tensor_parallel", 1) == 1:
-        return
-    from runtime.distributed import mesh
+    splits = getattr(args, "context_parallel", 1) * getattr(args, "tensor_parallel", 1)
+    if dist.is_initialized() or splits > 1 or args.strategy.startswith("zero") or args.offload:
+        from runtime.distributed import mesh
 
-    mesh.join_mesh(args)
+        mesh.join_mesh(args)
 
 
 def choose_strategy(config: LMConfig, dataset, args, dtype: str) -> str:
