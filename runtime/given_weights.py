@@ -52,22 +52,9 @@ def read_shape(path: Path | None) -> LMConfig | None:
         raise
 
 
-def check_sizes(weights: LMConfig, given: dict, path: Path) -> None:
-    """ValueError: a size that is given is not that of the weights; names both."""
-    for name, size in given.items():
-        have = getattr(weights, name)
-        if size != have and (weights.use_moe or "expert" not in name):
-            remedy = "leave the flag out, or start from other weights"
-            raise ValueError(f"--{name} {int(size)}: {path} has {int(have)}; {remedy}")
-
-
 def build(
-    make: Callable[[], nn.Module],
-    device: torch.device,
-    path: Path | None,
-    resumed: Path | None = None,
-    shared: bool = False,
-) -> tuple[nn.Module, Callable[[nn.Module, torch.device], None] | None]:
+    make: Callable, device: torch.device, path: Path | None, resumed: Path | None, shared: bool
+) -> tuple[nn.Module, Callable | None]:
     """A model with the values of weights at `path`; arguments as for `start.Start.build`.
 
     Returns:

@@ -169,10 +169,11 @@ def choose_shape(args, weights: LMConfig | None, path: Path | None) -> LMConfig:
     if "use_moe" in given:
         given["use_moe"] = bool(given["use_moe"])
     shape = LMConfig(**given) if weights is None else weights
-    if weights is not None:
-        from runtime import given_weights
-
-        given_weights.check_sizes(weights, given, path)
+    for name, size in given.items():
+        have = getattr(shape, name)
+        if size != have and (shape.use_moe or name in SIZES):
+            remedy = "leave the flag out, or start from other weights"
+            raise ValueError(f"--{name} {int(size)}: {path} has {int(have)}; {remedy}")
     least = 0 if weights is None else weights.max_seq_len  # shorter rows leave it as it is
     if args.rope_scaling:
         from model.rope import extend_context

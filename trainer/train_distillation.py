@@ -368,7 +368,7 @@ def main() -> int:
     check_same(teacher_path, teacher_config.tokenizer, config.tokenizer)
     make = functools.partial(make_teacher, teacher_config)
     teacher, fill_teacher = given_weights.build(
-        make, args.device, teacher_path, shared=is_shared(args)
+        make, args.device, teacher_path, None, is_shared(args)
     )
     apply_kernels(teacher, args.device, dtype)
     teacher = wrap_frozen(teacher, args, dtype, fill_teacher)

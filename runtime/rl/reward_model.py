@@ -32,7 +32,7 @@ def load_scorer(path: str, policy: LMConfig, args) -> Callable[[Rollout], list[f
             " with this tokenizer and --max_seq_len"
         )
     make = functools.partial(RewardModel, have)
-    model, fill = given_weights.build(make, args.device, Path(path), shared=is_shared(args))
+    model, fill = given_weights.build(make, args.device, Path(path), None, is_shared(args))
     apply_kernels(model, args.device, "float32")
     return functools.partial(scores_of, wrap_frozen(model, args, "float32", fill))
 
