@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from runtime.determinism import one_order
+from runtime.gradient_sync import one_order
 from runtime.kernel_loader import compiling, package
 from runtime.ranks import SHARDED, mesh_sizes, world
 

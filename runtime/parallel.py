@@ -4,13 +4,12 @@ One process needs none of it: what several need is in `runtime/distributed/`, im
 is a process group or --strategy dp.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from model.lm import LMConfig
 from runtime.device import is_sharded, local, to_float64
@@ -18,6 +17,7 @@ from runtime.ranks import (  # noqa: F401  # for the scripts
     SHARDED,
     data_world,
     gather_objects,
+    is_fsdp,
     mesh_sizes,
     replicas,
     row_split,
@@ -96,24 +96,13 @@ def describe(model: nn.Module, args, dtype: str) -> str:
     return f"{parameters:,} parameters{frozen} on {devices}, {layout}, {dtype}"
 
 
-@contextmanager
-def sync_gradients(model: nn.Module, sync: bool) -> Iterator[None]:
+def sync_gradients(model: nn.Module, sync: bool) -> AbstractContextManager:
     """Around forward and backward of a micro-batch: exchange gradients only where `sync` is true."""
-    if is_fsdp(model):
-        model.set_requires_gradient_sync(sync)
-    with ExitStack() as contexts:
-        if isinstance(model, DistributedDataParallel) and not sync:
-            contexts.enter_context(model.no_sync())
-        device = next(model.parameters()).device
-        if device.type == "cuda":
-            from runtime.determinism import one_order
+    if not dist.is_initialized() and next(model.parameters()).device.type == "cpu":
+        return nullcontext()
+    from runtime import gradient_sync
 
-            contexts.enter_context(one_order(device))
-        yield
-
-
-def is_fsdp(model: nn.Module) -> bool:
-    return hasattr(model, "set_requires_gradient_sync")
+    return gradient_sync.sync_gradients(model, sync)
 
 
 def clip_gradients(model: nn.Module, max_norm: float, copies: list[int] | None = None) -> float:

@@ -32,11 +32,11 @@ from dataset.lm_dataset import SFTDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, launch, parallel
-from runtime.determinism import one_order
 from runtime.device import choose_device
 from runtime.distributed.fingerprint import fingerprint
 from runtime.distributed.replicas import assert_same_on_all_ranks
 from runtime.engines import accelerated, engine_store
+from runtime.gradient_sync import one_order
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
 from runtime.run import Run

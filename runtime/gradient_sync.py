@@ -1,10 +1,25 @@
-"""The order in which a GPU sums."""
+"""What surrounds a forward and a backward pass in several processes, and on a GPU."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from runtime.ranks import is_fsdp
+
+
+@contextmanager
+def sync_gradients(model: nn.Module, sync: bool) -> Iterator[None]:
+    """Exchange gradients only where `sync` is true; see `parallel.sync_gradients`."""
+    if is_fsdp(model):
+        model.set_requires_gradient_sync(sync)
+    is_ddp = isinstance(model, DistributedDataParallel)
+    held_back = model.no_sync() if is_ddp and not sync else nullcontext()
+    with held_back, one_order(next(model.parameters()).device):
+        yield
 
 
 @contextmanager
