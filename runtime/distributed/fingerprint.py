@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.device import dtype_of
+from runtime.distributed.replicas import assert_same_on_all_ranks
 from runtime.folders import CODE, ROOT
 from runtime.kernel_loader import package
 from runtime.saving.identity import sample_hash
@@ -27,17 +28,23 @@ LOCAL = (
 )
 
 
-def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
-    """Name -> hash or value; {} for a process that is alone.
+def assert_same_start(args) -> None:
+    """Refuse to train with processes that were started with other code, data or flags.
 
-    Reads a few MB at most, however large the data is.
+    Raises:
+        ValueError: on every rank; names the first difference and where it is.
+    """
+    if dist.is_initialized():
+        assert_same_on_all_ranks(fingerprint(args.data_path, vars(args)))
+
+
+def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
+    """Name -> hash or value. Reads a few MB at most, however large the data is.
 
     Args:
         data_path: the file that is trained on.
         args: the flags; those in LOCAL may differ.
     """
-    if not dist.is_initialized():
-        return {}
     digest = hashlib.sha256()
     files = (
         path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES

@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runtime.distributed.exchange import sum_over_world
-from runtime.distributed.fingerprint import fingerprint
-from runtime.distributed.replicas import assert_same_on_all_ranks
+from runtime.distributed.fingerprint import assert_same_start
 from runtime.ranks import SHARDED, mesh_sizes, world
 
 # Of a rank that waits for another one to tokenise; a dead one is noticed at once.
@@ -20,7 +19,7 @@ groups: dict[str, dist.ProcessGroup] = {}  # "context" and "tensor", where one o
 
 def join_mesh(args) -> None:
     """Refuse processes that were started differently, and lay them out; see `parallel.make_mesh`."""
-    assert_same_on_all_ranks(fingerprint(args.data_path, vars(args)))
+    assert_same_start(args)
     sizes = (getattr(args, "context_parallel", 1), getattr(args, "tensor_parallel", 1))
     make_mesh(args.device, args.strategy, *sizes, bool(args.offload))
 

@@ -33,8 +33,7 @@ from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device
-from runtime.distributed.fingerprint import fingerprint
-from runtime.distributed.replicas import assert_same_on_all_ranks
+from runtime.distributed.fingerprint import assert_same_start
 from runtime.engines import accelerated, engine_store
 from runtime.gradient_sync import one_order
 from runtime.kernel_loader import apply_kernels
@@ -289,7 +288,7 @@ def main() -> int:
     start = open_start(args, "pretrain")
     accelerated.check_launch(args)
     args.device = init_distributed_mode(args)
-    assert_same_on_all_ranks(fingerprint(args.data_path, vars(args)))
+    assert_same_start(args)
     run_dir = start.run_dir
     accelerator = accelerated.start(args, run_dir)
     setup_seed(args.seed)

@@ -38,8 +38,7 @@ from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device, dtype_of
-from runtime.distributed.fingerprint import fingerprint
-from runtime.distributed.replicas import assert_same_on_all_ranks
+from runtime.distributed.fingerprint import assert_same_start
 from runtime.engines import deepspeed_config, deepspeed_engine
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
@@ -294,7 +293,7 @@ def main() -> int:
     launch.check_flags(vars(args))
     start = open_start(args, "pretrain")
     args.device = init_distributed_mode(args)
-    assert_same_on_all_ranks(fingerprint(args.data_path, vars(args)))
+    assert_same_start(args)
     setup_seed(args.seed)
     world_size = parallel.world()[1]
     global_batch = deepspeed_config.check(args.deepspeed, args, world_size)

@@ -32,8 +32,7 @@ from dataset.packing import plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device
-from runtime.distributed.fingerprint import fingerprint
-from runtime.distributed.replicas import assert_same_on_all_ranks
+from runtime.distributed.fingerprint import assert_same_start
 from runtime.engines import engine_store, lightning_engine
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
@@ -310,7 +309,7 @@ def main() -> int:
     start = open_start(args, "pretrain")
     lightning_engine.check_launch(args)
     args.device = init_distributed_mode(args)
-    assert_same_on_all_ranks(fingerprint(args.data_path, vars(args)))
+    assert_same_start(args)
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
