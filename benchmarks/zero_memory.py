@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from model.lm import LMConfig, MiniMindLM
 from runtime import parallel
+from runtime.distributed import mesh
 from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 from runtime.saving import resume
@@ -59,7 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
         "compile": 0,
         "offload": 0,
     }
-    parallel.make_mesh(flags["device"], args.strategy, context=1, tensor=1)
+    mesh.make_mesh(flags["device"], args.strategy, context=1, tensor=1)
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(dim=args.dim, n_layers=args.n_layers, n_heads=8, n_kv_heads=2))
     model = parallel.wrap(

@@ -2,23 +2,25 @@
 
 from torch import nn
 
-from runtime.device import one_order
-from runtime.kernel_loader import compiling, in_use
+from runtime.gradient_sync import one_order
+from runtime.kernel_loader import compiling, package
 from runtime.ranks import SHARDED, mesh_sizes, world
 
+WORTH_COMPILING = 2e16  # operations of a run, per process: minutes on a GPU, of which part is saved
 
-def is_worth_it(model: nn.Module, args, dtype: str, operations: float) -> int:
-    """1 where compiling is known to pay, and possible here; says so then.
 
-    Wins were measured for dense models on GPUs in 16 bits: benchmarks/speed.
+def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: int) -> int:
+    """1 where compiling is known to pay, takes less time than it saves, and is possible; says so.
 
-    Args:
-        args: the flags strategy, gradient_checkpointing and device.
-        operations: of this process in the whole run, more than `parallel.WORTH_COMPILING`.
+    A function of flags, data and the kind of machine, not of a clock: a run that goes on computes
+    as it did before. Wins were measured for dense models on GPUs in 16 bits: benchmarks/speed.
     """
+    row = args.max_seq_len if args.packing else dataset.lengths.mean()
+    tokens = min(args.total_steps * global_batch * row, args.epochs * dataset.lengths.sum())
+    operations = 6 * sum(p.numel() for p in model.parameters()) * tokens / world()[1]
     is_dense = not model.config.use_moe and not args.gradient_checkpointing
     is_whole = args.strategy not in SHARDED and max(mesh_sizes.values()) == 1
-    if not (is_dense and is_whole and in_use()):
+    if not (operations > WORTH_COMPILING and is_dense and is_whole and package()):
         return 0
     if not compiling().compiler_works(args.device, dtype):
         return 0

@@ -1,9 +1,6 @@
-"""What a device is good at, the order in which it sums, what it holds of a tensor."""
+"""What a device is good at, and what a process holds of a tensor."""
 
 import ctypes
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -13,25 +10,16 @@ def choose_device(name: str, ddp: bool) -> str:
     """What --device means: auto is a GPU where there is one.
 
     Raises:
-        ValueError: mps, that is Apple's GPU, is not there, or cannot do what is asked for.
+        ValueError: see `apple_gpu.check_mps`.
     """
-    has_mps = torch.backends.mps.is_available()
-    if name == "auto":
-        has_cuda = torch.cuda.is_available()
-        return "cuda" if has_cuda else "mps" if has_mps and not ddp else "cpu"
-    if name == "mps" and ddp:
-        advice = "leave --ddp out, or take --device cpu"
-        raise ValueError(f"--device mps: there are no process groups on Apple's GPU; {advice}")
-    if name == "mps" and not has_mps:
-        raise ValueError(f"--device mps: torch {torch.__version__} sees no GPU of Apple's here")
-    return name
+    if name == "mps":
+        from runtime.apple_gpu import check_mps
 
-
-def needs_process_group(device: torch.device, what: str) -> None:
-    """ValueError: something needs a process group, and there is none on Apple's GPU."""
-    if device.type == "mps":
-        fault = f"{what} needs a process group, and there is none on Apple's GPU"
-        raise ValueError(f"--device mps: {fault}; take --device cpu, or trainer/train_full_sft.py")
+        check_mps(ddp)
+    if name != "auto":
+        return name
+    has_mps = torch.backends.mps.is_available() and not ddp
+    return "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
 
 
 def to_float64(x: Tensor) -> Tensor:
@@ -48,25 +36,6 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 def dtype_of(dtype: str | None, device: torch.device) -> str:
     """The dtype of matrix products that --dtype means on a device; None is its default."""
     return dtype or ("bfloat16" if device.type == "cuda" else "float32")
-
-
-@contextmanager
-def one_order(device: torch.device) -> Iterator[None]:
-    """Have a GPU sum in the same order every time: a resumed run is bit-identical.
-
-    Some kernels, that of the gradient of attention first, else add in the order in which their
-    threads arrive. A CPU has none of these.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists on it
-    torch.utils.deterministic.fill_uninitialized_memory = False  # what nobody reads
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def keep_memory() -> None:

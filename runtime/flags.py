@@ -4,11 +4,9 @@ A number that makes no sense is refused before anything is read, built or writte
 be would else end in the middle, in the words of a library, or never. Needs no package.
 """
 
-import math
 import os
 import re
-
-from runtime.process.terminal import shortened
+import sys
 
 WHOLE = 10**12  # no count that a machine could reach
 REAL = 10**9
@@ -60,10 +58,15 @@ RANGES = [
     (0, REAL, "latency_us"),
 ]
 BOUNDS = {name: (least, most) for least, most, names in RANGES for name in names.split()}
+FINITE = (-sys.float_info.max, sys.float_info.max)
+# What these mostly are; other texts are looked at closely
+ORDINARY = {"device": "auto|cpu|mps|cuda", "curriculum": "none|length", "save_weight": r"\w{1,40}"}
 
 
 def usage_error(message: str) -> None:
     """What `parser.error` of every script is set to: one line, without argparse's usage."""
+    from runtime.process.exits import shortened
+
     raise ValueError(f"{shortened(message, 300)}; --help lists the flags")
 
 
@@ -77,19 +80,12 @@ def check_flags(args: dict) -> None:
         ValueError: names flag and value.
     """
     for name, value in args.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            check_number(name, value)
-        if value in ([], [[]]) and name != "report_to":  # argparse's "--" before Python 3.13
-            raise ValueError(f"--{name} --: must have a value")
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str | os.PathLike):
-                check_text(name, os.fspath(text))
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", args.get("device", "auto")):
-        raise ValueError(f"--device {args['device']}: must be auto, cpu, mps, cuda or cuda:N")
-    if not re.fullmatch("none|length|field:.+", args.get("curriculum", "none")):
-        raise ValueError(f"--curriculum {args['curriculum']}: must be none, length or field:NAME")
-    if "save_weight" in args:
-        check_name("save_weight", args["save_weight"])
+        if not is_ordinary(name, value):
+            from runtime.process import odd_flags
+
+            odd_flags.check_value(name, value, *BOUNDS.get(name, FINITE))
+    if args.get("num_workers"):  # a reader that dies interrupts anything, an import, too
+        from runtime.process import faults  # noqa: F401
     if not args.get("ddp", True):
         from runtime.launcher import read_launch
 
@@ -98,39 +94,13 @@ def check_flags(args: dict) -> None:
             raise ValueError(f"{fault}: add --ddp")
 
 
-def check_number(name: str, value: int | float) -> None:
-    """ValueError: the number is none, or outside of BOUNDS."""
-    least, most = BOUNDS.get(name, (-math.inf, math.inf))
-    if not math.isfinite(value):
-        must = "a finite number"
-    elif value < least:
-        must = "positive" if value <= 0 < least else f"{least:,} or more"
-    elif value > most:
-        must = f"at most {most:,}"
-    else:
-        return
-    raise ValueError(f"--{name} {value}: must be {must}")
-
-
-def check_text(name: str, text: str) -> None:
-    """ValueError: no file could have this name, nor a log this line."""
-    try:
-        data = os.fsencode(text)
-    except UnicodeEncodeError:
-        data = b"\0"
-    if b"\0" in data:
-        raise ValueError(f"--{name} {text!r}: has a character that no text may hold")
-
-
-def check_name(name: str, text: str) -> None:
-    """ValueError: a file of this name would lie elsewhere than it should, or nowhere."""
-    # Without the bytes of an encoding that is not UTF-8
-    is_legible = re.sub("[\udc80-\udcff]", "", text).isprintable()
-    if text in ("", ".", "..") or "/" in text or not is_legible:
-        raise ValueError(
-            f"--{name} {text!r}: must be a file's name, without a folder: --out_dir says where it"
-            " lies"
-        )
-    size = len(os.fsencode(text))
-    if size > 200:  # of 255, as other files are named after it
-        raise ValueError(f"--{name} {text[:20]}...: has {size} bytes, a file's name may have 200")
+def is_ordinary(name: str, value: object) -> bool:
+    """Whether a value is fine at first sight: a number within its bounds, printable text, None."""
+    if isinstance(value, int | float):
+        least, most = BOUNDS.get(name, FINITE)
+        return least <= value <= most
+    if isinstance(value, str):
+        return value.isprintable() and bool(re.fullmatch(ORDINARY.get(name, ".*"), value))
+    if isinstance(value, list) and (value or name == "report_to"):
+        return all(is_ordinary("", part) for part in value)
+    return value is None

@@ -11,22 +11,24 @@ MODES = ("auto", "off", "require")
 _line = ""  # what the last call of `apply_kernels` put in
 
 
-def mode() -> str:
-    """MINIMIND_KERNELS: auto (default), off, or require: an error where a kernel cannot be had."""
-    value = os.environ.get("MINIMIND_KERNELS") or "auto"
-    if value not in MODES:
-        raise ValueError(f"MINIMIND_KERNELS={value}: must be {', '.join(MODES)}")
-    if value == "require" and not installed():
-        raise ValueError("MINIMIND_KERNELS=require: the folder kernels/ is missing")
-    return value
+def package():
+    """kernels/, or None, as MINIMIND_KERNELS says: auto (default), off or require.
 
+    Raises:
+        ValueError: it says something else, or requires what is not there.
+    """
+    mode = os.environ.get("MINIMIND_KERNELS") or "auto"
+    if mode not in MODES:
+        raise ValueError(f"MINIMIND_KERNELS={mode}: must be {', '.join(MODES)}")
+    if not (FOLDER / "__init__.py").is_file():
+        if mode == "require":
+            raise ValueError("MINIMIND_KERNELS=require: the folder kernels/ is missing")
+        return None
+    if mode == "off":
+        return None
+    import kernels
 
-def installed() -> bool:
-    return (FOLDER / "__init__.py").is_file()
-
-
-def in_use() -> bool:
-    return mode() != "off" and installed()
+    return kernels
 
 
 def apply_kernels(model: nn.Module, device: torch.device, dtype: str) -> None:
@@ -39,15 +41,15 @@ def apply_kernels(model: nn.Module, device: torch.device, dtype: str) -> None:
         ValueError: MINIMIND_KERNELS=require, and one cannot be had.
     """
     global _line
-    if not in_use():
-        reason = "the folder is missing" if not installed() else "MINIMIND_KERNELS=off"
-        _line = f"kernels: none ({reason})"
+    kernels = package()
+    if kernels is None:
+        is_there = (FOLDER / "__init__.py").is_file()
+        _line = f"kernels: none ({'MINIMIND_KERNELS=off' if is_there else 'the folder is missing'})"
         return
-    import kernels
-
     states = kernels.apply(model, device, getattr(torch, dtype))
     _line = f"kernels: {kernels.summary(states)}"
-    if mode() == "require" and (missing := kernels.broken(states)):
+    missing = kernels.broken(states)
+    if missing and os.environ.get("MINIMIND_KERNELS") == "require":
         raise ValueError(f"MINIMIND_KERNELS=require: {kernels.summary(missing)}")
 
 
@@ -56,19 +58,9 @@ def report() -> str:
     return _line
 
 
-def fingerprint(device: torch.device, dtype: str) -> str:
-    """The kernels that a run in this process uses, which must be the same in all of its job."""
-    if not in_use():
-        return "off"
-    import kernels
-
-    states = kernels.available(device, getattr(torch, dtype))
-    return ", ".join(name for name, why in states.items() if not why) or "none in C++"
-
-
 def compiling():
     """The module with what --compile needs. ValueError: it is not to be had."""
-    if not in_use():
+    if package() is None:
         raise ValueError(
             f"--compile 1 needs kernels/, but there is {_line or 'MINIMIND_KERNELS=off'}"
         )

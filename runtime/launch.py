@@ -1,56 +1,36 @@
 """How a script starts and ends: its command line, signals, exit codes."""
 
-import contextlib
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch.distributed as dist
 
-from runtime import flags
 from runtime.device import keep_memory
-from runtime.flags import usage_error  # noqa: F401  # for the scripts
+from runtime.flags import check_flags, usage_error  # noqa: F401  # for the scripts
 from runtime.launcher import read_launch
 from runtime.process.terminal import prepare_streams
 
-_heartbeat = None  # the module, once `start_heartbeat` was called
+# Flags that `command_line` takes out, or puts others in their place
+NOT_OF_A_STAGE = {"--config", "--device_map", "--local_rank", "--local-rank"}
 
 
 def command_line(parser) -> list[str]:
     """What a script parses: the file of --config as flags, then its own flags, which win.
 
-    Left out is the `--local_rank N` that some launchers add: the environment says the same.
-
     Args:
         parser: the ArgumentParser that knows the flags.
 
     Raises:
-        ValueError: see `config.config_to_argv`; --device_map, which is for chatting alone.
+        ValueError: see `command_line.translate`.
     """
-    argv, words = [], iter(sys.argv[1:])
-    for word in words:
-        if word.split("=")[0] == "--device_map":
-            advice = "training spreads a model with --strategy (zero3), or --tensor_parallel"
-            raise ValueError(f"--device_map is for eval_model.py: {advice}")
-        if re.fullmatch("--local[-_]rank", word):
-            next(words, None)
-        elif not re.match("--local[-_]rank=", word):
-            argv.append(word)
-    if not any(word.split("=")[0] == "--config" for word in argv):
+    argv = sys.argv[1:]
+    if {word.split("=")[0] for word in argv}.isdisjoint(NOT_OF_A_STAGE):
         return argv
-    from runtime.config import config_to_argv
+    from runtime.process import command_line
 
-    return config_to_argv(argv, parser) + argv
-
-
-def check_flags(args: dict) -> None:
-    """See `flags.check_flags`."""
-    flags.check_flags(args)
-    if args.get("num_workers"):  # a reader that dies interrupts anything, an import, too
-        from runtime.process import faults  # noqa: F401
+    return command_line.translate(argv, parser)
 
 
 class StopSignal:
@@ -87,15 +67,14 @@ class StopSignal:
 def hangup_signals() -> list[int]:
     """[SIGHUP], or nothing where it is not to end this process: nohup has it ignored.
 
-    Windows has no such signal. torchrun listens to it also under nohup, passes it on, and kills what has not ended in its
-    shut-down time.
+    Windows has no such signal. torchrun listens to it also under nohup, passes it on, and kills
+    what has not ended in its shut-down time.
     """
     if not hasattr(signal, "SIGHUP"):
         return []
-    torchrun_handles = "SIGHUP" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    is_heard = not is_ignored or torchrun_handles and read_launch().launched
-    return [signal.SIGHUP] if is_heard else []
+    by_torchrun = "SIGHUP" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
+    return [] if is_ignored and not (by_torchrun and read_launch().launched) else [signal.SIGHUP]
 
 
 def run(main: Callable[[], int]) -> None:
@@ -113,13 +92,15 @@ def run(main: Callable[[], int]) -> None:
         keep_memory()
         code = main() or 0
         if dist.is_initialized():
-            leave_together()
+            from runtime.distributed import leaving
+
+            leaving.wait_for_all()
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
         from runtime.process import faults
 
-        code, is_usage = faults.report_fault(error, _heartbeat)
+        code, is_usage = faults.report_fault(error)
         if code is None:
             code = 1
             raise
@@ -128,43 +109,9 @@ def run(main: Callable[[], int]) -> None:
             from runtime.saving import background
 
             background.flush_on_error()
-        if _heartbeat and code not in (1, 2):  # the silence after a fault tells the others
-            _heartbeat.stop()
-        if dist.is_initialized() and code != 1:  # after one they may wait inside a collective
-            dist.destroy_process_group()
+        if dist.is_initialized():
+            from runtime.distributed import leaving
+
+            leaving.leave(code)
     sys.stdout.flush()
     sys.exit(2 if is_usage else code)
-
-
-def leave_together() -> None:
-    """Wait until all ranks are here.
-
-    torchrun takes the first that a signal has stopped for one that failed, and gives those that
-    still save half a minute.
-    """
-    with contextlib.suppress(RuntimeError):  # another one failed, and says so
-        dist.barrier()
-
-
-def start_heartbeat(minutes: float) -> timedelta:
-    """See `heartbeat.start`; how long a collective may wait. Args: minutes: --timeout."""
-    global _heartbeat
-    from runtime.distributed import heartbeat
-    from runtime.process import faults
-
-    _heartbeat = heartbeat
-    return heartbeat.start(minutes, faults.tell_launcher)
-
-
-def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
-    """What must be the same in all processes of a job: name -> hash or value; {} where it is alone.
-
-    Args:
-        data_path: the file that is trained on.
-        args: the flags.
-    """
-    if not dist.is_initialized():
-        return {}
-    from runtime.distributed.fingerprint import fingerprint
-
-    return fingerprint(data_path, args)

@@ -7,8 +7,7 @@ than a few modules of Python itself.
 import os
 from dataclasses import dataclass
 
-NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by torch.distributed's env://
-NUMBERS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # and their minima
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STARTED_BY = "MINIMIND_STARTED_BY"  # to a process that we start: the id of its parent
 
 
@@ -33,11 +32,11 @@ def read_launch(needed_by: str = "") -> Launch:
         ValueError: a variable that is no number, numbers that contradict each other, or no launcher
             though it is needed.
     """
-    if not needed_by and not any(name in os.environ for name in (*NEEDED, *NUMBERS)):
+    if not needed_by and not any(name in os.environ for name in VARIABLES):
         return Launch()
     from runtime.distributed.environment import read_numbers
 
-    return Launch(**read_numbers(NEEDED, NUMBERS, needed_by))
+    return Launch(**read_numbers(needed_by))
 
 
 def die_with_launcher() -> None:
@@ -46,10 +45,8 @@ def die_with_launcher() -> None:
     Nothing happens where no launcher started it: a run outlives its shell. What this process starts
     is not meant.
     """
-    by_torchrun_or_deepspeed = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
-    is_launched = by_torchrun_or_deepspeed and all(os.environ.get(name) for name in NEEDED)
     started_by = os.environ.pop(STARTED_BY, None)
-    if is_launched or started_by is not None:
+    if started_by is not None or "RANK" in os.environ:
         from runtime.distributed import orphans
 
-        orphans.die_with_parent(started_by)
+        orphans.die_with_launcher(started_by)

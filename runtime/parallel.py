@@ -1,25 +1,23 @@
-"""How a model is spread over processes, and how they agree on a step; works alone, too.
+"""How a model is spread over processes, and how they agree on a step.
 
-What only several processes need is in `runtime/distributed/`, where each function is documented,
-and is imported where there is a process group, --strategy dp or --compile.
+One process needs none of it: what several need is in `runtime/distributed/`, imported where there
+is a process group or --strategy dp.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from model.lm import LMConfig
-from runtime.device import is_sharded, local, one_order, to_float64
+from runtime.device import is_sharded, local, to_float64
 from runtime.ranks import (  # noqa: F401  # for the scripts
     SHARDED,
     data_world,
-    gather_numbers,
     gather_objects,
+    is_fsdp,
     mesh_sizes,
     replicas,
     row_split,
@@ -29,21 +27,20 @@ from runtime.ranks import (  # noqa: F401  # for the scripts
 )
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "dp")
-WORTH_COMPILING = 2e16  # operations of a run, per process: minutes on a GPU, of which part is saved
 
 
-def make_mesh(
-    device: torch.device, strategy: str, context: int, tensor: int, offload: bool = False
-) -> None:
+def make_mesh(args) -> None:
     """Lay the processes out as data x context x tensor ranks. Every rank calls it, before all else.
 
     Raises:
-        ValueError: the sizes do not divide the processes, or the strategy cannot be had there.
+        ValueError: the sizes do not divide the processes, the strategy cannot be had there, or a
+            process was started with other code, data or flags.
     """
-    if dist.is_initialized() or context * tensor > 1 or strategy.startswith("zero") or offload:
+    splits = getattr(args, "context_parallel", 1) * getattr(args, "tensor_parallel", 1)
+    if dist.is_initialized() or splits > 1 or args.strategy.startswith("zero") or args.offload:
         from runtime.distributed import mesh
 
-        mesh.make_mesh(device, strategy, context, tensor, offload)
+        mesh.join_mesh(args)
 
 
 def choose_strategy(config: LMConfig, dataset, args, dtype: str) -> str:
@@ -56,29 +53,16 @@ def choose_strategy(config: LMConfig, dataset, args, dtype: str) -> str:
 
 
 def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: int) -> int:
-    """--compile, or where it is not given: 1 where compiling takes less time than it saves.
-
-    A function of flags, data and the kind of machine, not of a clock: a run that goes on computes
-    as it did before.
-    """
-    if args.compile is not None:
-        return args.compile
-    row = args.max_seq_len if args.packing else dataset.lengths.mean()
-    tokens = min(args.total_steps * global_batch * row, args.epochs * dataset.lengths.sum())
-    operations = 6 * sum(p.numel() for p in model.parameters()) * tokens / world()[1]
-    if operations <= WORTH_COMPILING:
-        return 0
+    """--compile, or where it is not given: 1 where compiling takes less time than it saves."""
+    if args.compile is not None or args.device.type == "cpu":  # which is faster with our own C++
+        return args.compile or 0
     from runtime import compilation
 
-    return compilation.is_worth_it(model, args, dtype, operations)
+    return compilation.choose_compile(model, dataset, args, dtype, global_batch)
 
 
 def wrap(
-    model: nn.Module,
-    args,
-    dtype: str,
-    global_batch: int,
-    fill: Callable[[nn.Module, torch.device], None] | None = None,
+    model: nn.Module, args, dtype: str, global_batch: int, fill: Callable | None = None
 ) -> nn.Module:
     """The model as the training loop calls it; the optimizer is made of its parameters.
 
@@ -112,24 +96,13 @@ def describe(model: nn.Module, args, dtype: str) -> str:
     return f"{parameters:,} parameters{frozen} on {devices}, {layout}, {dtype}"
 
 
-@contextmanager
-def sync_gradients(model: nn.Module, sync: bool) -> Iterator[None]:
+def sync_gradients(model: nn.Module, sync: bool) -> AbstractContextManager:
     """Around forward and backward of a micro-batch: exchange gradients only where `sync` is true."""
-    if is_fsdp(model):
-        model.set_requires_gradient_sync(sync)
-    is_ddp = isinstance(model, DistributedDataParallel)
-    held_back = model.no_sync() if is_ddp and not sync else nullcontext()
-    with held_back, one_order(next(model.parameters()).device):
-        yield
+    if not dist.is_initialized() and next(model.parameters()).device.type == "cpu":
+        return nullcontext()
+    from runtime import gradient_sync
 
-
-def is_fsdp(model: nn.Module) -> bool:
-    return hasattr(model, "set_requires_gradient_sync")
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)[target] of every token: (K, vocab) in any dtype -> (K,) float32."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    return gradient_sync.sync_gradients(model, sync)
 
 
 def clip_gradients(model: nn.Module, max_norm: float, copies: list[int] | None = None) -> float:
@@ -167,29 +140,16 @@ def clip_gradients(model: nn.Module, max_norm: float, copies: list[int] | None =
 
 
 def agree_on_step(grad_norm: float, *values: Tensor | float) -> list[float]:
-    """What a step is decided by, the same on all ranks, in one message.
-
-    A rank that judged by its own gradients could skip a step, or stop, while others wait for it in
-    a collective.
-
-    Args:
-        grad_norm: over all parameters, so that it is the same on all ranks.
-        values: numbers to sum over data and context ranks.
-
-    Returns:
-        The gradient norm, which is not finite where one of a rank is not; the sums.
+    """What a step is decided by, the same on all ranks: the gradient norm, sums of other numbers.
 
     Raises:
         FloatingPointError: on every rank, where the norm differs: names the rank.
     """
-    rows = gather_numbers(grad_norm, *values)
-    if len(rows) == 1:
-        return rows[0]
-    from runtime.distributed.replicas import check_norms
+    if not dist.is_initialized():
+        return [float(number) for number in (grad_norm, *values)]
+    from runtime.distributed import replicas as checks
 
-    norms, *columns = zip(*rows, strict=True)
-    check_norms(norms)
-    return [norms[0], *(sum(column) / mesh_sizes["tensor"] for column in columns)]
+    return checks.agree_on_step(grad_norm, *values)
 
 
 def check_replicas(model: nn.Module, step: int, every: int) -> None:
@@ -202,18 +162,6 @@ def check_replicas(model: nn.Module, step: int, every: int) -> None:
         from runtime.distributed import replicas as checks
 
         checks.check_replicas(model, step)
-
-
-def assert_same_on_all_ranks(same: dict[str, str]) -> None:
-    """Refuse to train with processes that differ in what `launch.fingerprint` says, or the like.
-
-    Raises:
-        ValueError: on every rank; names the first difference and where it is.
-    """
-    if dist.is_initialized():
-        from runtime.distributed import replicas as checks
-
-        checks.assert_same_on_all_ranks(same)
 
 
 def rank_zero_first(build: Callable[[], object]) -> object:

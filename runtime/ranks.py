@@ -1,11 +1,10 @@
-"""Who is who among the processes of a job, and how they exchange numbers; works alone, too.
+"""Who is who among the processes of a job; a process that is alone is rank 0 of 1.
 
 Processes form a mesh of data x context x tensor ranks, tensor ranks being neighbours. Ranks of one
 tensor group share every layer and see the same tokens; ranks of one context group share every row
 of tokens; data ranks have rows of their own. Gradients are averaged over data x context ranks.
 """
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -38,40 +37,18 @@ def row_split() -> dict[str, int]:
     return {"part": world()[0] // tensor % context, "parts": context, "multiple": context * tensor}
 
 
-def as_message(values: tuple[Tensor | float, ...]) -> Tensor:
-    """Numbers as one tensor of float64, where the processes can send it from."""
-    device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type == "mps":  # which has no float64
-        device = torch.device("cpu")
-        values = tuple(v.cpu() if isinstance(v, Tensor) else v for v in values)
-    return torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
-
-
-def sum_over_world(*values: Tensor | float) -> list[float]:
-    """Sum each number over all processes, in one message."""
-    numbers = as_message(values)
-    if dist.is_initialized():
-        dist.all_reduce(numbers)
-    return numbers.tolist()
+def is_shared(args) -> bool:
+    """Whether a process holds a part of the model alone. Args: args: `strategy`, which is chosen."""
+    return args.strategy in SHARDED or mesh_sizes["tensor"] > 1
 
 
 def sum_over_ranks(*values: Tensor | float) -> list[float]:
     """Sum each number over data and context ranks; in a tensor group, where all know it, once."""
+    if not dist.is_initialized():
+        return [float(value) for value in values]
+    from runtime.distributed.exchange import sum_over_world
+
     return [number / mesh_sizes["tensor"] for number in sum_over_world(*values)]
-
-
-def gather_numbers(*values: Tensor | float) -> list[list[float]]:
-    """The numbers of every rank, in rank order, in one message."""
-    rank, world_size = world()
-    numbers = as_message(values)
-    if world_size == 1:
-        return [numbers.tolist()]
-    table = numbers.new_zeros(world_size, len(values))  # to which each rank adds its row
-    table[rank] = numbers
-    dist.all_reduce(table)
-    return table.tolist()
 
 
 def gather_objects(value: object) -> list[object]:
@@ -81,6 +58,10 @@ def gather_objects(value: object) -> list[object]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    return hasattr(model, "set_requires_gradient_sync")
 
 
 def unwrap(model: nn.Module) -> nn.Module:

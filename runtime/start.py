@@ -10,17 +10,8 @@ from torch import nn
 
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
-from model.initial import on_meta_device
-from model.weights import (
-    allocate,
-    copy_tensors,
-    is_path,
-    open_weights,
-    read_config,
-    read_lazily,
-)
 from runtime import tokenizer_record
-from runtime.ranks import SHARDED, mesh_sizes, world
+from runtime.ranks import is_shared, world
 
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")
 EXPERT_SIZES = ("n_experts", "n_experts_per_tok", "n_shared_experts")
@@ -71,56 +62,30 @@ class Start:
         return replace(self.shape, vocab_size=entries, tokenizer=record)
 
     def build(
-        self,
-        make: Callable[[], nn.Module],
-        args,
-        resumed: Path | None = None,
-        shared: bool | None = None,
+        self, make: Callable, args, resumed: Path | None = None, shared: bool | None = None
     ) -> nn.Module:
-        """`build_model` with these weights; says where they come from, and sets `fill`."""
+        """A model on its device, with the values that it starts from; says where they come from.
+
+        Args:
+            make: () -> the model, with random values.
+            args: `device`, and `strategy`, which is chosen.
+            resumed: the checkpoint whose values `checkpoint.load_run` puts in later.
+            shared: whether processes share the model; by default as `args.strategy` and the mesh
+                say. It has no memory then: `parallel.wrap` gives each its part, `fill` the values.
+
+        Raises:
+            ValueError: the weights are damaged, or made for another model.
+        """
         if resumed is None and world()[0] == 0:
             print(self.line, flush=True)
-        model, self.fill = build_model(make, args, self.path, resumed, shared)
+        if shared is None:
+            shared = is_shared(args)
+        if not (shared or self.path or resumed):
+            return make().to(args.device)
+        from runtime import given_weights
+
+        model, self.fill = given_weights.build(make, args.device, self.path, resumed, shared)
         return model
-
-
-def build_model(
-    make: Callable[[], nn.Module],
-    args,
-    path: Path | None,
-    resumed: Path | None = None,
-    shared: bool | None = None,
-) -> tuple[nn.Module, Callable[[nn.Module, torch.device], None] | None]:
-    """A model on its device, with the values that it starts from.
-
-    Args:
-        make: makes the model, whose values are random.
-        args: `device`, and `strategy`, which is chosen.
-        path: a weights file or a folder; None: random values.
-        resumed: the checkpoint whose values `checkpoint.load_run` puts in later.
-        shared: whether processes share the model; by default as `args.strategy` and the mesh say.
-
-    Returns:
-        The model and None. Where processes share it, it has no memory yet: `parallel.wrap` gives
-        each its part, and what is returned here instead of None gives that part its values.
-
-    Raises:
-        ValueError: the weights are damaged, or made for another model.
-    """
-    if shared is None:
-        shared = args.strategy in SHARDED or mesh_sizes["tensor"] > 1
-    if shared:
-        from runtime.distributed import sharded_start
-
-        return sharded_start.build(make, path, resumed)
-    if path is None and resumed is None:
-        return make().to(args.device), None
-    with on_meta_device():  # the values come from elsewhere: none are made
-        model = make()
-    tensors = open_weights(model, path, new_head=True) if resumed is None else {}
-    allocate(model, args.device)  # last: sizes that do not fit the file ask for no memory
-    copy_tensors(tensors, model)
-    return model, None
 
 
 def open_start(args, default: str, teacher: Path | None = None, required: bool = True) -> Start:
@@ -138,27 +103,19 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     """
     required = required and args.resume == "none"
     path, line = find_weights(args.from_weight, default, args, required)
-    weights = read_shape(path)
-    if path is not None and not path.exists():
-        from runtime.saving.own_weights import own_weights
+    weights = source = known = None
+    if path or teacher:
+        from runtime import given_weights
 
-        weights = read_shape(own_weights(args, suffix_of(args)))
-    given = {n: vars(args)[n] for n in (*SIZES, *EXPERT_SIZES) if vars(args)[n] is not None}
-    if "use_moe" in given:
-        given["use_moe"] = bool(given["use_moe"])
-    if weights is not None:
-        check_sizes(weights, given, path)
-    shape = LMConfig(**given) if weights is None else weights
-    set_context(args, shape, 0 if weights is None else weights.max_seq_len)
-    shape = replace(shape, dropout=args.dropout, aux_loss_alpha=LMConfig.aux_loss_alpha)
-    if shape.n_layers * shape.dim * shape.hidden_dim > SMALL or shape.use_moe:
-        from runtime.machine import check_memory
+        weights = given_weights.read_shape(path)
+        if path and not path.exists():
+            from runtime.saving.own_weights import own_weights
 
-        check_memory(shape)
-    values = asdict(shape)
-    vars(args).update({name: int(values[name]) for name in (*SIZES, *EXPERT_SIZES)})
-    args.shape = {n: value for n, value in values.items() if n not in OUTSIDE_THE_SHAPE}
-    source, known = (teacher, read_shape(teacher)) if weights is None else (path, weights)
+            weights = given_weights.read_shape(own_weights(args, suffix_of(args)))
+        source, known = path, weights
+        if weights is None:
+            source, known = teacher, given_weights.read_shape(teacher)
+    shape = choose_shape(args, weights, path)
     record = tokenizer_record.find_record(source, known.tokenizer if known else None)
     tokenizer = tokenizer_record.open_tokenizer(
         args.tokenizer_dir, args.chat_template, source, record
@@ -166,8 +123,7 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     args.tokenizer_dir = str(tokenizer.folder)
     vocab_size = known.vocab_size if known else None
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix_of(args)}"
-    is_foreign = source is not None and source.is_dir()
-    may_be_padded = record is not None or is_foreign
+    may_be_padded = record is not None or source is not None and source.is_dir()
     return Start(path, line, shape, tokenizer, vocab_size, may_be_padded, run_dir)
 
 
@@ -186,28 +142,13 @@ def find_weights(
     """
     if "none" in (name, name or default):
         return None, "starting from random weights"
-    if name and is_path(name):
-        path = Path(name)
-        if not name.endswith(".pth") and not path.exists():
-            from model.hf import resolve_folder
-
-            try:
-                path = resolve_folder(name, "--from_weight")
-            except ValueError:
-                if required:
-                    raise
-    else:
-        path = Path(args.out_dir) / f"{name or default}{suffix_of(args)}.pth"
-        if name and not path.exists() and Path(name).is_dir():
-            path = Path(name)
-    if not path.exists() and name is None:
+    path = Path(args.out_dir) / f"{name or default}{suffix_of(args)}.pth"
+    if name is None and not path.exists():
         return None, f"starting from random weights: there is no {path}"
-    if not path.exists() and required:
-        advice = "train that stage first, or see --from_weight"
-        others = [] if is_path(name) else sorted(path.parent.glob(f"{name}_[0-9]*.pth"))
-        if others:
-            advice = f"there is {others[0]}: name it as a path, or its width with --dim"
-        raise ValueError(f"{path}: no such weights file; {advice}")
+    if name:
+        from runtime import given_weights
+
+        path = given_weights.find(name, path, required)
     return path, f"starting from {path}"
 
 
@@ -216,39 +157,24 @@ def suffix_of(args) -> str:
     return f"_{args.dim or LMConfig.dim}{'_moe' if args.use_moe else ''}"
 
 
-def read_shape(path: Path | None) -> LMConfig | None:
-    """The shape of the model in a weights file or folder; None: no weights, or nothing beside them.
+def choose_shape(args, weights: LMConfig | None, path: Path | None) -> LMConfig:
+    """The shape of the model: that of its weights, or as the flags and their defaults say.
+
+    Sets the flags of sizes, --max_seq_len, and `args.shape`: what of the shape has no flag.
 
     Raises:
-        ValueError: it is damaged, or an adapter's.
+        ValueError: a flag contradicts the weights at `path`, or the model has no room here.
     """
-    if path is None or not (path.is_dir() or path.with_suffix(".json").is_file()):
-        return None
-    try:
-        return read_config(path, reward=True)
-    except ValueError:
-        if not path.is_dir():
-            read_lazily(path)  # where both are damaged, that of the weights is the error to tell
-        raise
-
-
-def check_sizes(weights: LMConfig, given: dict, path: Path) -> None:
-    """ValueError: a size that is given is not that of the weights; names both."""
-    names = (*SIZES, *EXPERT_SIZES) if weights.use_moe else SIZES
-    for name in names:
-        size = getattr(weights, name)
-        if given.get(name, size) != size:
-            have = f"{path} has {int(size)}"
+    given = {n: vars(args)[n] for n in (*SIZES, *EXPERT_SIZES) if vars(args)[n] is not None}
+    if "use_moe" in given:
+        given["use_moe"] = bool(given["use_moe"])
+    shape = LMConfig(**given) if weights is None else weights
+    for name, size in given.items():
+        have = getattr(shape, name)
+        if size != have and (shape.use_moe or name in SIZES):
             remedy = "leave the flag out, or start from other weights"
-            raise ValueError(f"--{name} {int(given[name])}: {have}; {remedy}")
-
-
-def set_context(args, shape: LMConfig, least: int) -> None:
-    """--max_seq_len and --rope_scaling: the context of the model, and the longest row.
-
-    Args:
-        least: the context of the weights, which shorter rows leave as it is; 0 without weights.
-    """
+            raise ValueError(f"--{name} {int(size)}: {path} has {int(have)}; {remedy}")
+    least = 0 if weights is None else weights.max_seq_len  # shorter rows leave it as it is
     if args.rope_scaling:
         from model.rope import extend_context
 
@@ -256,3 +182,12 @@ def set_context(args, shape: LMConfig, least: int) -> None:
         least = shape.max_seq_len
     shape.max_seq_len = max(least, args.max_seq_len or shape.max_seq_len)
     args.max_seq_len = args.max_seq_len or min(LONGEST_ROW, shape.max_seq_len)
+    shape = replace(shape, dropout=args.dropout, aux_loss_alpha=LMConfig.aux_loss_alpha)
+    if shape.n_layers * shape.dim * shape.hidden_dim > SMALL or shape.use_moe:
+        from runtime.machine import check_memory
+
+        check_memory(shape)
+    values = asdict(shape)
+    vars(args).update({name: int(values[name]) for name in (*SIZES, *EXPERT_SIZES)})
+    args.shape = {n: value for n, value in values.items() if n not in OUTSIDE_THE_SHAPE}
+    return shape

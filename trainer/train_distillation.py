@@ -35,14 +35,15 @@ from model.distillation import Student, make_teacher, read_teacher_config
 from model.lm import LMConfig
 from model.newest import newest_weights
 from model.weight_hash import hash_weights
-from runtime import checkpoint, launch, parallel
+from runtime import checkpoint, given_weights, launch, parallel
 from runtime.device import choose_device
 from runtime.frozen import wrap_frozen
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import make_optimizer, scale_lr
+from runtime.ranks import is_shared
 from runtime.run import Run
 from runtime.same_tokenizer import check_same
-from runtime.start import build_model, open_start
+from runtime.start import open_start
 from runtime.tracking import Tracker
 
 
@@ -59,7 +60,9 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     if cuda and max(device.index + 1, launched.local_world_size) > gpus:
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
     if args.ddp:
-        timeout = launch.start_heartbeat(args.timeout)
+        from runtime.distributed import heartbeat
+
+        timeout = heartbeat.start(args.timeout)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     return device
@@ -331,8 +334,7 @@ def main() -> int:
     teacher_path = newest_weights(args.teacher_weight, args.out_dir, "--teacher_weight")
     start = open_start(args, "pretrain", teacher_path)
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
-    parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
+    parallel.make_mesh(args)
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.
@@ -365,11 +367,16 @@ def main() -> int:
     teacher_config = read_teacher_config(teacher_path, config.vocab_size, args.max_seq_len)
     check_same(teacher_path, teacher_config.tokenizer, config.tokenizer)
     make = functools.partial(make_teacher, teacher_config)
-    teacher, fill_teacher = build_model(make, args, teacher_path)
+    teacher, fill_teacher = given_weights.build(
+        make, args.device, teacher_path, None, is_shared(args)
+    )
     apply_kernels(teacher, args.device, dtype)
     teacher = wrap_frozen(teacher, args, dtype, fill_teacher)
     teacher_weights = {"the weights of --teacher_weight": hash_weights(teacher.state_dict())}
-    parallel.assert_same_on_all_ranks(teacher_weights)
+    if dist.is_initialized():
+        from runtime.distributed.replicas import assert_same_on_all_ranks
+
+        assert_same_on_all_ranks(teacher_weights)
     run_dir = start.run_dir
     identity = checkpoint.identity_of(vars(args), global_batch, dataset.key) | teacher_weights
     resumed, changes = checkpoint.find_run(run_dir, args.resume, identity, args.resume_with_changes)

@@ -52,7 +52,9 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     if cuda and max(device.index + 1, launched.local_world_size) > gpus:
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
     if args.ddp:
-        timeout = launch.start_heartbeat(args.timeout)
+        from runtime.distributed import heartbeat
+
+        timeout = heartbeat.start(args.timeout)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     return device
@@ -283,9 +285,7 @@ def main() -> int:
     launch.check_flags(vars(args))
     start = open_start(args, "pretrain")
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
-    sizes = (args.context_parallel, args.tensor_parallel)
-    parallel.make_mesh(args.device, args.strategy, *sizes, bool(args.offload))
+    parallel.make_mesh(args)
     setup_seed(args.seed)
 
     # 2. Data and the plan of the epochs. Rank 0 tokenises, the others then find the cache.

@@ -75,7 +75,9 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     if cuda and max(device.index + 1, launched.local_world_size) > gpus:
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
     if args.ddp:
-        timeout = launch.start_heartbeat(args.timeout)
+        from runtime.distributed import heartbeat
+
+        timeout = heartbeat.start(args.timeout)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     return device
@@ -450,8 +452,7 @@ def main() -> int:
     launch.check_flags(vars(args))
     start = open_start(args, "full_sft")
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
-    parallel.make_mesh(args.device, args.strategy, 1, 1, bool(args.offload))
+    parallel.make_mesh(args)
     setup_seed(args.seed)
 
     # 2. Prompts, the plan of the epochs, and rewards

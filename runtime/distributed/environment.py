@@ -8,24 +8,25 @@ scripts leave such variables behind.
 import os
 import sys
 
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by torch.distributed's env://
+NUMBERS = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # and their minima
 
-def read_numbers(needed: tuple[str, ...], minima: dict[str, int], needed_by: str) -> dict:
+
+def read_numbers(needed_by: str) -> dict:
     """The fields of `launcher.Launch`; {} where no launcher started this process.
 
     Args:
-        needed: variables without which there is no launch.
-        minima: variables that are numbers, with their least values.
         needed_by: a flag that cannot be had without a launcher, or "".
 
     Raises:
         ValueError: see `launcher.read_launch`.
     """
     numbers = {
-        name: whole_number(name, least) for name, least in minima.items() if name in os.environ
+        name: whole_number(name, least) for name, least in NUMBERS.items() if name in os.environ
     }
-    missing = [name for name in needed if not os.environ.get(name, "").strip()]
+    missing = [name for name in NEEDED if not os.environ.get(name, "").strip()]
     if missing and needed_by:
-        given = ", ".join(name for name in (*needed, "LOCAL_RANK") if os.environ.get(name))
+        given = ", ".join(name for name in (*NEEDED, "LOCAL_RANK") if os.environ.get(name))
         left_behind = f"; of what it sets there is {given}, but no {', '.join(missing)}"
         command = f"torchrun --nproc_per_node 2 {sys.argv[0]} {needed_by}"
         raise ValueError(f"{needed_by} needs a launcher: {command}{left_behind if given else ''}")

@@ -4,10 +4,12 @@ import hashlib
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from runtime import kernel_loader
 from runtime.device import dtype_of
+from runtime.distributed.replicas import assert_same_on_all_ranks
 from runtime.folders import CODE, ROOT
+from runtime.kernel_loader import package
 from runtime.saving.identity import sample_hash
 
 SOURCES = (".py", ".cpp", ".h")
@@ -26,6 +28,16 @@ LOCAL = (
 )
 
 
+def assert_same_start(args) -> None:
+    """Refuse to train with processes that were started with other code, data or flags.
+
+    Raises:
+        ValueError: on every rank; names the first difference and where it is.
+    """
+    if dist.is_initialized():
+        assert_same_on_all_ranks(fingerprint(args.data_path, vars(args)))
+
+
 def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
     """Name -> hash or value. Reads a few MB at most, however large the data is.
 
@@ -42,7 +54,7 @@ def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
         digest.update(path.read_bytes())
     same = {"code": digest.hexdigest()[:16], "torch": torch.__version__}
     if isinstance(device := args.get("device"), torch.device):
-        same["kernels"] = kernel_loader.fingerprint(device, dtype_of(args.get("dtype"), device))
+        same["kernels"] = kernels_in_use(device, dtype_of(args.get("dtype"), device))
     if data_path is not None:
         same["data"] = sample_hash(Path(data_path))
     if args.get("tokenizer_dir"):
@@ -50,3 +62,12 @@ def fingerprint(data_path: str | None, args: dict) -> dict[str, str]:
     if args.get("chat_template"):
         same["chat template"] = sample_hash(Path(args["chat_template"]))
     return same | {f"--{name}": str(value) for name, value in args.items() if name not in LOCAL}
+
+
+def kernels_in_use(device: torch.device, dtype: str) -> str:
+    """The kernels that a run in this process uses, which must be the same in all of its job."""
+    kernels = package()
+    if kernels is None:
+        return "off"
+    states = kernels.available(device, getattr(torch, dtype))
+    return ", ".join(name for name, why in states.items() if not why) or "none in C++"

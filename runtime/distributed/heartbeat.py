@@ -24,6 +24,7 @@ from torch.distributed import distributed_c10d
 
 from runtime.folders import CODE, ROOT
 from runtime.launcher import Launch, read_launch
+from runtime.process import faults
 
 INTERVAL = float(os.environ.get("MINIMIND_HEARTBEAT", 5))  # seconds between beats; tests have less
 SILENT = 5 * INTERVAL  # without a beat, and a rank is called silent
@@ -35,12 +36,11 @@ PLUMBING = ("wrapper", "run", "main", "<module>", "<lambda>")  # functions that 
 _current: dict = {"progress": {}}  # the counters of the run, the Heartbeat
 
 
-def start(minutes: float, report: Callable[[Exception, str], None]) -> timedelta:
+def start(minutes: float) -> timedelta:
     """Begin to beat and to listen, before this process joins its process group.
 
     Args:
         minutes: of silence after which the job ends: --timeout.
-        report: is told of an error that ends this process, and of its text.
 
     Returns:
         How long a collective may wait. It becomes torch's default, too: groups that are made by
@@ -49,7 +49,8 @@ def start(minutes: float, report: Callable[[Exception, str], None]) -> timedelta
     limit = timedelta(minutes=minutes, seconds=GRACE)
     distributed_c10d.default_pg_timeout = limit
     distributed_c10d.default_pg_nccl_timeout = limit
-    heartbeat = Heartbeat(read_launch(), minutes, report)
+    heartbeat = Heartbeat(read_launch(), minutes, faults.tell_launcher)
+    faults.explain_timeout = heartbeat.explain_timeout
     _current["heartbeat"] = heartbeat
     for target in (heartbeat.talk, heartbeat.watch):
         threading.Thread(target=target, daemon=True).start()
@@ -67,11 +68,6 @@ def stop() -> None:
     """Say that this rank has ended as it should: its silence is none."""
     if "heartbeat" in _current:
         _current["heartbeat"].stop()
-
-
-def explain_timeout() -> str:
-    """Where the ranks are, for a collective that has timed out; '' without a heartbeat."""
-    return _current["heartbeat"].explain_timeout() if "heartbeat" in _current else ""
 
 
 @dataclass

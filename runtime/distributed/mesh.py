@@ -8,17 +8,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from runtime.ranks import SHARDED, mesh_sizes, sum_over_world, world
+from runtime.distributed.exchange import sum_over_world
+from runtime.distributed.fingerprint import assert_same_start
+from runtime.ranks import SHARDED, mesh_sizes, world
 
 # Of a rank that waits for another one to tokenise; a dead one is noticed at once.
 PATIENCE = timedelta(hours=12)
 groups: dict[str, dist.ProcessGroup] = {}  # "context" and "tensor", where one of them is split
 
 
+def join_mesh(args) -> None:
+    """Refuse processes that were started differently, and lay them out; see `parallel.make_mesh`."""
+    assert_same_start(args)
+    sizes = (getattr(args, "context_parallel", 1), getattr(args, "tensor_parallel", 1))
+    make_mesh(args.device, args.strategy, *sizes, bool(args.offload))
+
+
 def make_mesh(
     device: torch.device, strategy: str, context: int, tensor: int, offload: bool = False
 ) -> None:
-    """Lay the processes out as data x context x tensor ranks; see `parallel.make_mesh`."""
+    """Lay the processes out as data x context x tensor ranks.
+
+    Raises:
+        ValueError: the sizes do not divide the processes, or the strategy cannot be had there.
+    """
     check_layout(strategy, context, tensor, offload)
     mesh_sizes.update(context=context, tensor=tensor)
     if context * tensor > 1:

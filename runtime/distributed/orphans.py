@@ -7,6 +7,16 @@ import sys
 import threading
 import time
 
+from runtime.distributed.environment import NEEDED
+
+
+def die_with_launcher(started_by: str | None) -> None:
+    """As `launcher.die_with_launcher`; `started_by` as for `die_with_parent`."""
+    by_torchrun_or_deepspeed = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
+    is_launched = by_torchrun_or_deepspeed and all(os.environ.get(name) for name in NEEDED)
+    if is_launched or started_by is not None:
+        die_with_parent(started_by)
+
 
 def die_with_parent(started_by: str | None) -> None:
     """Have this process killed when its parent is; it ends now where that is dead already.

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from runtime.device import is_sharded, local
-from runtime.ranks import gather_numbers, gather_objects, unwrap
+from runtime.distributed.exchange import gather_numbers
+from runtime.ranks import gather_objects, mesh_sizes, unwrap
 
 
 def assert_same_on_all_ranks(same: dict[str, str]) -> None:
-    """Refuse to train with processes that differ; see `parallel.assert_same_on_all_ranks`."""
+    """Refuse to train with processes that differ in what `fingerprint` says, or the like.
+
+    Raises:
+        ValueError: on every rank; names the first difference and where it is.
+    """
     everyone = gather_objects((socket.gethostname(), same))
     for rank, (host, other) in enumerate(everyone):
         for name, value in everyone[0][1].items():
@@ -24,6 +29,27 @@ def assert_same_on_all_ranks(same: dict[str, str]) -> None:
                 raise ValueError(
                     f"the processes of this job differ: {what}; start all nodes with the same of it"
                 )
+
+
+def agree_on_step(grad_norm: float, *values: Tensor | float) -> list[float]:
+    """What a step is decided by, the same on all ranks, in one message.
+
+    A rank that judged by its own gradients could skip a step, or stop, while others wait for it in
+    a collective.
+
+    Args:
+        grad_norm: over all parameters, so that it is the same on all ranks.
+        values: numbers to sum over data and context ranks.
+
+    Returns:
+        The gradient norm, which is not finite where one of a rank is not; the sums.
+
+    Raises:
+        FloatingPointError: on every rank, where the norm differs: names the rank.
+    """
+    norms, *columns = zip(*gather_numbers(grad_norm, *values), strict=True)
+    check_norms(norms)
+    return [norms[0], *(sum(column) / mesh_sizes["tensor"] for column in columns)]
 
 
 def check_norms(norms: tuple[float, ...]) -> None:

@@ -22,10 +22,11 @@ from torch.utils import cpp_extension
 
 from model.permissions import open_to_others
 from runtime import checkpoint, parallel
-from runtime.device import needs_process_group, one_order
+from runtime.apple_gpu import needs_process_group
 from runtime.engines.deepspeed_config import OFFLOADS, curve_settings, section
 from runtime.engines.engine_store import seal
 from runtime.engines.leftovers import forget_leftovers
+from runtime.gradient_sync import one_order
 from runtime.optim import make_optimizer
 from runtime.ranks import gather_objects, world
 from runtime.saving import safe_load, store

@@ -29,9 +29,12 @@ from torch.distributed.pipelining import (
 from model.lm import LMOutput, MiniMindLM
 from model.recompute import recompute
 from runtime import parallel
-from runtime.device import is_sharded, local, needs_process_group, one_order
+from runtime.apple_gpu import needs_process_group
+from runtime.device import is_sharded, local
+from runtime.distributed import mesh as rank_mesh
 from runtime.distributed.replicas import shard_number
 from runtime.distributed.tensor_parallel import split_layers
+from runtime.gradient_sync import one_order
 from runtime.kernel_loader import compiling
 from runtime.parallel import gather_objects, world
 
@@ -63,7 +66,7 @@ def make_mesh(device: torch.device, pipeline: int, tensor: int) -> DeviceMesh:
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id
         )
-    parallel.make_mesh(device, "ddp", 1, tensor)
+    rank_mesh.make_mesh(device, "ddp", 1, tensor)
     shape = (pipeline, processes // (pipeline * tensor), tensor)
     return init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "data", "tensor"))
 

@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from runtime.process.terminal import OutlivingStream, describe_error, prepare_streams
+from runtime.process.terminal import OutlivingStream, prepare_streams
 
 # Errors of files that another value of a flag would mend.
 USAGE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
@@ -37,8 +37,37 @@ def is_usage_error(error: Exception) -> bool:
     return isinstance(error, (ValueError, *USAGE)) or getattr(error, "errno", None) in USAGE_NUMBERS
 
 
+def describe_error(error: Exception) -> str:
+    """An error in one line; of a file with its name."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return shortened(" ".join(text.split()), 1000) or type(error).__name__
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
+class ProductStream(OutlivingStream):
+    """A stream for what a script makes, without which it ends, by SystemExit.
+
+    Quietly with code 141 (as by SIGPIPE) where the reader has left, with one line and code 1 where
+    the disk is full.
+    """
+
+    def drop(self, error: OSError) -> None:
+        super().drop(error)
+        if error.errno in (errno.EPIPE, errno.EIO):  # a pipe; a terminal
+            sys.exit(141)
+        name = "stdout" if sys.stdout is self else "stderr"
+        print(f"error: {name}: {error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
 def end_with_reader() -> None:
     """Have the script end when its output, all that it makes, cannot be written any more."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, OutlivingStream):
-            stream.is_product = True
+            setattr(sys, name, ProductStream(stream.stream))

@@ -7,30 +7,28 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 import torch.distributed as dist
 
 from runtime.launcher import read_launch
-from runtime.process.exits import is_usage_error
-from runtime.process.terminal import describe_error
+from runtime.process.exits import describe_error, is_usage_error
 
 # What needs no traceback
 ONE_LINE = (ValueError, OSError, FloatingPointError, dist.DistNetworkError)
+# Where the ranks are that a collective has waited for: set by `heartbeat.start`
+explain_timeout: Callable[[], str] | None = None
 
 
-def report_fault(error: Exception, heartbeat) -> tuple[int | None, bool]:
+def report_fault(error: Exception) -> tuple[int | None, bool]:
     """Say on stderr what ends this process, in one line where that is enough.
-
-    Args:
-        heartbeat: the module, which knows where the ranks are that a collective has waited for;
-            None where it was not started.
 
     Returns:
         The code that says whether there is something to flush, None for an error whose traceback is
         to be shown; whether it is a usage error, which exits with 2.
     """
-    if heartbeat and is_timeout(error):
-        text = heartbeat.explain_timeout()
+    if explain_timeout and is_timeout(error):
+        text = explain_timeout()
         print(f"error: {text}", file=sys.stderr, flush=True)
         tell_launcher(error, text)
         return 1, False

@@ -1,7 +1,6 @@
 """Text on its way to a terminal, a pipe or a log: whatever becomes of it, writing ends no run."""
 
 import contextlib
-import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -31,20 +30,14 @@ def prepare_streams(encoding: str | None = None) -> None:
             errors = "replace" if is_input else "backslashreplace"
             stream.reconfigure(encoding=encoding, errors=errors)
             if not is_input and not isinstance(stream, OutlivingStream):
-                setattr(sys, name, OutlivingStream(stream, name))
+                setattr(sys, name, OutlivingStream(stream))
 
 
 class OutlivingStream:
-    """A text stream whose reader, a terminal, a pipe or a full disk, may go: the run goes on.
+    """A text stream whose reader, a terminal, a pipe or a full disk, may go: the run goes on."""
 
-    Attributes:
-        is_product: the script ends instead, by SystemExit: quietly with code 141 (as by SIGPIPE)
-            where the reader has left, with one line and code 1 where the disk is full.
-    """
-
-    def __init__(self, stream, name: str) -> None:
-        self.stream, self.name = stream, name
-        self.is_product = False
+    def __init__(self, stream) -> None:
+        self.stream = stream
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -67,23 +60,6 @@ class OutlivingStream:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.stream.fileno())
         os.close(null)
-        if self.is_product and error.errno in (errno.EPIPE, errno.EIO):  # a pipe; a terminal
-            sys.exit(141)
-        if self.is_product:
-            print(f"error: {self.name}: {error.strerror}", file=sys.stderr, flush=True)
-            sys.exit(1)
-
-
-def describe_error(error: Exception) -> str:
-    """An error in one line; of a file with its name."""
-    text = str(error)
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return shortened(" ".join(text.split()), 1000) or type(error).__name__
-
-
-def shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 @contextlib.contextmanager

@@ -8,12 +8,12 @@ import torch
 
 from model.lm import LMConfig
 from model.reward import RewardModel, read_reward_config
-from runtime import parallel
+from runtime import given_weights, parallel
 from runtime.frozen import wrap_frozen
 from runtime.kernel_loader import apply_kernels
+from runtime.ranks import is_shared
 from runtime.rl.rollout import Rollout
 from runtime.same_tokenizer import check_same
-from runtime.start import build_model
 
 
 def load_scorer(path: str, policy: LMConfig, args) -> Callable[[Rollout], list[float]]:
@@ -31,7 +31,8 @@ def load_scorer(path: str, policy: LMConfig, args) -> Callable[[Rollout], list[f
             f" {have.max_seq_len}, needed are {policy.vocab_size} and {args.max_seq_len}: train it"
             " with this tokenizer and --max_seq_len"
         )
-    model, fill = build_model(functools.partial(RewardModel, have), args, Path(path))
+    make = functools.partial(RewardModel, have)
+    model, fill = given_weights.build(make, args.device, Path(path), None, is_shared(args))
     apply_kernels(model, args.device, "float32")
     return functools.partial(scores_of, wrap_frozen(model, args, "float32", fill))
 

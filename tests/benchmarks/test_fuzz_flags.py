@@ -2,6 +2,7 @@
 moment."""
 
 import json
+import math
 
 import pytest
 from conftest import write_jsonl
@@ -10,6 +11,7 @@ from running import run_script
 from dataset.prompt_dataset import PromptDataset
 from dataset.read_rows import read_rows
 from runtime import flags
+from runtime.process import odd_flags
 
 
 def test_odd_values_make_a_run_or_one_line():
@@ -55,6 +57,48 @@ def test_what_no_run_could_have_is_refused(given, said):
 def test_names_in_any_language_and_encoding_are_fine():
     for name in ("full_sft", "\u4f60\u597d \U0001f600", "caf\udce9", ".hidden", "a b"):
         flags.check_flags({"save_weight": name})
+
+
+TEXTS = [
+    "",
+    ".",
+    "..",
+    "a",
+    "a/b",
+    "a b",
+    ".a",
+    "a\0",
+    "a\n",
+    "\ud83d",
+    "caf\udce9",
+    "\u4f60\u597d",
+]
+TEXTS += ["x" * n for n in (40, 41, 200, 201)] + ["\U0001f600" * n for n in (40, 50, 51)]
+TEXTS += ["auto", "cpu", "mps", "mps:0", "cuda", "cuda:1", "cuda:12345", "gpu"]
+TEXTS += ["none", "length", "field:x", "field:"]
+
+
+@pytest.mark.parametrize("name", ["device", "curriculum", "save_weight", "data_path", "report_to"])
+def test_what_is_fine_at_first_sight_is_fine_at_a_close_look(name):
+    """Most values are never looked at closely: that must not let a wrong one pass."""
+    values = TEXTS if name != "report_to" else [[], [[]], ["a", 1], *([text] for text in TEXTS)]
+    ordinary = [value for value in values if flags.is_ordinary(name, value)]
+    for value in ordinary:
+        if value != []:
+            odd_flags.check_value(name, value, *flags.FINITE)
+    assert 0 < len(ordinary) < len(values)
+
+
+def test_numbers_are_those_of_their_bounds():
+    for name, (least, most) in flags.BOUNDS.items():
+        for value in (least, most, (least + most) / 2):
+            flags.check_flags({name: value})
+        for value in (math.nextafter(least, -math.inf), math.nextafter(most, math.inf)):
+            with pytest.raises(ValueError, match=f"^--{name} "):
+                flags.check_flags({name: value})
+        for value in (math.nan, math.inf, -math.inf):
+            with pytest.raises(ValueError, match=f"^--{name} {value}: must be a finite number"):
+                flags.check_flags({name: value})
 
 
 HALF = "half \ud83d"

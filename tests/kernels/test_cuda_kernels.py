@@ -10,7 +10,7 @@ from kernels import attention, decode_graph
 from model.generate import KVCache, generate_batch, make_sampler
 from model.layout import Layout
 from model.lm import LMConfig, MiniMindLM
-from runtime.device import one_order
+from runtime.gradient_sync import one_order
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 ACCURACY = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

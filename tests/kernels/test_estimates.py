@@ -12,7 +12,7 @@ from test_memory import CPU, LARGE, MODELS, TINY
 import kernels
 from kernels import compiling, native
 from model.lm import LMConfig, MiniMindLM
-from runtime import parallel
+from runtime import compilation, parallel
 from runtime.distributed import memory
 
 
@@ -106,7 +106,7 @@ def test_compiling_is_chosen_where_it_was_measured_to_win(monkeypatch):
 
     # Of an epoch: it is shorter than its full windows.
     operations = 6 * memory.parameter_count(LARGE) * 1000 * 200
-    assert operations < parallel.WORTH_COMPILING < 200 * operations
+    assert operations < compilation.WORTH_COMPILING < 200 * operations
     assert chosen() == chosen("float16") == 1 and chosen(epochs=1) == chosen(total_steps=200) == 0
     assert chosen(epochs=1, compile=1) == 1 and chosen(compile=0) == 0
     assert (

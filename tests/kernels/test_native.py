@@ -15,6 +15,7 @@ import kernels
 from kernels import native
 from model.lm import LMConfig, MiniMindLM
 from runtime import kernel_loader
+from runtime.distributed.fingerprint import kernels_in_use
 
 CPU = torch.device("cpu")
 SOURCES = ["ops.cpp", "attention.cpp", "linear.cpp", "cpu_decoder.cpp"]
@@ -133,7 +134,7 @@ def test_the_switch(anew, monkeypatch):
 
     plain = apply("off")
     assert kernel_loader.report() == "kernels: none (MINIMIND_KERNELS=off)"
-    assert kernel_loader.fingerprint(CPU, "float32") == "off"
+    assert kernels_in_use(CPU, "float32") == "off"
     fast = apply("auto")
     assert type(plain.lm_head) is not type(fast.lm_head)
     assert plain.state_dict().keys() == fast.state_dict().keys()
@@ -145,7 +146,7 @@ def test_the_switch(anew, monkeypatch):
     native.library.cache_clear()
     apply("auto")
     assert "no C++ compiler: no-such-compiler is not installed" in kernel_loader.report()
-    assert kernel_loader.fingerprint(CPU, "float32") == "none in C++"
+    assert kernels_in_use(CPU, "float32") == "none in C++"
     with pytest.raises(ValueError, match="require: .*no-such-compiler"):
         apply("require")
     monkeypatch.setattr(kernel_loader, "FOLDER", ROOT / "no-such-folder")

@@ -7,8 +7,8 @@ import pytest
 from conftest import RUN_FLAGS, conversations, curve, write_jsonl
 from running import ROOT, STAGE_SCRIPTS, processes_of, run_ranks
 
-from runtime import parallel
-from runtime.parallel import agree_on_step
+from runtime.distributed import replicas
+from runtime.distributed.replicas import agree_on_step
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ NORMS = {
 def test_whose_norm_differs(monkeypatch, name):
     norms, told = NORMS[name]
     monkeypatch.setattr(
-        parallel, "gather_numbers", lambda *own: [[norm, 1.0, 2.0] for norm in norms]
+        replicas, "gather_numbers", lambda *own: [[norm, 1.0, 2.0] for norm in norms]
     )
     if told is None:
         _, *sums = agree_on_step(norms[0], 1.0, 2.0)

@@ -32,8 +32,10 @@ from dataset.lm_dataset import SFTDataset, describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, launch, parallel
-from runtime.device import choose_device, one_order
+from runtime.device import choose_device
+from runtime.distributed.fingerprint import assert_same_start
 from runtime.engines import accelerated, engine_store
+from runtime.gradient_sync import one_order
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
 from runtime.run import Run
@@ -54,7 +56,9 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     if cuda and max(device.index + 1, launched.local_world_size) > gpus:
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
     if args.ddp:
-        timeout = launch.start_heartbeat(args.timeout)
+        from runtime.distributed import heartbeat
+
+        timeout = heartbeat.start(args.timeout)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     return device
@@ -283,7 +287,7 @@ def main() -> int:
     start = open_start(args, "pretrain")
     accelerated.check_launch(args)
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
+    assert_same_start(args)
     run_dir = start.run_dir
     accelerator = accelerated.start(args, run_dir)
     setup_seed(args.seed)

@@ -38,6 +38,7 @@ from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device, dtype_of
+from runtime.distributed.fingerprint import assert_same_start
 from runtime.engines import deepspeed_config, deepspeed_engine
 from runtime.kernel_loader import apply_kernels
 from runtime.optim import scale_lr
@@ -59,7 +60,9 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     if cuda and max(device.index + 1, launched.local_world_size) > gpus:
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
     if args.ddp:
-        timeout = launch.start_heartbeat(args.timeout)
+        from runtime.distributed import heartbeat
+
+        timeout = heartbeat.start(args.timeout)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     return device
@@ -290,7 +293,7 @@ def main() -> int:
     launch.check_flags(vars(args))
     start = open_start(args, "pretrain")
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
+    assert_same_start(args)
     setup_seed(args.seed)
     world_size = parallel.world()[1]
     global_batch = deepspeed_config.check(args.deepspeed, args, world_size)

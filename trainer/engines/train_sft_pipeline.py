@@ -35,6 +35,7 @@ from dataset.packing import Plan, batches, plan_epoch, split_rows
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device
+from runtime.distributed.fingerprint import assert_same_start
 from runtime.engines import pipeline
 from runtime.engines.pipeline import Pipeline
 from runtime.kernel_loader import apply_kernels
@@ -57,7 +58,9 @@ def init_distributed_mode(args: argparse.Namespace) -> torch.device:
     if cuda and max(device.index + 1, launched.local_world_size) > gpus:
         raise ValueError(f"{device} is asked for, but torch {torch.__version__} sees {gpus} GPUs")
     if args.ddp:
-        timeout = launch.start_heartbeat(args.timeout)
+        from runtime.distributed import heartbeat
+
+        timeout = heartbeat.start(args.timeout)
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, device_id=device if cuda else None)
     return device
@@ -283,7 +286,7 @@ def main() -> int:
     launch.check_flags(vars(args))
     start = open_start(args, "pretrain")
     args.device = init_distributed_mode(args)
-    parallel.assert_same_on_all_ranks(launch.fingerprint(args.data_path, vars(args)))
+    assert_same_start(args)
     mesh = pipeline.make_mesh(args.device, args.pipeline_parallel, args.tensor_parallel)
     data_ranks = mesh["data"].size()
     global_batch = args.global_batch_size or args.batch_size * args.accumulation_steps * data_ranks

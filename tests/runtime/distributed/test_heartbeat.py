@@ -154,7 +154,7 @@ def test_a_job_that_does_not_come_together_says_who_is_missing(flags, run_script
 GROUPS = """
 import runtime.distributed.heartbeat as heartbeat, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-limit = heartbeat.start(7.0, None)
+limit = heartbeat.start(7.0)
 dist.init_process_group("gloo", timeout=limit)
 groups = [dist.group.WORLD, dist.new_group(), init_device_mesh("cpu", (1, 1), mesh_dim_names=("a", "b")).get_group("b")]
 print([group._get_backend(torch.device("cpu")).options._timeout == limit for group in groups], limit)

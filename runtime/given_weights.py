@@ -1,0 +1,73 @@
+"""The weights that a stage starts from: found, their shape, and a model with their values."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model.config import LMConfig
+from model.initial import on_meta_device
+from model.weights import (
+    allocate,
+    copy_tensors,
+    is_path,
+    open_weights,
+    read_config,
+    read_lazily,
+)
+
+
+def find(name: str, of_stage: Path, required: bool) -> Path:
+    """The weights that --from_weight names.
+
+    Args:
+        name: as for `start.find_weights`.
+        of_stage: the file, if it is a stage.
+
+    Raises:
+        ValueError: they are not there, and required.
+    """
+    path = Path(name) if is_path(name) else of_stage
+    if path.is_file():
+        return path
+    from runtime.other_weights import find_other
+
+    return find_other(name, path, required)
+
+
+def read_shape(path: Path | None) -> LMConfig | None:
+    """The shape of the model in a weights file or folder; None: no weights, or nothing beside them.
+
+    Raises:
+        ValueError: it is damaged, or an adapter's.
+    """
+    if path is None or not (path.is_dir() or path.with_suffix(".json").is_file()):
+        return None
+    try:
+        return read_config(path, reward=True)
+    except ValueError:
+        if not path.is_dir():
+            read_lazily(path)  # where both are damaged, that of the weights is the error to tell
+        raise
+
+
+def build(
+    make: Callable, device: torch.device, path: Path | None, resumed: Path | None, shared: bool
+) -> tuple[nn.Module, Callable | None]:
+    """A model with the values of weights at `path`; arguments as for `start.Start.build`.
+
+    Returns:
+        The model and None. Where processes share it, it has no memory yet: `parallel.wrap` gives
+        each its part, and what is returned here instead of None gives that part its values.
+    """
+    if shared:
+        from runtime.distributed import sharded_start
+
+        return sharded_start.build(make, path, resumed)
+    with on_meta_device():  # the values come from elsewhere: none are made
+        model = make()
+    tensors = open_weights(model, path, new_head=True) if path and not resumed else {}
+    allocate(model, device)  # last: sizes that do not fit the file ask for no memory
+    copy_tensors(tensors, model)
+    return model, None
