@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dataset.cache_files import Source
 from dataset.token_cache import describe_tokenizer, open_cache
 from dataset.tokenizer import load_tokenizer  # noqa: F401  # for the scripts
 
@@ -26,15 +27,15 @@ class CachedDataset(Dataset):
 
     Args:
         tokenizer: a fast tokenizer, as `AutoTokenizer.from_pretrained` gives it.
-        options, make_encoder: see `token_cache.open_cache`.
-        masked: whether there are tokens without loss.
+        options: what else the samples depend on.
+        make_encoder, masked, skip_bad: see `cache_files.Source`.
         cache_dir: where token caches live; default: out/cache.
-        skip_bad: leave bad rows out and count them, instead of stopping at the first one.
         curriculum: what says how hard a row is: its 'length', or 'field:NAME', a number in it; or
             'none'.
 
     Attributes:
-        key: hash of data, tokenizer and options, the identity of the data in checkpoints.
+        cache: the `cache_files.TokenCache`.
+        key: its key, the identity of the data in checkpoints.
         lengths: (rows,) int64, T of each row, so that batches can be planned without reading a row.
         supervised: (rows,) int64, tokens with loss of each row.
         difficulty: (rows,) numbers by which an epoch is ordered; None without a curriculum.
@@ -57,18 +58,12 @@ class CachedDataset(Dataset):
     ):
         cache_dir = Path(cache_dir or CACHE_DIR)
         backend, template = describe_tokenizer(tokenizer, cache_dir)
+        options = options | {"tokenizer": backend, "stage": type(self).__name__}
         if masked:  # a conversation
-            options = options | {"chat_template": template}
-        self.cache = open_cache(
-            Path(data_path),
-            cache_dir,
-            options=options | {"tokenizer": backend, "stage": type(self).__name__},
-            vocab_size=len(tokenizer),
-            masked=masked,
-            make_encoder=make_encoder,
-            skip_bad=skip_bad,
-            field=curriculum.removeprefix("field:") if curriculum.startswith("field:") else None,
-        )
+            options["chat_template"] = template
+        field = curriculum.removeprefix("field:") if curriculum.startswith("field:") else None
+        rows = (Path(data_path), make_encoder, len(tokenizer), masked, skip_bad, field)
+        self.cache = open_cache(Source(*rows), cache_dir, options)
         self.key = self.cache.key
         self.stats = self.cache.stats
         self.lengths = self.cache.lengths.astype(np.int64) - 1
@@ -93,20 +88,18 @@ class CachedDataset(Dataset):
         """Pack the samples of a micro-batch into one row, without padding.
 
         Args:
-            part, parts: where processes share a row: which of its equal parts to return.
-            multiple: tokens of a row are a multiple of it. Only here is there ever padding: fewer
-                than `multiple` tokens behind the last document, without loss.
+            part, parts, multiple: where processes share a row, see `row_parts.collate_part`.
 
         Returns:
             X, Y, loss_mask: (1, N / parts) int64 each.
-            doc_lens: lengths of the samples, the same for all parts; [] for no sample at all: a
-                rank that has no row in the last window still takes part, with padding alone.
+            doc_lens: lengths of the samples, the same for all parts; [] for no sample at all.
         """
         lens = [len(sample[0]) for sample in samples]
-        padding = torch.zeros(-sum(lens) % multiple if samples else multiple, dtype=torch.int64)
-        rows = [torch.cat(tensors) for tensors in zip(*samples, (padding,) * 3, strict=True)]
-        size = len(rows[0]) // parts
-        X, Y, loss_mask = (row[part * size : (part + 1) * size].unsqueeze(0) for row in rows)
+        if multiple > 1 or not samples:
+            from dataset.row_parts import collate_part
+
+            return *collate_part(samples, part, parts, multiple), lens
+        X, Y, loss_mask = (torch.cat(rows).unsqueeze(0) for rows in zip(*samples, strict=True))
         return X, Y, loss_mask, lens
 
 

@@ -7,7 +7,6 @@ that together have at most max_seq_len tokens.
 """
 
 import functools
-import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -63,29 +62,15 @@ class Plan:
         that a strategy which exchanges weights in them never waits for a rank that has nothing to
         do.
         """
-        window = self.window(step)
-        rows = self.balance_rows(window, world_size)[rank]
+        rows = window = self.window(step)
+        if world_size > 1:
+            from dataset.rank_rows import balance_rows
+
+            sizes = np.diff(self.tokens[self.starts[window.start : window.stop + 1]]).tolist()
+            rows = balance_rows(window, sizes, world_size)[rank]
         most = -(-len(window) // world_size)  # of rank 0
         batches = [rows[at : at + batch_size] for at in range(0, most, batch_size)]
         return [[doc for row in rows for doc in self.documents(row)] for rows in batches]
-
-    def balance_rows(self, window: range, world_size: int) -> list[list[int]]:
-        """Rows for each rank, with about as many tokens: ranks wait for each other in every step.
-
-        The longest row first, each goes to the rank with the fewest tokens so far; none gets more
-        rows than its share.
-        Source: Graham, Bounds on multiprocessing timing anomalies (1969): longest processing time
-        first.
-        """
-        sizes = np.diff(self.tokens[self.starts[window.start : window.stop + 1]]).tolist()
-        rank_rows = [[] for _ in range(world_size)]
-        heap = [(0, rank) for rank in range(min(len(window), world_size))]  # tokens so far, rank
-        for size, row in sorted(zip(sizes, window, strict=True), key=lambda pair: -pair[0]):
-            tokens, rank = heapq.heappop(heap)
-            rank_rows[rank].append(row)
-            if len(rank_rows[rank]) < len(window[rank::world_size]):
-                heapq.heappush(heap, (tokens + size, rank))
-        return [sorted(rows) for rows in rank_rows]
 
     def documents(self, row: int) -> list[int]:
         return self.order[self.starts[row] : self.starts[row + 1]].tolist()

@@ -15,7 +15,8 @@ import pytest
 from conftest import RUN_FLAGS, chat, curve, write_jsonl
 from running import ROOT, run_ranks
 
-from dataset import cache_builder, lm_dataset, token_cache
+from dataset import cache_builder, cache_files, lm_dataset, token_cache
+from dataset.cache_files import Source
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.packing import batches, plan_epoch
 from dataset.sft_encoder import SFTEncoder
@@ -72,7 +73,9 @@ def test_pretraining_and_sft_of_one_file_do_not_mix(sft, tokenizer, tmp_path):
     assert sft(path).key != PretrainDataset(path, tokenizer, 512, cache_dir=tmp_path / "cache").key
 
 
-def test_edit_that_keeps_size_and_time_is_seen(sft, tmp_path):
+@pytest.mark.parametrize("large", [0, token_cache.LARGE])
+def test_edit_that_keeps_size_and_time_is_seen(sft, tmp_path, monkeypatch, large):
+    monkeypatch.setattr(token_cache, "LARGE", large)
     path = write_jsonl(tmp_path / "data.jsonl", [chat("a", "b")])
     stat, before = path.stat(), sft(path)
     path.write_text(path.read_text().replace('"b"', '"c"'))
@@ -82,9 +85,12 @@ def test_edit_that_keeps_size_and_time_is_seen(sft, tmp_path):
     assert after.key != before.key and samples(after) != samples(before)
 
 
-def test_torn_memory_of_a_hash_is_made_again(sft, tmp_path):
+def test_torn_memory_of_a_hash_is_made_again(sft, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "data.jsonl", [chat("a", "b")])
     key = sft(path).key
+    assert not list((tmp_path / "cache").glob("hash_*.json")), "of a small file none is kept"
+    monkeypatch.setattr(token_cache, "LARGE", 0)
+    assert sft(path).key == key
     for text in ("", "{", "[]", '{"identity": []}'):
         for memo in (tmp_path / "cache").glob("hash_*.json"):
             memo.write_text(text)
@@ -127,15 +133,11 @@ def test_killed_build_leaves_nothing_half_usable(sft, tmp_path, monkeypatch, mom
     shutil.rmtree(tmp_path / "cache")
 
     def die_midway():
-        # All is there, under the wrong name; the first is the hash.
         count, module, name = {
             "encode": (5, SFTEncoder, "encode"),  # some chunks are written
             "save": (2, cache_builder.np, "save"),  # the arrays are there, the counts are not
-            "replace": (
-                2,
-                cache_builder.os,
-                "replace",
-            ),
+            # All is there, under the wrong name.
+            "replace": (1, cache_builder.os, "replace"),
         }[moment]
         original, left = getattr(module, name), [count]
 
@@ -306,7 +308,8 @@ def test_a_cache_without_checksums_is_read_and_its_mask_counted(sft, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["hash", "tokenizer"])
-def test_what_is_remembered_of_files_is_checked(tmp_path, kind):
+def test_what_is_remembered_of_files_is_checked(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(token_cache, "LARGE", 0)
     path, folder = write_jsonl(tmp_path / "data.jsonl", [chat("a", "b")]), tmp_path / "cache"
 
     def opened():
@@ -371,8 +374,8 @@ def test_mapped_pages_are_released(sft, monkeypatch):
             released.append((len(self), option))
             return super().madvise(option, *rest)
 
-    monkeypatch.setattr(token_cache.mmap, "mmap", Recorded)
-    monkeypatch.setattr(token_cache, "DROP_PAGES_EVERY", 4)
+    monkeypatch.setattr(cache_files.mmap, "mmap", Recorded)
+    monkeypatch.setattr(cache_files, "DROP_PAGES_EVERY", 4)
     dataset = sft([chat("a", f"b {n}") for n in range(10)])
     before = samples(dataset)
     sizes = [(dataset.cache.folder / name).stat().st_size for name in ("tokens.bin", "mask.bin")]
@@ -389,7 +392,8 @@ def test_large_vocabularies_need_wider_ids(tmp_path):
             return [([([1, 70_000, 2], [0, 1, 1])], False) for _ in rows]
 
     path = write_jsonl(tmp_path / "data.jsonl", [{}])
-    cache = token_cache.open_cache(path, tmp_path / "cache", {}, 70_001, True, Encoder, False)
+    source = Source(path, Encoder, vocab_size=70_001, masked=True, skip_bad=False)
+    cache = token_cache.open_cache(source, tmp_path / "cache", {})
     assert cache[0][0].tolist() == [1, 70_000, 2] and cache.dtype == np.uint32
 
 
