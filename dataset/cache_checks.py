@@ -1,16 +1,23 @@
-"""Whether a token cache that lies there is what was written, and what to say where it is not."""
+"""Whether what lies in the folder of token caches is what was written there."""
 
 import json
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from dataset.cache_files import TokenCache
 from dataset.checksums import array_checksum, dict_checksum
 
 ALTERED = "altered"  # a file in a cache that says: build it again
+
+
+def recall(path: Path) -> dict | None:
+    """What was remembered; None: nothing, or it is torn or altered."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        return value if value["checksum"] == dict_checksum(value) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_whole(folder: Path, report: bool) -> bool:
@@ -31,33 +38,41 @@ def is_whole(folder: Path, report: bool) -> bool:
 
 def check_files(folder: Path) -> None:
     """Compare the small files of a cache with their checksums, the large ones with their sizes."""
-    cache, meta = TokenCache(folder), json.loads((folder / "meta.json").read_text())
+    meta = json.loads((folder / "meta.json").read_text())
     if (folder / ALTERED).exists():
         raise ValueError("a row differed from its checksum")
-    has_checksums = {"checksum", "checksums"} & meta.keys()  # an older cache has none
+    has_checksums = {"checksum", "checksums"} & meta.keys()
     if has_checksums and dict_checksum(meta) != meta.get("checksum"):
         raise ValueError("meta.json differs from its checksum")
-    for name, checksum in meta.get("checksums", {}).items():
-        if array_checksum(getattr(cache, Path(name).stem)) != checksum:
+    checksums, names = meta.get("checksums", {}), ["lengths.npy", "supervised.npy"]
+    names += ["difficulty.npy"] if meta.get("field") else []
+    arrays = {name: np.load(folder / name) for name in {*names, *checksums}}
+    for name, checksum in checksums.items():
+        if array_checksum(arrays[name]) != checksum:
             raise ValueError(f"{name} differs from its checksum")
-    tokens = cache.starts[-1]
-    for name, width in (("tokens.bin", cache.dtype.itemsize), ("mask.bin", cache.masked)):
-        if (folder / name).stat().st_size != tokens * width:
+    starts = np.concatenate([[0], np.cumsum(arrays["lengths.npy"], dtype=np.int64)])
+    token_bytes = np.dtype(meta["dtype"]).itemsize
+    for name, width in (("tokens.bin", token_bytes), ("mask.bin", int(meta["masked"]))):
+        if (folder / name).stat().st_size != starts[-1] * width:
             raise ValueError(f"{name} has a wrong size")
+    if meta["masked"] and not has_checksums:  # of an older cache the rows can only be counted
+        mask, starts = np.memmap(folder / "mask.bin", np.uint8, "r"), starts[:-1]
+        counts = np.add.reduceat(mask, starts, dtype=np.int64) - mask[starts]
+        if not np.array_equal(counts, arrays["supervised.npy"]):
+            raise ValueError("mask.bin was altered")
 
 
-def altered_row(cache: TokenCache, row: int, ids: np.ndarray) -> ValueError:
+def altered_row(folder: Path, row: int, is_mask: bool) -> ValueError:
     """A row is not as it was written. Until the next start the cache stays for those who read it.
 
     Args:
-        cache: its folder is marked, so that the next start builds it again.
-        ids: what its tokens.bin has of the row.
+        folder: of the cache; it is marked, so that the next start builds it again.
+        is_mask: the mask is another, not the tokens.
     """
-    is_ids = cache.checksums is not None and zlib.crc32(ids) != cache.checksums[row, 0]
-    path = cache.folder / ("tokens.bin" if is_ids else "mask.bin")
+    path = folder / ("mask.bin" if is_mask else "tokens.bin")
     advice = "the next start builds this cache again: go on with --resume auto"
     try:
-        (cache.folder / ALTERED).touch()
+        (folder / ALTERED).touch()
     except OSError:
-        advice = f"delete {cache.folder} to have it built again"
+        advice = f"delete {folder} to have it built again"
     return ValueError(f"{path} was altered: row {row} differs from its checksum; {advice}")

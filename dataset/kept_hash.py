@@ -4,7 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from dataset.checksums import recall, remember
+from dataset.cache_checks import recall
+from dataset.checksums import remember
 
 
 def kept_hash(path: Path, cache_dir: Path) -> str:

@@ -6,6 +6,10 @@ counts. Tokenising happens once, in `token_cache.py`; what a row becomes is deci
 (`sft_encoder.py`, `pretrain_encoder.py`), which is loaded only for that.
 """
 
+import functools
+import json
+import mmap
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.cache_files import Source
-from dataset.token_cache import describe_tokenizer, open_cache
+from dataset.token_cache import cache_key, describe_tokenizer, has_cache
 from dataset.tokenizer import load_tokenizer  # noqa: F401  # for the scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE_DIR = ROOT / "out" / "cache"
+DROP_PAGES_EVERY = 1 << 9  # rows read between two releases of the mapped pages; each can map 64 KB
 
 
 class CachedDataset(Dataset):
@@ -28,14 +32,16 @@ class CachedDataset(Dataset):
     Args:
         tokenizer: a fast tokenizer, as `AutoTokenizer.from_pretrained` gives it.
         options: what else the samples depend on.
-        make_encoder, masked, skip_bad: see `cache_files.Source`.
+        make_encoder: makes the `cache_builder.Encoder`; called if the cache is built.
+        masked: whether there are tokens without loss.
         cache_dir: where token caches live; default: out/cache.
+        skip_bad: leave bad rows out and count them, instead of stopping at the first one.
         curriculum: what says how hard a row is: its 'length', or 'field:NAME', a number in it; or
             'none'.
 
     Attributes:
-        cache: the `cache_files.TokenCache`.
-        key: its key, the identity of the data in checkpoints.
+        folder: the cache.
+        key: hash of data, tokenizer and options, the identity of the data in checkpoints.
         lengths: (rows,) int64, T of each row, so that batches can be planned without reading a row.
         supervised: (rows,) int64, tokens with loss of each row.
         difficulty: (rows,) numbers by which an epoch is ordered; None without a curriculum.
@@ -56,27 +62,71 @@ class CachedDataset(Dataset):
         skip_bad: bool,
         curriculum: str,
     ):
-        cache_dir = Path(cache_dir or CACHE_DIR)
-        backend, template = describe_tokenizer(tokenizer, cache_dir)
-        options = options | {"tokenizer": backend, "stage": type(self).__name__}
+        path, cache_dir = Path(data_path), Path(cache_dir or CACHE_DIR)
+        text, template = describe_tokenizer(tokenizer, cache_dir)
+        options = options | {"tokenizer": text, "stage": type(self).__name__}
         if masked:  # a conversation
             options["chat_template"] = template
         field = curriculum.removeprefix("field:") if curriculum.startswith("field:") else None
-        rows = (Path(data_path), make_encoder, len(tokenizer), masked, skip_bad, field)
-        self.cache = open_cache(Source(*rows), cache_dir, options)
-        self.key = self.cache.key
-        self.stats = self.cache.stats
-        self.lengths = self.cache.lengths.astype(np.int64) - 1
-        self.supervised = self.cache.supervised.astype(np.int64)
-        self.difficulty = self.lengths if curriculum == "length" else self.cache.difficulty
+        if field:
+            from dataset.curriculum import RatedEncoder
+
+            options["field"] = field
+            make_encoder = functools.partial(RatedEncoder, make_encoder, field)
+        self.key = cache_key(path, cache_dir, [skip_bad, masked, options])
+        self.folder = cache_dir / self.key
+        if not has_cache(self.folder):
+            from dataset.cache_builder import CacheBuilder
+
+            settings = (len(tokenizer), masked, skip_bad, field)
+            CacheBuilder(path, self.folder, make_encoder, *settings).build()
+        meta = json.loads((self.folder / "meta.json").read_text())
+        self.stats, self.masked, self.dtype = meta["stats"], masked, np.dtype(meta["dtype"])
+        lengths = np.load(self.folder / "lengths.npy").astype(np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        self.lengths = lengths - 1  # the last token of a row is only predicted
+        self.supervised = np.load(self.folder / "supervised.npy").astype(np.int64)
+        self.difficulty = np.load(self.folder / "difficulty.npy") if field else None
+        if curriculum == "length":
+            self.difficulty = self.lengths
+        has_checksums = "checksums" in meta  # an older cache has none
+        self.checksums = np.load(self.folder / "checksums.npy") if has_checksums else None
+        self.maps: dict[str, mmap.mmap] = {}  # opened on first use, in every worker process anew
+        self.reads = 0
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "maps": {}}
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        ids, mask = self.cache[row]
-        ids, mask = torch.from_numpy(ids), torch.from_numpy(mask).long()
-        return ids[:-1], ids[1:], mask[1:]
+        ids, mask = map(torch.from_numpy, self.read_row(row))
+        return ids[:-1], ids[1:], mask[1:].long()
+
+    def read_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """A row of the cache as ids (n,) int64 and mask (n,) uint8, which says what carries loss."""
+        self.reads += 1
+        if self.reads % DROP_PAGES_EVERY == 0:  # mapped pages count as memory of this process
+            for mapped in self.maps.values() if hasattr(mmap, "MADV_DONTNEED") else ():
+                mapped.madvise(mmap.MADV_DONTNEED)
+        ids = self._read("tokens.bin", self.dtype, row)
+        mask = np.ones(len(ids), np.uint8)
+        if self.masked:
+            mask = self._read("mask.bin", mask.dtype, row).copy()
+        sums = [zlib.crc32(ids), zlib.crc32(mask)]
+        if self.checksums is not None and sums != self.checksums[row].tolist():
+            from dataset.cache_checks import altered_row
+
+            raise altered_row(self.folder, row, sums[0] == self.checksums[row, 0])
+        return ids.astype(np.int64), mask
+
+    def _read(self, name: str, dtype: np.dtype, row: int) -> np.ndarray:
+        if name not in self.maps:
+            with open(self.folder / name, "rb") as file:
+                self.maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        begin, end = int(self.starts[row]), int(self.starts[row + 1])
+        return np.frombuffer(self.maps[name], dtype, end - begin, begin * dtype.itemsize)
 
     @staticmethod
     def collate(

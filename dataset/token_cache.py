@@ -16,62 +16,34 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from dataset.cache_files import Source, TokenCache
-from dataset.checksums import recall, remember
+from dataset.checksums import remember
 from dataset.tokenizer import LazyTokenizer
 
 VERSION = 2  # raise it when the meaning of the cached arrays changes
 LARGE = 1 << 24  # bytes of a data file that takes long to read, so that its hash is kept
 
 
-def open_cache(source: Source, cache_dir: Path, options: dict) -> TokenCache:
-    """The cache of a data file, built first where it does not exist yet.
+def cache_key(data_path: Path, cache_dir: Path, options: list) -> str:
+    """The name of the cache of a data file.
 
     Args:
+        cache_dir: where caches live; made if it is not there.
         options: all besides the file's bytes that the content depends on (tokenizer, lengths, ...).
 
     Raises:
-        ValueError: missing, empty or unreadable file; a bad row (`file:line: reason`) unless
-            skip_bad; no row left.
+        ValueError: there is no such file; the file or the folder cannot be used.
     """
-    path = source.data_path
-    if not path.is_file():
-        fault = "not a file" if path.exists() else "no such data file"
-        raise ValueError(f"{path}: {fault}")
+    if not data_path.is_file():
+        fault = "not a file" if data_path.exists() else "no such data file"
+        raise ValueError(f"{data_path}: {fault}")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        content = file_hash(path, cache_dir)
+        content = file_hash(data_path, cache_dir)
     except OSError as error:
         fault = f"cannot use {error.filename or cache_dir}: {error.strerror}"
         raise ValueError(f"{fault}; see --data_path and --cache_dir") from None
-    options = options | ({"field": source.field} if source.field else {})
-    parts = [VERSION, content, source.skip_bad, source.masked, options]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_dir / key
-    if has_cache(folder):
-        return TokenCache(folder)
-    from filelock import FileLock
-
-    from dataset.cache_builder import CacheBuilder
-
-    try:
-        lock = FileLock(cache_dir / f"{key}.lock").acquire()  # however its holder dies, it is free
-    except OSError as error:
-        fault = f"cannot write {error.filename}: {error.strerror}"
-        raise ValueError(f"{fault}; see --cache_dir") from None
-    with lock:
-        if not has_cache(folder, report=True):  # nor was it built by who held the lock
-            CacheBuilder(source, folder).build()
-    return TokenCache(folder)
-
-
-def has_cache(folder: Path, report: bool = False) -> bool:
-    """Whether there is a cache that is what was written; report: say so where it is not."""
-    if not folder.exists():
-        return False
-    from dataset.cache_checks import is_whole
-
-    return is_whole(folder, report)
+    parts = json.dumps([VERSION, content, *options], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 def file_hash(path: Path, cache_dir: Path) -> str:
@@ -81,6 +53,15 @@ def file_hash(path: Path, cache_dir: Path) -> str:
 
         return kept_hash(path, cache_dir)
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def has_cache(folder: Path, report: bool = False) -> bool:
+    """Whether there is a cache that is what was written; report: say so where it is not."""
+    if not folder.exists():
+        return False
+    from dataset.cache_checks import is_whole
+
+    return is_whole(folder, report)
 
 
 def describe_tokenizer(tokenizer, cache_dir: Path) -> tuple[str, str]:
@@ -96,7 +77,11 @@ def describe_tokenizer(tokenizer, cache_dir: Path) -> tuple[str, str]:
     parts += [path.read_bytes() for path in files if path.suffix in (".json", ".txt", ".jinja")]
     parts.append(tokenizer.given_template.encode())
     memo = cache_dir / f"tokenizer_{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.json"
-    known = recall(memo)
+    known = None
+    if memo.exists():
+        from dataset.cache_checks import recall
+
+        known = recall(memo)
     if known is None:
         template = json.dumps(tokenizer.chat_template)
         text = tokenizer.backend_tokenizer.to_str()

@@ -29,8 +29,17 @@ class LazyTokenizer:
     @functools.cached_property
     def loaded(self):
         own_template(self.folder)  # refuses one that cannot be read
+        config = self.folder / "tokenizer_config.json"
         try:
-            tokenizer = load_fast(self.folder)
+            known = json.loads(config.read_bytes()) if config.is_file() else {}
+            if known.get("tokenizer_class", GENERIC[0]) in GENERIC:
+                from transformers import PreTrainedTokenizerFast
+
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder)
+            else:
+                from dataset.public_tokenizer import load_public
+
+                tokenizer = load_public(self.folder)
         except Exception as error:  # json's and tokenizers' errors share no class
             from dataset.public_tokenizer import explain_damage
 
@@ -46,21 +55,6 @@ class LazyTokenizer:
 
     def __len__(self) -> int:
         return self.size or len(self.loaded)
-
-
-def load_fast(folder: Path):
-    """The tokenizer of a folder as AutoTokenizer loads it."""
-    config = folder / "tokenizer_config.json"
-    if (
-        config.is_file()
-        and json.loads(config.read_bytes()).get("tokenizer_class", GENERIC[0]) not in GENERIC
-    ):
-        from dataset.public_tokenizer import load_public
-
-        return load_public(folder)
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def load_tokenizer(folder: str | Path, chat_template: str | Path | None = None) -> LazyTokenizer:

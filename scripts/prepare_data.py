@@ -84,7 +84,7 @@ def main() -> int:
     before = set(cache_dir.iterdir()) if cache_dir.is_dir() else set()
     begin = time.monotonic()
     dataset = open_data(own.stage, args, open_stage(own.stage, args).tokenizer)
-    folder, seconds = dataset.cache.folder, time.monotonic() - begin
+    folder, seconds = dataset.folder, time.monotonic() - begin
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{args.data_path}: {describe(dataset)}")
     print(
