@@ -1,9 +1,9 @@
-"""The datasets: a row of a data file -> (X, Y, loss_mask), ready to train on.
+"""The dataset of fine-tuning, and what all have: a row of a file -> (X, Y, loss_mask) to train on.
 
 X and Y are int64 and loss_mask is int64 0/1, 1-D, of equal length T <= max_length, unpadded and
 shifted by one: Y[t] is the token that follows X[t], and loss_mask[t] says whether predicting it
-counts. Tokenising happens once, in `token_cache.py`; what a row becomes is decided by an encoder
-(`sft_encoder.py`, `pretrain_encoder.py`), which is loaded only for that.
+counts. Tokenising happens once, into a cache (`token_cache.py`); what a row becomes is decided by an
+encoder, which is loaded only for that.
 """
 
 import functools
@@ -151,36 +151,6 @@ class CachedDataset(Dataset):
             return *collate_part(samples, part, parts, multiple), lens
         X, Y, loss_mask = (torch.cat(rows).unsqueeze(0) for rows in zip(*samples, strict=True))
         return X, Y, loss_mask, lens
-
-
-class PretrainDataset(CachedDataset):
-    """Documents: JSONL or a JSON array of {"text": ...}, or a .txt file with a document a line.
-
-    A document ends with <|endoftext|>. One that is longer than max_length becomes several rows that
-    overlap by one token, so that every token is predicted exactly once.
-
-    Args:
-        max_length: longest row in tokens.
-        data_path, tokenizer, cache_dir, skip_bad, curriculum: see `CachedDataset`.
-    """
-
-    def __init__(
-        self,
-        data_path,
-        tokenizer,
-        max_length: int = 512,
-        cache_dir=None,
-        skip_bad: bool = False,
-        curriculum: str = "none",
-    ):
-        def make_encoder():
-            from dataset.pretrain_encoder import PretrainEncoder
-
-            return PretrainEncoder(tokenizer, max_length)
-
-        options = {"max_length": max_length}
-        settings = (False, cache_dir, skip_bad, curriculum)
-        super().__init__(data_path, tokenizer, options, make_encoder, *settings)
 
 
 class SFTDataset(CachedDataset):

@@ -97,7 +97,7 @@ class ArrayReader:
         if left > checks.MAX_ROW_BYTES:
             from dataset.row_faults import too_long
 
-            fault = f"{too_long(left)}, or broken JSON"
+            fault = f"{too_long(left, checks.MAX_ROW_BYTES)}, or broken JSON"
         elif left <= 0:
             fault = "broken JSON: the array does not end with ]"
         else:

@@ -64,7 +64,7 @@ def read_lines(
         if len(raw) > checks.MAX_ROW_BYTES:
             from dataset.row_faults import skip_line
 
-            fault = skip_line(file, raw)
+            fault = skip_line(file, raw, checks.MAX_ROW_BYTES)
             at = file.tell()
         elif not (raw := raw.strip(b" \t\r\n")):
             continue

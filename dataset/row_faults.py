@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import BinaryIO
 
-from dataset import checks
-
 FORMATS = {
     "minimind": '{"conversations": [{"role", "content"}, ...]}',
     "sharegpt": '{"conversations": [{"from", "value"}, ...]}',
@@ -14,19 +12,19 @@ FORMATS = {
 }
 
 
-def too_long(size: int) -> str:
-    """size: in bytes."""
-    limit = f"the limit is {checks.MAX_ROW_BYTES >> 20} MB"
+def too_long(size: int, limit: int) -> str:
+    """size, limit: in bytes."""
+    limit = f"the limit is {limit >> 20} MB"
     return f"row of more than {size / 2**20:.0f} MB, {limit}; split it"
 
 
-def skip_line(file: BinaryIO, raw: bytes) -> str:
+def skip_line(file: BinaryIO, raw: bytes, limit: int) -> str:
     """Skip the rest of a line that begins with `raw`, without holding it; says that it is too long."""
     size = len(raw)
     while raw and not raw.endswith(b"\n"):
-        raw = file.readline(checks.MAX_ROW_BYTES)
+        raw = file.readline(limit)
         size += len(raw)
-    return too_long(size)
+    return too_long(size, limit)
 
 
 def explain_line(error: Exception, path: Path, begin: int, advice: str) -> tuple[str, str]:
@@ -65,3 +63,12 @@ def wrong_schema(row: dict, fmt: str | None = None) -> ValueError:
         return ValueError(f"{like}; keys found: {found}")
     accepted = "; ".join(FORMATS.values())
     return ValueError(f"unknown schema, keys found: {found}; accepted: {accepted}")
+
+
+def wrong_document(row: object) -> ValueError:
+    """A row of pretraining has no text."""
+    if not isinstance(row, dict):
+        shape = 'a row must be an object {"text": ...}'
+        return ValueError(f"{shape}, found {type(row).__name__}")
+    keys = ", ".join(list(row)[:5]) or "none"
+    return ValueError(f'a pretraining row needs a string under "text"; keys found: {keys}')

@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.lm_dataset import CACHE_DIR, CachedDataset, PretrainDataset, SFTDataset, describe
+from dataset.lm_dataset import CACHE_DIR, CachedDataset, SFTDataset, describe
+from dataset.pretrain_dataset import PretrainDataset
 from runtime import launch
 from runtime.distributed.environment import whole_number
 from runtime.launcher import Launch, read_launch

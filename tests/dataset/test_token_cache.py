@@ -16,8 +16,9 @@ from conftest import RUN_FLAGS, chat, curve, write_jsonl
 from running import ROOT, run_ranks
 
 from dataset import cache_builder, lm_dataset, token_cache
-from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.lm_dataset import SFTDataset
 from dataset.packing import batches, plan_epoch
+from dataset.pretrain_dataset import PretrainDataset
 from dataset.sft_encoder import SFTEncoder
 from runtime.process import faults
 
