@@ -111,9 +111,10 @@ class CachedDataset(Dataset):
             for mapped in self.maps.values() if hasattr(mmap, "MADV_DONTNEED") else ():
                 mapped.madvise(mmap.MADV_DONTNEED)
         ids = self._read("tokens.bin", self.dtype, row)
-        mask = np.ones(len(ids), np.uint8)
         if self.masked:
-            mask = self._read("mask.bin", mask.dtype, row).copy()
+            mask = self._read("mask.bin", np.dtype(np.uint8), row).copy()
+        else:
+            mask = np.ones(len(ids), np.uint8)
         sums = [zlib.crc32(ids), zlib.crc32(mask)]
         if self.checksums is not None and sums != self.checksums[row].tolist():
             from dataset.cache_checks import altered_row
