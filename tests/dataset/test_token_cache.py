@@ -16,6 +16,7 @@ from conftest import RUN_FLAGS, chat, curve, write_jsonl
 from running import ROOT, run_ranks
 
 from dataset import cache_builder, lm_dataset, token_cache
+from dataset.kept_hash import kept_hash
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import batches, plan_epoch
 from dataset.pretrain_dataset import PretrainDataset
@@ -71,6 +72,15 @@ def test_anything_that_matters_makes_another_cache(sft, tokenizer, tmp_path, enc
 def test_pretraining_and_sft_of_one_file_do_not_mix(sft, tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", [{**chat("a", "b"), "text": "a b"}])
     assert sft(path).key != PretrainDataset(path, tokenizer, 512, cache_dir=tmp_path / "cache").key
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, (1 << 20) + 1])
+def test_a_kept_hash_is_that_of_the_content(tmp_path, size):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(os.urandom(size))
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    hashes = [kept_hash(path, tmp_path), kept_hash(path, tmp_path)]
+    assert [*hashes, token_cache.file_hash(path, tmp_path)] == [expected] * 3
 
 
 @pytest.mark.parametrize("large", [0, token_cache.LARGE])
