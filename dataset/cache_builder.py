@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,8 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from dataset.checksums import array_checksum, dict_checksum
-from dataset.progress import byte_bar
 from dataset.read_rows import Row, read_rows
+from dataset.token_cache import has_cache
 
 CHUNK_BYTES = 1 << 20  # text encoded in one call: enough for all cores, little memory
 
@@ -33,160 +34,125 @@ class Encoder(Protocol):
 
 @dataclass
 class CacheBuilder:
-    """One build of the cache `folder`, whose name is its key; the caller holds the lock.
-
-    The other arguments are those of `token_cache.open_cache`.
-    """
+    """One build of a token cache."""
 
     data_path: Path
-    folder: Path
+    folder: Path  # of the cache; its name is the key
     make_encoder: Callable[[], Encoder]
-    masked: bool
-    skip_bad: bool
-    field: str | None
+    vocab_size: int  # of the tokenizer; decides the width of the stored ids
+    masked: bool  # whether there are tokens without loss
+    skip_bad: bool  # leave bad rows out and count them
+    field: str | None = None  # says how hard a row is: the encoder is a `curriculum.RatedEncoder`
 
     def __post_init__(self) -> None:
-        self.building = self.folder.with_name(f"{self.folder.name}.building")
-        self.damaged = self.folder.with_name(f"{self.folder.name}.damaged")
+        self.building = Path(f"{self.folder}.building")
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.counts = {"dropped": 0, "truncated": 0, "bad": 0, "first_bad": ""}
         self.encoder: Encoder | None = None
-        self.stats = dict.fromkeys(("rows", "tokens", "supervised"), 0)
-        self.stats |= {"dropped": 0, "truncated": 0, "bad": 0, "first_bad": ""}
-        # For each chunk an array of its rows, see `TokenCache`
-        self.lengths = [np.zeros(0, np.int32)]
-        self.supervised = [np.zeros(0, np.int32)]
-        self.checksums = [np.zeros((0, 2), np.uint32)]
-        self.difficulty = [np.zeros(0, np.float64)]
+        # Of each row: its tokens, those with loss, CRC-32 of its tokens and of its mask
+        self.lengths, self.supervised, self.checksums = array("i"), array("i"), array("I")
 
-    def build(self, vocab_size: int) -> None:
-        """Encode all rows into a folder beside `folder`, then rename it.
+    def build(self) -> None:
+        """Encode all rows into a folder beside `folder`, then rename it, unless another did so.
 
         Raises:
             ValueError: a bad row, unless they are skipped; no row left; a full disk.
         """
-        self.remove_leftovers()  # of a build that was killed
-        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        from filelock import FileLock
+
+        try:
+            with FileLock(f"{self.folder}.lock"):  # however its holder dies, it is free
+                if not has_cache(self.folder, report=True):
+                    self.write_folder()
+        except OSError as error:
+            from dataset.cache_faults import unwritable
+
+            raise unwritable(error, self.folder) from None
+
+    def write_folder(self) -> None:
+        """Put all files on the disk before the name that vouches for them is there."""
+        shutil.rmtree(self.building, ignore_errors=True)  # of a build that was killed
         try:
             self.building.mkdir()
             self.write_tokens()
             self.write_arrays()
-            self.publish()
-        except OSError as error:
-            fault = f"{error.filename or self.building}: {error.strerror or error}"
-            advice = "the token cache needs about the size of the data"
-            raise ValueError(f"{fault}; {advice}") from None
+            for path in self.building.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            if self.folder.exists():  # a damaged one
+                shutil.rmtree(self.folder)
+            os.replace(self.building, self.folder)
         finally:
-            self.remove_leftovers()
-
-    def remove_leftovers(self) -> None:
-        shutil.rmtree(self.building, ignore_errors=True)
-        shutil.rmtree(self.damaged, ignore_errors=True)
+            shutil.rmtree(self.building, ignore_errors=True)
 
     def write_tokens(self) -> None:
-        size = self.data_path.stat().st_size
+        chunks = read_chunks(self.data_path)
+        if (size := self.data_path.stat().st_size) > CHUNK_BYTES:
+            from dataset.progress import show_bytes
+
+            chunks = show_bytes(chunks, size, f"tokenising {self.data_path.name}")
         with (
-            open(self.building / "tokens.bin", "wb") as self.tokens_file,
-            open(self.building / "mask.bin", "wb") as self.mask_file,
-            byte_bar(size, f"tokenising {self.data_path.name}") as bar,
+            open(self.building / "tokens.bin", "wb") as tokens_file,
+            open(self.building / "mask.bin", "wb") as mask_file,
         ):
-            chunk, begin = [], 0
-            for row, at in read_rows(self.data_path):
-                chunk.append(row)
-                if at - begin >= CHUNK_BYTES:
-                    self.write_chunk(chunk)
-                    bar.update(at - begin)
-                    chunk, begin = [], at
-            self.write_chunk(chunk)
-            bar.update(size - begin)
+            for chunk, _ in chunks:
+                for ids, mask in self.encode_rows(chunk):
+                    ids, mask = np.array(ids, self.dtype), bytes(mask)
+                    tokens_file.write(ids)  # tofile would not say why it failed
+                    mask_file.write(mask if self.masked else b"")
+                    self.lengths.append(len(ids))
+                    self.supervised.append(mask.count(1) - mask[0])  # the first is never predicted
+                    self.checksums.extend((zlib.crc32(ids), zlib.crc32(mask)))
 
-    def write_chunk(self, chunk: list[Row]) -> None:
-        self.encoder = self.encoder or self.make_encoder()
-        parsed, difficulties = self.parse_rows(chunk)
-        ids, mask, lengths, supervised, difficulty = [], [], [], [], []
-        encoded = self.encoder.encode(parsed)
-        for (pieces, truncated), number in zip(encoded, difficulties, strict=True):
-            self.stats["dropped"] += not pieces
-            self.stats["truncated"] += truncated
-            difficulty += [number] * len(pieces)
-            for row_ids, row_mask in pieces:
-                ids += row_ids
-                mask += row_mask
-                lengths.append(len(row_ids))
-                supervised.append(row_mask.count(1) - row_mask[0])  # the first is never predicted
-        ids, mask = np.array(ids, self.dtype), np.array(mask, np.uint8)
-        self.tokens_file.write(ids)  # tofile would not say why it failed
-        if self.masked:
-            self.mask_file.write(mask)
-        ends = np.cumsum(lengths, dtype=np.int64).tolist()
-        spans = [slice(*span) for span in zip([0, *ends], ends, strict=False)]
-        sums = [(zlib.crc32(ids[span]), zlib.crc32(mask[span])) for span in spans]
-        self.checksums.append(np.array(sums, np.uint32).reshape(-1, 2))
-        self.lengths.append(np.array(lengths, np.int32))
-        self.supervised.append(np.array(supervised, np.int32))
-        self.difficulty.append(np.array(difficulty, np.float64))
-
-    def parse_rows(self, chunk: list[Row]) -> tuple[list, list[float]]:
-        """The good rows of a chunk, and how hard each is; the first bad one is reported."""
-        parsed, difficulties = [], []
+    def encode_rows(self, chunk: list[Row]) -> Iterator[tuple[list[int], list[int]]]:
+        """The pieces (ids, mask) of a chunk's good rows; counts, and reports the first bad one."""
+        self.encoder = self.encoder or self.make_encoder()  # loads the tokenizer
+        parsed = []
         for line, row, fault in chunk:
             try:
                 if fault:
                     raise ValueError(fault)
-                item, number = self.encoder.parse(row), 0.0
-                if self.field:
-                    from dataset.curriculum import read_difficulty
-
-                    number = read_difficulty(row, self.field)
+                parsed.append(self.encoder.parse(row))
             except (ValueError, RecursionError) as error:
                 if not self.skip_bad:
                     raise ValueError(f"{self.data_path}:{line}: {error}") from None
-                self.stats["bad"] += 1
-                self.stats["first_bad"] = self.stats["first_bad"] or f"line {line}: {error}"
-                continue
-            parsed.append(item)
-            difficulties.append(number)
-        return parsed, difficulties
+                self.counts["bad"] += 1
+                self.counts["first_bad"] = self.counts["first_bad"] or f"line {line}: {error}"
+        for pieces, truncated in self.encoder.encode(parsed):
+            self.counts["dropped"] += not pieces
+            self.counts["truncated"] += truncated
+            yield from pieces
 
     def write_arrays(self) -> None:
+        if not self.lengths:
+            from dataset.cache_faults import no_usable_row
+
+            raise no_usable_row(self.data_path, self.counts)
+        tokens = sum(self.lengths) - len(self.lengths)
+        stats = {"rows": len(self.lengths), "tokens": tokens, "supervised": sum(self.supervised)}
         arrays = {
-            "lengths.npy": np.concatenate(self.lengths),
-            "supervised.npy": np.concatenate(self.supervised),
-            "checksums.npy": np.concatenate(self.checksums),
+            "lengths.npy": np.array(self.lengths, np.int32),
+            "supervised.npy": np.array(self.supervised, np.int32),
+            "checksums.npy": np.array(self.checksums, np.uint32).reshape(-1, 2),
         }
-        if self.field:
-            arrays["difficulty.npy"] = np.concatenate(self.difficulty)
-        self.count_rows(arrays["lengths.npy"], arrays["supervised.npy"])
-        meta = {
-            "key": self.folder.name,
-            "dtype": self.dtype.name,
-            "masked": self.masked,
-            "source": self.data_path.name,
-            "stats": self.stats,
-        }
+        meta = {"key": self.folder.name, "dtype": self.dtype.name, "masked": self.masked}
+        meta |= {"source": self.data_path.name, "stats": stats | self.counts}
         if self.field:
             meta["field"] = self.field
-        for name, array in arrays.items():
-            np.save(self.building / name, array)
-        meta["checksums"] = {name: array_checksum(array) for name, array in arrays.items()}
+            arrays["difficulty.npy"] = np.array(getattr(self.encoder, "difficulty", ()))
+        for name, values in arrays.items():
+            np.save(self.building / name, values)
+        meta["checksums"] = {name: array_checksum(values) for name, values in arrays.items()}
         meta["checksum"] = dict_checksum(meta)
         (self.building / "meta.json").write_text(json.dumps(meta))
 
-    def count_rows(self, lengths: np.ndarray, supervised: np.ndarray) -> None:
-        stats, rows = self.stats, len(lengths)
-        if rows + stats["dropped"] + stats["bad"] == 0:
-            raise ValueError(f"{self.data_path}: the file is empty")
-        if rows == 0:
-            dropped = f"{stats['dropped']} without a supervised token within max_seq_len"
-            fault = f"no usable row: {stats['bad']} bad, {dropped}; see --max_seq_len."
-            raise ValueError(f"{self.data_path}: {fault} {stats['first_bad']}".rstrip())
-        stats["rows"] = rows
-        stats["tokens"] = int(lengths.sum(dtype=np.int64)) - rows
-        stats["supervised"] = int(supervised.sum(dtype=np.int64))
 
-    def publish(self) -> None:
-        """Put all files on the disk before the name that vouches for them is there."""
-        for path in self.building.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if self.folder.exists():  # a damaged one: a folder replaces none that has files
-            os.rename(self.folder, self.damaged)
-        os.replace(self.building, self.folder)
+def read_chunks(path: Path) -> Iterator[tuple[list[Row], int]]:
+    """The rows of a file, about CHUNK_BYTES of text at a time, and the bytes that they took."""
+    chunk, begin = [], 0
+    for row, at in read_rows(path):
+        chunk.append(row)
+        if at - begin >= CHUNK_BYTES:
+            yield chunk, at - begin
+            chunk, begin = [], at
+    yield chunk, path.stat().st_size - begin

@@ -9,19 +9,10 @@ import numpy as np
 
 
 def remember(path: Path, value: dict) -> None:
-    """Write what `recall` gives back; readers see the old or the new content, never a part."""
+    """Write what `cache_checks.recall` gives back; readers see the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps({**value, "checksum": dict_checksum(value)}))
     os.replace(temporary, path)
-
-
-def recall(path: Path) -> dict | None:
-    """What was remembered; None: nothing, or it is torn or altered."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-        return value if value["checksum"] == dict_checksum(value) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def dict_checksum(value: dict) -> int:

@@ -1,11 +1,15 @@
-"""The datasets: a row of a data file -> (X, Y, loss_mask), ready to train on.
+"""The dataset of fine-tuning, and what all have: a row of a file -> (X, Y, loss_mask) to train on.
 
 X and Y are int64 and loss_mask is int64 0/1, 1-D, of equal length T <= max_length, unpadded and
 shifted by one: Y[t] is the token that follows X[t], and loss_mask[t] says whether predicting it
-counts. Tokenising happens once, in `token_cache.py`; what a row becomes is decided by an encoder
-(`sft_encoder.py`, `pretrain_encoder.py`), which is loaded only for that.
+counts. Tokenising happens once, into a cache (`token_cache.py`); what a row becomes is decided by an
+encoder, which is loaded only for that.
 """
 
+import functools
+import json
+import mmap
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.token_cache import describe_tokenizer, open_cache
+from dataset.token_cache import cache_key, describe_tokenizer, has_cache
 from dataset.tokenizer import load_tokenizer  # noqa: F401  # for the scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE_DIR = ROOT / "out" / "cache"
+DROP_PAGES_EVERY = 1 << 9  # rows read between two releases of the mapped pages; each can map 64 KB
 
 
 class CachedDataset(Dataset):
@@ -26,7 +31,8 @@ class CachedDataset(Dataset):
 
     Args:
         tokenizer: a fast tokenizer, as `AutoTokenizer.from_pretrained` gives it.
-        options, make_encoder: see `token_cache.open_cache`.
+        options: what else the samples depend on.
+        make_encoder: makes the `cache_builder.Encoder`; called if the cache is built.
         masked: whether there are tokens without loss.
         cache_dir: where token caches live; default: out/cache.
         skip_bad: leave bad rows out and count them, instead of stopping at the first one.
@@ -34,6 +40,7 @@ class CachedDataset(Dataset):
             'none'.
 
     Attributes:
+        folder: the cache.
         key: hash of data, tokenizer and options, the identity of the data in checkpoints.
         lengths: (rows,) int64, T of each row, so that batches can be planned without reading a row.
         supervised: (rows,) int64, tokens with loss of each row.
@@ -55,33 +62,72 @@ class CachedDataset(Dataset):
         skip_bad: bool,
         curriculum: str,
     ):
-        cache_dir = Path(cache_dir or CACHE_DIR)
-        backend, template = describe_tokenizer(tokenizer, cache_dir)
+        path, cache_dir = Path(data_path), Path(cache_dir or CACHE_DIR)
+        text, template = describe_tokenizer(tokenizer, cache_dir)
+        options = options | {"tokenizer": text, "stage": type(self).__name__}
         if masked:  # a conversation
-            options = options | {"chat_template": template}
-        self.cache = open_cache(
-            Path(data_path),
-            cache_dir,
-            options=options | {"tokenizer": backend, "stage": type(self).__name__},
-            vocab_size=len(tokenizer),
-            masked=masked,
-            make_encoder=make_encoder,
-            skip_bad=skip_bad,
-            field=curriculum.removeprefix("field:") if curriculum.startswith("field:") else None,
-        )
-        self.key = self.cache.key
-        self.stats = self.cache.stats
-        self.lengths = self.cache.lengths.astype(np.int64) - 1
-        self.supervised = self.cache.supervised.astype(np.int64)
-        self.difficulty = self.lengths if curriculum == "length" else self.cache.difficulty
+            options["chat_template"] = template
+        field = curriculum.removeprefix("field:") if curriculum.startswith("field:") else None
+        if field:
+            from dataset.curriculum import RatedEncoder
+
+            options["field"] = field
+            make_encoder = functools.partial(RatedEncoder, make_encoder, field)
+        self.key = cache_key(path, cache_dir, [skip_bad, masked, options])
+        self.folder = cache_dir / self.key
+        if not has_cache(self.folder):
+            from dataset.cache_builder import CacheBuilder
+
+            settings = (len(tokenizer), masked, skip_bad, field)
+            CacheBuilder(path, self.folder, make_encoder, *settings).build()
+        meta = json.loads((self.folder / "meta.json").read_text())
+        self.stats, self.masked, self.dtype = meta["stats"], masked, np.dtype(meta["dtype"])
+        lengths = np.load(self.folder / "lengths.npy").astype(np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        self.lengths = lengths - 1  # the last token of a row is only predicted
+        self.supervised = np.load(self.folder / "supervised.npy").astype(np.int64)
+        self.difficulty = np.load(self.folder / "difficulty.npy") if field else None
+        if curriculum == "length":
+            self.difficulty = self.lengths
+        has_checksums = "checksums" in meta  # an older cache has none
+        self.checksums = np.load(self.folder / "checksums.npy") if has_checksums else None
+        self.maps: dict[str, mmap.mmap] = {}  # opened on first use, in every worker process anew
+        self.reads = 0
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "maps": {}}
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        ids, mask = self.cache[row]
-        ids, mask = torch.from_numpy(ids), torch.from_numpy(mask).long()
-        return ids[:-1], ids[1:], mask[1:]
+        ids, mask = map(torch.from_numpy, self.read_row(row))
+        return ids[:-1], ids[1:], mask[1:].long()
+
+    def read_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """A row of the cache as ids (n,) int64 and mask (n,) uint8, which says what carries loss."""
+        self.reads += 1
+        if self.reads % DROP_PAGES_EVERY == 0:  # mapped pages count as memory of this process
+            for mapped in self.maps.values() if hasattr(mmap, "MADV_DONTNEED") else ():
+                mapped.madvise(mmap.MADV_DONTNEED)
+        ids = self._read("tokens.bin", self.dtype, row)
+        if self.masked:
+            mask = self._read("mask.bin", np.dtype(np.uint8), row).copy()
+        else:
+            mask = np.ones(len(ids), np.uint8)
+        sums = [zlib.crc32(ids), zlib.crc32(mask)]
+        if self.checksums is not None and sums != self.checksums[row].tolist():
+            from dataset.cache_checks import altered_row
+
+            raise altered_row(self.folder, row, sums[0] == self.checksums[row, 0])
+        return ids.astype(np.int64), mask
+
+    def _read(self, name: str, dtype: np.dtype, row: int) -> np.ndarray:
+        if name not in self.maps:
+            with open(self.folder / name, "rb") as file:
+                self.maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        begin, end = int(self.starts[row]), int(self.starts[row + 1])
+        return np.frombuffer(self.maps[name], dtype, end - begin, begin * dtype.itemsize)
 
     @staticmethod
     def collate(
@@ -93,51 +139,19 @@ class CachedDataset(Dataset):
         """Pack the samples of a micro-batch into one row, without padding.
 
         Args:
-            part, parts: where processes share a row: which of its equal parts to return.
-            multiple: tokens of a row are a multiple of it. Only here is there ever padding: fewer
-                than `multiple` tokens behind the last document, without loss.
+            part, parts, multiple: where processes share a row, see `row_parts.collate_part`.
 
         Returns:
             X, Y, loss_mask: (1, N / parts) int64 each.
-            doc_lens: lengths of the samples, the same for all parts; [] for no sample at all: a
-                rank that has no row in the last window still takes part, with padding alone.
+            doc_lens: lengths of the samples, the same for all parts; [] for no sample at all.
         """
         lens = [len(sample[0]) for sample in samples]
-        padding = torch.zeros(-sum(lens) % multiple if samples else multiple, dtype=torch.int64)
-        rows = [torch.cat(tensors) for tensors in zip(*samples, (padding,) * 3, strict=True)]
-        size = len(rows[0]) // parts
-        X, Y, loss_mask = (row[part * size : (part + 1) * size].unsqueeze(0) for row in rows)
+        if multiple > 1 or not samples:
+            from dataset.row_parts import collate_part
+
+            return *collate_part(samples, part, parts, multiple), lens
+        X, Y, loss_mask = (torch.cat(rows).unsqueeze(0) for rows in zip(*samples, strict=True))
         return X, Y, loss_mask, lens
-
-
-class PretrainDataset(CachedDataset):
-    """Documents: JSONL or a JSON array of {"text": ...}, or a .txt file with a document a line.
-
-    A document ends with <|endoftext|>. One that is longer than max_length becomes several rows that
-    overlap by one token, so that every token is predicted exactly once.
-
-    Args:
-        max_length: longest row in tokens.
-        data_path, tokenizer, cache_dir, skip_bad, curriculum: see `CachedDataset`.
-    """
-
-    def __init__(
-        self,
-        data_path,
-        tokenizer,
-        max_length: int = 512,
-        cache_dir=None,
-        skip_bad: bool = False,
-        curriculum: str = "none",
-    ):
-        def make_encoder():
-            from dataset.pretrain_encoder import PretrainEncoder
-
-            return PretrainEncoder(tokenizer, max_length)
-
-        options = {"max_length": max_length}
-        settings = (False, cache_dir, skip_bad, curriculum)
-        super().__init__(data_path, tokenizer, options, make_encoder, *settings)
 
 
 class SFTDataset(CachedDataset):

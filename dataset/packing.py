@@ -7,7 +7,6 @@ that together have at most max_seq_len tokens.
 """
 
 import functools
-import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,35 +56,15 @@ class Plan:
     def micro_batches(
         self, step: int, rank: int, world_size: int, batch_size: int
     ) -> list[list[int]]:
-        """The document ids of each micro-batch of a rank, as many micro-batches on every rank.
+        """The document ids of each micro-batch of a rank, as many micro-batches on every rank."""
+        rows = self.window(step)
+        batches = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
+        if world_size > 1:
+            from dataset.rank_rows import rank_batches
 
-        Some may be without a document: their forward and backward passes keep the ranks in step, so
-        that a strategy which exchanges weights in them never waits for a rank that has nothing to
-        do.
-        """
-        window = self.window(step)
-        rows = self.balance_rows(window, world_size)[rank]
-        most = -(-len(window) // world_size)  # of rank 0
-        batches = [rows[at : at + batch_size] for at in range(0, most, batch_size)]
+            sizes = np.diff(self.tokens[self.starts[rows.start : rows.stop + 1]]).tolist()
+            batches = rank_batches(rows, sizes, rank, world_size, batch_size)
         return [[doc for row in rows for doc in self.documents(row)] for rows in batches]
-
-    def balance_rows(self, window: range, world_size: int) -> list[list[int]]:
-        """Rows for each rank, with about as many tokens: ranks wait for each other in every step.
-
-        The longest row first, each goes to the rank with the fewest tokens so far; none gets more
-        rows than its share.
-        Source: Graham, Bounds on multiprocessing timing anomalies (1969): longest processing time
-        first.
-        """
-        sizes = np.diff(self.tokens[self.starts[window.start : window.stop + 1]]).tolist()
-        rank_rows = [[] for _ in range(world_size)]
-        heap = [(0, rank) for rank in range(min(len(window), world_size))]  # tokens so far, rank
-        for size, row in sorted(zip(sizes, window, strict=True), key=lambda pair: -pair[0]):
-            tokens, rank = heapq.heappop(heap)
-            rank_rows[rank].append(row)
-            if len(rank_rows[rank]) < len(window[rank::world_size]):
-                heapq.heappush(heap, (tokens + size, rank))
-        return [sorted(rows) for rows in rank_rows]
 
     def documents(self, row: int) -> list[int]:
         return self.order[self.starts[row] : self.starts[row + 1]].tolist()
@@ -97,12 +76,11 @@ def split_rows(rows: int, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.
     Raises:
         ValueError: nothing would be left to train on, or nothing to evaluate.
     """
-    held_out = round(rows * eval_ratio)
-    if eval_ratio > 0 and not 0 < held_out < rows:
-        parts = f"holds out {held_out}, trains on {rows - held_out}"
-        raise ValueError(f"--eval_ratio {eval_ratio} of {rows} rows {parts}")
-    shuffled = np.random.default_rng([seed, 2**31]).permutation(rows)  # epochs have other streams
-    return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
+    if not eval_ratio:
+        return np.arange(rows), np.arange(0)
+    from dataset.held_out import hold_out
+
+    return hold_out(rows, eval_ratio, seed)
 
 
 def plan_epoch(
@@ -116,9 +94,6 @@ def plan_epoch(
     epoch: int,
 ) -> Plan:
     """Shuffle the documents, order them by their difficulty if they have one, and pack them.
-
-    With a curriculum every epoch goes from easy to hard, and equally hard documents stay shuffled.
-    A window that drop_last leaves out then has the hardest ones.
 
     Packs are filled in that order and closed when the next document does not fit. Rows are never
     padded, so the room left in a pack costs nothing, and no search for a better fit could save
@@ -135,7 +110,9 @@ def plan_epoch(
     order = documents[np.random.default_rng([seed, epoch]).permutation(len(documents))]
     difficulty = getattr(dataset, "difficulty", None)
     if difficulty is not None:
-        order = order[np.argsort(difficulty[order], kind="stable")]
+        from dataset.curriculum import easy_first
+
+        order = easy_first(order, difficulty)
     lengths, supervised = dataset.lengths[order], dataset.supervised[order]
     starts = pack(lengths, max_seq_len) if packing else np.arange(len(order) + 1)
     sums = (np.concatenate([[0], np.cumsum(counts)]) for counts in (lengths, supervised))

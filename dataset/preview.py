@@ -13,7 +13,7 @@ def preview(dataset: CachedDataset, tokenizer, count: int, colour: bool = False)
     shown = ""
     for row in range(min(count, len(dataset))):
         counts = f"{dataset.lengths[row]} tokens, {dataset.supervised[row]} supervised"
-        text = mark_supervised(*dataset.cache[row], tokenizer, colour)
+        text = mark_supervised(*dataset.read_row(row), tokenizer, colour)
         shown += f"--- sample {row}: {counts}\n{text}\n"
     return f"{shown}--- {describe(dataset)}"
 
@@ -23,7 +23,7 @@ def show_pairs(dataset, tokenizer, count: int, colour: bool) -> str:
     shown = ""
     for row in range(min(count, len(dataset))):
         for side, name in enumerate(("chosen", "rejected")):
-            ids, mask = dataset.cache[2 * row + side]
+            ids, mask = dataset.read_row(2 * row + side)
             counts = f"{len(ids) - 1} tokens, {mask[1:].sum()} supervised"
             text = mark_supervised(ids, mask, tokenizer, colour)
             shown += f"--- pair {row}, {name}: {counts}\n{text}\n"

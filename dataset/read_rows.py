@@ -4,7 +4,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,73 +24,57 @@ def read_rows(path: Path) -> Iterator[tuple[Row, int]]:
         ValueError: the file is of another kind (`file: what it is, how to convert it`); a JSON
             array that cannot be read on (`file:line: reason`).
     """
-    is_text = path.suffix == ".txt"
     # To open a pipe would wait for whoever writes to it.
     with open(path if path.is_file() else os.devnull, "rb") as file:
         head = file.read(HEAD)
-    if not head or not is_as_expected(head, is_text) or path.suffix in (".csv", ".tsv"):
+        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+        if path.suffix not in (".txt", ".csv", ".tsv") and are_json_lines(head):
+            yield from read_lines(file, path, json.loads)
+            return
         from dataset.file_kinds import check_kind
 
+        is_text = path.suffix == ".txt"
         check_kind(path, "lines" if is_text else "rows")
-    with open(path, "rb") as file:
-        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
-        start = file.tell()
-        if not is_text and file.read(256).lstrip()[:1] == b"[":
+        if not is_text and head.removeprefix(codecs.BOM_UTF8)[:256].lstrip().startswith(b"["):
             from dataset.read_array import read_array
 
-            file.seek(start)
             yield from read_array(file, path)
         else:
-            file.seek(start)
-            yield from read_lines(file, path)
+            yield from read_lines(file, path, str if is_text else json.loads)
 
 
-def is_as_expected(head: bytes, is_text: bool) -> bool:
-    """Whether a file begins as JSON, or is_text: as what is no JSON; False: look closer."""
+def are_json_lines(head: bytes) -> bool:
+    """Whether a file that begins so is text, and its first line a JSON object; False: look closer."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut off
     except UnicodeDecodeError:
         return False
-    if re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", head):
-        return False
-    first = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-    return first not in b"{[v<" if is_text else first in (b"{", b"[")  # v: Git LFS, <: HTML
+    is_binary = re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]", head)
+    return not is_binary and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
 
 
-def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[Row, int]]:
+def read_lines(
+    file: BinaryIO, path: Path, parse: Callable[[str], object]
+) -> Iterator[tuple[Row, int]]:
+    """The rows from here on, as `read_rows` yields them; parse: makes one of the text of a line."""
     line, at, advice = 0, file.tell(), ""
     while raw := file.readline(checks.MAX_ROW_BYTES + 1):
-        line += 1
-        begin = at
-        at += len(raw)
-        if len(raw) > checks.MAX_ROW_BYTES:
-            size = len(raw)
-            while raw and not raw.endswith(b"\n"):  # skip the rest of it without holding it
-                raw = file.readline(checks.MAX_ROW_BYTES)
-                size += len(raw)
-            at += size - checks.MAX_ROW_BYTES - 1
-            from dataset.row_faults import too_long
-
-            yield (line, None, too_long(size, checks.MAX_ROW_BYTES)), at
-            continue
-        if not (raw := raw.strip(b" \t\r\n")):
-            continue
+        line, begin, at = line + 1, at, at + len(raw)
         row, fault = None, ""
-        try:
-            text = raw.decode("utf-8")
-            if path.suffix == ".txt":
-                row = text
-            else:
-                row = json.loads(text)
-                fault = checks.lone_surrogate(row, text)
-        except UnicodeDecodeError as error:
-            from dataset.file_kinds import not_utf8
+        if len(raw) > checks.MAX_ROW_BYTES:
+            from dataset.row_faults import skip_line
 
-            advice = advice or not_utf8(path, begin)  # of the first such line, for all of them
-            bad = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-            fault = f"{bad} is not UTF-8; {advice}"
-        except json.JSONDecodeError as error:
-            fault = f"broken JSON: {error.msg} at column {error.colno}"
-        except (ValueError, RecursionError) as error:
-            fault = str(error)
+            fault = skip_line(file, raw, checks.MAX_ROW_BYTES)
+            at = file.tell()
+        elif not (raw := raw.strip(b" \t\r\n")):
+            continue
+        else:
+            try:
+                text = raw.decode("utf-8")
+                row = parse(text)
+                fault = checks.lone_surrogate(row, text)
+            except (ValueError, RecursionError) as error:
+                from dataset.row_faults import explain_line
+
+                fault, advice = explain_line(error, path, begin, advice)
         yield (line, row, fault), at

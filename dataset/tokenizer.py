@@ -4,8 +4,6 @@ import functools
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # all there is to it is tokenizer.json
 
 
@@ -30,33 +28,25 @@ class LazyTokenizer:
 
     @functools.cached_property
     def loaded(self):
-        known = read_tokenizer_config(self.folder)
+        own_template(self.folder)  # refuses one that cannot be read
+        config = self.folder / "tokenizer_config.json"
         try:
-            tokenizer = self._load(known)
+            known = json.loads(config.read_bytes()) if config.is_file() else {}
+            if known.get("tokenizer_class", GENERIC[0]) in GENERIC:
+                from transformers import PreTrainedTokenizerFast
+
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder)
+            else:
+                from dataset.public_tokenizer import load_public
+
+                tokenizer = load_public(self.folder)
         except Exception as error:  # json's and tokenizers' errors share no class
-            reason = " ".join(str(error).split())
-            damaged = (
-                "tokenizer.json" if is_damaged(self.folder) else "a file beside tokenizer.json"
-            )
-            fault = f"{damaged} is damaged: {reason}"
-            raise ValueError(f"--tokenizer_dir {self.folder}: {fault}") from None
+            from dataset.public_tokenizer import explain_damage
+
+            raise explain_damage(self.folder, error) from None
         if self.given_template:
             tokenizer.chat_template = self.given_template
         return tokenizer
-
-    def _load(self, known: dict):
-        """As AutoTokenizer loads it, which takes a second longer to import.
-
-        Args:
-            known: of tokenizer_config.json.
-        """
-        if known.get("tokenizer_class", GENERIC[0]) in GENERIC or "auto_map" in known:
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast.from_pretrained(self.folder)
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder)
 
     def __getattr__(self, name: str):
         if name.startswith("__"):  # asked for by whoever copies it
@@ -77,11 +67,9 @@ def load_tokenizer(folder: str | Path, chat_template: str | Path | None = None) 
         ValueError: there is none; on first use: it is damaged.
     """
     if not (Path(folder) / "tokenizer.json").is_file():
-        slow = next(Path(folder).glob("*.model"), None)
-        advice = (
-            f"; {slow.name} alone is a slow tokenizer: convert it to a fast one" if slow else ""
-        )
-        raise ValueError(f"--tokenizer_dir {folder}: there is no tokenizer.json{advice}")
+        from dataset.public_tokenizer import missing
+
+        raise missing(folder)
     if not chat_template:
         return LazyTokenizer(folder)
     from dataset.given_template import read_template
@@ -89,55 +77,18 @@ def load_tokenizer(folder: str | Path, chat_template: str | Path | None = None) 
     return LazyTokenizer(folder, *read_template(chat_template))
 
 
-def is_damaged(folder: Path) -> bool:
-    """Whether a folder's tokenizer.json itself cannot be loaded."""
-    try:
-        Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception:  # tokenizers raises nothing narrower
-        return True
-    return False
-
-
-def read_tokenizer_config(folder: Path) -> dict:
-    """tokenizer_config.json, empty where there is none. ValueError: damaged; names file and key."""
-    path = folder / "tokenizer_config.json"
-    try:
-        known = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no valid JSON ({error})") from None
-    if not isinstance(known, dict):
-        raise ValueError(f"{path}: no JSON object")
-    if not isinstance(known.get("tokenizer_class", ""), str | None):
-        raise ValueError(f"{path}: tokenizer_class is {known['tokenizer_class']!r}; wanted: a name")
-    own_template(folder, known)
-    return known
-
-
-def own_template(folder: Path, known: dict | None = None) -> str | None:
+def own_template(folder: Path) -> str | None:
     """The chat template of a tokenizer folder, of several the one that is named "default".
-
-    Args:
-        known: of tokenizer_config.json, where that is read already.
 
     Raises:
         ValueError: it cannot be read; names the file.
     """
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: it is not UTF-8") from None
-    known = read_tokenizer_config(folder) if known is None else known
-    template = known.get("chat_template")
+    if not path.is_file():
+        from dataset.public_tokenizer import config_template
+
+        return config_template(folder)
     try:
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}
-        texts = template.values() if isinstance(template, dict) else [template]
-        fits = all(text is None or isinstance(text, str) for text in texts)
-    except (KeyError, TypeError):
-        fits = False
-    if not fits:
-        fault = "chat_template must be a text, or a list of templates with name and template"
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: {fault}")
-    return template.get("default") if isinstance(template, dict) else template
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: it is not UTF-8") from None

@@ -139,7 +139,7 @@ def open_chat_model(
     check_size(tokenizer, model.config.vocab_size, record is not None or path.is_dir())
     sampling = {"max_new_tokens": MAX_NEW_TOKENS} | (sampling or {})
     if raw:
-        from dataset.pretrain_encoder import end_of_text
+        from dataset.pretrain_dataset import end_of_text
 
         plain, sampling["eos_token_id"] = text_encoder(tokenizer), end_of_text(tokenizer)
         return ChatModel(model, None, tokenizer.decode, None, sampling, plain, tokenizer)

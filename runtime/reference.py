@@ -59,7 +59,7 @@ def attach_reference(
     """
     key = f"{weights} {pairs.key} {dtype} {args.device.type} {torch.__version__}"
     name = f"reference_{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-    path = pairs.cache.folder.with_name(name)
+    path = pairs.folder.with_name(name)
     logps = gather_objects(load(path, len(pairs)) if world()[0] == 0 else None)[0]
     if logps is None:
         logps = compute(pairs, model, args, autocast)

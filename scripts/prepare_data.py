@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.lm_dataset import CACHE_DIR, CachedDataset, PretrainDataset, SFTDataset, describe
+from dataset.lm_dataset import CACHE_DIR, CachedDataset, SFTDataset, describe
+from dataset.pretrain_dataset import PretrainDataset
 from runtime import launch
 from runtime.distributed.environment import whole_number
 from runtime.launcher import Launch, read_launch
@@ -84,7 +85,7 @@ def main() -> int:
     before = set(cache_dir.iterdir()) if cache_dir.is_dir() else set()
     begin = time.monotonic()
     dataset = open_data(own.stage, args, open_stage(own.stage, args).tokenizer)
-    folder, seconds = dataset.cache.folder, time.monotonic() - begin
+    folder, seconds = dataset.folder, time.monotonic() - begin
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{args.data_path}: {describe(dataset)}")
     print(

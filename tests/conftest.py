@@ -23,6 +23,7 @@ from running import ROOT, kill_all, run_ranks, run_script, start
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dataset import lm_dataset
+from dataset.pretrain_dataset import PretrainDataset
 from model.lm import LMConfig, MiniMindLM
 
 # Under nohup the scripts that a test starts would inherit that SIGHUP is ignored.
@@ -289,7 +290,7 @@ def sft(tokenizer, tmp_path):
 @pytest.fixture
 def pretrain(tokenizer, tmp_path):
     """pretrain(rows or path, **options) -> PretrainDataset with its cache below tmp_path."""
-    return _dataset_opener(lm_dataset.PretrainDataset, tokenizer, tmp_path)
+    return _dataset_opener(PretrainDataset, tokenizer, tmp_path)
 
 
 @pytest.fixture

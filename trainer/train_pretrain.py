@@ -27,8 +27,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dataset.lm_dataset import PretrainDataset, describe
+from dataset.lm_dataset import describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
+from dataset.pretrain_dataset import PretrainDataset
 from model.lm import LMConfig, MiniMindLM
 from runtime import checkpoint, launch, parallel
 from runtime.device import choose_device

@@ -23,7 +23,7 @@ import run  # beside this file; it puts the project on sys.path
 import torch
 from client import Server, post, serve
 
-from dataset.pretrain_encoder import end_of_text
+from dataset.pretrain_dataset import end_of_text
 from model.generate import generate_batch, make_sampler
 from model.weights import load_model
 from runtime.chat_model import open_chat_model

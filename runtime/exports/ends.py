@@ -23,7 +23,7 @@ def end_of_reply(tokenizer, *others: int | None) -> int:
     Raises:
         ValueError: there is none.
     """
-    from dataset.pretrain_encoder import end_of_text
+    from dataset.pretrain_dataset import end_of_text
 
     ends = (*others, end_of_turn(tokenizer), end_of_text(tokenizer), tokenizer.pad_token_id)
     end = next((number for number in ends if number is not None), None)

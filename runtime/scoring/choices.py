@@ -7,7 +7,7 @@ import numpy as np
 
 from dataset.chat_rows import detect_format, normalise_row
 from dataset.choice_rows import read_choice_row
-from dataset.pretrain_encoder import end_of_text
+from dataset.pretrain_dataset import end_of_text
 from dataset.progress import count_bar
 from runtime.scoring.likelihood import Continuation, score_continuations, text_begin
 

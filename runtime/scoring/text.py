@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataset.pretrain_encoder import end_of_text
+from dataset.pretrain_dataset import end_of_text
 from dataset.progress import count_bar
 from dataset.read_text import read_text
 from runtime.scoring.likelihood import Continuation, score_continuations, text_begin

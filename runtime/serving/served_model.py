@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import dataclass, field
 
-from dataset.pretrain_encoder import end_of_text
+from dataset.pretrain_dataset import end_of_text
 from runtime.chat_model import ChatModel
 from runtime.serving.api_error import APIError
 from runtime.serving.call_form import CallForm, learn_call_form

@@ -12,8 +12,10 @@ from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataset.held_out import hold_out
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import batches, plan_epoch, split_rows
+from dataset.rank_rows import rank_batches
 
 MAX_SEQ_LEN = 100
 PINNED_ORDER = [0, 4, 6, 1, 2, 7, 3, 5]  # of 8 documents in epoch 1 with seed 42
@@ -143,6 +145,20 @@ def test_ranks_and_micro_batches_partition_every_window(
 
 
 @pytest.mark.parametrize("packing", [0, 1])
+@pytest.mark.parametrize("global_batch", [1, 3, 8, 64, 1000])
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_one_process_takes_what_many_would_share(batch_size, global_batch, packing):
+    """It shares nothing out; were it asked to, it would get the same."""
+    plan = make_plan(61, packing=packing, global_batch=global_batch)
+    for step in range(plan.steps):
+        rows = plan.window(step)
+        sizes = np.diff(plan.tokens[plan.starts[rows.start : rows.stop + 1]]).tolist()
+        shared = rank_batches(rows, sizes, 0, 1, batch_size)
+        expected = [[doc for row in micro for doc in plan.documents(row)] for micro in shared]
+        assert plan.micro_batches(step, 0, 1, batch_size) == expected
+
+
+@pytest.mark.parametrize("packing", [0, 1])
 @pytest.mark.parametrize("global_batch, world_size", [(16, 2), (32, 4), (64, 8)])
 def test_ranks_get_about_the_same_number_of_tokens(global_batch, world_size, packing):
     plan = make_plan(400, packing=packing, global_batch=global_batch)
@@ -232,6 +248,9 @@ def test_split_depends_on_the_seed():
 
 def test_split_of_nothing():
     train, held_out = split_rows(10, 0.0, 42)
+    for rows in (train, held_out), hold_out(10, 0.0, 42):
+        assert [part.dtype for part in rows] == [np.int64, np.int64]
+    assert [part.tolist() for part in hold_out(10, 0.0, 42)] == [train.tolist(), []]
     assert train.tolist() == list(range(10)) and len(held_out) == 0
 
 

@@ -92,7 +92,7 @@ def test_a_field_is_kept_in_the_cache(sft, tmp_path, monkeypatch):
         again.difficulty.tolist() == first.difficulty.tolist()
         and again.key == first.key != plain.key
     )
-    (again.cache.folder / "difficulty.npy").write_bytes(b"")
+    (again.folder / "difficulty.npy").write_bytes(b"")
     assert sft(path, curriculum="field:level").difficulty.tolist() == first.difficulty.tolist()
 
 

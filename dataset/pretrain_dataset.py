@@ -1,5 +1,8 @@
-"""What a document becomes for pretraining."""
+"""Documents for pretraining."""
 
+import functools
+
+from dataset.lm_dataset import CachedDataset
 from dataset.text_encoder import text_encoder
 
 END_OF_TEXT = "<|endoftext|>"  # stands between the documents
@@ -12,8 +15,34 @@ def end_of_text(tokenizer) -> int:
     return tokenizer.eos_token_id if unknown else end
 
 
+class PretrainDataset(CachedDataset):
+    """Documents: JSONL or a JSON array of {"text": ...}, or a .txt file with a document a line.
+
+    A document ends with <|endoftext|>. One that is longer than max_length becomes several rows that
+    overlap by one token, so that every token is predicted exactly once.
+
+    Args:
+        max_length: longest row in tokens.
+        data_path, tokenizer, cache_dir, skip_bad, curriculum: see `lm_dataset.CachedDataset`.
+    """
+
+    def __init__(
+        self,
+        data_path,
+        tokenizer,
+        max_length: int = 512,
+        cache_dir=None,
+        skip_bad: bool = False,
+        curriculum: str = "none",
+    ):
+        options = {"max_length": max_length}
+        make_encoder = functools.partial(PretrainEncoder, tokenizer, max_length)
+        settings = (False, cache_dir, skip_bad, curriculum)
+        super().__init__(data_path, tokenizer, options, make_encoder, *settings)
+
+
 class PretrainEncoder:
-    """A `cache_builder.Encoder`; the arguments are those of `lm_dataset.PretrainDataset`."""
+    """A `cache_builder.Encoder`; the arguments are those of `PretrainDataset`."""
 
     def __init__(self, tokenizer, max_length: int):
         self.end = end_of_text(tokenizer)
@@ -24,12 +53,10 @@ class PretrainEncoder:
         """The text of a row, or None: it says not to learn from it."""
         if isinstance(row, str):
             return row
-        if not isinstance(row, dict):
-            shape = 'a row must be an object {"text": ...}'
-            raise ValueError(f"{shape}, found {type(row).__name__}")
-        if not isinstance(row.get("text"), str):
-            keys = ", ".join(list(row)[:5]) or "none"
-            raise ValueError(f'a pretraining row needs a string under "text"; keys found: {keys}')
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            from dataset.row_faults import wrong_document
+
+            raise wrong_document(row)
         if len(row) > 1:
             from dataset.row_fields import document_learns
 
