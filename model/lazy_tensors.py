@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.tensor_file import FLOATS, check_content, is_state_dict, what_is_wrong
+
 CHUNK_BYTES = 1 << 24  # read and converted at once
 
 DTYPES = {
@@ -143,6 +145,15 @@ class LazyTensor:
             yield self[begin : begin + step]
 
 
+def open_torch_file(path: Path) -> dict[str, LazyTensor]:
+    """A weights file of ours, to be read in parts. ValueError: see `read_torch_file`."""
+    if not path.is_file():
+        fault = "no such weights file; train that stage first, or see --from_weight"
+        raise ValueError(f"{path}: {'not a file' if path.exists() else fault}")
+    tensors = read_torch_file(path)
+    return {n: LazyTensor(t.shape, [(t, [(0, m) for m in t.shape])]) for n, t in tensors.items()}
+
+
 def read_torch_file(path: Path) -> dict[str, FileTensor]:
     """What a file of torch.save holds, without its data, after a look at its checksums.
 
@@ -150,26 +161,19 @@ def read_torch_file(path: Path) -> dict[str, FileTensor]:
         ValueError: it is damaged, no plain state dict, or a tensor has a type that no model here
             has.
     """
-    from model.tensor_file import check_content, what_is_wrong
-
     try:
         state = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # half a dozen types for a torn or foreign file
         raise ValueError(f"{path}: not a weights file ({what_is_wrong(error)})") from None
-    names, values = (state.keys(), state.values()) if isinstance(state, dict) else ([None], [])
-    is_plain = all(isinstance(value, Tensor) for value in values)
-    if not is_plain or not all(isinstance(name, str) for name in names):
+    if not is_state_dict(state):
         raise ValueError(f"{path}: not a plain state dict of tensors")
     if not zipfile.is_zipfile(path):
         fault = "written by a torch.save before 1.6, which cannot be read in parts"
         raise ValueError(f"{path}: {fault}; save the model as safetensors")
     check_content(path)
-    with zipfile.ZipFile(path) as archive:
-        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-            raise ValueError(f"{path}: compressed, which torch.save never does; take another copy")
     tensors = {}
     for name, value in state.items():
-        if value.dtype not in DTYPES.values():
+        if value.dtype not in FLOATS:
             kind = str(value.dtype).removeprefix("torch.")
             raise ValueError(f"{path}: {name} is of type {kind}; floats of 16 to 64 bits are read")
         # Where a storage begins in the file is set by torch.load onto the meta device alone.

@@ -210,7 +210,7 @@ def write_peft(path: str | Path, folder: str | Path, base: str) -> None:
 
 def hash_file(model: MiniMindLM, path: str | Path) -> str:
     """`hash_weights` of the model with the weights of a file or folder, read in parts."""
-    digest, tensors = hashlib.sha256(), open_weights(model, path)
+    digest, tensors = hashlib.sha256(), open_weights(model, path, lazily=True)
     for name in model.state_dict():
         digest.update(name.encode())
         for part in tensors[name].chunks():

@@ -1,4 +1,4 @@
-"""Read a file of tensors, with its checksums."""
+"""Read a file of tensors, as torch.save writes it, with its checksums."""
 
 import re
 import zipfile
@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """What a weights file holds, on the CPU.
+    """What a weights file holds, on the CPU: tensors that are the file itself, mapped into memory.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or it is not a plain state dict.
+        ValueError: there is no such file, it is damaged, or it is not a plain state dict of finite
+            floats.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # to open a pipe would wait for whoever writes to it
@@ -26,15 +29,25 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no such weights file; {advice}") from None
     except Exception as error:  # half a dozen types for a torn or foreign file
         raise ValueError(f"{path}: not a weights file ({what_is_wrong(error)})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not is_state_dict(state):
         raise ValueError(f"{path}: not a plain state dict of tensors")
     check_content(path)
     for name, value in state.items():
+        if value.dtype not in FLOATS or value.layout != torch.strided:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {name} is of type {kind}; floats of 16 to 64 bits are read")
         # A sum alone is faster, and may overflow.
         if not value.sum().isfinite() and not value.isfinite().all():
             fault = f"{name} has values that are not finite, so the model in it is broken"
             raise ValueError(f"{path}: {fault}")
     return state
+
+
+def is_state_dict(content: object) -> bool:
+    """Whether it is a plain one: names and tensors, nothing else."""
+    if not isinstance(content, dict):
+        return False
+    return all(isinstance(n, str) and isinstance(v, Tensor) for n, v in content.items())
 
 
 def check_content(path: Path) -> None:
@@ -56,10 +69,13 @@ def check_content(path: Path) -> None:
     try:
         # zlib lets other threads run.
         with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(4) as pool:
-            list(pool.map(check, archive.infolist()))
+            records = archive.infolist()
+            list(pool.map(check, records))
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
         fault = f"damaged, its content is not what was saved ({error})"
         raise ValueError(f"{path}: {fault}; take another copy") from None
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError(f"{path}: compressed, which torch.save never does; take another copy")
 
 
 def what_is_wrong(error: Exception) -> str:

@@ -45,7 +45,7 @@ def load_spread(path: Path, dtype: torch.dtype, max_memory: list[str] | None = N
         raise ValueError("--device_map needs accelerate: pip install accelerate") from None
     config = read_config(path)
     model = meta_model(config).eval()
-    tensors = open_weights(model, path)
+    tensors = open_weights(model, path, lazily=True)
     places = place_blocks(model, dtype, free_memory(max_memory))
     main = places[""]
     # A module is tied to nothing on disk: these are always in memory.

@@ -11,14 +11,7 @@ from torch import nn
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
 from model.initial import on_meta_device
-from model.weights import (
-    allocate,
-    copy_tensors,
-    is_path,
-    open_weights,
-    read_config,
-    read_lazily,
-)
+from model.newest import is_path
 from runtime import tokenizer_record
 from runtime.ranks import SHARDED, mesh_sizes, world
 
@@ -115,6 +108,8 @@ def build_model(
         return sharded_start.build(make, path, resumed)
     if path is None and resumed is None:
         return make().to(args.device), None
+    from model.weights import allocate, copy_tensors, open_weights
+
     with on_meta_device():  # the values come from elsewhere: none are made
         model = make()
     tensors = open_weights(model, path, new_head=True) if resumed is None else {}
@@ -224,11 +219,14 @@ def read_shape(path: Path | None) -> LMConfig | None:
     """
     if path is None or not (path.is_dir() or path.with_suffix(".json").is_file()):
         return None
+    from model.tensor_file import read_tensors
+    from model.weights import read_config
+
     try:
         return read_config(path, reward=True)
     except ValueError:
         if not path.is_dir():
-            read_lazily(path)  # where both are damaged, that of the weights is the error to tell
+            read_tensors(path)  # where both are damaged, that of the weights is the error to tell
         raise
 
 
