@@ -114,7 +114,7 @@ def apply(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[st
 
 
 def make_decoder(model: lm.MiniMindLM, cache):
-    """What generates with a model: a `generate.Decoder`, with the kernels of its device."""
+    """What generates with a model: a `kv_cache.Decoder`, with the kernels of its device."""
     if cache.kv.device.type == "cuda":
         from kernels.decode_graph import DecodeGraph
 

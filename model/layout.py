@@ -23,7 +23,7 @@ class Layout:
     mask: Tensor | None = None  # (B, 1, T, S) bool: which keys a query sees; None: all up to itself
     doc_ids: Tensor | None = None  # (B * T,) int64: each token's document; `docs` for padding
     docs: int = 0
-    cache: object | None = None  # a generate.KVCache
+    cache: object | None = None  # a kv_cache.KVCache
     slots: tuple[Tensor, Tensor] | None = None  # row and position in the cache, of each token
     context: object | None = None  # set where processes share the row and each holds a part of it
 

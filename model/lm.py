@@ -259,7 +259,7 @@ class MiniMindLM(nn.Module):
     Attributes:
         gradient_checkpointing: the level of `recompute.recompute`.
         context: set where processes share a row and each holds a part of its tokens.
-        make_decoder: what generation takes instead of `generate.Decoder`, where it is set.
+        make_decoder: what generation takes instead of `kv_cache.Decoder`, where it is set.
     """
 
     def __init__(self, config: LMConfig, gradient_checkpointing: int = 0):
@@ -292,7 +292,7 @@ class MiniMindLM(nn.Module):
             doc_lens: lengths of the documents packed into the one row (B = 1), padding behind them.
                 Attention runs inside each document only.
             logits_at: (K,) int64, positions in the flattened (B * T); the head runs on these alone.
-            cache: a generate.KVCache with keys and values of the tokens before; is extended.
+            cache: a kv_cache.KVCache with keys and values of the tokens before; is extended.
             targets: (K,) int64, the tokens that follow at logits_at.
             layout: what else is worked out from attention_mask, doc_lens and cache.
 

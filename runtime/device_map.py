@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.generate import Decoder
 from model.hf import meta_model
+from model.kv_cache import Decoder
 from model.layout import Layout
 from model.lm import LMConfig, MiniMindLM
 from model.weights import open_weights, read_config

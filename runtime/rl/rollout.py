@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset.packing import Plan
-from model.generate import generate_batch
+from model.generate_batch import generate_batch
 from model.lm import MiniMindLM
 from model.weights import allocate
 from runtime import parallel

@@ -9,7 +9,8 @@ from dataset.chat_rows import detect_format, normalise_row
 from dataset.checks import present
 from dataset.progress import count_bar
 from dataset.replies import THINK, final_answer
-from model.generate import generate_batch, make_sampler
+from model.generate_batch import generate_batch
+from model.sampling import make_sampler
 from runtime.scoring.calls import check_offered, judge_calls, read_expected_calls
 
 SECONDS = 5.0  # of the CPU, for the regular expressions of a row
