@@ -8,6 +8,7 @@ from torch import Tensor
 from model.kv_cache import Decoder, KVCache
 
 
+@torch.no_grad()
 def stream(
     model,
     input_ids: Tensor,
@@ -15,10 +16,13 @@ def stream(
     *,
     max_new_tokens: int = 512,
     eos_token_id: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     repetition_penalty: float = 1.0,
-    **sampling,
+    generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Generate token by token.
+    """Generate token by token: read the prompt, then choose a token and read that, again and again.
 
     Args:
         model: a MiniMindLM.
@@ -26,62 +30,37 @@ def stream(
         attention_mask: (B, T) 0/1, needed where there is padding.
         max_new_tokens: at most so many; generation also ends when the context is full.
         eos_token_id: ends a row; a row that has ended yields eos until all have.
+        temperature, top_k, top_p, generator: see `sampling.sample`; 0 takes the likeliest token.
         repetition_penalty: > 1 lowers the logits of tokens already in the context; 1: off.
-        sampling: temperature, top_k, top_p, generator: see `sampling.sample`.
 
     Yields: (B,) int64, the next token of every row.
     """
-    B, T = input_ids.shape
-    context = model.config.max_seq_len
+    (B, T), context = input_ids.shape, model.config.max_seq_len
     if T > context:
         raise ValueError(f"prompt of {T} tokens is longer than max_seq_len {context}")
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    prompts = [ids[seen.bool()].tolist() for ids, seen in zip(input_ids, mask, strict=True)]
     limit = min(max_new_tokens, context - T)
-    if B == 1 and repetition_penalty == 1.0:
-        yield from stream_one(model, prompts[0], limit, eos_token_id, **sampling)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+    if B != 1 or attention_mask is not None or repetition_penalty != 1.0:
+        from model.generate_batch import stream_rows
+
+        sampling |= {"repetition_penalty": repetition_penalty}
+        yield from stream_rows(model, input_ids, attention_mask, limit, eos_token_id, **sampling)
         return
-    from model.generate_batch import stream_rows
-
-    sampling["repetition_penalty"] = repetition_penalty
-    yield from stream_rows(model, prompts, limit, eos_token_id, **sampling)
-
-
-@torch.no_grad()
-def stream_one(
-    model,
-    prompt: list[int],
-    limit: int,
-    eos_token_id: int | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """The completion of one prompt: read it, then choose a token and read that, again and again.
-
-    Args:
-        limit: the most tokens. The others are those of `stream`.
-
-    Yields: (1,) int64.
-    """
     if limit < 1:
         return
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    T = len(prompt)
     cache = KVCache(model.config, 1, T + limit, device, dtype)
     decoder = (model.make_decoder or Decoder)(model, cache)
-    ids, last = torch.tensor([prompt], device=device), torch.tensor([T - 1], device=device)
-    logits = decoder.read(ids, [T], last)  # (1, vocab)
+    logits = decoder.read(input_ids.to(device), [T], torch.tensor([T - 1], device=device))
     while True:
         if temperature <= 0.0:
             token = logits.max(dim=-1).indices  # three times as fast as argmax
         else:
             from model.sampling import sample
 
-            token = sample(logits, temperature, top_k, top_p, generator)
+            token = sample(logits, **sampling)
         yield token
         limit -= 1
         if limit == 0 or eos_token_id is not None and token.item() == eos_token_id:

@@ -5,7 +5,6 @@ on top of the model.
 """
 
 import math
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.tensor_file import FLOATS, check_content, is_state_dict, what_is_wrong
+from model.tensor_file import load_state_dict
 
 CHUNK_BYTES = 1 << 24  # read and converted at once
 
@@ -147,9 +146,6 @@ class LazyTensor:
 
 def open_torch_file(path: Path) -> dict[str, LazyTensor]:
     """A weights file of ours, to be read in parts. ValueError: see `read_torch_file`."""
-    if not path.is_file():
-        fault = "no such weights file; train that stage first, or see --from_weight"
-        raise ValueError(f"{path}: {'not a file' if path.exists() else fault}")
     tensors = read_torch_file(path)
     return {n: LazyTensor(t.shape, [(t, [(0, m) for m in t.shape])]) for n, t in tensors.items()}
 
@@ -158,28 +154,13 @@ def read_torch_file(path: Path) -> dict[str, FileTensor]:
     """What a file of torch.save holds, without its data, after a look at its checksums.
 
     Raises:
-        ValueError: it is damaged, no plain state dict, or a tensor has a type that no model here
-            has.
+        ValueError: see `load_state_dict`; a tensor is not stored row by row.
     """
-    try:
-        state = torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # half a dozen types for a torn or foreign file
-        raise ValueError(f"{path}: not a weights file ({what_is_wrong(error)})") from None
-    if not is_state_dict(state):
-        raise ValueError(f"{path}: not a plain state dict of tensors")
-    if not zipfile.is_zipfile(path):
-        fault = "written by a torch.save before 1.6, which cannot be read in parts"
-        raise ValueError(f"{path}: {fault}; save the model as safetensors")
-    check_content(path)
     tensors = {}
-    for name, value in state.items():
-        if value.dtype not in FLOATS:
-            kind = str(value.dtype).removeprefix("torch.")
-            raise ValueError(f"{path}: {name} is of type {kind}; floats of 16 to 64 bits are read")
+    for name, value in load_state_dict(path, map_location="meta").items():
         # Where a storage begins in the file is set by torch.load onto the meta device alone.
-        is_dense = value.layout == torch.strided and value.is_contiguous()
-        begin = getattr(value.untyped_storage(), "_checkpoint_offset", None) if is_dense else None
-        if begin is None:
+        begin = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+        if begin is None or not value.is_contiguous():
             fault = f"{name} is stored in a form that cannot be read in parts"
             raise ValueError(f"{path}: {fault}; save the model as safetensors")
         offset = begin + value.storage_offset() * value.dtype.itemsize

@@ -1,6 +1,5 @@
 """Read a file of tensors, as torch.save writes it, with its checksums."""
 
-import re
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -16,26 +15,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """What a weights file holds, on the CPU: tensors that are the file itself, mapped into memory.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or it is not a plain state dict of finite
-            floats.
+        ValueError: see `load_state_dict`; a value is not finite.
     """
-    path = Path(path)
-    if path.exists() and not path.is_file():  # to open a pipe would wait for whoever writes to it
-        raise ValueError(f"{path}: not a file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        advice = "train that stage first, or see --from_weight"
-        raise ValueError(f"{path}: no such weights file; {advice}") from None
-    except Exception as error:  # half a dozen types for a torn or foreign file
-        raise ValueError(f"{path}: not a weights file ({what_is_wrong(error)})") from None
-    if not is_state_dict(state):
-        raise ValueError(f"{path}: not a plain state dict of tensors")
-    check_content(path)
+    state = load_state_dict(Path(path), map_location="cpu", mmap=True)
     for name, value in state.items():
-        if value.dtype not in FLOATS or value.layout != torch.strided:
-            kind = str(value.dtype).removeprefix("torch.")
-            raise ValueError(f"{path}: {name} is of type {kind}; floats of 16 to 64 bits are read")
         # A sum alone is faster, and may overflow.
         if not value.sum().isfinite() and not value.isfinite().all():
             fault = f"{name} has values that are not finite, so the model in it is broken"
@@ -43,11 +26,34 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def is_state_dict(content: object) -> bool:
-    """Whether it is a plain one: names and tensors, nothing else."""
-    if not isinstance(content, dict):
-        return False
-    return all(isinstance(n, str) and isinstance(v, Tensor) for n, v in content.items())
+def load_state_dict(path: Path, **options) -> dict[str, Tensor]:
+    """`torch.load` of a state dict, with its checksums compared.
+
+    Args:
+        options: of `torch.load`.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or no plain state dict of floats.
+    """
+    if not path.is_file():  # to open a pipe would wait for whoever writes to it
+        fault = "no such weights file; train that stage first, or see --from_weight"
+        raise ValueError(f"{path}: {'not a file' if path.exists() else fault}")
+    try:
+        state = torch.load(path, weights_only=True, **options)
+    except Exception as error:  # half a dozen types for a torn or foreign file
+        from model.weights_faults import explain_load
+
+        raise ValueError(f"{path}: not a weights file ({explain_load(error)})") from None
+    items = state.items() if isinstance(state, dict) else [(None, state)]
+    if not all(isinstance(n, str) and isinstance(value, Tensor) for n, value in items):
+        raise ValueError(f"{path}: not a plain state dict of tensors")
+    check_content(path)
+    for name, value in state.items():
+        kind = value.dtype if value.layout == torch.strided else value.layout
+        if kind not in FLOATS:
+            kind = str(kind).removeprefix("torch.")
+            raise ValueError(f"{path}: {name} is of type {kind}; floats of 16 to 64 bits are read")
+    return state
 
 
 def check_content(path: Path) -> None:
@@ -66,6 +72,9 @@ def check_content(path: Path) -> None:
                 while content.read(1 << 20):
                     pass
 
+    if not zipfile.is_zipfile(path):
+        fault = "written by a torch.save before 1.6, which cannot be read in parts"
+        raise ValueError(f"{path}: {fault}; save the model as safetensors")
     try:
         # zlib lets other threads run.
         with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(4) as pool:
@@ -76,15 +85,3 @@ def check_content(path: Path) -> None:
         raise ValueError(f"{path}: {fault}; take another copy") from None
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise ValueError(f"{path}: compressed, which torch.save never does; take another copy")
-
-
-def what_is_wrong(error: Exception) -> str:
-    """Why a file of tensors could not be loaded, in a few words.
-
-    torch's own advise to run what stands in it.
-    """
-    text = str(error)
-    if named := re.search(r"GLOBAL (\S+)", text):
-        return f"it names {named[1]}, which is code and no data: a file of tensors is wanted"
-    reason = text.split("WeightsUnpickler error: ")[-1].strip() or type(error).__name__
-    return reason.splitlines()[0][:120]

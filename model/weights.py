@@ -3,7 +3,6 @@
 A folder is one in Hugging Face's format, see model/hf.py.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,34 +21,34 @@ def load_model(path: str | Path) -> MiniMindLM:
     """
     with on_meta_device():
         model = MiniMindLM(read_config(path))
-    tensors = open_weights(model, path)  # first: a wrong size must not ask for its memory
-    allocate(model, "cpu")
-    copy_tensors(tensors, model)
+    load_weights(model, path)
     return model.eval()
 
 
 @torch.no_grad()
-def load_weights(model: MiniMindLM, path: str | Path, new_head: bool = False) -> None:
+def load_weights(
+    model: MiniMindLM,
+    path: str | Path,
+    new_head: bool = False,
+    device: torch.device | str = "cpu",
+) -> None:
     """Load a weights file, or a folder in Hugging Face's format, into the model.
 
     Args:
         new_head: as for `open_weights`.
+        device: where a model of the meta device gets its memory.
 
     Raises:
         ValueError: see `open_weights`; a value is not finite.
     """
-    copy_tensors(open_weights(model, path, new_head), model)
-
-
-@torch.no_grad()
-def copy_tensors(tensors: Mapping, model: MiniMindLM) -> None:
-    """Put what `open_weights` found into a model that has memory."""
+    tensors = open_weights(model, path, new_head)
+    if model.model.embed_tokens.weight.is_meta:  # not before: a wrong size asks for no memory
+        allocate(model, device)
     for name, p in model.named_parameters():
-        if name in tensors:
-            if isinstance(tensors[name], Tensor):
-                p.copy_(tensors[name])
-            else:
-                tensors[name].copy_to(p)
+        if isinstance(tensors.get(name), Tensor):
+            p.copy_(tensors[name])
+        elif name in tensors:
+            tensors[name].copy_to(p)
 
 
 def open_weights(
@@ -93,17 +92,11 @@ def open_weights(
         if head.dtype != embedding.dtype or not head.equal(embedding):
             fault = "lm_head.weight is not the embedding: its model has tie_embeddings false"
             raise ValueError(f"{path}: {fault}")
-    for name in [*own, *state]:
-        if name not in state or name not in own:
-            lacking = "the file" if name not in state else "the model"
-            fault = f"made for another model: {lacking} has no {name}"
-            raise ValueError(f"{path}: {fault}; check --n_layers, --use_moe")
-    for name, value in own.items():
-        if value.shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)} in the file and {tuple(value.shape)} here"
-            fault = f"made for a model of another shape: {name} is {shapes}"
-            advice = "check --dim, --n_heads, --n_kv_heads and the tokenizer"
-            raise ValueError(f"{path}: {fault}; {advice}")
+    shapes, own_shapes = ({n: v.shape for n, v in part.items()} for part in (state, own))
+    if shapes != own_shapes:
+        from model.weights_faults import explain_difference
+
+        raise ValueError(f"{path}: {explain_difference(shapes, own_shapes)}")
     return state
 
 
@@ -135,12 +128,9 @@ def read_config(path: str | Path, reward: bool = False) -> LMConfig:
     if not config_path.is_file():
         fault = f"missing; it holds the shape of the model in {path.name}, keep them together"
         raise ValueError(f"{config_path}: {fault}")
-    text = config_path.read_text(encoding="utf-8", errors="replace")
-    if '"lora": {' in text:
-        advice = "name its base model here, and the adapter with --lora, or merge the two"
-        raise ValueError(f"{path}: an adapter: {advice}")
-    is_reward = '"head": "score"' in text
-    if is_reward and not reward:
-        fault = "a reward model, which scores texts but writes none; name a language model"
-        raise ValueError(f"{path}: {fault}")
-    return LMConfig.from_json(config_path, leave_out="head" if is_reward else "")
+    try:
+        return LMConfig.from_json(config_path, leave_out="head" if reward else "")
+    except ValueError as error:
+        from model.weights_faults import explain_config
+
+        raise ValueError(explain_config(path, error)) from None

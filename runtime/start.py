@@ -108,13 +108,14 @@ def build_model(
         return sharded_start.build(make, path, resumed)
     if path is None and resumed is None:
         return make().to(args.device), None
-    from model.weights import allocate, copy_tensors, open_weights
+    from model.weights import allocate, load_weights
 
     with on_meta_device():  # the values come from elsewhere: none are made
         model = make()
-    tensors = open_weights(model, path, new_head=True) if resumed is None else {}
-    allocate(model, args.device)  # last: sizes that do not fit the file ask for no memory
-    copy_tensors(tensors, model)
+    if resumed is None:
+        load_weights(model, path, new_head=True, device=args.device)
+    else:
+        allocate(model, args.device)
     return model, None
 
 

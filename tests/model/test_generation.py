@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_model import KINDS, MOE, TINY, build, huggingface, ids
 
-from model.generate import stream_one, stream_text
+from model.generate import stream_text
 from model.generate_batch import stream_rows
 from model.kv_cache import KVCache
 from model.sampling import sample
@@ -70,29 +70,27 @@ def test_a_batch_generates_what_each_prompt_generates_alone(kind, filler):
             )
 
 
-def stream_alone(model, prompt: list[int], *args, **options):
-    return stream_rows(model, [prompt], *args, **options)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [1, 2, 17, 63, 255, 256])
 def test_one_prompt_alone_generates_what_it_does_among_the_slots_of_a_batch(kind, length):
     """The short loop for one prompt against the general one, bit for bit."""
-    model, prompt = build(**KINDS[kind]), ids(1, length)[0].tolist()
-    room = model.config.max_seq_len - length
-    greedy = list(stream_one(model, prompt, min(20, room)))
-    options = [{}, {"temperature": 0.7}, {"temperature": 1.3, "top_k": 9, "top_p": 0.8}]
+    model, prompt = build(**KINDS[kind]), ids(1, length)
+    greedy = list(model.stream(prompt, max_new_tokens=20))
     for limit in (0, -1, 1, 20):
-        limit = min(limit, room)
         for end in [None, *(token.item() for token in greedy[4:5])]:
-            for option in options:
-                draws = []
-                for generate in (stream_one, stream_alone):
-                    generator = torch.Generator().manual_seed(7)
-                    steps = generate(model, prompt, limit, end, generator=generator, **option)
-                    draws.append([token.tolist() for token in steps])
-                assert draws[0] == draws[1]
-                assert len(draws[0]) <= max(0, limit)
+            for option in (
+                {},
+                {"temperature": 0.7},
+                {"temperature": 1.3, "top_k": 9, "top_p": 0.8},
+            ):
+                option = {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | option
+                seeds = [torch.Generator().manual_seed(7) for _ in range(2)]
+                most = min(limit, model.config.max_seq_len - length)
+                steps = stream_rows(model, prompt, None, most, end, generator=seeds[0], **option)
+                option |= {"max_new_tokens": limit, "eos_token_id": end, "generator": seeds[1]}
+                expected = [token.tolist() for token in steps]
+                assert [token.tolist() for token in model.stream(prompt, **option)] == expected
+                assert len(expected) <= max(0, most)
 
 
 @pytest.mark.parametrize("kind", KINDS)
