@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from model.layout import Layout
+from model.layout import Layout, check_length, make_layout, rotary_angles
 
 
 class KVCache:
@@ -25,20 +25,35 @@ class KVCache:
         self.longest = 0
         self.prompt_rows = torch.arange(rows).unsqueeze(0)
 
-    def add(self, tokens: int, doc_lens: Tensor | None) -> Tensor:
-        """Count new tokens: so many in each row, or the documents of a packed row.
+    def layout(self, config, input_ids: Tensor, doc_lens: list[int] | None) -> Layout:
+        """The layout of a pass over new tokens, which the cache takes note of.
 
-        Returns:
-            Their rows of kv, (rows * tokens,) int64 on the host, or (copies, sum of doc_lens).
+        Args:
+            input_ids: (rows, T) int64, the next tokens of each row; or (1, N) with doc_lens, packed
+                prompts, which go to `prompt_rows`.
         """
+        (B, T), device = input_ids.shape, input_ids.device
         if doc_lens is not None:
-            self.lengths[self.prompt_rows] = doc_lens
-            rows = self.prompt_rows.repeat_interleave(doc_lens, dim=1)
+            layout = make_layout(config, input_ids, doc_lens=doc_lens)
+            layout.doc_ids = None  # there is no load-balancing loss
+            positions = torch.cat([torch.arange(n) for n in doc_lens])
+            lens = layout.doc_lens[:-1]
+            self.lengths[self.prompt_rows] = lens
+            rows = self.prompt_rows.repeat_interleave(lens, dim=1)  # (copies, N)
         else:
-            self.lengths += tokens
-            self.longest = int(self.lengths.max())
-            rows = torch.arange(len(self.lengths)).repeat_interleave(tokens)
-        return rows if self.row_ids is None else self.row_ids[rows]
+            held, positions = int(self.lengths.max()), torch.arange(T) + self.lengths.unsqueeze(1)
+            check_length(config, held + T)
+            layout = Layout(*rotary_angles(config, positions.to(device)))
+            if held and (T > 1 or self.lengths.min() < held):
+                mask = torch.arange(held + T) <= positions.view(B, 1, T, 1)
+                layout.mask = mask.to(device)
+            self.lengths += T
+            self.longest = held + T
+            rows = torch.arange(B).repeat_interleave(T)  # (B * T,)
+        if self.row_ids is not None:
+            rows = self.row_ids[rows]
+        layout.cache, layout.slots = self, (rows.to(device), positions.flatten().to(device))
+        return layout
 
     def write(self, layer: int, k: Tensor, v: Tensor, rows: Tensor, positions: Tensor) -> None:
         """Put k, v (B, n_kv_heads, T, head_dim) there: rows (copies, n) or (n,), positions (n,)."""

@@ -332,7 +332,11 @@ class MiniMindLM(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 entries = f"a vocabulary of {self.config.vocab_size} entries"
                 raise ValueError(f"token ids {low} to {high} do not fit {entries}")
-        return make_layout(self.config, input_ids, attention_mask, doc_lens, cache, self.context)
+        if cache is not None:
+            return cache.layout(self.config, input_ids, doc_lens)
+        if self.context is not None:
+            return self.context.layout(self.config, input_ids, doc_lens)
+        return make_layout(self.config, input_ids, attention_mask, doc_lens)
 
     def stream(self, input_ids: Tensor, *args, **options) -> Iterator[Tensor]:
         """Generate token by token; see `generate.stream` for the arguments."""
