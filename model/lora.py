@@ -13,7 +13,8 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.lm import LMConfig, MiniMindLM, Router, blocks
+from model.lm import LMConfig, MiniMindLM, blocks
+from model.moe import Router
 from model.tensor_file import read_tensors
 from model.weight_hash import hash_weights
 from model.weights import open_weights
