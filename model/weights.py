@@ -124,13 +124,9 @@ def read_config(path: str | Path, reward: bool = False) -> LMConfig:
         from model.hf import config_from_hf
 
         return config_from_hf(path)
-    config_path = path.with_suffix(".json")
-    if not config_path.is_file():
-        fault = f"missing; it holds the shape of the model in {path.name}, keep them together"
-        raise ValueError(f"{config_path}: {fault}")
     try:
-        return LMConfig.from_json(config_path, leave_out="head" if reward else "")
-    except ValueError as error:
+        return LMConfig.from_json(path.with_suffix(".json"), leave_out="head" if reward else "")
+    except (FileNotFoundError, ValueError) as error:
         from model.weights_faults import explain_config
 
         raise ValueError(explain_config(path, error)) from None

@@ -31,13 +31,17 @@ def explain_difference(file: Mapping[str, tuple], model: Mapping[str, tuple]) ->
     return f"{fault}; check --dim, --n_heads, --n_kv_heads and the tokenizer"
 
 
-def explain_config(path: Path, error: ValueError) -> str:
+def explain_config(path: Path, error: Exception) -> str:
     """Why the configuration beside a weights file is not that of a language model.
 
     Args:
         error: of `LMConfig.from_json`.
     """
-    text = path.with_suffix(".json").read_text(encoding="utf-8", errors="replace")
+    config_path = path.with_suffix(".json")
+    if isinstance(error, FileNotFoundError):
+        fault = f"missing; it holds the shape of the model in {path.name}, keep them together"
+        return f"{config_path}: {fault}"
+    text = config_path.read_text(encoding="utf-8", errors="replace")
     if '"lora": {' in text:
         advice = "name its base model here, and the adapter with --lora, or merge the two"
         return f"{path}: an adapter: {advice}"

@@ -11,7 +11,6 @@ from torch import nn
 from dataset.tokenizer import LazyTokenizer
 from model.config import LMConfig
 from model.initial import on_meta_device
-from model.newest import is_path
 from runtime import tokenizer_record
 from runtime.ranks import SHARDED, mesh_sizes, world
 
@@ -182,6 +181,8 @@ def find_weights(
     """
     if "none" in (name, name or default):
         return None, "starting from random weights"
+    from model.newest import is_path
+
     if name and is_path(name):
         path = Path(name)
         if not name.endswith(".pth") and not path.exists():
