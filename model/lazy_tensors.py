@@ -157,7 +157,7 @@ def read_torch_file(path: Path) -> dict[str, FileTensor]:
         ValueError: see `load_state_dict`; a tensor is not stored row by row.
     """
     tensors = {}
-    for name, value in load_state_dict(path, map_location="meta").items():
+    for name, value in load_state_dict(path, "meta").items():
         # Where a storage begins in the file is set by torch.load onto the meta device alone.
         begin = getattr(value.untyped_storage(), "_checkpoint_offset", None)
         if begin is None or not value.is_contiguous():

@@ -17,7 +17,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: see `load_state_dict`; a value is not finite.
     """
-    state = load_state_dict(Path(path), map_location="cpu", mmap=True)
+    state = load_state_dict(Path(path), "cpu")
     for name, value in state.items():
         # A sum alone is faster, and may overflow.
         if not value.sum().isfinite() and not value.isfinite().all():
@@ -26,11 +26,11 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_state_dict(path: Path, **options) -> dict[str, Tensor]:
+def load_state_dict(path: Path, device: str) -> dict[str, Tensor]:
     """`torch.load` of a state dict, with its checksums compared.
 
     Args:
-        options: of `torch.load`.
+        device: "cpu": the file is mapped into memory; "meta": nothing is read.
 
     Raises:
         ValueError: there is no such file, it is damaged, or no plain state dict of floats.
@@ -38,8 +38,9 @@ def load_state_dict(path: Path, **options) -> dict[str, Tensor]:
     if not path.is_file():  # to open a pipe would wait for whoever writes to it
         fault = "no such weights file; train that stage first, or see --from_weight"
         raise ValueError(f"{path}: {'not a file' if path.exists() else fault}")
+    mmap = device == "cpu" and zipfile.is_zipfile(path)
     try:
-        state = torch.load(path, weights_only=True, **options)
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # half a dozen types for a torn or foreign file
         from model.weights_faults import explain_load
 
