@@ -14,11 +14,9 @@ that you type is always text, also where it spells a control token.
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -43,23 +41,6 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def read_input(interactive: bool) -> Iterator[str | None]:
-    """What the user types, line by line; None for Ctrl-C. Ends with the input."""
-    while True:
-        try:
-            line = input("you> ") if interactive else sys.stdin.readline()
-        except EOFError:
-            return write("\n")
-        except KeyboardInterrupt:
-            yield None
-            continue
-        if not interactive:
-            if not line:
-                return None
-            write(f"you> {line.rstrip()}\n")  # so that the output reads as a conversation
-        yield line
-
-
 def stream_reply(model: ChatModel, prompt: list[int], name: str = "") -> tuple[list[int], bool]:
     """Print one reply as it comes, behind a name; its ids, and whether Ctrl-C cut it short."""
     reply, stopped = [], []
@@ -80,35 +61,17 @@ def stream_reply(model: ChatModel, prompt: list[int], name: str = "") -> tuple[l
     return reply, bool(stopped)
 
 
-def chat(model: ChatModel, system: list[dict], interactive: bool) -> None:
+def chat(model: ChatModel, name: str, system: list[dict]) -> None:
     """The conversation, until /exit, the end of the input, or Ctrl-C twice."""
-    talk, interrupted = model.talk(), False
-    for line in read_input(interactive):
-        if line is None:
-            if interrupted:
-                raise KeyboardInterrupt
-            write("\n(Ctrl-C again or /exit leaves)\n")
-            interrupted = True
-            continue
-        text, interrupted = line.strip(), False
-        if text == "/exit":
-            return
-        if text == "/clear":
-            talk = model.talk()
-            write("(the conversation starts anew)\n")
-        elif text:
-            question = [{"role": "user", "content": text}]
-            question = question if talk.messages else [*system, *question]
-            try:
-                prompt, dropped = model.fit(talk, question)
-            except ValueError as error:
-                write(f"({error})\n")
-                continue
-            if dropped:
-                oldest = f"the oldest {dropped} turn{'s' * (dropped > 1)}"
-                write(f"(the context is full: dropped {oldest})\n")
-            reply, interrupted = stream_reply(model, prompt, "bot> ")
-            talk.add(question, reply, 2 * dropped)
+    from runtime.conversation import Conversation
+
+    conversation = Conversation(model, system)
+    size = f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.1f} M parameters"
+    leave = "/clear forgets, /exit leaves"
+    write(f"{name}: {size}, context of {model.context} tokens. {leave}\n")
+    for prompt in conversation.prompts():
+        reply, stopped = stream_reply(model, prompt, "bot> ")
+        conversation.add(reply, stopped)
 
 
 def parse_args() -> argparse.Namespace:
@@ -216,15 +179,7 @@ def main() -> int:
         _, stopped = stream_reply(model, model.check(ids))
         return 130 if stopped else 0
     else:
-        interactive = sys.stdin.isatty()
-        if interactive:
-            with contextlib.suppress(ImportError):  # Windows' own terminal does it by itself
-                import readline  # noqa: F401  # arrow keys and history in input()
-        size = f"{sum(p.numel() for p in model.model.parameters()) / 1e6:.1f} M parameters"
-        leave = "/clear forgets, /exit leaves"
-        name = path.name if path.is_dir() else path.stem
-        write(f"{name}: {size}, context of {model.context} tokens. {leave}\n")
-        chat(model, system, interactive)
+        chat(model, path.name if path.is_dir() else path.stem, system)
     return 0
 
 

@@ -14,7 +14,6 @@ from torch import nn
 from kernels import native
 from kernels.attention import FastAttention
 from kernels.cross_entropy import FastHead
-from kernels.experts import FastExperts, FastMoE, FastRouter
 from kernels.linear import FastLinear, keep_products, pad_row, products
 from kernels.norm import FastBlock, FastRMSNorm
 from kernels.pointwise import FastSwiGLU
@@ -25,8 +24,6 @@ REPLACEMENTS = {
         lm.RMSNorm: FastRMSNorm,
         lm.Attention: FastAttention,
         lm.Head: FastHead,
-        lm.MoE: FastMoE,
-        lm.Experts: FastExperts,
     },
     "cpu": {
         lm.Block: FastBlock,
@@ -35,9 +32,6 @@ REPLACEMENTS = {
         lm.SwiGLU: FastSwiGLU,
         nn.Linear: FastLinear,
         lm.Head: FastHead,
-        lm.Router: FastRouter,
-        lm.MoE: FastMoE,
-        lm.Experts: FastExperts,
     },
 }
 
@@ -98,6 +92,10 @@ def apply(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[st
         from kernels.lora import FastLoRALinear, LoRALinear
 
         replacements = {**replacements, LoRALinear: FastLoRALinear}
+    if device.type in REPLACEMENTS and has_experts(model):
+        from kernels import experts
+
+        replacements = replacements | experts.REPLACEMENTS[device.type]
     for module in model.modules():
         if fast := replacements.get(type(module)):
             module.__class__ = fast
@@ -108,13 +106,19 @@ def apply(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[st
         if language_model.gradient_checkpointing:
             keep_products()
     reasons = available(device, dtype)
-    if not any(isinstance(module, lm.MoE) for module in model.modules()):
+    if not has_experts(model):
         reasons = {name: why for name, why in reasons.items() if name not in ("router", "experts")}
     return reasons
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether there is a mixture of experts in it."""
+    moe = sys.modules.get("model.moe")  # else there is no layer of it
+    return moe is not None and any(isinstance(module, moe.MoE) for module in model.modules())
+
+
 def make_decoder(model: lm.MiniMindLM, cache):
-    """What generates with a model: a `generate.Decoder`, with the kernels of its device."""
+    """What generates with a model: a `kv_cache.Decoder`, with the kernels of its device."""
     if cache.kv.device.type == "cuda":
         from kernels.decode_graph import DecodeGraph
 

@@ -17,7 +17,7 @@ from kernels.linear import FastLinear
 from kernels.native import round_up
 from kernels.norm import FastRMSNorm
 from kernels.pointwise import apply_rope
-from model.generate import Decoder, KVCache
+from model.kv_cache import Decoder, KVCache
 from model.layout import Layout, rotary_angles
 from model.lm import RMSNorm
 

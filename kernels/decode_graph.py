@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.native import round_up
-from model.generate import Decoder, KVCache
+from model.kv_cache import Decoder, KVCache
 from model.layout import Layout, rotary_angles
 
 # cuDNN's, which is as fast on an H200, takes a tenth of a second to prepare each new shape.

@@ -10,7 +10,7 @@ from kernels.compiling import uncompiled
 from kernels.linear import length_step, multiply, products, sum_of_products
 from kernels.native import round_up
 from kernels.pointwise import swiglu
-from model.lm import Experts, MoE, Router
+from model.moe import Experts, MoE, Router
 
 # The rows of an expert are filled up to a multiple of so many. A product of few rows is rounded in
 # another way (MKL: fewer than 4 a thread), so the routing of one document would change its
@@ -207,3 +207,9 @@ def grouped_sums(total: Tensor, a: Tensor, b: Tensor, ends: Tensor) -> None:
         return
     for result, left, right in zip(total, a.split(sizes), b.split(sizes), strict=True):
         sum_of_products(result, left, right)
+
+
+REPLACEMENTS = {
+    "cuda": {MoE: FastMoE, Experts: FastExperts},
+    "cpu": {Router: FastRouter, MoE: FastMoE, Experts: FastExperts},
+}

@@ -53,8 +53,7 @@ class LMConfig:
                 raise ValueError(f"{name} must be {fault}")
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
-            fault = f"{name} must be a number above 0, it is {value}"
-            require(0 < value < math.inf, fault)
+            require(0 < value < math.inf, f"{name} must be a number above 0, it is {value}")
         dim, heads, kv_heads = self.dim, f"n_heads {self.n_heads}", f"n_kv_heads {self.n_kv_heads}"
         if self.head_dim is None:
             fault = f"dim {dim} is not a multiple of {heads}: change one of them"

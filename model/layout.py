@@ -23,7 +23,7 @@ class Layout:
     mask: Tensor | None = None  # (B, 1, T, S) bool: which keys a query sees; None: all up to itself
     doc_ids: Tensor | None = None  # (B * T,) int64: each token's document; `docs` for padding
     docs: int = 0
-    cache: object | None = None  # a generate.KVCache
+    cache: object | None = None  # a kv_cache.KVCache
     slots: tuple[Tensor, Tensor] | None = None  # row and position in the cache, of each token
     context: object | None = None  # set where processes share the row and each holds a part of it
 
@@ -41,13 +41,18 @@ def rotary_angles(config, positions: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos() * scale, angle.sin() * scale
 
 
+def check_length(config, tokens: int) -> None:
+    """ValueError: a context that is too long."""
+    if tokens > config.max_seq_len:
+        limit = f"max_seq_len {config.max_seq_len}"
+        raise ValueError(f"context of {tokens} tokens is longer than {limit}")
+
+
 def make_layout(
     config,
     input_ids: Tensor,
-    attention_mask: Tensor | None,
-    doc_lens: list[int] | None,
-    cache,
-    context,
+    attention_mask: Tensor | None = None,
+    doc_lens: list[int] | None = None,
 ) -> Layout:
     """The layout of a forward pass; for the arguments see `MiniMindLM.forward`.
 
@@ -57,46 +62,29 @@ def make_layout(
         ValueError: a context that is too long, or documents that do not fit their row.
     """
     (B, T), device = input_ids.shape, input_ids.device
-    held = 0 if cache is None or doc_lens is not None else int(cache.lengths.max())
-    longest = held + T if doc_lens is None else max(doc_lens, default=0)
-    if longest > config.max_seq_len:
-        limit = f"max_seq_len {config.max_seq_len}"
-        raise ValueError(f"context of {longest} tokens is longer than {limit}")
-    row = T if context is None else T * context.size
-    part = slice(None) if context is None else context.part(row)
-    if doc_lens is not None and (B != 1 or sum(doc_lens) > row):
+    check_length(config, T if doc_lens is None else max(doc_lens, default=0))
+    if doc_lens is not None and (B != 1 or sum(doc_lens) > T):
         fit = f"they sum to {sum(doc_lens)}, rows: {B}"
-        raise ValueError(f"doc_lens must fit the {row} tokens of one row; {fit}")
-
+        raise ValueError(f"doc_lens must fit the {T} tokens of one row; {fit}")
     lens = [T] * B if doc_lens is None else doc_lens
-    lens = torch.tensor([*lens, B * row - sum(lens)])  # (docs + 1,), padding is the last one
+    lens = torch.tensor([*lens, B * T - sum(lens)])  # (docs + 1,), padding is the last one
     mask = None
+    positions = torch.arange(T).expand(B, T)
     if doc_lens is not None:
-        positions = torch.cat([torch.arange(n) for n in lens])[part].unsqueeze(0)
+        positions = torch.cat([torch.arange(n) for n in lens]).unsqueeze(0)
     elif attention_mask is not None:
         positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
         key, query = torch.arange(T, device=device), torch.arange(T, device=device).view(T, 1)
         seen = (key <= query) & attention_mask.bool().view(B, 1, 1, -1)
         mask = seen | (key == query)  # padding sees itself: a row without a key would be NaN
-    else:
-        positions = torch.arange(T).expand(B, T)
-        positions = positions if cache is None else positions + cache.lengths.unsqueeze(1)
 
-    slots = None
-    if cache is not None:
-        if doc_lens is None and held and (T > 1 or cache.lengths.min() < held):
-            mask = (torch.arange(held + T) <= positions.view(B, 1, T, 1)).to(device)
-        rows = cache.add(T, None if doc_lens is None else lens[:-1])
-        slots = rows.to(device), positions.flatten()[: rows.size(-1)].to(device)
-
-    layout = Layout(*rotary_angles(config, positions.to(device)), mask=mask, slots=slots)
-    layout.docs, layout.cache, layout.context = len(lens) - 1, cache, context
+    layout = Layout(*rotary_angles(config, positions.to(device)), mask=mask, docs=len(lens) - 1)
     if doc_lens is not None:
         layout.doc_lens, layout.max_seqlen = lens, int(lens.max())
         cu_seqlens = F.pad(lens.cumsum(0), (1, 0)).int()
         layout.cu_seqlens = cu_seqlens.to(device)
-    if config.use_moe and cache is None:  # for the load-balancing loss
-        layout.doc_ids = torch.arange(len(lens)).repeat_interleave(lens)[part].to(device)
+    if config.use_moe:  # for the load-balancing loss
+        layout.doc_ids = torch.arange(len(lens)).repeat_interleave(lens).to(device)
         if attention_mask is not None:
             layout.doc_ids = layout.doc_ids.where(attention_mask.flatten().bool(), layout.docs)
     return layout

@@ -5,13 +5,14 @@ on top of the model.
 """
 
 import math
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from model.tensor_file import load_state_dict
 
 CHUNK_BYTES = 1 << 24  # read and converted at once
 
@@ -143,39 +144,23 @@ class LazyTensor:
             yield self[begin : begin + step]
 
 
+def open_torch_file(path: Path) -> dict[str, LazyTensor]:
+    """A weights file of ours, to be read in parts. ValueError: see `read_torch_file`."""
+    tensors = read_torch_file(path)
+    return {n: LazyTensor(t.shape, [(t, [(0, m) for m in t.shape])]) for n, t in tensors.items()}
+
+
 def read_torch_file(path: Path) -> dict[str, FileTensor]:
     """What a file of torch.save holds, without its data, after a look at its checksums.
 
     Raises:
-        ValueError: it is damaged, no plain state dict, or a tensor has a type that no model here
-            has.
+        ValueError: see `load_state_dict`; a tensor is not stored row by row.
     """
-    from model.tensor_file import check_content, what_is_wrong
-
-    try:
-        state = torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # half a dozen types for a torn or foreign file
-        raise ValueError(f"{path}: not a weights file ({what_is_wrong(error)})") from None
-    names, values = (state.keys(), state.values()) if isinstance(state, dict) else ([None], [])
-    is_plain = all(isinstance(value, Tensor) for value in values)
-    if not is_plain or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: not a plain state dict of tensors")
-    if not zipfile.is_zipfile(path):
-        fault = "written by a torch.save before 1.6, which cannot be read in parts"
-        raise ValueError(f"{path}: {fault}; save the model as safetensors")
-    check_content(path)
-    with zipfile.ZipFile(path) as archive:
-        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-            raise ValueError(f"{path}: compressed, which torch.save never does; take another copy")
     tensors = {}
-    for name, value in state.items():
-        if value.dtype not in DTYPES.values():
-            kind = str(value.dtype).removeprefix("torch.")
-            raise ValueError(f"{path}: {name} is of type {kind}; floats of 16 to 64 bits are read")
+    for name, value in load_state_dict(path, "meta").items():
         # Where a storage begins in the file is set by torch.load onto the meta device alone.
-        is_dense = value.layout == torch.strided and value.is_contiguous()
-        begin = getattr(value.untyped_storage(), "_checkpoint_offset", None) if is_dense else None
-        if begin is None:
+        begin = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+        if begin is None or not value.is_contiguous():
             fault = f"{name} is stored in a form that cannot be read in parts"
             raise ValueError(f"{path}: {fault}; save the model as safetensors")
         offset = begin + value.storage_offset() * value.dtype.itemsize

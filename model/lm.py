@@ -123,89 +123,12 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Router(nn.Linear):
-    """x (..., C) -> probabilities (..., E) in float32: in low precision routing is a coin toss."""
+def make_moe(config: LMConfig) -> nn.Module:
+    """A mixture of experts, beside what every token visits."""
+    from model.moe import MoE
 
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float()).softmax(dim=-1)
-
-
-class Experts(nn.Module):
-    """The routed experts of a layer, each a SwiGLU, their weights stacked."""
-
-    def __init__(self, n: int, dim: int, hidden_dim: int):
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(n, 2 * hidden_dim, dim))
-        self.down_proj = nn.Parameter(torch.empty(n, dim, hidden_dim))
-
-    def forward(self, x: Tensor, weight: Tensor, choice: Tensor) -> Tensor:
-        """Of x (B, T, C) the weighted sum, (B, T, C), over the experts that each token chose.
-
-        Args:
-            weight: (B, T, k) float32.
-            choice: (B, T, k) int64; what is no expert's number contributes nothing.
-        """
-        out = torch.zeros_like(x)
-        for e, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
-            b, t, slot = (choice == e).nonzero(as_tuple=True)  # (n,) each: the tokens of expert e
-            gate, up = F.linear(x[b, t], gate_up).chunk(2, dim=-1)
-            y = F.linear(F.silu(gate) * up, down) * weight[b, t, slot].unsqueeze(-1)
-            out = out.index_put((b, t), y.to(out.dtype), accumulate=True)
-        return out
-
-
-class MoE(nn.Module):
-    """Top-k routing over experts, plus shared experts that see every token. No token is dropped.
-
-    The load-balancing loss is taken per document and averaged over documents by their tokens. Taken
-    over whatever shares a batch it would change with the batch's layout; per document it is a sum
-    over documents, like the cross-entropy, and any split into micro-batches and ranks gives one
-    gradient.
-
-    Source: Fedus et al., Switch Transformers (2021), eq. 4-6, E * sum_e f_e P_e, with the scope of
-    a sequence as in DeepSeek-V2 (2024), eq. 23-25. It is 1 when the routing is even.
-    """
-
-    def __init__(self, config: LMConfig):
-        super().__init__()
-        self.config = config
-        self.gate = Router(config.dim, config.n_experts, bias=False)
-        self.experts = Experts(config.n_experts, config.dim, config.moe_hidden_dim)
-        if config.n_shared_experts:
-            width = config.moe_hidden_dim * config.n_shared_experts
-            self.shared_expert = SwiGLU(config.dim, width)
-
-    def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        weight, choice, aux_loss = self.route(x, layout)
-        out = self.experts(x, weight, choice)
-        if self.config.n_shared_experts:
-            out = out + self.shared_expert(x)
-        return out, aux_loss
-
-    def route(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen experts' weights and numbers, (B, T, k), and the load-balancing loss."""
-        probs = self.gate(x)  # (B, T, E)
-        weight, choice = probs.topk(self.config.n_experts_per_tok, dim=-1)
-        if self.config.norm_topk_prob:  # a single one has the weight 1, without a gradient
-            single = weight.size(-1) == 1
-            weight = torch.ones_like(weight) if single else weight / weight.sum(-1, keepdim=True)
-        return weight, choice, self.balance_loss(probs.flatten(0, 1), choice.flatten(0, 1), layout)
-
-    def balance_loss(self, probs: Tensor, choice: Tensor, layout: Layout) -> Tensor:
-        """Of probs (N, E) and choice (N, k): a scalar float32."""
-        if layout.doc_ids is None:
-            return probs.new_zeros(())
-        E = probs.size(1)
-        visits = F.one_hot(choice, E).sum(dim=1) / choice.size(1)
-        values = torch.cat((torch.ones_like(probs[:, :1]), visits, probs), dim=1)  # (N, 1 + 2 E)
-        sums = values.new_zeros(layout.docs + 1, 1 + 2 * E).index_add(0, layout.doc_ids, values)
-        tokens, visits, probs = sums[:-1].split((1, E, E), dim=1)  # (docs, .), without padding
-        tokens, visits = tokens.detach(), visits.detach()
-        if layout.context is not None:
-            tokens, visits = layout.context.total(tokens), layout.context.total(visits)
-        loss = E * visits * probs / tokens.clamp_min(1.0)  # (docs, E); its sum is loss x tokens
-        return self.config.aux_loss_alpha * loss.sum() / tokens.sum().clamp_min(1.0)
+    shared = config.n_shared_experts
+    return MoE(config, SwiGLU(config.dim, config.moe_hidden_dim * shared) if shared else None)
 
 
 class Block(nn.Module):
@@ -215,7 +138,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config, index)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MoE(config) if config.use_moe else SwiGLU(config.dim, config.hidden_dim)
+        self.mlp = make_moe(config) if config.use_moe else SwiGLU(config.dim, config.hidden_dim)
 
     def forward(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Of x (B, T, C) the output, (B, T, C), and the load-balancing loss."""
@@ -259,7 +182,7 @@ class MiniMindLM(nn.Module):
     Attributes:
         gradient_checkpointing: the level of `recompute.recompute`.
         context: set where processes share a row and each holds a part of its tokens.
-        make_decoder: what generation takes instead of `generate.Decoder`, where it is set.
+        make_decoder: what generation takes instead of `kv_cache.Decoder`, where it is set.
     """
 
     def __init__(self, config: LMConfig, gradient_checkpointing: int = 0):
@@ -292,7 +215,7 @@ class MiniMindLM(nn.Module):
             doc_lens: lengths of the documents packed into the one row (B = 1), padding behind them.
                 Attention runs inside each document only.
             logits_at: (K,) int64, positions in the flattened (B * T); the head runs on these alone.
-            cache: a generate.KVCache with keys and values of the tokens before; is extended.
+            cache: a kv_cache.KVCache with keys and values of the tokens before; is extended.
             targets: (K,) int64, the tokens that follow at logits_at.
             layout: what else is worked out from attention_mask, doc_lens and cache.
 
@@ -332,7 +255,11 @@ class MiniMindLM(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 entries = f"a vocabulary of {self.config.vocab_size} entries"
                 raise ValueError(f"token ids {low} to {high} do not fit {entries}")
-        return make_layout(self.config, input_ids, attention_mask, doc_lens, cache, self.context)
+        if cache is not None:
+            return cache.layout(self.config, input_ids, doc_lens)
+        if self.context is not None:
+            return self.context.layout(self.config, input_ids, doc_lens)
+        return make_layout(self.config, input_ids, attention_mask, doc_lens)
 
     def stream(self, input_ids: Tensor, *args, **options) -> Iterator[Tensor]:
         """Generate token by token; see `generate.stream` for the arguments."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.lm import LMConfig, MiniMindLM, Router, blocks
+from model.lm import LMConfig, MiniMindLM, blocks
+from model.moe import Router
 from model.tensor_file import read_tensors
 from model.weight_hash import hash_weights
 from model.weights import open_weights
@@ -210,7 +211,7 @@ def write_peft(path: str | Path, folder: str | Path, base: str) -> None:
 
 def hash_file(model: MiniMindLM, path: str | Path) -> str:
     """`hash_weights` of the model with the weights of a file or folder, read in parts."""
-    digest, tensors = hashlib.sha256(), open_weights(model, path)
+    digest, tensors = hashlib.sha256(), open_weights(model, path, lazily=True)
     for name in model.state_dict():
         digest.update(name.encode())
         for part in tensors[name].chunks():

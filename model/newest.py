@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from model.weights import is_path
+
+def is_path(name: str) -> bool:
+    """Whether it names a file or a folder, not a stage or a run."""
+    return name.endswith(".pth") or "/" in name or (Path(name) / "config.json").is_file()
 
 
 def newest_weights(weight: str, out_dir: str | Path, flag: str = "--weight") -> Path:

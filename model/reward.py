@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
-from model.weights import allocate, load_weights
+from model.weights import load_weights
 
 
 @dataclass
@@ -127,7 +127,6 @@ def load_reward_model(path: str | Path) -> RewardModel:
     """
     with on_meta_device():
         model = RewardModel(read_reward_config(path))
-    allocate(model, "cpu")
     load_weights(model, path)
     return model.eval()
 

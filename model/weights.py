@@ -3,52 +3,67 @@
 A folder is one in Hugging Face's format, see model/hf.py.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
+from model.tensor_file import read_tensors
 
 
-def is_path(name: str) -> bool:
-    """Whether it names a file or a folder, not a stage or a run."""
-    return name.endswith(".pth") or "/" in name or (Path(name) / "config.json").is_file()
+def load_model(path: str | Path) -> MiniMindLM:
+    """The model in a weights file or a folder in Hugging Face's format: CPU, float32, for evaluation.
+
+    Raises:
+        ValueError: the configuration is missing, or weights or configuration are damaged.
+    """
+    with on_meta_device():
+        model = MiniMindLM(read_config(path))
+    load_weights(model, path)
+    return model.eval()
 
 
 @torch.no_grad()
-def load_weights(model: MiniMindLM, path: str | Path, new_head: bool = False) -> None:
-    """Load a weights file, or a folder in Hugging Face's format, into the model, piece by piece.
+def load_weights(
+    model: MiniMindLM,
+    path: str | Path,
+    new_head: bool = False,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Load a weights file, or a folder in Hugging Face's format, into the model.
 
     Args:
         new_head: as for `open_weights`.
+        device: where a model of the meta device gets its memory.
 
     Raises:
         ValueError: see `open_weights`; a value is not finite.
     """
-    copy_tensors(open_weights(model, path, new_head), model)
-
-
-@torch.no_grad()
-def copy_tensors(tensors: Mapping, model: MiniMindLM) -> None:
-    """Read what `open_weights` found into a model that has memory."""
+    tensors = open_weights(model, path, new_head)
+    if model.model.embed_tokens.weight.is_meta:  # not before: a wrong size asks for no memory
+        allocate(model, device)
     for name, p in model.named_parameters():
-        if name in tensors:
+        if isinstance(tensors.get(name), Tensor):
+            p.copy_(tensors[name])
+        elif name in tensors:
             tensors[name].copy_to(p)
 
 
-def open_weights(model: MiniMindLM, path: str | Path, new_head: bool = False):
-    """The tensors of a weights file or a folder, none of them read yet: every name and shape fits.
+def open_weights(
+    model: MiniMindLM, path: str | Path, new_head: bool = False, lazily: bool = False
+) -> dict:
+    """The tensors of a weights file or a folder: every name and shape fits the model.
 
     Args:
         model: for which they are; may be spread over processes, or have no memory yet, and have
             LoRA's factors beside its weights.
         new_head: a reward model may take the decoder of a language model and keep its own head.
+        lazily: nothing is read yet, where a part of each tensor is wanted, or one after the other.
 
     Returns:
-        name -> LazyTensor.
+        name -> Tensor, the file itself; of a folder, and lazily, name -> LazyTensor.
 
     Raises:
         ValueError: the file is not a state dict, or was made for a model of another shape; names
@@ -56,7 +71,16 @@ def open_weights(model: MiniMindLM, path: str | Path, new_head: bool = False):
     """
     path, own = Path(path), model.state_dict()
     own = {name: value for name, value in own.items() if ".lora_" not in name}
-    state = read_lazily(path)
+    if path.is_dir():
+        from model.hf import config_from_hf, read_hf_tensors
+
+        state = dict(read_hf_tensors(path, config_from_hf(path)))
+    elif lazily:
+        from model.lazy_tensors import open_torch_file
+
+        state = open_torch_file(path)
+    else:
+        state = read_tensors(path)
     if "score.weight" in state and "score.weight" not in own:
         raise ValueError(f"{path}: a reward model, a language model is wanted here")
     if new_head and "score.weight" in own and "score.weight" not in state:
@@ -64,49 +88,24 @@ def open_weights(model: MiniMindLM, path: str | Path, new_head: bool = False):
         own.pop("score.weight")
     if model.config.tie_embeddings and "model.embed_tokens.weight" in state:
         embedding = state["model.embed_tokens.weight"]
-        if not embedding.equal(state.setdefault("lm_head.weight", embedding)):
+        head = state.setdefault("lm_head.weight", embedding)
+        if head.dtype != embedding.dtype or not head.equal(embedding):
             fault = "lm_head.weight is not the embedding: its model has tie_embeddings false"
             raise ValueError(f"{path}: {fault}")
-    for name in [*own, *state]:
-        if name not in state or name not in own:
-            lacking = "the file" if name not in state else "the model"
-            fault = f"made for another model: {lacking} has no {name}"
-            raise ValueError(f"{path}: {fault}; check --n_layers, --use_moe")
-    for name, value in own.items():
-        if value.shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)} in the file and {tuple(value.shape)} here"
-            fault = f"made for a model of another shape: {name} is {shapes}"
-            advice = "check --dim, --n_heads, --n_kv_heads and the tokenizer"
-            raise ValueError(f"{path}: {fault}; {advice}")
+    shapes, own_shapes = ({n: v.shape for n, v in part.items()} for part in (state, own))
+    if shapes != own_shapes:
+        from model.weights_faults import explain_difference
+
+        raise ValueError(f"{path}: {explain_difference(shapes, own_shapes)}")
     return state
-
-
-def read_lazily(path: Path) -> dict:
-    """What a weights file or a folder holds, under our names, as LazyTensors."""
-    if path.is_dir():
-        from model.hf import config_from_hf, read_hf_tensors
-
-        return dict(read_hf_tensors(path, config_from_hf(path)))
-    from model.lazy_tensors import LazyTensor, read_torch_file
-
-    if not path.is_file():
-        fault = "no such weights file; train that stage first, or see --from_weight"
-        raise ValueError(f"{path}: {'not a file' if path.exists() else fault}")
-    tensors = read_torch_file(path)
-    return {n: LazyTensor(t.shape, [(t, [(0, m) for m in t.shape])]) for n, t in tensors.items()}
 
 
 def allocate(model: MiniMindLM, device: torch.device | str) -> None:
     """Give a model of the meta device memory, without values; a reward model's head begins at zero."""
-    if any(hasattr(p, "to_local") for p in model.parameters()):  # spread over processes
-        model.to_empty(device=device)
-        if model.config.tie_embeddings:  # to_empty makes two parameters of one
-            model.lm_head.weight = model.model.embed_tokens.weight
-    else:
-        new = {id(p): nn.Parameter(torch.empty(p.shape, device=device)) for p in model.parameters()}
-        for module in model.modules():
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, new[id(p)].requires_grad_(p.requires_grad))
+    new = {id(p): nn.Parameter(torch.empty(p.shape, device=device)) for p in model.parameters()}
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, new[id(p)].requires_grad_(p.requires_grad))
     if hasattr(model, "score"):
         nn.init.zeros_(model.score.weight)
 
@@ -125,33 +124,9 @@ def read_config(path: str | Path, reward: bool = False) -> LMConfig:
         from model.hf import config_from_hf
 
         return config_from_hf(path)
-    config_path = path.with_suffix(".json")
-    if not config_path.is_file():
-        fault = f"missing; it holds the shape of the model in {path.name}, keep them together"
-        raise ValueError(f"{config_path}: {fault}")
-    text = config_path.read_text(encoding="utf-8", errors="replace")
-    if '"lora": {' in text:
-        fault = (
-            "an adapter: name its base model here, and the adapter with --lora, or merge the two"
-        )
-        raise ValueError(f"{path}: {fault}")
-    if '"head": "score"' in text:
-        if reward:
-            return LMConfig.from_json(config_path, leave_out="head")
-        fault = "a reward model, which scores texts but writes none; name a language model"
-        raise ValueError(f"{path}: {fault}")
-    return LMConfig.from_json(config_path)
+    try:
+        return LMConfig.from_json(path.with_suffix(".json"), leave_out="head" if reward else "")
+    except (FileNotFoundError, ValueError) as error:
+        from model.weights_faults import explain_config
 
-
-def load_model(path: str | Path) -> MiniMindLM:
-    """The model in a weights file or a folder in Hugging Face's format: CPU, float32, for evaluation.
-
-    Raises:
-        ValueError: the configuration is missing, or weights or configuration are damaged.
-    """
-    with on_meta_device():
-        model = MiniMindLM(read_config(path))
-    tensors = open_weights(model, path)  # first: a wrong size must not ask for its memory
-    allocate(model, "cpu")
-    copy_tensors(tensors, model)
-    return model.eval()
+        raise ValueError(explain_config(path, error)) from None

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from dataset.chat_format import ChatCoder, chat_coder
-from dataset.talk import Talk
 from dataset.text_encoder import TextEncoder, text_encoder
 from dataset.tokenizer import LazyTokenizer
 from model.lm import MiniMindLM
@@ -42,11 +41,6 @@ class ChatModel:
             self.end_of_turn = self.sampling["eos_token_id"] = self.coder.end_of_turn
             self.opening = self.coder.opening(self.thinking)
 
-    def talk(self, tools: list[dict] | None = None) -> Talk:
-        """A conversation that begins."""
-        assert self.coder
-        return Talk(self.coder, tools, self.thinking)
-
     def encode(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
         """The prompt ids of a conversation, up to where the model is to speak."""
         assert self.coder
@@ -58,26 +52,6 @@ class ChatModel:
             sizes = f"{len(ids)} tokens, the context of the model is {self.context}"
             raise ValueError(f"the prompt makes {sizes}: shorten it")
         return ids
-
-    def fit(self, talk: Talk, question: list[dict]) -> tuple[list[int], int]:
-        """Drop turns from the front until the prompt leaves a quarter of the context for a reply.
-
-        Args:
-            talk: what was said; its system turn is never dropped.
-            question: the new turns.
-
-        Returns:
-            The ids of the prompt, and how many questions with their replies were dropped.
-
-        Raises:
-            ValueError: the question alone does not fit.
-        """
-        room = self.context - min(self.sampling["max_new_tokens"], self.context // 4)
-        prompt, dropped = talk.prompt(question), 0
-        while len(prompt) > room and 2 * (dropped + 1) <= len(talk.messages):
-            dropped += 1
-            prompt = talk.prompt(question, 2 * dropped)
-        return self.check(prompt), dropped
 
 
 def open_device(name: str) -> torch.device:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.generate import Decoder
 from model.hf import meta_model
+from model.kv_cache import Decoder
 from model.layout import Layout
 from model.lm import LMConfig, MiniMindLM
 from model.weights import open_weights, read_config
@@ -45,7 +45,7 @@ def load_spread(path: Path, dtype: torch.dtype, max_memory: list[str] | None = N
         raise ValueError("--device_map needs accelerate: pip install accelerate") from None
     config = read_config(path)
     model = meta_model(config).eval()
-    tensors = open_weights(model, path)
+    tensors = open_weights(model, path, lazily=True)
     places = place_blocks(model, dtype, free_memory(max_memory))
     main = places[""]
     # A module is tied to nothing on disk: these are always in memory.

@@ -8,14 +8,9 @@ from torch import nn
 
 from model.config import LMConfig
 from model.initial import on_meta_device
-from model.weights import (
-    allocate,
-    copy_tensors,
-    is_path,
-    open_weights,
-    read_config,
-    read_lazily,
-)
+from model.newest import is_path
+from model.tensor_file import read_tensors
+from model.weights import allocate, load_weights, read_config
 
 
 def find(name: str, of_stage: Path, required: bool) -> Path:
@@ -48,7 +43,7 @@ def read_shape(path: Path | None) -> LMConfig | None:
         return read_config(path, reward=True)
     except ValueError:
         if not path.is_dir():
-            read_lazily(path)  # where both are damaged, that of the weights is the error to tell
+            read_tensors(path)  # where both are damaged, that of the weights is the error to tell
         raise
 
 
@@ -67,7 +62,8 @@ def build(
         return sharded_start.build(make, path, resumed)
     with on_meta_device():  # the values come from elsewhere: none are made
         model = make()
-    tensors = open_weights(model, path, new_head=True) if path and not resumed else {}
-    allocate(model, device)  # last: sizes that do not fit the file ask for no memory
-    copy_tensors(tensors, model)
+    if resumed is None:
+        load_weights(model, path, new_head=True, device=device)
+    else:
+        allocate(model, device)
     return model, None

@@ -22,8 +22,9 @@ import torch
 import yaml
 
 from dataset.progress import count_bar
-from model.generate import generate_batch, make_sampler
+from model.generate_batch import generate_batch
 from model.newest import newest_weights
+from model.sampling import make_sampler
 from runtime.chat_model import ChatModel, open_chat_model, open_device
 from runtime.device import keep_memory
 from runtime.flags import check_flags, usage_error

@@ -30,8 +30,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.serving.client import Reply, Server, post, serve
-from model.generate import generate_batch, make_sampler
+from model.generate_batch import generate_batch
 from model.lm import LMConfig, MiniMindLM
+from model.sampling import make_sampler
 from model.weights import load_model
 from runtime.chat_model import open_chat_model
 from runtime.kernel_loader import apply_kernels

@@ -24,7 +24,8 @@ import torch
 from client import Server, post, serve
 
 from dataset.pretrain_dataset import end_of_text
-from model.generate import generate_batch, make_sampler
+from model.generate_batch import generate_batch
+from model.sampling import make_sampler
 from model.weights import load_model
 from runtime.chat_model import open_chat_model
 

@@ -29,7 +29,9 @@ from common import (
 from transformers import StoppingCriteria
 
 from kernels.cpu_decoder import CpuDecoder, is_supported
-from model.generate import KVCache, generate_batch, make_sampler
+from model.generate_batch import generate_batch
+from model.kv_cache import KVCache
+from model.sampling import make_sampler
 
 BATCH, NEW = 64, 128
 

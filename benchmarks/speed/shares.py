@@ -24,7 +24,7 @@ from training import ROWS, Loop, ours
 from kernels.compiling import compile_blocks
 from kernels.linear import multiply, products, sum_of_products
 from kernels.native import Function
-from model.generate import Decoder, KVCache
+from model.kv_cache import Decoder, KVCache
 from runtime.device import keep_memory
 
 KINDS = {  # the first that the name of an operation, or of a function of kernels/*.cpp, contains

@@ -23,7 +23,7 @@ from torch.distributed._functional_collectives import (
     all_to_all_single_autograd,
 )
 
-from model.layout import Layout
+from model.layout import Layout, make_layout
 
 
 class Context:
@@ -36,6 +36,17 @@ class Context:
         """What this rank holds of a row of so many tokens."""
         size = tokens // self.size
         return slice(self.rank * size, (self.rank + 1) * size)
+
+    def layout(self, config, input_ids: Tensor, doc_lens: list[int] | None) -> Layout:
+        """The layout of this rank's tokens (1, n); its documents are those of the whole row."""
+        tokens = input_ids.size(1) * self.size
+        layout = make_layout(config, input_ids.new_empty(len(input_ids), tokens), None, doc_lens)
+        part = self.part(tokens)
+        layout.cos, layout.sin = layout.cos[:, part], layout.sin[:, part]
+        if layout.doc_ids is not None:
+            layout.doc_ids = layout.doc_ids[part]
+        layout.context = self
+        return layout
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks that share the row, without a gradient."""

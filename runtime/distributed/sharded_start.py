@@ -31,12 +31,24 @@ class Fill:
     @torch.no_grad()
     def __call__(self, model: MiniMindLM, device: torch.device) -> None:
         """Give the parts that are here memory and values. ValueError: one is not finite."""
-        allocate(model, device)
+        allocate_parts(model, device)
         parameters = dict(model.named_parameters())  # of a stage of a pipeline: some
         for name, write in self.values():
             if name in parameters:
                 p = parameters[name]
                 write(local(p), own_part(p))
+
+
+def allocate_parts(model: MiniMindLM, device: torch.device) -> None:
+    """As `model.weights.allocate`, of a model whose parameters may be spread over processes."""
+    if not any(is_sharded(p) for p in model.parameters()):
+        allocate(model, device)
+        return
+    model.to_empty(device=device)
+    if model.config.tie_embeddings:  # to_empty makes two parameters of one
+        model.lm_head.weight = model.model.embed_tokens.weight
+    if hasattr(model, "score"):
+        nn.init.zeros_(model.score.weight)
 
 
 def build(
@@ -59,7 +71,7 @@ def build(
         return model, Fill(values)
     with on_meta_device():
         model = make()
-    tensors = {} if resumed is not None else open_weights(model, path, new_head=True)
+    tensors = {} if resumed is not None else open_weights(model, path, True, lazily=True)
     return model, Fill(lambda: [(name, tensor.copy_to) for name, tensor in tensors.items()])
 
 

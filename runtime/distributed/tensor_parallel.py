@@ -33,7 +33,8 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.func import functional_call
 
-from model.lm import Experts, Head, LMConfig, MiniMindLM, MoE, SwiGLU
+from model.lm import Head, LMConfig, MiniMindLM, SwiGLU
+from model.moe import Experts, MoE
 
 
 def check_sizes(config: LMConfig, tensor: int) -> None:

@@ -75,7 +75,7 @@ def open_source(
     path = newest_weights(str(weights), out_dir, "WEIGHTS")
     if lora is None:
         model = meta_model(read_config(path))
-        tensors = open_weights(model, path)
+        tensors = open_weights(model, path, lazily=True)
     else:
         from model.lora import merge_adapter
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dataset.chat_format import ChatCoder
 from dataset.prompt_dataset import PromptDataset
-from model.generate import generate_batch
+from model.generate_batch import generate_batch
 from model.lm import MiniMindLM
 from runtime.device import to_float64
 from runtime.parallel import sum_over_ranks

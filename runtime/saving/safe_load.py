@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model.tensor_file import what_is_wrong
+from model.weights_faults import explain_load
 
 # Module -> classes and functions that do nothing but hold data.
 DATA = {
@@ -100,7 +100,7 @@ def load_tensors(
     except OSError:
         raise
     except Exception as error:  # torch raises half a dozen types for a torn or foreign file
-        raise NotData(f"{name_of(file)}: {what_is_wrong(error)}") from error
+        raise NotData(f"{name_of(file)}: {explain_load(error)}") from error
 
 
 def load_pickle(file, **options):
@@ -108,7 +108,7 @@ def load_pickle(file, **options):
     try:
         return Unpickler(file, **options).load()
     except Exception as error:
-        raise NotData(f"{name_of(file)}: {what_is_wrong(error)}") from error
+        raise NotData(f"{name_of(file)}: {explain_load(error)}") from error
 
 
 def name_of(file) -> str:
@@ -151,7 +151,7 @@ def reader(checkpoint: Path):
             except OSError:
                 raise
             except Exception as error:
-                raise NotData(f"{checkpoint / ', '.join(files)}: {what_is_wrong(error)}") from error
+                raise NotData(f"{checkpoint / ', '.join(files)}: {explain_load(error)}") from error
 
     return Reader(checkpoint)
 
@@ -183,7 +183,7 @@ def reading(checkpoint: Path) -> Iterator[None]:
         first = next(iter(failures.values()))[0] if failures else error
         if isinstance(first, NotData | OSError):
             raise first from None
-        why = f"{type(first).__name__}: {what_is_wrong(first)}"
+        why = f"{type(first).__name__}: {explain_load(first)}"
         raise NotData(
             f"{checkpoint}: cannot be read, it is not what was saved there ({why})"
         ) from error

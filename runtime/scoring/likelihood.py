@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.generate import KVCache
+from model.kv_cache import KVCache
 
 MAX_TOKENS = 4096  # of one pass, unless a single prompt has more
 MAX_LOGITS = 2**27  # of one pass: 512 MiB in float32

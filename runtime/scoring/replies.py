@@ -9,7 +9,9 @@ from dataset.chat_rows import detect_format, normalise_row
 from dataset.checks import present
 from dataset.progress import count_bar
 from dataset.replies import THINK, final_answer
-from model.generate import generate_batch, make_sampler
+from dataset.talk import Talk
+from model.generate_batch import generate_batch
+from model.sampling import make_sampler
 from runtime.scoring.calls import check_offered, judge_calls, read_expected_calls
 
 SECONDS = 5.0  # of the CPU, for the regular expressions of a row
@@ -50,7 +52,11 @@ def read_question(row: dict, model) -> dict:
     starts = [0, *ends[:-1]]
     parts = [messages[start:end] for start, end in zip(starts, ends, strict=True)]
     ids = [model.encode(part, tools if n == 0 else None) for n, part in enumerate(parts)]
-    question |= {"parts": parts, "sizes": list(map(len, ids)), "talk": model.talk(tools)}
+    question |= {
+        "parts": parts,
+        "sizes": list(map(len, ids)),
+        "talk": Talk(model.coder, tools, model.thinking),
+    }
     model.check(sum(ids, []))
     return question
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.generate import Decoder, KVCache
+from model.kv_cache import Decoder, KVCache
 from runtime.serving.prompt_pieces import Piece, read_pieces
 from runtime.serving.sampling import Constraint, NewToken, Sampling, TokenSource, next_tokens
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.generate import Decoder, KVCache
+from model.kv_cache import Decoder, KVCache
 from model.layout import Layout, rotary_angles
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.generate import sample
+from model.sampling import sample
 
 
 @dataclass(frozen=True)

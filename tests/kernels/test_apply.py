@@ -11,7 +11,7 @@ import kernels
 from kernels.cpu_decoder import CpuDecoder
 from kernels.linear import FastLinear
 from kernels.lora import FastLoRALinear
-from model.generate import Decoder, KVCache
+from model.kv_cache import Decoder, KVCache
 from model.lora import LoRALinear, add_lora
 from model.reward import ActorCritic, RewardConfig, RewardModel
 

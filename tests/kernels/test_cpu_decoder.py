@@ -8,7 +8,7 @@ from test_model import KINDS, TINY, build, ids
 import kernels
 from kernels import native
 from kernels.cpu_decoder import BLOCK, CpuDecoder, is_supported, packed
-from model.generate import KVCache
+from model.kv_cache import KVCache
 from model.lm import LMConfig
 from model.lora import add_lora
 

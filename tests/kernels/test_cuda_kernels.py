@@ -7,9 +7,11 @@ from conftest import SIZES
 
 import kernels
 from kernels import attention, decode_graph
-from model.generate import KVCache, generate_batch, make_sampler
+from model.generate_batch import generate_batch
+from model.kv_cache import KVCache
 from model.layout import Layout
 from model.lm import LMConfig, MiniMindLM
+from model.sampling import make_sampler
 from runtime.gradient_sync import one_order
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

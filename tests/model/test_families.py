@@ -9,7 +9,7 @@ import transformers
 from test_model import MOE, TINY, build, ids
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model.generate import KVCache
+from model.kv_cache import KVCache
 from model.layout import Layout, rotary_angles
 from model.lm import LMConfig, MiniMindLM
 from model.rope import parse_rope_scaling, scaled_frequencies

@@ -4,7 +4,10 @@ import pytest
 import torch
 from test_model import KINDS, MOE, TINY, build, huggingface, ids
 
-from model.generate import KVCache, sample, stream_text
+from model.generate import stream_text
+from model.generate_batch import stream_rows
+from model.kv_cache import KVCache
+from model.sampling import sample
 
 
 def left_padded(prompts: list[torch.Tensor], filler: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,6 +68,29 @@ def test_a_batch_generates_what_each_prompt_generates_alone(kind, filler):
             assert torch.equal(
                 batched[row], model.generate(prompt, max_new_tokens=25, **options)[0]
             )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 2, 17, 63, 255, 256])
+def test_one_prompt_alone_generates_what_it_does_among_the_slots_of_a_batch(kind, length):
+    """The short loop for one prompt against the general one, bit for bit."""
+    model, prompt = build(**KINDS[kind]), ids(1, length)
+    greedy = list(model.stream(prompt, max_new_tokens=20))
+    for limit in (0, -1, 1, 20):
+        for end in [None, *(token.item() for token in greedy[4:5])]:
+            for option in (
+                {},
+                {"temperature": 0.7},
+                {"temperature": 1.3, "top_k": 9, "top_p": 0.8},
+            ):
+                option = {"temperature": 0.0, "top_k": 0, "top_p": 1.0} | option
+                seeds = [torch.Generator().manual_seed(7) for _ in range(2)]
+                most = min(limit, model.config.max_seq_len - length)
+                steps = stream_rows(model, prompt, None, most, end, generator=seeds[0], **option)
+                option |= {"max_new_tokens": limit, "eos_token_id": end, "generator": seeds[1]}
+                expected = [token.tolist() for token in steps]
+                assert [token.tolist() for token in model.stream(prompt, **option)] == expected
+                assert len(expected) <= max(0, most)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import zipfile
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_model import MOE, TINY, build, ids
 from model.lm import LMConfig, MiniMindLM
 from model.newest import newest_weights
 from model.tensor_file import read_tensors
-from model.weights import load_weights
+from model.weights import load_weights, open_weights
 
 # --------------------------------------------------------------------------------------------------
 # What does not fit
@@ -102,9 +103,14 @@ def test_a_spoilt_configuration_file_is_named(tmp_path, text):
 
 
 def weights_error(model, path) -> str:
+    """What `load_weights` says; who reads the file in parts hears the same."""
     with pytest.raises(ValueError) as error:
         load_weights(model, path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError) as in_parts:
+        for tensor in open_weights(model, path, lazily=True).values():
+            tensor[:]
+    assert str(in_parts.value) == str(error.value)
     return str(error.value)
 
 
@@ -196,6 +202,57 @@ def test_a_tied_model_loads_a_file_that_stores_the_matrix_once_and_refuses_an_un
     assert torch.equal(loaded(x).logits, model(x).logits)
     torch.save(build(tie_embeddings=False).state_dict(), path)
     assert "lm_head.weight" in weights_error(model, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [{}, {"tie_embeddings": False}, {**MOE, "n_shared_experts": 1}])
+def test_a_file_read_at_once_is_the_file_read_in_parts(tmp_path, dtype, shape):
+    model, path = build(**shape), tmp_path / "m.pth"
+    torch.save({name: value.to(dtype) for name, value in model.state_dict().items()}, path)
+    whole, in_parts = open_weights(model, path), open_weights(model, path, lazily=True)
+    loaded = build(**shape)
+    load_weights(loaded, path)
+    assert list(whole) == list(in_parts) == list(loaded.state_dict())
+    for name, value in loaded.state_dict().items():
+        assert whole[name].dtype == in_parts[name].dtype == dtype
+        assert torch.equal(whole[name], in_parts[name][:])
+        assert torch.equal(whole[name][1:3], in_parts[name][1:3])
+        assert torch.equal(value, whole[name].float())
+    assert loaded.lm_head.weight.data_ptr() != whole["lm_head.weight"].data_ptr()
+
+
+def test_views_and_ties_of_a_file(tmp_path):
+    """Tensors that share memory when they are saved, and one that is stored column by column."""
+    model, path = build(tie_embeddings=False), tmp_path / "m.pth"
+    state = model.state_dict()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    names = ["model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"]
+    both = torch.cat([state[name] for name in names])
+    for name, part in zip(names, both.chunk(2), strict=True):
+        state[name] = part
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    state[gate] = state[gate].T.contiguous().T
+    torch.save(state, path)
+    loaded = build(tie_embeddings=False)
+    load_weights(loaded, path)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, state[name])
+    with pytest.raises(ValueError, match=f"{gate} is stored in a form that cannot be read in part"):
+        open_weights(model, path, lazily=True)
+
+
+def test_what_no_model_has_is_refused(tmp_path):
+    model, path = build(), tmp_path / "m.pth"
+    for value in (torch.ones(32, dtype=torch.int64), torch.ones(32).to_sparse()):
+        torch.save({**model.state_dict(), "model.norm.weight": value}, path)
+        assert "model.norm.weight is of type" in weights_error(model, path)
+    torch.save({**model.state_dict(), 5: torch.ones(2)}, path)
+    assert "not a plain state dict" in weights_error(model, path)
+    torch.save(model.state_dict(), path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "z.pth", "w") as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record), zipfile.ZIP_DEFLATED)
+    assert "compressed" in weights_error(model, tmp_path / "z.pth")
 
 
 def test_which_weights_a_name_means(tmp_path):

@@ -11,7 +11,7 @@ from dataset.chat_format import chat_coder
 from dataset.packing import plan_epoch
 from dataset.preview import preview_prompts
 from dataset.prompt_dataset import PromptDataset, describe_prompts
-from model.generate import Decoder
+from model.kv_cache import Decoder
 from model.lm import LMConfig, MiniMindLM
 from model.reward import RewardConfig, RewardModel
 from runtime.checkpoint import save_file

@@ -7,7 +7,9 @@ import torch
 from test_model import KINDS, MOE, TINY, build
 
 import kernels
-from model.generate import Decoder, KVCache, generate_batch, make_sampler
+from model.generate_batch import generate_batch
+from model.kv_cache import Decoder, KVCache
+from model.sampling import make_sampler
 from runtime.device_map import keep_layout_near
 from runtime.serving.engine import Engine, EngineThread, Output, QueueFull, Request
 from runtime.serving.prompt_pieces import Piece, read_pieces

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.generate import make_sampler
+from model.sampling import make_sampler
 from runtime.serving.sampling import Sampling, TokenSource, next_tokens
 
 CPU, VOCAB = torch.device("cpu"), 12
