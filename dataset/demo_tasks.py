@@ -8,6 +8,7 @@ split come from the same code.
 import functools
 import random
 import re
+from collections.abc import Sequence
 
 from dataset.demo_text import (
     NAMES,
@@ -127,13 +128,14 @@ def digits_of_difference(a: int, b: int) -> list[str]:
 
 
 def row_of_product(a: int, b: int) -> list[str]:
-    """`5×3=15`, the next place with the carry: `2×3+1=7`; b has one digit."""
+    """`5×3=15`, the next place and its carry: `2×3=6`, `6+1=7`; b has one digit."""
     lines, carry = [], 0
     for place in range(len(str(a))):
-        x = digit(a, place)
-        total = x * b + carry
-        lines.append(f"{x}×{b}={total}" if place == 0 else f"{x}×{b}+{carry}={total}")
-        carry = total // 10
+        product = digit(a, place) * b
+        lines.append(f"{digit(a, place)}×{b}={product}")
+        if place:
+            lines.append(f"{product}+{carry}={product + carry}")
+        carry = (product + carry) // 10
     return lines
 
 
@@ -279,17 +281,23 @@ def some_words(rng: random.Random, count: int) -> list[str]:
             return words
 
 
-def some_list(rng: random.Random, task: str, held_out: bool) -> tuple[str, list]:
+SORTS = ("up", "up", "up", "down", "words")
+DRILLED_SORTS = ("up", "down", "words", "words")  # the alphabet takes longest to learn
+
+
+def some_list(
+    rng: random.Random, task: str, held_out: bool, sorts: Sequence[str] = SORTS
+) -> tuple[str, list]:
     """(kind, items) of a list to sort or to reverse."""
     while True:
-        kind, items = (some_sortable if task == "sort" else some_reversible)(rng)
+        kind, items = some_sortable(rng, sorts) if task == "sort" else some_reversible(rng)
         if held(task, list_key(task, items)) == held_out:
             return kind, items
 
 
 def sample_list(rng: random.Random, task: str, lang: str) -> tuple[str, str]:
-    """(items, reply) of a list to sort or to reverse, as people write them; for training."""
-    kind, items = some_list(rng, task, False)
+    """(items, reply) of a list to sort or to reverse, as people write them; for drills."""
+    kind, items = some_list(rng, task, False, DRILLED_SORTS)
     return joined(rng, items, lang), list_reply(task, kind, items, lang)
 
 
@@ -300,7 +308,11 @@ def list_key(task: str, items: list) -> list:
 
 def list_reply(task: str, kind: str, items: list, lang: str) -> str:
     order = items[::-1] if task == "reverse" else sorted(items, reverse=kind == "down")
-    return WORDS[task][lang]["say"].format(r=" ".join(map(str, order)))
+    width = max(len(str(item)) for item in items) if task == "sort" and kind != "words" else 0
+    given = " ".join(str(item).zfill(width) for item in items)
+    say = WORDS[task][lang]["say"]
+    say = say[kind] if task == "sort" else say
+    return say.format(s=given, r=" ".join(map(str, order)))
 
 
 def ask_list(rng: random.Random, task: str, lang: str, kind: str, items: list) -> list[str]:
@@ -337,8 +349,8 @@ def some_numbers(rng: random.Random, count: int) -> list[int]:
             return numbers
 
 
-def some_sortable(rng: random.Random) -> tuple[str, list]:
-    kind, count = rng.choice(("up", "up", "up", "down", "words")), rng.choice((3, 3, 3, 3, 4, 4, 5))
+def some_sortable(rng: random.Random, sorts: Sequence[str]) -> tuple[str, list]:
+    kind, count = rng.choice(sorts), rng.choice((3, 3, 3, 3, 4, 4, 5))
     if kind == "words":
         return kind, some_words(rng, rng.choice((3, 3, 3, 4)))
     return kind, some_numbers(rng, count)

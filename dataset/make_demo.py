@@ -41,6 +41,7 @@ from dataset.demo_text import (
     WORDS,
     any_city,
     any_name,
+    listed_word,
     made_up_word,
     normalise,
     upper_first,
@@ -48,18 +49,18 @@ from dataset.demo_text import (
 
 HELD_OUT_PER_TASK = 80
 SFT_ROWS = {
-    "identity": 420,
-    "greetings": 340,
-    "small_facts": 560,
-    "arithmetic": 580,
-    "multiplication": 320,
-    "dictionary": 780,
-    "reverse": 430,
-    "sort": 740,
-    "repeat": 460,
-    "refusal": 240,
-    "multi_turn": 1200,
-    "unknown": 960,
+    "identity": 580,
+    "greetings": 400,
+    "small_facts": 680,
+    "arithmetic": 450,
+    "multiplication": 230,
+    "dictionary": 750,
+    "reverse": 540,
+    "sort": 800,
+    "repeat": 680,
+    "refusal": 340,
+    "multi_turn": 1060,
+    "unknown": 940,
     "direct": 20,
 }
 PERSONA_ROWS = 200  # of persona.jsonl, and beside them up to so many rows of the other tasks
@@ -77,12 +78,13 @@ OTHER_ROWS = {
     "unknown": 60,
 }
 DRILLS = {  # documents of pretraining, each with several examples
-    "copy": 1300,
-    "sort": 160,
-    "reverse": 120,
-    "arithmetic": 20,
-    "multiplication": 20,
-    "story": 40,
+    "copy": 650,
+    "sort": 110,
+    "reverse": 60,
+    "first_letters": 25,
+    "arithmetic": 10,
+    "multiplication": 10,
+    "story": 20,
 }
 LONGEST = 220  # tokens of a row, about: what the quickstart's model can see
 ONE_TOPIC = ("multi_turn", "direct", "ties")  # tasks whose rows are not joined with others
@@ -103,11 +105,9 @@ def user_turns(row: dict) -> list[str]:
 
 def length(texts: list[str]) -> float:
     """About how many tokens a talk makes: a letter 0.4, another ASCII character 1, Chinese 1.7."""
-    marks = sum(
-        0.4 if c == " " or c.isascii() and c.isalpha() else 1 if c.isascii() else 1.7
-        for c in "".join(texts)
-    )
-    return marks + 8 * len(texts)
+    text = "".join(texts)
+    letters, others = len(re.findall("[A-Za-z ]", text)), len(re.findall("[^\x00-\x7f]", text))
+    return 0.4 * letters + 1.7 * others + (len(text) - letters - others) + 8 * len(texts)
 
 
 def sample_row(rng: random.Random, task: str, lang: str, held_out: bool, tasks: list[str]) -> dict:
@@ -277,10 +277,10 @@ def pretrain_texts(seed: str, scale: int) -> list[str]:
     for index, family in enumerate(WORDS["families"]):
         for item in family_items(index):
             lines = [upper_first(text.format(**reply_fields(item))) for text in family["text"]]
-            for _ in range(2 + scale // 2):
+            for _ in range(1 + scale // 4):
                 rng.shuffle(lines)
                 texts.append(" ".join(lines))
-    entries = tables() * (2 + scale)
+    entries = tables() * (1 + scale // 2)
     rng.shuffle(entries)
     texts += [" ".join(entries[at : at + 12]) for at in range(0, len(entries), 12)]
     for kind, count in DRILLS.items():
@@ -296,7 +296,7 @@ def tables() -> list[str]:
         lines += [f"{a}+{b}={a + b}.", f"{a}×{b}={a * b}.", f"{a + b}-{b}={a}."]
         lines += [f"{a}+{b}+{carry}={a + b + carry}." for carry in (0, 1)]
         lines += [f"{a + b + loan}-{loan}-{b}={a}." for loan in (0, 1)]
-        lines += [f"{a}×{b}+{carry}={a * b + carry}." for carry in range(b or 1)]
+        lines += [f"{a * b}+{carry}={a * b + carry}." for carry in range(b or 1)]
     return lines
 
 
@@ -309,6 +309,9 @@ def drill(rng: random.Random, kind: str, lang: str) -> str:
         words = [make(rng, lang) for _ in range(rng.randint(3, 9))]
         line = ("" if lang == "zh" and rng.random() < 0.5 else " ").join(words)
         return rng.choice((". ", "\n", "，", " ")).join([line, line])
+    if kind == "first_letters":  # what sorting words rests on
+        words = [listed_word(rng, "en").lower() for _ in range(20)]
+        return rng.choice((". ", "\n", ", ")).join(f"{word} {word[0]}" for word in words)
     if kind in ("arithmetic", "multiplication"):  # the working says what is asked
         return "\n".join(sample_exchange(rng, kind, lang, False)[1] for _ in range(4))
     return "\n".join(

@@ -9,6 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from running import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "dataset" / "demo"
@@ -70,7 +71,17 @@ def test_regenerating_gives_the_committed_bytes(tmp_path):
 
 
 def test_all_files_together_are_at_most_3_mib():
-    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 3_000_000
+    assert sum(path.stat().st_size for path in DEMO.rglob("*")) <= 3_000_000
+
+
+def test_training_the_tokenizer_gives_the_committed_bytes(tmp_path):
+    """The command of dataset/demo/README.md."""
+    flags = ["--data_path", DEMO / "sft.jsonl", "--vocab_size", "1200", "--out_dir", tmp_path]
+    run_ranks("trainer/train_tokenizer.py", *flags)
+    names = sorted(path.name for path in (DEMO / "tokenizer").iterdir())
+    assert names == sorted(path.name for path in tmp_path.iterdir())
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (DEMO / "tokenizer" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -269,7 +280,7 @@ def test_computed_answers_are_right():
         checked[task] += 1
         if task in ("reverse", "sort", "ties"):
             shown = listed(answer)
-            words = re.findall("[a-z0-9]+", unicodedata.normalize("NFKC", text).lower())
+            words = re.findall("[a-z]+|[0-9]+", unicodedata.normalize("NFKC", text).lower())
             words = [word for word in words if word != "and"]
             lists = [words[n : n + len(shown)] for n in range(len(words))]
             assert sorted(word.lower() for word in shown) in map(sorted, lists), text
