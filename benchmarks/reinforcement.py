@@ -19,7 +19,7 @@ from pathlib import Path
 from demo_model import SHAPE, arguments, exact_match, run
 
 COMMON = (
-    "--dtype float32 --epochs 9 --max_new_tokens 16 --temperature 1.5 --optimizer muon"
+    "--dtype float32 --epochs 9 --max_new_tokens 32 --temperature 1.5 --optimizer muon"
     " --sample_interval 50"
 )
 RECIPES = {
