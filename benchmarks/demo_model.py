@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 DEMO = ROOT / "dataset/demo"
+TOKENIZER = DEMO / "tokenizer"  # with which that model was trained
 SHAPE = (
     "--dim 192 --n_layers 6 --n_heads 3 --n_kv_heads 3 --max_seq_len 256 --device cpu"
     " --save_interval 0".split()

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from demo_model import DEMO, ROOT, arguments, run
+from demo_model import DEMO, TOKENIZER, arguments, run
 
 from dataset.lm_dataset import SFTDataset, load_tokenizer
 from model.weights import load_model
@@ -57,7 +57,7 @@ def main() -> int:
         ]
         path = scratch / "held_out.jsonl"
         path.write_text("".join(json.dumps({"conversations": row}) + "\n" for row in rows))
-        tokenizer = load_tokenizer(ROOT / "model/minimind_tokenizer")
+        tokenizer = load_tokenizer(TOKENIZER)
         held_out = SFTDataset(path, tokenizer, 256, cache_dir=scratch / "cache", loss_on="last")
 
         def student(script: str, *flags) -> tuple[float, float]:
@@ -70,6 +70,8 @@ def main() -> int:
                 scratch / "cache",
                 "--out_dir",
                 out,
+                "--tokenizer_dir",
+                TOKENIZER,
             ]
             seconds = run(
                 f"trainer/{script}.py", *STUDENT.split(), "--max_steps", args.steps, *places, *flags

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from demo_model import DEMO, ROOT, SHAPE, arguments, exact_match, metrics, run
+from demo_model import DEMO, SHAPE, TOKENIZER, arguments, exact_match, metrics, run
 
 from dataset.lm_dataset import load_tokenizer
 from dataset.preference_dataset import PreferenceDataset
@@ -32,7 +32,7 @@ RECIPE = (
 def likelier(weights: Path, scratch: Path) -> float:
     """Share of the held-out pairs whose chosen answer has the higher log-probability, in
     percent."""
-    tokenizer = load_tokenizer(ROOT / "model/minimind_tokenizer")
+    tokenizer = load_tokenizer(TOKENIZER)
     pairs, model = PreferenceDataset(PAIRS, tokenizer, 256, scratch / "cache"), load_model(weights)
     logps = torch.cat(
         [logps_of(model, *pairs.collate([pairs[row]]), "cpu")[0] for row in range(len(pairs))]

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from demo_model import DEMO, ROOT, SHAPE, arguments, metrics, run
+from demo_model import DEMO, SHAPE, TOKENIZER, arguments, metrics, run
 
 from dataset.lm_dataset import load_tokenizer
 from dataset.preference_dataset import PreferenceDataset
@@ -32,9 +32,7 @@ RECIPE = "--batch_size 4 --epochs 3 --optimizer muon --learning_rate 1e-3 --drop
 def packed_and_alone(weights: Path, scratch: Path) -> float:
     """The largest difference between the score of a text in one row with all others and its score
     alone."""
-    pairs = PreferenceDataset(
-        PAIRS, load_tokenizer(ROOT / "model/minimind_tokenizer"), 256, scratch / "cache"
-    )
+    pairs = PreferenceDataset(PAIRS, load_tokenizer(TOKENIZER), 256, scratch / "cache")
     model, samples = load_reward_model(weights), [pairs[row] for row in range(len(pairs))]
     X, _, _, doc_lens = pairs.collate(samples)
     alone = torch.cat(
