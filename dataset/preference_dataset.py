@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 
 from dataset.chat_format import Chat, chat_coder
-from dataset.chat_rows import SPECIAL, is_sharegpt, normalise_turns
 from dataset.lm_dataset import CachedDataset
 from dataset.packing import split_rows
+from dataset.plain_rows import SPECIAL, are_plain
 
 NOT_PLAIN = SPECIAL | {"conversations", "margin"}  # fields of a row that `pair_rows.py` reads
 
@@ -143,12 +143,11 @@ def read_plain_pair(row: object) -> list[tuple[list[dict], None]]:
             return []
         asked = {"role": "user", "content": prompt}
         sides = [[asked, {"role": "assistant", "content": answer}] for answer in sides]
-    try:
-        chosen, rejected = (normalise_turns(turns, is_sharegpt(turns)) for turns in sides)
-    except (TypeError, ValueError):  # `pair_rows.py` says which turn it is
+    if not all(map(are_plain, sides)):
         return []
+    chosen, rejected = sides
     if len(chosen) < 2 or chosen[:-1] != rejected[:-1] or chosen == rejected:
         return []
     answers = (chosen[-1], rejected[-1])
     is_answered = all(turn["role"] == "assistant" and turn["content"].strip() for turn in answers)
-    return [(chosen, None), (rejected, None)] if is_answered and "tools" not in chosen[0] else []
+    return [(chosen, None), (rejected, None)] if is_answered else []
