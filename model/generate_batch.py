@@ -49,19 +49,36 @@ def generate_batch(
     rows = samples * min(batch_size, len(numbers))
     cache = KVCache(model.config, rows, longest, device, dtype)
     decoder = (model.make_decoder or Decoder)(model, cache)
+    options = (decoder, prompts, limits, numbers, sampler, eos_token_id, samples)
     if len(numbers) > batch_size or decoder.keeps_rows:
         from model.generate_slots import generate_slots
 
-        options = (sampler, eos_token_id, samples)
-        yield from generate_slots(decoder, prompts, limits, numbers, *options)
-        return
+        yield from generate_slots(*options)
+    else:
+        yield from generate_together(*options)
 
-    cache_rows = torch.arange(rows).view(-1, samples).T  # (samples, prompts)
-    logits = read_prompts(decoder, [prompts[number] for number in numbers], cache_rows)
-    logits = logits.repeat_interleave(samples, dim=0)
+
+def generate_together(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    limits: list[int],
+    numbers: list[int],
+    sampler: Sampler,
+    eos_token_id: int | None,
+    samples: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The short form of `generate_batch`: all completions begin at once, and none takes a place.
+
+    Args:
+        decoder: with a cache of a row for each completion.
+        numbers: of the prompts that want tokens, in the order of their rows in the cache.
+    """
+    device = decoder.cache.kv.device
     row = (torch.tensor(numbers).unsqueeze(1) * samples + torch.arange(samples)).flatten()
     left = torch.tensor([limits[number] for number in numbers]).repeat_interleave(samples)
-    row = row.to(device)
+    cache_rows = torch.arange(len(row)).view(-1, samples).T  # (samples, prompts)
+    logits = read_prompts(decoder, [prompts[number] for number in numbers], cache_rows)
+    logits, row = logits.repeat_interleave(samples, dim=0), row.to(device)
     for position in count():
         positions = torch.full_like(row, position)
         token = sampler(logits, row, positions)
@@ -73,7 +90,7 @@ def generate_batch(
             kept = goes_on.nonzero().squeeze(1)
             if not len(kept):
                 return
-            cache.keep(kept)
+            decoder.cache.keep(kept)
             left = left[kept]
             row, token = (part[kept.to(device)] for part in (row, token))
         logits = decoder.step(token)

@@ -16,7 +16,7 @@ def generate_slots(
     decoder: Decoder,
     prompts: list[list[int]],
     limits: list[int],
-    waiting: list[int],
+    numbers: list[int],
     sampler: Callable[[Tensor, Tensor, Tensor], Tensor],
     eos_token_id: int | None,
     samples: int,
@@ -25,9 +25,9 @@ def generate_slots(
 
     Args:
         decoder: with a cache of as many rows as there are slots.
-        waiting: numbers of the prompts, in the order in which they get slots.
+        numbers: of the prompts that want tokens, in the order in which they get slots.
     """
-    batch = Slots(decoder, prompts, limits, waiting, samples)
+    batch = Slots(decoder, prompts, limits, numbers, samples)
     ahead = batch.device.type == "cuda"  # which copies what is not pinned before it returns
     while True:
         batch.step()
