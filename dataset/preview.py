@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from dataset.lm_dataset import CachedDataset, describe
+from dataset.cached_dataset import CachedDataset, describe
 from dataset.prompt_dataset import PromptDataset, describe_prompts
 from dataset.prompt_rows import TALK
 

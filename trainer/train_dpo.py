@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dataset.lm_dataset import describe
+from dataset.cached_dataset import describe
 from dataset.packing import Plan, batches, plan_epoch
 from dataset.preference_dataset import open_pairs
 from model.lm import LMConfig, MiniMindLM

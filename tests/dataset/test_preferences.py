@@ -11,8 +11,8 @@ import torch
 from conftest import write_jsonl
 from running import ROOT
 
+from dataset.cached_dataset import describe
 from dataset.chat_format import chat_coder
-from dataset.lm_dataset import describe
 from dataset.packing import batches, plan_epoch
 from dataset.pair_rows import normalise_pair
 from dataset.preference_dataset import PreferenceDataset, open_pairs, read_plain_pair
