@@ -2,11 +2,12 @@
 
 Every fault of a row is a ValueError with a short reason; the caller adds the file and the line.
 Turn numbers in it count the turns that the file has. A field with null is a field that is not
-there. The fields in `SPECIAL` change what is learned, of a row or of a turn: `turn_fields.py` obeys
-or refuses each by name. Any other (id, source, score, lang, ...) is a note.
+there. The fields in `plain_rows.SPECIAL` change what is learned, of a row or of a turn:
+`turn_fields.py` obeys or refuses each by name. Any other (id, source, score, lang, ...) is a note.
 """
 
 from dataset.checks import check_text, json_type, present
+from dataset.plain_rows import SPECIAL
 
 # What a turn may call its speaker, and the four roles of the layout.
 ROLES = {
@@ -15,13 +16,6 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "function_call": "assistant",
     "tool": "tool", "observation": "tool", "function": "tool",
 }  # fmt: skip
-
-SPECIAL = frozenset(
-    "system system_prompt system_message tools functions tool_choice tool_calls function_call"
-    " reasoning_content reasoning thinking weight train loss mask loss_mask loss_weight"
-    " train_detail image images video videos audio audios kto_tag label name refusal"
-    " tool_call_id".split()
-)
 
 
 def detect_format(row: object) -> str:

@@ -1,25 +1,15 @@
-"""Our own chat template, ChatML, written directly: a conversation of roles and texts.
+"""Our own chat template written directly: a conversation of roles and texts, prompts too.
 
-    <|im_start|>user
-    How warm is it?<|im_end|>
-    <|im_start|>assistant
-    21 degrees.<|im_end|>
-
-What the assistant says is learned, and the <|im_end|> behind it, with which the model stops. Tools,
-thinking and every other template are for `template_reader.py`, which gives the same for these.
+In the text, control tokens have random names. Tools, thinking and every other template are for
+`template_reader.py`, which gives the same for these.
 """
 
-import hashlib
 from dataclasses import dataclass
 
+from dataset.our_template import END, ROLES, SAMPLE, START, is_ours
 from dataset.text_encoder import TextEncoder
 
-# The hash of model/minimind_tokenizer/chat_template.jinja: what is written here is what that writes.
-TEMPLATE_SHA256 = "48fd4502b71457af7c0da9b3d7c2b5b5a230b7856feaa4b571a7303771cb62df"
-START, END = "<|im_start|>", "<|im_end|>"
-ROLES = ("system", "user", "assistant", "tool")
 FIELDS = {"role", "content", "loss", "from_model"}  # of a message that is written here
-SAMPLE = [{"role": role, "content": f"a\n {role}"} for role in ROLES]
 
 
 @dataclass(frozen=True)
@@ -91,10 +81,7 @@ class ChatML:
 
 def chatml_of(tokenizer, encoder: TextEncoder) -> ChatML | None:
     """What writes a tokenizer's conversations, if its chat template is ours; else None."""
-    template = tokenizer.chat_template
-    if not isinstance(template, str) or not {START, END} <= encoder.ids.keys():
-        return None
-    if hashlib.sha256(template.encode()).hexdigest() != TEMPLATE_SHA256:
+    if not is_ours(tokenizer.chat_template) or not {START, END} <= encoder.ids.keys():
         return None
     chatml = ChatML(encoder)
     ids = tokenizer.apply_chat_template(SAMPLE, return_dict=False)

@@ -11,10 +11,10 @@ Turns have role and content, or from and value; roles and fields are those of ch
 import numpy as np
 from torch import Tensor
 
-from dataset.chat_format import Chat, chat_coder
-from dataset.chat_rows import SPECIAL, is_sharegpt, normalise_turns
-from dataset.lm_dataset import CachedDataset
+from dataset.cached_dataset import CachedDataset
+from dataset.chat_encoder import ChatEncoder
 from dataset.packing import split_rows
+from dataset.plain_rows import SPECIAL, are_plain
 
 NOT_PLAIN = SPECIAL | {"conversations", "margin"}  # fields of a row that `pair_rows.py` reads
 
@@ -35,7 +35,7 @@ class PreferenceDataset(CachedDataset):
 
     Args:
         max_length: longest side of a pair in tokens.
-        data_path, tokenizer, cache_dir, skip_bad, curriculum: see `lm_dataset.CachedDataset`.
+        data_path, tokenizer, cache_dir, skip_bad, curriculum: see `cached_dataset.CachedDataset`.
 
     Raises:
         ValueError: `file:line: reason` of a bad row; a missing or empty file; no usable row.
@@ -75,7 +75,7 @@ class PreferenceDataset(CachedDataset):
         """Lay the pairs one behind the other: doc_lens is [chosen 1, rejected 1, chosen 2, ...].
 
         Args:
-            split, and what is returned: see `lm_dataset.CachedDataset.collate`.
+            split, and what is returned: see `cached_dataset.CachedDataset.collate`.
         """
         return CachedDataset.collate([side for pair in samples for side in pair], **split)
 
@@ -107,10 +107,10 @@ class PairEncoder:
     """A `cache_builder.Encoder`; the arguments are those of `PreferenceDataset`."""
 
     def __init__(self, tokenizer, max_length: int):
-        self.coder = chat_coder(tokenizer)
+        self.coder = ChatEncoder(tokenizer)
         self.max_length = max_length
 
-    def parse(self, row: object) -> list[Chat]:
+    def parse(self, row: object) -> list:
         """Both sides of a pair; ValueError: a fault of the row, without the file and line."""
         sides = read_plain_pair(row)
         if not sides:
@@ -119,7 +119,7 @@ class PairEncoder:
             sides = normalise_pair(row)
         return [self.coder.read_chat(messages, tools, "last") for messages, tools in sides]
 
-    def encode(self, pairs: list[list[Chat]]) -> list[tuple[list, bool]]:
+    def encode(self, pairs: list[list]) -> list[tuple[list, bool]]:
         results, size = [], self.max_length + 1
         encoded = iter(self.coder.encode([chat for pair in pairs for chat in pair]))
         for pair in zip(encoded, encoded, strict=True):
@@ -143,12 +143,11 @@ def read_plain_pair(row: object) -> list[tuple[list[dict], None]]:
             return []
         asked = {"role": "user", "content": prompt}
         sides = [[asked, {"role": "assistant", "content": answer}] for answer in sides]
-    try:
-        chosen, rejected = (normalise_turns(turns, is_sharegpt(turns)) for turns in sides)
-    except (TypeError, ValueError):  # `pair_rows.py` says which turn it is
+    if not all(map(are_plain, sides)):
         return []
+    chosen, rejected = sides
     if len(chosen) < 2 or chosen[:-1] != rejected[:-1] or chosen == rejected:
         return []
     answers = (chosen[-1], rejected[-1])
     is_answered = all(turn["role"] == "assistant" and turn["content"].strip() for turn in answers)
-    return [(chosen, None), (rejected, None)] if is_answered and "tools" not in chosen[0] else []
+    return [(chosen, None), (rejected, None)] if is_answered else []

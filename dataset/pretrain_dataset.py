@@ -2,8 +2,8 @@
 
 import functools
 
-from dataset.lm_dataset import CachedDataset
-from dataset.text_encoder import text_encoder
+from dataset.cached_dataset import CachedDataset
+from dataset.plain_text import PlainText
 
 END_OF_TEXT = "<|endoftext|>"  # stands between the documents
 
@@ -23,7 +23,7 @@ class PretrainDataset(CachedDataset):
 
     Args:
         max_length: longest row in tokens.
-        data_path, tokenizer, cache_dir, skip_bad, curriculum: see `lm_dataset.CachedDataset`.
+        data_path, tokenizer, cache_dir, skip_bad, curriculum: see `cached_dataset.CachedDataset`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class PretrainEncoder:
 
     def __init__(self, tokenizer, max_length: int):
         self.end = end_of_text(tokenizer)
-        self.plain = text_encoder(tokenizer)
+        self.plain = PlainText(tokenizer)
         self.max_length = max_length
 
     def parse(self, row: object) -> str | None:

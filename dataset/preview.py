@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 
-from dataset.lm_dataset import CachedDataset, describe
-from dataset.prompt_dataset import TALK, PromptDataset, describe_prompts
+from dataset.cached_dataset import CachedDataset, describe
+from dataset.prompt_dataset import PromptDataset, describe_prompts
+from dataset.prompt_rows import TALK
 
 
 def preview(dataset: CachedDataset, tokenizer, count: int, colour: bool = False) -> str:

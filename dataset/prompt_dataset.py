@@ -3,16 +3,14 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from dataset.chat_format import ChatCoder, chat_coder
-from dataset.chat_rows import detect_format, normalise_row
+from dataset.chat_format import chat_coder
+from dataset.plain_rows import plain_format, plain_messages
 from dataset.read_rows import read_rows
-
-# Fields of a row that are the prompt.
-TALK = ("conversations", "messages", "instruction", "input", "output", "history", "system")
 
 
 class PromptDataset(Dataset):
@@ -57,8 +55,15 @@ class PromptDataset(Dataset):
             try:
                 if fault:
                     raise ValueError(fault)
-                fmt = fmt or detect_format(row)
-                messages, tools, row = split_prompt(row, fmt, self.coder)
+                fmt = fmt or plain_format(row, need_assistant=False)
+                prompt = read_plain_prompt(row, fmt)
+                if not prompt:
+                    from dataset.chat_rows import detect_format
+                    from dataset.prompt_rows import split_prompt
+
+                    fmt = fmt or detect_format(row)
+                    prompt = split_prompt(row, fmt, self.coder)
+                messages, tools, row = prompt
                 ids = self.coder.encode_prompt(messages, tools)
             except (ValueError, RecursionError) as error:
                 if not skip_bad:
@@ -94,38 +99,15 @@ class PromptDataset(Dataset):
         return self.prompts[row]
 
 
-def split_prompt(
-    row: object, fmt: str, coder: ChatCoder
-) -> tuple[list[dict], list[dict] | None, dict]:
-    """A row as (messages of the prompt, tools, the row with its "answer" where there is one).
+def read_plain_prompt(row: Any, fmt: str | None) -> tuple[list[dict], None, dict] | None:
+    """As `prompt_rows.split_prompt`; None for a row that is not plain, or has a fault.
 
-    Raises:
-        ValueError: a fault of the row, without file and line.
+    Plain are turns of roles and texts that end with the user's.
     """
-    if isinstance(row, dict):
-        row = {
-            name: value
-            for name, value in row.items()
-            if value is not None or name not in (*TALK, "answer")
-        }
-        if fmt == "alpaca" and "instruction" in row:
-            row = {"output": ""} | row  # a prompt needs none
-    messages, tools = normalise_row(row, fmt, need_assistant=False)
-    if messages[-1]["role"] == "assistant":
-        from dataset.reference_answer import reference_answer
-
-        answer = reference_answer(coder, messages, tools)
-        messages.pop()
-        row = ({"answer": answer} if answer else {}) | row
-    if not any(message["role"] == "user" for message in messages):
-        raise ValueError("no user turn, so there is nothing to answer")
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise ValueError(
-            f"the prompt must end with the user's turn, it ends with the {messages[-1]['role']}'s"
-        )
-    if not isinstance(row.get("answer", ""), str):
-        raise ValueError("'answer' must be a string")
-    return messages, tools, row
+    messages = plain_messages(row, fmt, need_assistant=False)
+    if not messages or messages[-1]["role"] != "user" or None in row.values():
+        return None
+    return (messages, None, row) if isinstance(row.get("answer", ""), str) else None
 
 
 def describe_prompts(dataset: PromptDataset) -> str:

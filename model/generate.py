@@ -41,7 +41,7 @@ def stream(
     limit = min(max_new_tokens, context - T)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
     if B != 1 or attention_mask is not None or repetition_penalty != 1.0:
-        from model.generate_batch import stream_rows
+        from model.stream_rows import stream_rows
 
         sampling |= {"repetition_penalty": repetition_penalty}
         yield from stream_rows(model, input_ids, attention_mask, limit, eos_token_id, **sampling)

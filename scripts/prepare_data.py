@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dataset.lm_dataset import CACHE_DIR, CachedDataset, SFTDataset, describe
+from dataset.cached_dataset import CACHE_DIR, CachedDataset, describe
+from dataset.lm_dataset import SFTDataset
 from dataset.pretrain_dataset import PretrainDataset
 from runtime import launch
 from runtime.distributed.environment import whole_number

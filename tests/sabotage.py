@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_pre_hook  # noqa: E402
 
 import dataset.packing  # noqa: E402
-from dataset.lm_dataset import CachedDataset  # noqa: E402
+from dataset.cached_dataset import CachedDataset  # noqa: E402
 from model.lm import MiniMindLM  # noqa: E402
 from runtime import checkpoint, evaluation, parallel
 from runtime.device import local  # noqa: E402

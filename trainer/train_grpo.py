@@ -439,9 +439,6 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     start = open_start(args, "full_sft")
-    if args.group_size < 2:
-        reason = "must be 2 or more, a completion is compared with its group"
-        raise ValueError(f"--group_size {args.group_size}: {reason}")
     low, high = CLIPS[args.loss_type]
     args.clip_low = low if args.clip_low is None else args.clip_low
     args.clip_high = high if args.clip_high is None else args.clip_high

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dataset.lm_dataset import describe
+from dataset.cached_dataset import describe
 from dataset.packing import Plan, batches, plan_epoch, split_rows
 from dataset.pretrain_dataset import PretrainDataset
 from model.lm import LMConfig, MiniMindLM

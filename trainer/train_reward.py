@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dataset.lm_dataset import describe
+from dataset.cached_dataset import describe
 from dataset.packing import Plan, batches, plan_epoch
 from dataset.preference_dataset import PreferenceDataset, open_pairs
 from model.lm import LMConfig

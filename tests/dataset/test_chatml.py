@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.chat_templates import CHATML, case_tokenizer
 from dataset.chat_format import ChatCoder, chat_coder
 from dataset.chat_template import CHAT_TEMPLATE
-from dataset.chatml import ROLES, TEMPLATE_SHA256
+from dataset.our_template import ROLES, TEMPLATE_SHA256
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ours; one that merges newlines, as Qwen's does; one without tokens for thinking.
@@ -128,7 +128,7 @@ def test_more_than_roles_and_texts_is_for_the_reader(messages, tools):
 
 
 def test_the_template_is_known_by_its_hash():
-    """Whoever changes it has to look at `chatml.py` as well."""
+    """Whoever changes it has to look at `chatml.py` and `plain_chat.py` as well."""
     path = ROOT / "model/minimind_tokenizer/chat_template.jinja"
     for template in (CHAT_TEMPLATE, path.read_text(encoding="utf-8"), TOKENIZER.chat_template):
         assert hashlib.sha256(template.encode()).hexdigest() == TEMPLATE_SHA256
@@ -177,5 +177,5 @@ def test_the_reader_is_loaded_for_rows_that_need_it(is_plain, tmp_path):
     command = [sys.executable, "-c", LOADED, str(data), str(tmp_path / "cache")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {name.removeprefix("dataset.") for name in done.stdout.split()}
-    assert "chatml" in loaded and "character_masks" not in loaded
+    assert ("chatml" in loaded) is not is_plain and "character_masks" not in loaded
     assert any(name.startswith("template_") for name in loaded) is not is_plain

@@ -6,7 +6,7 @@ import pytest
 from conftest import chat, write_jsonl
 
 from dataset import checks, read_array, read_rows
-from dataset.lm_dataset import describe
+from dataset.cached_dataset import describe
 
 
 def layouts(rows: list[dict]) -> dict[str, bytes]:

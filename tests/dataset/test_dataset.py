@@ -306,7 +306,20 @@ def test_what_a_file_does_not_need_is_not_loaded(kind, tmp_path):
     loaded = {name.removeprefix("dataset.") for name in done.stdout.split()}
     special = {"alpaca", "curriculum", "file_kinds", "preview", "read_array", "readers"}
     special |= {"row_faults", "row_fields", "tools", "turn_fields", "cache_checks", "cache_faults"}
+    special |= {"chat_format", "chat_rows", "chatml", "text_encoder"}
     special |= {"held_out", "kept_hash", "progress", "public_tokenizer", "rank_rows", "row_parts"}
-    own = {"sft": {"sft_encoder", "chat_rows"}, "pretrain": {"pretrain_dataset"}}
+    own = {"sft": {"sft_encoder", "plain_rows"}, "pretrain": {"pretrain_dataset"}}
     other = own["pretrain" if kind == "sft" else "sft"]
     assert not loaded & (special | other) and own[kind] <= loaded
+
+
+def test_the_datasets_of_the_stages_have_one_home():
+    """Whoever knows `lm_dataset.SFTDataset` finds the other one there, too."""
+    from dataset import lm_dataset
+    from dataset.lm_dataset import PretrainDataset as found
+
+    assert found is PretrainDataset
+    with pytest.raises(AttributeError, match="has no attribute 'DPODataset'"):
+        lm_dataset.DPODataset  # noqa: B018
+    with pytest.raises(ImportError):
+        from dataset.lm_dataset import DPODataset  # noqa: F401

@@ -15,7 +15,7 @@ import pytest
 from conftest import RUN_FLAGS, chat, curve, write_jsonl
 from running import ROOT, run_ranks
 
-from dataset import cache_builder, lm_dataset, token_cache
+from dataset import cache_builder, cached_dataset, lm_dataset, token_cache
 from dataset.kept_hash import kept_hash
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import batches, plan_epoch
@@ -383,8 +383,8 @@ def test_mapped_pages_are_released(sft, monkeypatch):
             released.append((len(self), option))
             return super().madvise(option, *rest)
 
-    monkeypatch.setattr(lm_dataset.mmap, "mmap", Recorded)
-    monkeypatch.setattr(lm_dataset, "DROP_PAGES_EVERY", 4)
+    monkeypatch.setattr(cached_dataset.mmap, "mmap", Recorded)
+    monkeypatch.setattr(cached_dataset, "DROP_PAGES_EVERY", 4)
     dataset = sft([chat("a", f"b {n}") for n in range(10)])
     before = samples(dataset)
     sizes = [(dataset.folder / name).stat().st_size for name in ("tokens.bin", "mask.bin")]
@@ -403,7 +403,7 @@ def test_large_vocabularies_need_wider_ids(tokenizer, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "data.jsonl", [{}])
     monkeypatch.setattr(type(tokenizer), "__len__", lambda tokenizer: 70_001)
     options = (tokenizer, {}, Encoder, True, tmp_path / "cache", False, "none")
-    dataset = lm_dataset.CachedDataset(path, *options)
+    dataset = cached_dataset.CachedDataset(path, *options)
     assert dataset[0][0].tolist() == [1, 70_000] and dataset.dtype == np.uint32
 
 

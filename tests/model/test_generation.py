@@ -1,13 +1,16 @@
 """Generation: cache, batching and sampling do what they say and change nothing else."""
 
+import numpy as np
 import pytest
 import torch
 from test_model import KINDS, MOE, TINY, build, huggingface, ids
 
 from model.generate import stream_text
-from model.generate_batch import stream_rows
-from model.kv_cache import KVCache
+from model.generate_batch import generate_batch
+from model.generate_slots import generate_slots
+from model.kv_cache import Decoder, KVCache
 from model.sampling import sample
+from model.stream_rows import stream_rows
 
 
 def left_padded(prompts: list[torch.Tensor], filler: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,6 +94,41 @@ def test_one_prompt_alone_generates_what_it_does_among_the_slots_of_a_batch(kind
                 expected = [token.tolist() for token in steps]
                 assert [token.tolist() for token in model.stream(prompt, **option)] == expected
                 assert len(expected) <= max(0, most)
+
+
+class KeepsRows(Decoder):
+    keeps_rows = True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_batch_without_waiting_prompts_generates_what_slots_do(kind):
+    """The direct form against the general one: rows, positions and tokens, bit for bit."""
+    model, random = build(**KINDS[kind]), np.random.default_rng(3)
+    for n in range(40):
+        prompts = [ids(1, int(size))[0].tolist() for size in random.integers(1, 40, n % 7)]
+        limits = [int(limit) for limit in random.integers(-1, 12, len(prompts))]
+        samples, end = 1 + n % 3, None if n % 4 == 0 else 5
+
+        def sampler(logits, row, position):
+            first = logits.topk(3).indices[torch.arange(len(row)), (row + position) % 3]
+            return first.where((row * 7 + position) % 5 > 0, 5)
+
+        results = []
+        for make in (None, KeepsRows):  # the second one always goes through the slots
+            model.make_decoder = make
+            steps = generate_batch(model, prompts, limits, sampler, end, samples, len(prompts) or 1)
+            results.append([[part.tolist() for part in step] for step in steps])
+        waiting = [number for number, limit in enumerate(limits) if limit > 0]
+        waiting.sort(key=lambda number: -len(prompts[number]))
+        cache = KVCache(
+            model.config, samples * len(waiting), 64, torch.device("cpu"), torch.float32
+        )
+        options = (sampler, end, samples)
+        steps = generate_slots(Decoder(model, cache), prompts, limits, waiting, *options)
+        results.append([[part.tolist() for part in step] for step in steps])
+        assert results[0] == results[1] == results[2] and bool(results[0]) == bool(waiting)
+        model.make_decoder = None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,9 +12,11 @@ from running import run_script
 from stage_runs import pair_runs, same_bits, same_metrics
 
 from dataset.preference_dataset import PreferenceDataset
+from model.dpo_variants import ipo_loss, simpo_loss
 from model.lm import LMConfig, MiniMindLM
 from model.preference_loss import METRICS, answer_logps, logps_of
-from trainer.train_dpo import check_loss, dpo_loss, ipo_loss, preference_loss, simpo_loss
+from runtime.flags import check_flags
+from trainer.train_dpo import choose_beta, dpo_loss, preference_loss
 
 FLAGS = {
     "loss_type": "sigmoid",
@@ -28,8 +30,9 @@ KINDS = ("sigmoid", "ipo", "simpo")
 
 def choose_loss(flags: dict):
     """The loss that flags describe: (policy, lens, reference) -> METRICS summed over the pairs."""
+    check_flags(flags)
     args = SimpleNamespace(**flags)
-    check_loss(args)
+    args.beta = choose_beta(args)
     return functools.partial(preference_loss, args)
 
 

@@ -1,5 +1,6 @@
 """Rollouts and rewards: what is sampled and how probable it is, prompts of files, reward functions."""
 
+import random
 from argparse import Namespace
 from contextlib import nullcontext
 
@@ -8,9 +9,12 @@ import torch
 from conftest import write_jsonl
 
 from dataset.chat_format import chat_coder
+from dataset.chat_rows import detect_format
 from dataset.packing import plan_epoch
+from dataset.plain_rows import plain_format
 from dataset.preview import preview_prompts
-from dataset.prompt_dataset import PromptDataset, describe_prompts
+from dataset.prompt_dataset import PromptDataset, describe_prompts, read_plain_prompt
+from dataset.prompt_rows import split_prompt
 from model.kv_cache import Decoder
 from model.lm import LMConfig, MiniMindLM
 from model.reward import RewardConfig, RewardModel
@@ -280,6 +284,34 @@ def test_prompts_of_the_four_formats(tokenizer, tmp_path):
     assert "1 prompts" in describe_prompts(kept) and '"level": 3' in preview_prompts(
         kept, tokenizer, 5
     )
+
+
+SAID = [
+    {"role": role, "content": role} for role in ("system", "user", "assistant", "tool", "human")
+]
+ODD_TURNS = [*SAID, SAID[1] | {"loss": 0}, SAID[1] | {"name": None}, {"role": "user"}, None, "a"]
+ODD_FIELDS = [("answer", "4"), ("answer", None), ("answer", 4), ("level", [1]), ("input", None),
+              ("system", "s"), ("weight", 0), ("tools", "[]"), ("note", None)]  # fmt: skip
+
+
+def test_plain_prompts_are_read_as_all_others_are(tokenizer):
+    """`read_plain_prompt` says the same as `prompt_rows`, or leaves the row to it."""
+    draw, coder, plain = random.Random(0), chat_coder(tokenizer), 0
+    for _ in range(10_000):
+        turns = [
+            draw.choice(SAID[:4] + SAID[1:2] * 20 + ODD_TURNS)
+            for _ in range(draw.choice([0, 1, 1, 2, 3]))
+        ]
+        row = {draw.choice(["messages", "conversations"]): draw.choice([turns] * 9 + [None, "a"])}
+        row |= dict(draw.choices(ODD_FIELDS, k=draw.choice([0, 0, 0, 1, 2])))
+        fmt = draw.choice([plain_format(row, False)] * 6 + [None, "openai", "minimind", "sharegpt"])
+        if fmt and fmt == plain_format(row, need_assistant=False):
+            assert fmt == detect_format(row)
+        if found := read_plain_prompt(row, fmt):
+            assert split_prompt(row, fmt, coder) == found, row
+            plain += 1
+    assert 1_000 < plain < 8_000
+    assert not any(read_plain_prompt(row, "openai") for row in (None, [1], {}, {"messages": []}))
 
 
 def test_a_plan_row_is_a_prompt(tokenizer, tmp_path):
