@@ -2,8 +2,8 @@
 
 Every fault of a row is a ValueError with a short reason; the caller adds the file and the line.
 Turn numbers in it count the turns that the file has. A field with null is a field that is not
-there. The fields in `plain_rows.SPECIAL` change what is learned, of a row or of a turn: `turn_fields.py` obeys
-or refuses each by name. Any other (id, source, score, lang, ...) is a note.
+there. The fields in `plain_rows.SPECIAL` change what is learned, of a row or of a turn:
+`turn_fields.py` obeys or refuses each by name. Any other (id, source, score, lang, ...) is a note.
 """
 
 from dataset.checks import check_text, json_type, present

@@ -20,29 +20,38 @@ SPECIAL = frozenset(
 )
 
 
-def plain_format(row: object) -> str | None:
+def plain_format(row: object, need_assistant: bool = True) -> str | None:
     """What `chat_rows.detect_format` says of a row, if it is plain; else None."""
     has_messages = isinstance(row, dict) and row.get("messages") is not None
     fmt = "openai" if has_messages else "minimind"
-    return fmt if plain_messages(row, fmt) else None
+    return fmt if plain_messages(row, fmt, need_assistant) else None
 
 
-def plain_messages(row: object, fmt: str | None) -> list[dict] | None:
+def plain_messages(row: object, fmt: str | None, need_assistant: bool = True) -> list[dict] | None:
     """The turns of a row, if it is plain: what `chat_rows.normalise_row` makes of it.
 
     Args:
         row: of a file, parsed; `read_rows` has found no lone surrogate in it.
         fmt: of the file; of another one than these two no row is plain.
+        need_assistant: False for prompts, where nothing has been answered yet.
     """
     if not isinstance(row, dict) or not SPECIAL.isdisjoint(row):
         return None
     turns = row.get(KEYS.get(fmt))
-    if not isinstance(turns, list):
+    if not are_plain(turns):
         return None
+    is_answered = any(turn["role"] == "assistant" for turn in turns)
+    return turns if is_answered or not need_assistant else None
+
+
+def are_plain(turns: object) -> bool:
+    """Whether they are turns of roles and texts, a system turn only as the first."""
+    if not isinstance(turns, list) or not turns:
+        return False
     for n, turn in enumerate(turns):
         if not isinstance(turn, dict) or turn.keys() != TURN:
-            return None
+            return False
         role = turn["role"]
         if role not in ROLES or not isinstance(turn["content"], str) or (n and role == "system"):
-            return None
-    return turns if any(turn["role"] == "assistant" for turn in turns) else None
+            return False
+    return True
