@@ -121,14 +121,19 @@ def save_weights(model: torch.nn.Module, config: LMConfig, path: Path) -> None:
     checkpoint.save_weights(path, state_dict, config.to_json())
 
 
-def choose_beta(args: argparse.Namespace) -> float:
-    """--beta, or its default; ValueError: the loss has no --label_smoothing, or not so much."""
-    if args.label_smoothing:
-        from model.dpo_variants import check_smoothing
-
-        check_smoothing(args.loss_type, args.label_smoothing)
-    default = 2.0 if args.loss_type == "simpo" else 0.1
-    return default if args.beta is None else args.beta
+def check_loss(args: argparse.Namespace) -> None:
+    """Set --beta where it is not given, and refuse values that make no sense: ValueError."""
+    if args.beta is None:
+        args.beta = 2.0 if args.loss_type == "simpo" else 0.1
+    smoothing = f"--label_smoothing {args.label_smoothing}"
+    if not args.beta > 0:
+        raise ValueError(f"--beta {args.beta}: must be positive")
+    if not 0 <= args.label_smoothing < 0.5:
+        raise ValueError(f"{smoothing}: must lie in [0, 0.5), it is a share of wrong labels")
+    if args.label_smoothing and args.loss_type == "ipo":
+        raise ValueError(f"{smoothing}: ipo has none, use --loss_type sigmoid or simpo")
+    if not args.sft_weight >= 0:
+        raise ValueError(f"--sft_weight {args.sft_weight}: must be 0 or more")
 
 
 def dpo_loss(policy: Tensor, reference: Tensor, beta: float, label_smoothing: float) -> Losses:
@@ -144,12 +149,44 @@ def dpo_loss(policy: Tensor, reference: Tensor, beta: float, label_smoothing: fl
     return losses, beta * chosen, beta * rejected
 
 
+def ipo_loss(policy: Tensor, reference: Tensor, lens: Tensor, beta: float) -> Losses:
+    """Identity preference optimisation: bring the margin to 1 / (2 beta), and no further.
+
+    Log-ratios are means over the tokens of an answer, as in TRL and, so its source says, in the
+    paper's experiments.
+
+    Args:
+        policy, reference: (P, 2) float32, log-probabilities of the chosen and rejected answers.
+        lens: (P, 2) float32, tokens of the answers.
+
+    Source: Azar et al., A General Theoretical Paradigm to Understand Learning from Human
+    Preferences (2024), eq. 17, where beta is called tau.
+    """
+    chosen, rejected = (policy - reference).unbind(dim=1)
+    margin = chosen / lens[:, 0] - rejected / lens[:, 1]
+    return (margin - 1 / (2 * beta)) ** 2, beta * chosen, beta * rejected
+
+
+def simpo_loss(
+    policy: Tensor, lens: Tensor, beta: float, gamma: float, label_smoothing: float
+) -> Losses:
+    """Simple preference optimisation: the mean log-probability of a token, x beta, is the reward.
+
+    Args:
+        policy, lens: as in `ipo_loss`; there is no reference.
+        gamma: what the margin of the rewards should exceed.
+
+    Source: Meng et al., SimPO (2024), eq. 6.
+    """
+    chosen, rejected = (beta * policy / lens).unbind(dim=1)
+    return bradley_terry(chosen - rejected - gamma, label_smoothing), chosen, rejected
+
+
 def preference_loss(args, policy: Tensor, lens: Tensor, reference: Tensor | None) -> Tensor:
     """The loss of --loss_type, and that of SFT on the chosen answers times --sft_weight.
 
     Args:
-        policy, reference: as in `dpo_loss`; simpo takes None for the reference.
-        lens: (P, 2) float32, tokens of the answers.
+        policy, lens, reference: as in `ipo_loss`; simpo takes None for the reference.
 
     Returns:
         (5,) float32, METRICS summed over the pairs.
@@ -158,10 +195,11 @@ def preference_loss(args, policy: Tensor, lens: Tensor, reference: Tensor | None
     """
     if args.loss_type == "sigmoid":
         losses, *rewards = dpo_loss(policy, reference, args.beta, args.label_smoothing)
+    elif args.loss_type == "ipo":
+        losses, *rewards = ipo_loss(policy, reference, lens, args.beta)
     else:
-        from model.dpo_variants import variant_loss
-
-        losses, *rewards = variant_loss(args, policy, lens, reference)
+        options = (args.beta, args.simpo_gamma, args.label_smoothing)
+        losses, *rewards = simpo_loss(policy, lens, *options)
     if args.sft_weight:
         losses = losses - args.sft_weight * policy[:, 0] / lens[:, 0]
     return sum_metrics(losses, *rewards)
@@ -341,7 +379,7 @@ def main() -> int:
     args = parse_args()
     launch.check_flags(vars(args))
     start = open_start(args, "full_sft")
-    args.beta = choose_beta(args)
+    check_loss(args)
     args.device = init_distributed_mode(args)
     parallel.make_mesh(args)
     setup_seed(args.seed)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from model.preference_loss import answer_logps
-from trainer.train_dpo import choose_beta, preference_loss
+from trainer.train_dpo import check_loss, preference_loss
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -34,7 +34,7 @@ PAIRS, LONGEST = 6, 12
 def choose_loss(flags: dict):
     """The loss that flags describe: (policy, lens, reference) -> METRICS summed over the pairs."""
     args = SimpleNamespace(**flags)
-    args.beta = choose_beta(args)
+    check_loss(args)
     return functools.partial(preference_loss, args)
 
 

@@ -12,11 +12,9 @@ from running import run_script
 from stage_runs import pair_runs, same_bits, same_metrics
 
 from dataset.preference_dataset import PreferenceDataset
-from model.dpo_variants import ipo_loss, simpo_loss
 from model.lm import LMConfig, MiniMindLM
 from model.preference_loss import METRICS, answer_logps, logps_of
-from runtime.flags import check_flags
-from trainer.train_dpo import choose_beta, dpo_loss, preference_loss
+from trainer.train_dpo import check_loss, dpo_loss, ipo_loss, preference_loss, simpo_loss
 
 FLAGS = {
     "loss_type": "sigmoid",
@@ -30,9 +28,8 @@ KINDS = ("sigmoid", "ipo", "simpo")
 
 def choose_loss(flags: dict):
     """The loss that flags describe: (policy, lens, reference) -> METRICS summed over the pairs."""
-    check_flags(flags)
     args = SimpleNamespace(**flags)
-    args.beta = choose_beta(args)
+    check_loss(args)
     return functools.partial(preference_loss, args)
 
 
