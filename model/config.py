@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
 
 # Far beyond any model: a damaged file must not have us build it
 SIZE, LENGTH = 2**20, 2**31 - 1
@@ -81,7 +80,7 @@ class LMConfig:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, path: str | Path, leave_out: str = "") -> Self:
+    def from_json(cls, path: str | Path, leave_out: str = "") -> "LMConfig":
         """Read the JSON beside a weights file, a key apart. ValueError: it is not one of ours."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ shared experts, `Qwen3MoeForCausalLM`.
 Shapes: B rows, T tokens, C = dim, D = head_dim, H query heads, H_kv KV heads, E experts.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from model.config import LMConfig
 from model.cross_entropy import linear_cross_entropy
-from model.initial import init_parameter
 from model.layout import Layout, make_layout
 
 
@@ -166,6 +166,17 @@ class Head(nn.Linear):
         if targets is not None:
             return linear_cross_entropy(x, self.weight, targets)
         return super().forward(x)
+
+
+def init_parameter(name: str, p: Tensor, n_layers: int) -> None:
+    """Give a matrix its random values: as GPT-2, residual outputs shrink with depth.
+
+    Vectors keep what they were built with, biases apart, which begin at zero.
+    """
+    if p.dim() > 1 or name.endswith("bias"):
+        residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
+        std = 0.02 / math.sqrt(2 * n_layers) if residual else 0.02
+        nn.init.normal_(p, std=std if p.dim() > 1 else 0.0)
 
 
 class Decoder(nn.Module):  # all below the head

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.initial import on_meta_device
+from model.meta_device import on_meta_device
 from model.lm import LMConfig, MiniMindLM
 from model.tensor_file import read_tensors
 

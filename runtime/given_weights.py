@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model.config import LMConfig
-from model.initial import on_meta_device
+from model.meta_device import on_meta_device
 from model.newest import is_path
 from model.tensor_file import read_tensors
 from model.weights import allocate, load_weights, read_config

@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 
 from model.cross_entropy import chunk_size
-from model.initial import on_meta_device
+from model.meta_device import on_meta_device
 from model.lm import LMConfig, MiniMindLM
 from runtime.launcher import read_launch
 from runtime.machine import CONTROL_GROUP, meminfo
