@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.meta_device import on_meta_device
 from model.lm import LMConfig, MiniMindLM
+from model.meta_device import on_meta_device
 from model.weights import load_weights
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.meta_device import on_meta_device
 from model.lm import LMConfig, MiniMindLM
+from model.meta_device import on_meta_device
 from model.tensor_file import read_tensors
 
 

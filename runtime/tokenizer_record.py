@@ -1,57 +1,15 @@
-"""Weights know their tokenizer: recorded in NAME.json, found and checked by whatever loads them."""
+"""Weights know their tokenizer: what a run records of it in NAME.json.
+
+What loads weights opens the tokenizer that is recorded: see `recorded_tokenizer`.
+"""
 
 import hashlib
 from pathlib import Path
 
-from dataset.tokenizer import LazyTokenizer, load_tokenizer, own_template
+from dataset.tokenizer import LazyTokenizer, own_template
 from runtime.folders import ROOT
 
-KEYS = ("folder", "sha256", "chat_template")
 OURS = ROOT / "model/minimind_tokenizer"
-
-
-def open_tokenizer(
-    folder: str | None, chat_template: str | None, weights: Path | None, record: dict | None
-) -> LazyTokenizer:
-    """The tokenizer of --tokenizer_dir; without the flag that of the weights, else our own.
-
-    Args:
-        folder, chat_template: the flags.
-        weights: a file or a folder, None for random ones.
-        record: of `find_record`.
-
-    Raises:
-        ValueError: it is not there, or another one than that of the weights.
-    """
-    if not record:
-        own = weights if weights is not None and weights.is_dir() else OURS
-        return load_tokenizer(folder or own, chat_template)
-    own = ROOT / record["folder"]  # an absolute one stays as it is
-    place = Path(folder or own)
-    if not (place / "tokenizer.json").is_file() or file_hash(place) != record["sha256"]:
-        from runtime.tokenizer_faults import refuse_other
-
-        refuse_other(place, own, weights, is_given=bool(folder))
-    template = chat_template or record["chat_template"]
-    return load_tokenizer(place, None if template == own_template(place) else template)
-
-
-def find_record(weights: Path | None, recorded: dict | None) -> dict | None:
-    """The record of the tokenizer that weights were trained with; None: they have none.
-
-    Args:
-        recorded: `LMConfig.tokenizer` of the weights. A folder in Hugging Face's format has none,
-            but may hold the tokenizer itself.
-
-    Raises:
-        ValueError: what is recorded is no record.
-    """
-    if not recorded and weights is not None and (weights / "tokenizer.json").is_file():
-        return {"folder": str(weights), "sha256": file_hash(weights), "chat_template": None}
-    if recorded and not (isinstance(recorded, dict) and {*KEYS} <= recorded.keys()):
-        fault = f'"tokenizer" must have {", ".join(KEYS)}'
-        raise ValueError(f"the configuration of {weights}: {fault}; take another copy")
-    return recorded
 
 
 def check_size(tokenizer: LazyTokenizer, vocab_size: int, may_be_padded: bool) -> None:

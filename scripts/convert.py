@@ -45,7 +45,7 @@ def to_peft(args: argparse.Namespace, folder: Path) -> int:
     from model.lora import merge_adapter, write_peft
     from model.newest import newest_weights
     from model.weights import load_model
-    from runtime.process.terminal import naming
+    from runtime.saving.store import naming
 
     if args.lora is None:
         raise ValueError("--peft: name the adapter with --lora")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from runtime import parallel
+from runtime.compilation import compiling
 from runtime.device import dtype_of, to_float64
 from runtime.engines import deepspeed_engine
 from runtime.engines.leftovers import forget_leftovers
-from runtime.kernel_loader import compiling
 from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import is_fsdp, world

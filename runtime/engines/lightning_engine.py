@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset.packing import Plan, batches
 from runtime import launch
+from runtime.compilation import compiling
 from runtime.engines.leftovers import forget_leftovers
-from runtime.kernel_loader import compiling
 from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
 from runtime.parallel import data_world, is_fsdp, sync_gradients, world, wrap
