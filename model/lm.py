@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import LMConfig
-from model.cross_entropy import linear_cross_entropy
 from model.layout import Layout, make_layout
+
+MAX_LOGITS = 2**24  # numbers that exist at once: 64 MiB in float32
 
 
 class LMOutput(NamedTuple):  # a tuple: DDP, FSDP and DeepSpeed look for tensors in those
@@ -158,6 +160,30 @@ class Block(nn.Module):
 def blocks(model: nn.Module) -> list[Block]:
     """The blocks of a model, whatever stands on or beside them: a reward head, a second model."""
     return [module for module in model.modules() if isinstance(module, Block)]
+
+
+def chunk_size(vocab_size: int) -> int:
+    """Tokens whose logits exist at once."""
+    return max(64, MAX_LOGITS // vocab_size)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(x @ weight.T)[target], summed over tokens; a float32 scalar.
+
+    Logits exist for a chunk of tokens at a time, and once more in the backward pass.
+
+    Args:
+        x: (K, C); K may be 0.
+        weight: (vocab, C) of the head.
+        targets: (K,) int64.
+    """
+
+    def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
+
+    size = chunk_size(len(weight))
+    chunks = zip(x.split(size), targets.split(size), strict=True)
+    return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
 
 
 class Head(nn.Linear):

@@ -16,8 +16,7 @@ from model.lm import MiniMindLM
 from model.weights import load_model
 from runtime.device import choose_device, dtype_of
 from runtime.kernel_loader import apply_kernels
-from runtime.recorded_tokenizer import open_tokenizer
-from runtime.tokenizer_record import check_size
+from runtime.recorded_tokenizer import check_size, open_tokenizer
 
 MAX_NEW_TOKENS = 256  # of a reply, where nothing else is said
 

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from dataset.tokenizer import LazyTokenizer, load_tokenizer, own_template
-from runtime.folders import ROOT
-from runtime.tokenizer_record import OURS, file_hash
+from runtime.tokenizer_record import OURS, ROOT, file_hash
 
 KEYS = ("folder", "sha256", "chat_template")
 
@@ -56,3 +55,12 @@ def find_record(weights: Path, recorded: dict | None) -> dict | None:
         fault = f'"tokenizer" must have {", ".join(KEYS)}'
         raise ValueError(f"the configuration of {weights}: {fault}; take another copy")
     return recorded
+
+
+def check_size(tokenizer: LazyTokenizer, vocab_size: int, may_be_padded: bool) -> None:
+    """ValueError: the model's vocabulary is not as large as the tokenizer, or padded beyond it."""
+    entries = len(tokenizer)
+    if entries > vocab_size or entries < vocab_size and not may_be_padded:
+        sizes = f"it has {entries} entries, the model {vocab_size}"
+        advice = "take the tokenizer that the model was trained with"
+        raise ValueError(f"--tokenizer_dir {tokenizer.folder}: {sizes}; {advice}")

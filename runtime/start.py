@@ -57,7 +57,10 @@ class Start:
             ValueError: the tokenizer does not fit the weights.
         """
         entries = self.vocab_size or len(self.tokenizer)
-        tokenizer_record.check_size(self.tokenizer, entries, self.may_be_padded)
+        if self.vocab_size:
+            from runtime.recorded_tokenizer import check_size
+
+            check_size(self.tokenizer, entries, self.may_be_padded)
         record = tokenizer_record.record_of(self.tokenizer)
         return replace(self.shape, vocab_size=entries, tokenizer=record)
 

@@ -7,18 +7,9 @@ import hashlib
 from pathlib import Path
 
 from dataset.tokenizer import LazyTokenizer, own_template
-from runtime.folders import ROOT
 
+ROOT = Path(__file__).resolve().parents[1]
 OURS = ROOT / "model/minimind_tokenizer"
-
-
-def check_size(tokenizer: LazyTokenizer, vocab_size: int, may_be_padded: bool) -> None:
-    """ValueError: the model's vocabulary is not as large as the tokenizer, or padded beyond it."""
-    entries = len(tokenizer)
-    if entries > vocab_size or entries < vocab_size and not may_be_padded:
-        sizes = f"it has {entries} entries, the model {vocab_size}"
-        advice = "take the tokenizer that the model was trained with"
-        raise ValueError(f"--tokenizer_dir {tokenizer.folder}: {sizes}; {advice}")
 
 
 def record_of(tokenizer: LazyTokenizer) -> dict:

@@ -16,8 +16,7 @@ from model.lazy_tensors import LazyTensor
 from model.lm import MiniMindLM
 from model.newest import newest_weights
 from model.weights import allocate, load_model, open_weights, read_config
-from runtime.recorded_tokenizer import open_tokenizer
-from runtime.tokenizer_record import check_size
+from runtime.recorded_tokenizer import check_size, open_tokenizer
 
 
 @dataclass(frozen=True)
