@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from dataset.tokenizer import LazyTokenizer, load_tokenizer, own_template
-from runtime.tokenizer_record import OURS, ROOT, file_hash
+from dataset.tokenizer import OURS, ROOT, LazyTokenizer, file_hash, load_tokenizer, own_template
 
 KEYS = ("folder", "sha256", "chat_template")
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dataset.tokenizer import LazyTokenizer, load_tokenizer
+from dataset.tokenizer import OURS, LazyTokenizer, load_tokenizer, record_of
 from model.config import LMConfig
-from runtime import tokenizer_record
 from runtime.ranks import is_shared, world
 
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")
@@ -61,7 +60,7 @@ class Start:
             from runtime.recorded_tokenizer import check_size
 
             check_size(self.tokenizer, entries, self.may_be_padded)
-        record = tokenizer_record.record_of(self.tokenizer)
+        record = record_of(self.tokenizer)
         return replace(self.shape, vocab_size=entries, tokenizer=record)
 
     def build(
@@ -119,7 +118,7 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
             source, known.tokenizer if known else None, args.tokenizer_dir, args.chat_template
         )
     else:
-        folder = args.tokenizer_dir or tokenizer_record.OURS
+        folder = args.tokenizer_dir or OURS
         tokenizer, may_be_padded = load_tokenizer(folder, args.chat_template), False
     args.tokenizer_dir = str(tokenizer.folder)
     vocab_size = known.vocab_size if known else None
