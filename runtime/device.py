@@ -27,6 +27,12 @@ def to_float64(x: Tensor) -> Tensor:
     return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of a device's fastest products: CPUs may emulate bfloat16, 100 times slower."""
+    fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def dtype_of(dtype: str | None, device: torch.device) -> str:
     """The dtype of matrix products that --dtype means on a device; None is its default."""
     return dtype or ("bfloat16" if device.type == "cuda" else "float32")

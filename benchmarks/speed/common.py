@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT))
 from dataset.lm_dataset import SFTDataset, load_tokenizer
 from kernels.linear import multiply, products
 from model.lm import LMConfig, MiniMindLM
+from runtime.device import fast_dtype
 from runtime.kernel_loader import apply_kernels
-from runtime.optimizers.muon import fast_dtype
 
 TOKENIZER = ROOT / "model/minimind_tokenizer"
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # X, Y, loss mask of a row

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from runtime.device import is_sharded
+from runtime.device import fast_dtype, is_sharded
 from runtime.optimizers.adamw import Uncompiled
 
 
@@ -83,12 +83,6 @@ def of_one_shape(parameters: list[Tensor], most: int = 2**22) -> Iterator[list[T
     for same in groups.values():
         count = max(1, most // same[0].numel())
         yield from (same[at : at + count] for at in range(0, len(same), count))
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of a device's fastest products: CPUs may emulate bfloat16, 100 times slower."""
-    fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
