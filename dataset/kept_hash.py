@@ -20,7 +20,9 @@ def kept_hash(path: Path, cache_dir: Path) -> str:
     known = recall(memo)
     if known and known["identity"] == identity:
         return known["sha256"]
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    remember(memo, {"identity": identity, "sha256": digest})
-    return digest
+        while block := file.read(1 << 22):  # hashlib.file_digest is of Python 3.11
+            digest.update(block)
+    remember(memo, {"identity": identity, "sha256": digest.hexdigest()})
+    return digest.hexdigest()

@@ -1,9 +1,12 @@
 """The tokenizer of a run, loaded late."""
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ROOT / "model/minimind_tokenizer"
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # all there is to it is tokenizer.json
 
 
@@ -92,3 +95,20 @@ def own_template(folder: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: it is not UTF-8") from None
+
+
+def record_of(tokenizer: LazyTokenizer) -> dict:
+    """What NAME.json says of the tokenizer that weights were trained with.
+
+    `folder` is relative to the repository where it lies inside; `sha256` is that of its
+    tokenizer.json; `chat_template` the text of the template that counts, None where there is none.
+    """
+    folder = Path(tokenizer.folder).resolve()
+    place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    template = tokenizer.given_template or own_template(folder)
+    return {"folder": str(place), "sha256": file_hash(folder), "chat_template": template}
+
+
+def file_hash(folder: Path) -> str:
+    """SHA-256 of a folder's tokenizer.json: all that text and ids depend on."""
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()

@@ -3,8 +3,6 @@
 import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Self
 
 # Far beyond any model: a damaged file must not have us build it
 SIZE, LENGTH = 2**20, 2**31 - 1
@@ -78,13 +76,5 @@ class LMConfig:
             require(dim % 8 == self.moe_hidden_dim % 8 == 0, f"{fault} with MoE")
 
     def to_json(self) -> str:
+        """The text of NAME.json, which `weights.config_from_json` reads."""
         return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, path: str | Path, leave_out: str = "") -> Self:
-        """Read the JSON beside a weights file, a key apart. ValueError: it is not one of ours."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**{name: value for name, value in values.items() if name != leave_out})
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a model configuration ({error})") from None

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from model.hf_config import config_from_hf, config_to_hf  # noqa: F401  # the second for others
 from model.hf_files import read_folder
-from model.initial import on_meta_device
 from model.lazy_tensors import FileTensor, LazyTensor
 from model.lm import LMConfig, MiniMindLM
+from model.meta_device import on_meta_device
 
 # Buffers that older checkpoints carry; the model computes them from its configuration.
 BUFFERS = re.compile(r".*rotary_emb\.inv_freq|(model\.)?freqs_(cos|sin)")

@@ -7,17 +7,19 @@ shared experts, `Qwen3MoeForCausalLM`.
 Shapes: B rows, T tokens, C = dim, D = head_dim, H query heads, H_kv KV heads, E experts.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import LMConfig
-from model.cross_entropy import linear_cross_entropy
-from model.initial import init_parameter
 from model.layout import Layout, make_layout
+
+MAX_LOGITS = 2**24  # numbers that exist at once: 64 MiB in float32
 
 
 class LMOutput(NamedTuple):  # a tuple: DDP, FSDP and DeepSpeed look for tensors in those
@@ -160,12 +162,47 @@ def blocks(model: nn.Module) -> list[Block]:
     return [module for module in model.modules() if isinstance(module, Block)]
 
 
+def chunk_size(vocab_size: int) -> int:
+    """Tokens whose logits exist at once."""
+    return max(64, MAX_LOGITS // vocab_size)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(x @ weight.T)[target], summed over tokens; a float32 scalar.
+
+    Logits exist for a chunk of tokens at a time, and once more in the backward pass.
+
+    Args:
+        x: (K, C); K may be 0.
+        weight: (vocab, C) of the head.
+        targets: (K,) int64.
+    """
+
+    def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
+
+    size = chunk_size(len(weight))
+    chunks = zip(x.split(size), targets.split(size), strict=True)
+    return sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+
+
 class Head(nn.Linear):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits of x (K, C), or their summed cross-entropy with targets (K,)."""
         if targets is not None:
             return linear_cross_entropy(x, self.weight, targets)
         return super().forward(x)
+
+
+def init_parameter(name: str, p: Tensor, n_layers: int) -> None:
+    """Give a matrix its random values: as GPT-2, residual outputs shrink with depth.
+
+    Vectors keep what they were built with, biases apart, which begin at zero.
+    """
+    if p.dim() > 1 or name.endswith("bias"):
+        residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
+        std = 0.02 / math.sqrt(2 * n_layers) if residual else 0.02
+        nn.init.normal_(p, std=std if p.dim() > 1 else 0.0)
 
 
 class Decoder(nn.Module):  # all below the head

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
-from model.weights import load_weights
+from model.meta_device import on_meta_device
+from model.weights import config_from_json, load_weights
 
 
 @dataclass
@@ -151,4 +151,4 @@ def read_reward_config(path: str | Path) -> RewardConfig:
     if not is_reward:
         fault = "a language model, not a reward model"
         raise ValueError(f"{path}: {fault}; trainer/train_reward.py makes one")
-    return RewardConfig.from_json(config_path)
+    return RewardConfig.of(config_from_json(config_path, leave_out="head"))

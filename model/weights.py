@@ -3,13 +3,14 @@
 A folder is one in Hugging Face's format, see model/hf.py.
 """
 
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
+from model.meta_device import on_meta_device
 from model.tensor_file import read_tensors
 
 
@@ -125,8 +126,17 @@ def read_config(path: str | Path, reward: bool = False) -> LMConfig:
 
         return config_from_hf(path)
     try:
-        return LMConfig.from_json(path.with_suffix(".json"), leave_out="head" if reward else "")
+        return config_from_json(path.with_suffix(".json"), leave_out="head" if reward else "")
     except (FileNotFoundError, ValueError) as error:
         from model.weights_faults import explain_config
 
         raise ValueError(explain_config(path, error)) from None
+
+
+def config_from_json(path: str | Path, leave_out: str = "") -> LMConfig:
+    """Read the JSON beside a weights file, a key apart. ValueError: it is not one of ours."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return LMConfig(**{name: value for name, value in values.items() if name != leave_out})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a model configuration ({error})") from None

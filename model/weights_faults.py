@@ -35,7 +35,7 @@ def explain_config(path: Path, error: Exception) -> str:
     """Why the configuration beside a weights file is not that of a language model.
 
     Args:
-        error: of `LMConfig.from_json`.
+        error: of `weights.config_from_json`.
     """
     config_path = path.with_suffix(".json")
     if isinstance(error, FileNotFoundError):

@@ -16,7 +16,7 @@ from model.lm import MiniMindLM
 from model.weights import load_model
 from runtime.device import choose_device, dtype_of
 from runtime.kernel_loader import apply_kernels
-from runtime.tokenizer_record import check_size, find_record, open_tokenizer
+from runtime.recorded_tokenizer import check_size, open_tokenizer
 
 MAX_NEW_TOKENS = 256  # of a reply, where nothing else is said
 
@@ -108,9 +108,8 @@ def open_chat_model(
     if not device_map:
         model = model.to(device, getattr(torch, dtype))
         apply_kernels(model, device, dtype)
-    record = find_record(path, record)
-    tokenizer = open_tokenizer(tokenizer_dir, chat_template, path, record)
-    check_size(tokenizer, model.config.vocab_size, record is not None or path.is_dir())
+    tokenizer, may_be_padded = open_tokenizer(path, record, tokenizer_dir, chat_template)
+    check_size(tokenizer, model.config.vocab_size, may_be_padded)
     sampling = {"max_new_tokens": MAX_NEW_TOKENS} | (sampling or {})
     if raw:
         from dataset.pretrain_dataset import end_of_text

@@ -3,7 +3,7 @@
 from torch import nn
 
 from runtime.gradient_sync import one_order
-from runtime.kernel_loader import compiling, package
+from runtime.kernel_loader import package, report
 from runtime.ranks import SHARDED, mesh_sizes, world
 
 WORTH_COMPILING = 2e16  # operations of a run, per process: minutes on a GPU, of which part is saved
@@ -31,6 +31,16 @@ def choose_compile(model: nn.Module, dataset, args, dtype: str, global_batch: in
             flush=True,
         )
     return 1
+
+
+def compiling():
+    """The module of kernels/ with what --compile needs. ValueError: it is not to be had."""
+    kernels = package()
+    if kernels is None:
+        raise ValueError(
+            f"--compile 1 needs kernels/, but there is {report() or 'MINIMIND_KERNELS=off'}"
+        )
+    return kernels.compiling
 
 
 def compile_model(model: nn.Module, args, dtype: str) -> None:

@@ -8,8 +8,8 @@ import shutil
 import time
 from pathlib import Path
 
-from runtime.process.terminal import naming
 from runtime.saving.identity_changes import describe_changes
+from runtime.saving.store import naming
 
 
 def take_over(

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.parallel import data_world, is_fsdp, row_split, sum_over_ranks, unwrap
+from runtime.gradient_sync import is_fsdp
+from runtime.parallel import data_world, row_split, sum_over_ranks, unwrap
 from runtime.run import Run
 
 

@@ -65,7 +65,7 @@ ORDINARY = {"device": "auto|cpu|mps|cuda", "curriculum": "none|length", "save_we
 
 def usage_error(message: str) -> None:
     """What `parser.error` of every script is set to: one line, without argparse's usage."""
-    from runtime.process.exits import shortened
+    from runtime.process.errors import shortened
 
     raise ValueError(f"{shortened(message, 300)}; --help lists the flags")
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model.config import LMConfig
-from model.initial import on_meta_device
+from model.meta_device import on_meta_device
 from model.newest import is_path
 from model.tensor_file import read_tensors
 from model.weights import allocate, load_weights, read_config
@@ -45,6 +45,36 @@ def read_shape(path: Path | None) -> LMConfig | None:
         if not path.is_dir():
             read_tensors(path)  # where both are damaged, that of the weights is the error to tell
         raise
+
+
+def read_shapes(
+    path: Path | None, teacher: Path | None, args, suffix: str
+) -> tuple[LMConfig | None, Path | None, LMConfig | None]:
+    """The shape of the weights at `path`; the weights whose tokenizer is taken, and their shape.
+
+    Those are the teacher where there are none at `path`. A run that goes on does without the
+    weights that it began with: its own ones have their shape.
+
+    Args:
+        args, suffix: say what the run's own weights are called.
+    """
+    weights = read_shape(path)
+    if path and not path.exists():
+        from runtime.saving.own_weights import own_weights
+
+        weights = read_shape(own_weights(args, suffix))
+    if weights is None:
+        return None, teacher, read_shape(teacher)
+    return weights, path, weights
+
+
+def check_sizes(shape: LMConfig, flags: dict[str, int], path: Path | None) -> None:
+    """ValueError: flags of sizes contradict the weights at `path`."""
+    for name, size in flags.items():
+        have = getattr(shape, name)
+        if size != have and (shape.use_moe or "expert" not in name):
+            remedy = "leave the flag out, or start from other weights"
+            raise ValueError(f"--{name} {int(size)}: {path} has {int(have)}; {remedy}")
 
 
 def build(

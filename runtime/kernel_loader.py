@@ -56,14 +56,3 @@ def apply_kernels(model: nn.Module, device: torch.device, dtype: str) -> None:
 def report() -> str:
     """What is in and why something is not, in a line; empty before `apply_kernels`."""
     return _line
-
-
-def compiling():
-    """The module with what --compile needs. ValueError: it is not to be had."""
-    if package() is None:
-        raise ValueError(
-            f"--compile 1 needs kernels/, but there is {_line or 'MINIMIND_KERNELS=off'}"
-        )
-    from kernels import compiling
-
-    return compiling

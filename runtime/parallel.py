@@ -17,7 +17,6 @@ from runtime.ranks import (  # noqa: F401  # for the scripts
     SHARDED,
     data_world,
     gather_objects,
-    is_fsdp,
     mesh_sizes,
     replicas,
     row_split,

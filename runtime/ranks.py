@@ -60,10 +60,6 @@ def gather_objects(value: object) -> list[object]:
     return values
 
 
-def is_fsdp(model: nn.Module) -> bool:
-    return hasattr(model, "set_requires_gradient_sync")
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, whatever it is wrapped in."""
     return model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from dataset.preference_dataset import PreferenceDataset
 from model.preference_loss import logps_of
 from runtime.parallel import data_world, gather_objects, world
-from runtime.process.terminal import naming
+from runtime.saving.store import naming
 
 
 class ReferencedPairs(Dataset):

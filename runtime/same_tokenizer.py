@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from runtime.tokenizer_record import find_record
+from runtime.recorded_tokenizer import find_record
 
 
 def check_same(weights: Path, recorded: dict | None, record: dict) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dataset.tokenizer import LazyTokenizer
+from dataset.tokenizer import OURS, LazyTokenizer, load_tokenizer, record_of
 from model.config import LMConfig
-from runtime import tokenizer_record
 from runtime.ranks import is_shared, world
 
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")
@@ -57,8 +56,11 @@ class Start:
             ValueError: the tokenizer does not fit the weights.
         """
         entries = self.vocab_size or len(self.tokenizer)
-        tokenizer_record.check_size(self.tokenizer, entries, self.may_be_padded)
-        record = tokenizer_record.record_of(self.tokenizer)
+        if self.vocab_size:
+            from runtime.recorded_tokenizer import check_size
+
+            check_size(self.tokenizer, entries, self.may_be_padded)
+        record = record_of(self.tokenizer)
         return replace(self.shape, vocab_size=entries, tokenizer=record)
 
     def build(
@@ -107,23 +109,20 @@ def open_start(args, default: str, teacher: Path | None = None, required: bool =
     if path or teacher:
         from runtime import given_weights
 
-        weights = given_weights.read_shape(path)
-        if path and not path.exists():
-            from runtime.saving.own_weights import own_weights
-
-            weights = given_weights.read_shape(own_weights(args, suffix_of(args)))
-        source, known = path, weights
-        if weights is None:
-            source, known = teacher, given_weights.read_shape(teacher)
+        weights, source, known = given_weights.read_shapes(path, teacher, args, suffix_of(args))
     shape = choose_shape(args, weights, path)
-    record = tokenizer_record.find_record(source, known.tokenizer if known else None)
-    tokenizer = tokenizer_record.open_tokenizer(
-        args.tokenizer_dir, args.chat_template, source, record
-    )
+    if source:
+        from runtime import recorded_tokenizer
+
+        tokenizer, may_be_padded = recorded_tokenizer.open_tokenizer(
+            source, known.tokenizer if known else None, args.tokenizer_dir, args.chat_template
+        )
+    else:
+        folder = args.tokenizer_dir or OURS
+        tokenizer, may_be_padded = load_tokenizer(folder, args.chat_template), False
     args.tokenizer_dir = str(tokenizer.folder)
     vocab_size = known.vocab_size if known else None
     run_dir = Path(args.out_dir) / f"{args.save_weight}{suffix_of(args)}"
-    may_be_padded = record is not None or source is not None and source.is_dir()
     return Start(path, line, shape, tokenizer, vocab_size, may_be_padded, run_dir)
 
 
@@ -168,13 +167,14 @@ def choose_shape(args, weights: LMConfig | None, path: Path | None) -> LMConfig:
     given = {n: vars(args)[n] for n in (*SIZES, *EXPERT_SIZES) if vars(args)[n] is not None}
     if "use_moe" in given:
         given["use_moe"] = bool(given["use_moe"])
-    shape = LMConfig(**given) if weights is None else weights
-    for name, size in given.items():
-        have = getattr(shape, name)
-        if size != have and (shape.use_moe or name in SIZES):
-            remedy = "leave the flag out, or start from other weights"
-            raise ValueError(f"--{name} {int(size)}: {path} has {int(have)}; {remedy}")
-    least = 0 if weights is None else weights.max_seq_len  # shorter rows leave it as it is
+    shape, least = weights, 0
+    if shape is None:
+        shape = LMConfig(**given)
+    else:
+        from runtime.given_weights import check_sizes
+
+        check_sizes(shape, given, path)
+        least = shape.max_seq_len  # shorter rows leave it as it is
     if args.rope_scaling:
         from model.rope import extend_context
 

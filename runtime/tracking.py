@@ -16,8 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from runtime import kernel_loader
-from runtime.process.terminal import naming
-from runtime.saving.store import save_file
+from runtime.saving.store import naming, save_file
 
 
 class Tracker:
@@ -71,7 +70,7 @@ class Tracker:
             text = json.dumps(args | {"history": history}, indent=2, default=str)
             save_file(folder / "args.json", f"{text}\n")
         except OSError as error:
-            from runtime.process.exits import describe_error
+            from runtime.process.errors import describe_error
 
             raise ValueError(f"--out_dir: cannot write to {describe_error(error)}") from None
         for note in notes:

@@ -45,7 +45,7 @@ def to_peft(args: argparse.Namespace, folder: Path) -> int:
     from model.lora import merge_adapter, write_peft
     from model.newest import newest_weights
     from model.weights import load_model
-    from runtime.process.terminal import naming
+    from runtime.saving.store import naming
 
     if args.lora is None:
         raise ValueError("--peft: name the adapter with --lora")
@@ -75,9 +75,9 @@ def write_weights(args: argparse.Namespace) -> int:
     """Write a model as NAME.pth with NAME.json."""
     from dataclasses import replace
 
+    from dataset.tokenizer import record_of
     from runtime.checkpoint import save_file
     from runtime.exports.file_bar import file_bar
-    from runtime.tokenizer_record import record_of
 
     out = Path(args.out)
     if out.suffix != ".pth" or not out.absolute().parent.is_dir():

@@ -13,6 +13,7 @@ from benchmarks.chat_templates import CHATML
 from dataset.chat_format import chat_coder
 from dataset.chat_template import MARKERS
 from model.lm import LMConfig, MiniMindLM
+from model.weights import config_from_json
 from runtime.process import exits
 
 SCRIPT = "eval_model.py"
@@ -249,7 +250,7 @@ def test_a_reply_is_read_again_as_it_was_written(run, knowing, tokenizer, monkey
 def test_raw_continues_plain_text(run, ignorant, tokenizer):
     """Against the model itself: no chat layout around the text."""
     prompt = "Once upon a time"
-    model = MiniMindLM(LMConfig.from_json(ignorant / "full_sft_64.json")).eval()
+    model = MiniMindLM(config_from_json(ignorant / "full_sft_64.json")).eval()
     model.load_state_dict(torch.load(ignorant / "full_sft_64.pth", weights_only=True))
     ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
     expected = tokenizer.decode(model.generate(ids, max_new_tokens=12)[0], skip_special_tokens=True)

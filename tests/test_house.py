@@ -152,6 +152,16 @@ def test_training_needs_the_four_packages_only():
     assert not wrong, "import these where they are used: " + ", ".join(wrong)
 
 
+def test_python_3_10_has_what_is_used():
+    """The oldest Python of README.md: typing.Self, say, or hashlib.file_digest are of 3.11."""
+    pytest.importorskip("ty")
+    folders = ["model", "dataset", "runtime", "kernels", "trainer", "scripts", "benchmarks"]
+    words = ["check", "--python-version", "3.10", *folders, "eval_model.py", "main.py"]
+    command = [sys.executable, "-m", "ty", *words, "--output-format", "concise"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout
+
+
 def test_no_flags_in_runtime():
     wrong = [
         f"{name}:{line}"

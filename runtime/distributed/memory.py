@@ -36,9 +36,8 @@ from pathlib import Path
 
 import torch
 
-from model.cross_entropy import chunk_size
-from model.initial import on_meta_device
-from model.lm import LMConfig, MiniMindLM
+from model.lm import LMConfig, MiniMindLM, chunk_size
+from model.meta_device import on_meta_device
 from runtime.launcher import read_launch
 from runtime.machine import CONTROL_GROUP, meminfo
 from runtime.optimizers.muon import is_block_matrix

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.initial import SkipRandomInit, init_parameter, on_meta_device
-from model.lm import MiniMindLM
+from model.lm import MiniMindLM, init_parameter
+from model.meta_device import SkipRandomInit, on_meta_device
 from model.weights import allocate, open_weights
 from runtime.device import is_sharded, local
 

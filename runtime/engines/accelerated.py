@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from runtime import parallel
+from runtime.compilation import compiling
 from runtime.device import dtype_of, to_float64
 from runtime.engines import deepspeed_engine
 from runtime.engines.leftovers import forget_leftovers
-from runtime.kernel_loader import compiling
+from runtime.gradient_sync import is_fsdp
 from runtime.launcher import read_launch
 from runtime.optim import make_optimizer
-from runtime.parallel import is_fsdp, world
+from runtime.parallel import world
 from runtime.reporters import Reporters, wandb_reachable
 from runtime.saving import safe_load
 from runtime.saving.resume import restore

@@ -30,12 +30,12 @@ from model.lm import LMOutput, MiniMindLM
 from model.recompute import recompute
 from runtime import parallel
 from runtime.apple_gpu import needs_process_group
+from runtime.compilation import compiling
 from runtime.device import is_sharded, local
 from runtime.distributed import mesh as rank_mesh
 from runtime.distributed.replicas import shard_number
 from runtime.distributed.tensor_parallel import split_layers
 from runtime.gradient_sync import one_order
-from runtime.kernel_loader import compiling
 from runtime.parallel import gather_objects, world
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}

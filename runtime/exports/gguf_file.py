@@ -17,7 +17,7 @@ from torch import Tensor
 from dataset.progress import byte_bar
 from model.config import LMConfig
 from runtime.exports.source import Source
-from runtime.process.terminal import naming
+from runtime.saving.store import naming
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 INSTALL = "pip install gguf"

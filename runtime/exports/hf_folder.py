@@ -21,7 +21,7 @@ from model.config import LMConfig
 from model.hf import config_to_hf, file_names, meta_model
 from model.lazy_tensors import CHUNK_BYTES, DTYPES, LazyTensor
 from runtime.exports.ends import end_of_reply
-from runtime.process.terminal import naming
+from runtime.saving.store import naming
 
 SHARD_SIZE = 5_000_000_000  # bytes; what the hub's own tools write
 TOKENIZER_FILES = (

@@ -16,7 +16,7 @@ from model.lazy_tensors import LazyTensor
 from model.lm import MiniMindLM
 from model.newest import newest_weights
 from model.weights import allocate, load_model, open_weights, read_config
-from runtime import tokenizer_record
+from runtime.recorded_tokenizer import check_size, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,6 @@ def open_source(
         merge_adapter(model, newest_weights(lora, out_dir, "--lora"))
         tensors = model.state_dict()
     config = model.config  # with an adapter's scaled positions, if it brings some
-    record = tokenizer_record.find_record(path, config.tokenizer)
-    tokenizer = tokenizer_record.open_tokenizer(tokenizer_dir, chat_template, path, record)
-    tokenizer_record.check_size(tokenizer, config.vocab_size, may_be_padded=True)
+    tokenizer, _ = open_tokenizer(path, config.tokenizer, tokenizer_dir, chat_template)
+    check_size(tokenizer, config.vocab_size, may_be_padded=True)
     return Source(path, config, tensors, tokenizer)

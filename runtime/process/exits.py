@@ -1,16 +1,10 @@
-"""How scripts that do without torch end, and which errors are the user's to mend."""
+"""How scripts that do without torch end."""
 
 import errno
-import os
 import sys
-import traceback
 from collections.abc import Callable
 
 from runtime.process.terminal import OutlivingStream, prepare_streams
-
-# Errors of files that another value of a flag would mend.
-USAGE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-USAGE_NUMBERS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.ENXIO, errno.ENODEV)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -24,29 +18,11 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         code = 130
     except (ValueError, OSError) as error:
-        if os.environ.get("MINIMIND_DEBUG"):
-            traceback.print_exc()
-        print(f"error: {describe_error(error)}", file=sys.stderr, flush=True)
-        code = 2 if is_usage_error(error) else 1
+        from runtime.process.errors import report_error
+
+        code = report_error(error)
     sys.stdout.flush()
     sys.exit(code)
-
-
-def is_usage_error(error: Exception) -> bool:
-    """Whether the user can mend it by other flags or files."""
-    return isinstance(error, (ValueError, *USAGE)) or getattr(error, "errno", None) in USAGE_NUMBERS
-
-
-def describe_error(error: Exception) -> str:
-    """An error in one line; of a file with its name."""
-    text = str(error)
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return shortened(" ".join(text.split()), 1000) or type(error).__name__
-
-
-def shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 class ProductStream(OutlivingStream):

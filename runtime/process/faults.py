@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from runtime.launcher import read_launch
-from runtime.process.exits import describe_error, is_usage_error
+from runtime.process.errors import describe_error, is_usage_error
 
 # What needs no traceback
 ONE_LINE = (ValueError, OSError, FloatingPointError, dist.DistNetworkError)

@@ -1,9 +1,7 @@
 """Text on its way to a terminal, a pipe or a log: whatever becomes of it, writing ends no run."""
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 
 MODES = {"stdin": os.O_RDONLY, "stdout": os.O_WRONLY, "stderr": os.O_WRONLY}  # descriptors 0, 1, 2
 
@@ -60,14 +58,3 @@ class OutlivingStream:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self.stream.fileno())
         os.close(null)
-
-
-@contextlib.contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Have an OSError in here name its file: that of writing to a full disk does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-        raise

@@ -10,6 +10,7 @@ from model.lm import LMConfig
 from model.reward import RewardModel, read_reward_config
 from runtime import given_weights, parallel
 from runtime.frozen import wrap_frozen
+from runtime.gradient_sync import is_fsdp
 from runtime.kernel_loader import apply_kernels
 from runtime.ranks import is_shared
 from runtime.rl.rollout import Rollout
@@ -56,7 +57,7 @@ def scores_of(model: RewardModel, rollout: Rollout, budget: int = 8192) -> list[
         batches[-1].append(text)
         room -= len(text)
     passes = len(batches)
-    if parallel.is_fsdp(model):  # the same number on every rank, some with one token of padding
+    if is_fsdp(model):  # the same number on every rank, some with one token of padding
         passes = max(parallel.gather_objects(passes))
     scores = []
     for batch in batches + [[]] * (passes - len(batches)):

@@ -114,6 +114,17 @@ def describe(path: Path, between: Callable[[], None] = lambda: None) -> dict:
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Have an OSError in here name its file: that of writing to a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+        raise
+
+
 def flush_folder(folder: Path) -> None:
     """Bring the renames in a folder to the disk; Windows opens no folders."""
     if hasattr(os, "O_DIRECTORY"):

@@ -11,7 +11,7 @@ from dataset.checks import present
 from dataset.choice_rows import has_choices, read_csv
 from dataset.read_rows import Row, read_rows
 from runtime.device import keep_memory
-from runtime.process.terminal import naming
+from runtime.saving.store import naming
 from runtime.scoring.choices import read_choice_question, score_choices
 from runtime.scoring.replies import answer_all, read_question
 from runtime.scoring.table import SHARES, format_table

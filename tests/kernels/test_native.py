@@ -14,7 +14,7 @@ from running import ROOT
 import kernels
 from kernels import native
 from model.lm import LMConfig, MiniMindLM
-from runtime import kernel_loader
+from runtime import compilation, kernel_loader
 from runtime.distributed.fingerprint import kernels_in_use
 
 CPU = torch.device("cpu")
@@ -156,7 +156,7 @@ def test_the_switch(anew, monkeypatch):
         apply("require")
     with pytest.raises(ValueError, match="--compile 1 needs kernels/"):
         monkeypatch.setenv("MINIMIND_KERNELS", "auto")
-        kernel_loader.compiling()
+        compilation.compiling()
 
 
 def test_kernels_import_without_a_compiler_for_cuda_and_quickly():

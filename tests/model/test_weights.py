@@ -12,7 +12,7 @@ from test_model import MOE, TINY, build, ids
 from model.lm import LMConfig, MiniMindLM
 from model.newest import newest_weights
 from model.tensor_file import read_tensors
-from model.weights import load_weights, open_weights
+from model.weights import config_from_json, load_weights, open_weights
 
 # --------------------------------------------------------------------------------------------------
 # What does not fit
@@ -84,7 +84,7 @@ def test_weights_and_configuration_survive_the_disk(tmp_path, shape):
     model = build(**shape)
     torch.save(model.state_dict(), tmp_path / "m.pth")
     (tmp_path / "m.json").write_text(model.config.to_json())
-    config = LMConfig.from_json(tmp_path / "m.json")
+    config = config_from_json(tmp_path / "m.json")
     assert config == model.config
     loaded = MiniMindLM(config).eval()
     load_weights(loaded, tmp_path / "m.pth")
@@ -99,7 +99,7 @@ def test_a_spoilt_configuration_file_is_named(tmp_path, text):
     path = tmp_path / "m.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=re.escape(f"{path}: not a model configuration")):
-        LMConfig.from_json(path)
+        config_from_json(path)
 
 
 def weights_error(model, path) -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from running import STAGE_SCRIPTS, run_script
 
-from model.initial import on_meta_device
 from model.lm import LMConfig, MiniMindLM
+from model.meta_device import on_meta_device
 from model.weights import load_model
 from runtime import device_map
 

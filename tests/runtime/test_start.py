@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.toy_tokenizers import byte_level
 from model.config import LMConfig
 from model.lm import MiniMindLM
+from model.weights import config_from_json
 from runtime import start
 from runtime.saving.identity import identity_of
 from runtime.saving.identity_changes import check_identity
@@ -96,7 +97,7 @@ def test_from_a_llama_over_sft_and_dpo_to_a_chat(llama, tmp_path):
     base = f"--from_weight={out / 'full_sft_32.pth'}"
     run("trainer/train_dpo.py", *places, f"--data_path={pairs}", base)
     for stage in ("full_sft", "dpo"):
-        config = LMConfig.from_json(out / f"{stage}_32.json")
+        config = config_from_json(out / f"{stage}_32.json")
         assert (config.dim, config.qk_norm, config.rope_theta) == (32, False, 5e3)
         assert (config.vocab_size, config.max_seq_len, config.norm_eps) == (1024, 96, 1e-6)
         assert config.tokenizer["folder"] == str(llama)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from running import on_a_terminal
 
-from runtime.process.exits import describe_error
+from runtime.process.errors import describe_error
 from runtime.tracking import Tracker
 
 TINY = "--dim=32 --n_layers=1 --n_heads=2 --n_kv_heads=1 --max_seq_len=64 --device=cpu --batch_size=2".split()

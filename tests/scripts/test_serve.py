@@ -19,6 +19,7 @@ from serving import NAME, Server, save, user, with_context
 from dataset.tokenizer import load_tokenizer
 from model.lm import LMConfig, MiniMindLM
 from model.lora import adapter_json, adapter_tensors, add_lora
+from model.weights import config_from_json
 
 for package in ("starlette", "uvicorn", "httptools"):
     pytest.importorskip(package, reason="pip install -r requirements-serve.txt")
@@ -165,7 +166,7 @@ def test_weights_of_a_reward_model(weights, tmp_path):
 def test_an_adapter_without_its_base(weights, tmp_path):
     path = write_adapter(weights, tmp_path)
     assert "an adapter: name its base model" in refused("--model", path)
-    other = MiniMindLM(LMConfig.from_json(weights.with_suffix(".json")))
+    other = MiniMindLM(config_from_json(weights.with_suffix(".json")))
     save(other, tmp_path / "other")
     line = refused("--out_dir", tmp_path / "other", "--lora", f"x={NAME}+{path}")
     assert "an adapter for another base" in line
@@ -178,7 +179,7 @@ def test_a_key_that_is_none(weights):
 
 def write_adapter(weights, folder):
     """An adapter on these weights that changes what the model says."""
-    model = MiniMindLM(LMConfig.from_json(weights.with_suffix(".json")))
+    model = MiniMindLM(config_from_json(weights.with_suffix(".json")))
     model.load_state_dict(torch.load(weights, weights_only=True))
     settings = add_lora(model, ["q_proj", "down_proj"], 4, 64.0, 0.0)
     for name, p in model.named_parameters():

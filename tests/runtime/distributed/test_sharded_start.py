@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from model.config import LMConfig
 from model.lm import MiniMindLM
 from model.reward import RewardConfig, RewardModel
+from model.weights import config_from_json
 
 SIZES = {"dim": 128, "n_layers": 16, "n_heads": 4, "n_kv_heads": 2}
 SHARED = ["--strategy=zero3", "--strategy=zero2", "--strategy=ddp --tensor_parallel=2"]
@@ -48,7 +49,7 @@ def llama(tmp_path_factory, tokenizer):
 def reward(weights):
     """A reward model of the same shape."""
     path = weights.with_name("reward.pth")
-    model = RewardModel(RewardConfig.of(LMConfig.from_json(weights.with_suffix(".json"))))
+    model = RewardModel(RewardConfig.of(config_from_json(weights.with_suffix(".json"))))
     nn.init.normal_(model.score.weight)
     torch.save(model.state_dict(), path)
     path.with_suffix(".json").write_text(model.config.to_json())

@@ -1,31 +1,33 @@
-"""Weights know their tokenizer: recorded in NAME.json, found and checked by whatever loads them."""
+"""The tokenizer of given weights: what their NAME.json records, or what lies in their folder."""
 
-import hashlib
 from pathlib import Path
 
-from dataset.tokenizer import LazyTokenizer, load_tokenizer, own_template
-from runtime.folders import ROOT
+from dataset.tokenizer import OURS, ROOT, LazyTokenizer, file_hash, load_tokenizer, own_template
 
 KEYS = ("folder", "sha256", "chat_template")
-OURS = ROOT / "model/minimind_tokenizer"
 
 
 def open_tokenizer(
-    folder: str | None, chat_template: str | None, weights: Path | None, record: dict | None
-) -> LazyTokenizer:
-    """The tokenizer of --tokenizer_dir; without the flag that of the weights, else our own.
+    weights: Path, recorded: dict | None, folder: str | None, chat_template: str | None
+) -> tuple[LazyTokenizer, bool]:
+    """The tokenizer of --tokenizer_dir; without the flag that of the weights.
 
     Args:
+        weights: a file or a folder.
+        recorded: see `find_record`.
         folder, chat_template: the flags.
-        weights: a file or a folder, None for random ones.
-        record: of `find_record`.
+
+    Returns:
+        The tokenizer, and whether the vocabulary of the weights may be padded beyond it: not in
+        weights of ours that do not say what tokenizer they were trained with.
 
     Raises:
         ValueError: it is not there, or another one than that of the weights.
     """
+    record = find_record(weights, recorded)
     if not record:
-        own = weights if weights is not None and weights.is_dir() else OURS
-        return load_tokenizer(folder or own, chat_template)
+        own = weights if weights.is_dir() else OURS
+        return load_tokenizer(folder or own, chat_template), weights.is_dir()
     own = ROOT / record["folder"]  # an absolute one stays as it is
     place = Path(folder or own)
     if not (place / "tokenizer.json").is_file() or file_hash(place) != record["sha256"]:
@@ -33,10 +35,10 @@ def open_tokenizer(
 
         refuse_other(place, own, weights, is_given=bool(folder))
     template = chat_template or record["chat_template"]
-    return load_tokenizer(place, None if template == own_template(place) else template)
+    return load_tokenizer(place, None if template == own_template(place) else template), True
 
 
-def find_record(weights: Path | None, recorded: dict | None) -> dict | None:
+def find_record(weights: Path, recorded: dict | None) -> dict | None:
     """The record of the tokenizer that weights were trained with; None: they have none.
 
     Args:
@@ -46,7 +48,7 @@ def find_record(weights: Path | None, recorded: dict | None) -> dict | None:
     Raises:
         ValueError: what is recorded is no record.
     """
-    if not recorded and weights is not None and (weights / "tokenizer.json").is_file():
+    if not recorded and (weights / "tokenizer.json").is_file():
         return {"folder": str(weights), "sha256": file_hash(weights), "chat_template": None}
     if recorded and not (isinstance(recorded, dict) and {*KEYS} <= recorded.keys()):
         fault = f'"tokenizer" must have {", ".join(KEYS)}'
@@ -61,20 +63,3 @@ def check_size(tokenizer: LazyTokenizer, vocab_size: int, may_be_padded: bool) -
         sizes = f"it has {entries} entries, the model {vocab_size}"
         advice = "take the tokenizer that the model was trained with"
         raise ValueError(f"--tokenizer_dir {tokenizer.folder}: {sizes}; {advice}")
-
-
-def record_of(tokenizer: LazyTokenizer) -> dict:
-    """What NAME.json says of a tokenizer.
-
-    `folder` is relative to the repository where it lies inside; `sha256` is that of its
-    tokenizer.json; `chat_template` the text of the template that counts, None where there is none.
-    """
-    folder = Path(tokenizer.folder).resolve()
-    place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    template = tokenizer.given_template or own_template(folder)
-    return {"folder": str(place), "sha256": file_hash(folder), "chat_template": template}
-
-
-def file_hash(folder: Path) -> str:
-    """SHA-256 of a folder's tokenizer.json: all that text and ids depend on."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
