@@ -6,12 +6,9 @@ THINK, END_THINK = "<think>", "</think>"
 
 
 def decode_reply(tokenizer, ids: Sequence[int], ends: Collection[int]) -> str:
-    """What a model wrote, as text: all up to its end-of-turn token; padding is left out.
+    """What a model wrote, as text: all up to one of `ends`, ids of tokens; padding is left out.
 
     Markers such as <think> stay, whether this tokenizer calls them special or not.
-
-    Args:
-        ends: ids of the tokens that may end a turn.
     """
     ids = list(ids)
     stop = next((n for n, token in enumerate(ids) if token in ends), len(ids))
