@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.chat_templates import CASES, case_tokenizer
-from dataset.chat_format import ChatCoder, chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.template_checks import BATTERY
 from dataset.template_layout import stand_in
 from dataset.text_encoder import is_control
@@ -239,12 +239,12 @@ def main() -> int:
         if args.tokenizer_dir:
             from dataset.tokenizer import load_tokenizer
 
-            coder = chat_coder(load_tokenizer(args.tokenizer_dir).loaded)
+            coder = ChatCoder(load_tokenizer(args.tokenizer_dir).loaded)
             manner = coder.readers[0].manner
             head, ends = "|".join(map(re.escape, manner.heads)), tuple(manner.ends)
             name, fields = args.tokenizer_dir, known_fields(coder)
         else:
-            coder, case = chat_coder(case_tokenizer(name)), CASES[name]
+            coder, case = ChatCoder(case_tokenizer(name)), CASES[name]
             head, ends, fields = case.head, case.ends, case.fields
         result = fuzz(coder, fields, head, ends, args.cases, args.seed)
         show(name, result, time.monotonic() - start)

@@ -27,9 +27,9 @@ class ChatEncoder:
     @cached_property
     def coder(self):
         """The `ChatCoder` for any conversation."""
-        from dataset.chat_format import chat_coder
+        from dataset.chat_format import ChatCoder
 
-        return chat_coder(self.tokenizer)
+        return ChatCoder(self.tokenizer)
 
     def read_chat(self, messages: list[dict], tools: list[dict] | None, loss_on: str = "all"):
         """A conversation as `encode` takes it; see `ChatCoder.read_chat`."""

@@ -15,17 +15,21 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from dataset.chatml import END, Chat, chatml_of
+from dataset.replies import decode_reply
 from dataset.text_encoder import TextEncoder, text_encoder
 
 
 class ChatCoder:
-    """What encoding and decoding chats needs of a tokenizer; made by `chat_coder`. Can be pickled.
+    """What every conversation needs of a tokenizer, looked up once and checked. Can be pickled.
 
     Attributes:
         plain: encodes text that is no chat; control tokens that it spells stay text.
         chatml: writes conversations of our template; None: the tokenizer has another one.
         end_of_turn: id of the token with which an assistant turn ends.
         ends, end_names: ids of all tokens that may end one, and their names in texts of prompts.
+
+    Raises:
+        ValueError: the tokenizer is no fast BPE; it has no chat template, or one with a fault.
     """
 
     def __init__(self, tokenizer):
@@ -119,17 +123,8 @@ class ChatCoder:
         return (self.chatml or self.readers[0].template).opening(thinking)
 
     def decode_reply(self, ids: Sequence[int]) -> str:
-        """What a model wrote, as text: all up to its end-of-turn token; padding is left out.
-
-        Markers such as <think> stay, whether this tokenizer calls them special or not.
-        """
-        ids = list(ids)
-        stop = next((n for n, token in enumerate(ids) if token in self.ends), len(ids))
-        pad = self.tokenizer.pad_token_id
-        ids = [token for token in ids[:stop] if token != pad]
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        """What a model wrote, as text; see `replies.decode_reply`."""
+        return decode_reply(self.tokenizer, ids, self.ends)
 
 
 def _mask(ids: list[int], chat: Chat) -> list[int]:
@@ -151,12 +146,3 @@ def _mask(ids: list[int], chat: Chat) -> list[int]:
             return []
         mask[begin : last + 1] = [1] * (last + 1 - begin)
     return mask
-
-
-def chat_coder(tokenizer) -> ChatCoder:
-    """Look up once what every conversation needs, and check it.
-
-    Raises:
-        ValueError: the tokenizer is no fast BPE; it has no chat template, or one with a fault.
-    """
-    return ChatCoder(tokenizer)

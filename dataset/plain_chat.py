@@ -1,17 +1,15 @@
 """Conversations of roles and texts in our own chat template to ids and a loss mask, directly.
 
-The text is the template's and the ids are the tokenizer's. No turn here spells a control token, so
-every <|im_start|> begins a turn and every <|im_end|> ends one. All other conversations are for
-`chat_format.py`, which gives the same for these; `chat_encoder.py` tells them apart.
+`plain_turns.py` writes the text, and leaves to `chat_format.py` what it cannot, which gives the
+same for these; `chat_encoder.py` tells them apart.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dataset.our_template import END, ROLES, SAMPLE, START, is_ours
+from dataset.our_template import END, START
 from dataset.plain_text import PlainText
-
-FIELDS = {"role", "content", "loss"}  # of a message that is written here
+from dataset.plain_turns import write_turns, writes_ours
 
 
 @dataclass
@@ -33,17 +31,10 @@ class PlainChats:
 
     def write(self, messages: list[dict], loss_on: str) -> PlainChat | None:
         """A conversation as text; None: it says more than roles and texts, or a control token."""
-        text, assistant = "", []
-        for n, message in enumerate(messages):
-            role, content = message["role"], message.get("content")
-            if not (message.keys() <= FIELDS and role in ROLES and isinstance(content, str)):
-                return None
-            text += f"{START}{role}\n{content}{END}\n"
-            if role == "assistant":
-                assistant.append(n)
-        spelled = self.texts.added.findall(text)
-        if spelled != [START, END] * len(messages) or "</think>" in text:
+        text = write_turns(messages, self.texts.added)
+        if text is None:
             return None
+        assistant = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         learned = assistant[-1:] if loss_on == "last" else assistant
         learned = [n for n in learned if messages[n].get("loss", True)]
         return PlainChat(messages, text, learned)
@@ -69,9 +60,4 @@ class PlainChats:
 
 def plain_chats(tokenizer, texts: PlainText) -> PlainChats | None:
     """What writes conversations directly, if the tokenizer's chat template is ours; else None."""
-    if not (texts.added and is_ours(tokenizer.chat_template) and {START, END} <= texts.ids.keys()):
-        return None
-    chats = PlainChats(texts)
-    sample = chats.write(SAMPLE, "all")
-    ids = tokenizer.apply_chat_template(SAMPLE, return_dict=False)
-    return chats if sample and texts.encode([sample.text]) == [ids] else None
+    return PlainChats(texts) if writes_ours(tokenizer, texts) else None

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from dataset.chat_format import chat_coder
 from dataset.plain_rows import plain_format, plain_messages
+from dataset.prompt_coder import PromptCoder
 from dataset.read_rows import read_rows
 
 
@@ -48,7 +48,7 @@ class PromptDataset(Dataset):
         path, fmt = Path(data_path), None
         if not path.is_file():
             raise ValueError(f"{path}: no such data file")
-        self.coder = chat_coder(tokenizer)
+        self.coder = PromptCoder(tokenizer)
         self.prompts: list[list[int]] = []
         self.rows, self.places, bad, dropped = [], [], [], 0
         for (line, row, fault), _ in read_rows(path):
@@ -62,7 +62,7 @@ class PromptDataset(Dataset):
                     from dataset.prompt_rows import split_prompt
 
                     fmt = fmt or detect_format(row)
-                    prompt = split_prompt(row, fmt, self.coder)
+                    prompt = split_prompt(row, fmt, self.coder.general)
                 messages, tools, row = prompt
                 ids = self.coder.encode_prompt(messages, tools)
             except (ValueError, RecursionError) as error:
@@ -114,9 +114,6 @@ def describe_prompts(dataset: PromptDataset) -> str:
     """One line of counts: prompts, their tokens, dropped and bad rows."""
     stats = dataset.stats
     mean = stats["tokens"] / stats["rows"]
-    text = (
-        f"{stats['rows']:,} prompts of {mean:.1f} tokens on average, {stats['dropped']:,} dropped"
-    )
-    return text + (
-        f", {stats['bad']:,} bad rows skipped (first: {stats['first_bad']})" if stats["bad"] else ""
-    )
+    text = f"{stats['rows']:,} prompts of {mean:.1f} tokens on average"
+    bad = f", {stats['bad']:,} bad rows skipped (first: {stats['first_bad']})"
+    return f"{text}, {stats['dropped']:,} dropped{bad if stats['bad'] else ''}"

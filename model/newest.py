@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-
-def is_path(name: str) -> bool:
-    """Whether it names a file or a folder, not a stage or a run."""
-    return name.endswith(".pth") or "/" in name or (Path(name) / "config.json").is_file()
+from model.weights import is_path
 
 
 def newest_weights(weight: str, out_dir: str | Path, flag: str = "--weight") -> Path:

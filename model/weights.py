@@ -14,6 +14,11 @@ from model.meta_device import on_meta_device
 from model.tensor_file import read_tensors
 
 
+def is_path(name: str) -> bool:
+    """Whether it names a file or a folder, not a stage or a run."""
+    return name.endswith(".pth") or "/" in name or (Path(name) / "config.json").is_file()
+
+
 def load_model(path: str | Path) -> MiniMindLM:
     """The model in a weights file or a folder in Hugging Face's format: CPU, float32, for evaluation.
 

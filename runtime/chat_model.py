@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.chat_format import ChatCoder, chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.text_encoder import TextEncoder, text_encoder
 from dataset.tokenizer import LazyTokenizer
 from model.lm import MiniMindLM
@@ -116,7 +116,7 @@ def open_chat_model(
 
         plain, sampling["eos_token_id"] = text_encoder(tokenizer), end_of_text(tokenizer)
         return ChatModel(model, None, tokenizer.decode, None, sampling, plain, tokenizer)
-    coder = chat_coder(tokenizer)
+    coder = ChatCoder(tokenizer)
     return ChatModel(model, coder, coder.decode_reply, thinking, sampling, coder.plain, tokenizer)
 
 

@@ -8,9 +8,8 @@ from torch import nn
 
 from model.config import LMConfig
 from model.meta_device import on_meta_device
-from model.newest import is_path
 from model.tensor_file import read_tensors
-from model.weights import allocate, load_weights, read_config
+from model.weights import allocate, is_path, load_weights, read_config
 
 
 def find(name: str, of_stage: Path, required: bool) -> Path:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from model.newest import is_path
+from model.weights import is_path
 
 
 def find_other(name: str, path: Path, required: bool) -> Path:

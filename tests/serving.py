@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from running import kill_all, start, wait_until
 
-from dataset.chat_format import chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.tokenizer import load_tokenizer
 from model.lm import LMConfig, MiniMindLM
 
@@ -69,7 +69,7 @@ def train_by_heart(folder: Path, steps: int = 300) -> Path:
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(ROOT / "model" / "minimind_tokenizer")
     model = MiniMindLM(LMConfig(vocab_size=len(tokenizer), **SHAPE))
-    encoded = chat_coder(tokenizer).encode_chats(chats())
+    encoded = ChatCoder(tokenizer).encode_chats(chats())
     ids = torch.tensor([sum((ids for ids, _ in encoded), [])])
     mask = torch.tensor(sum((mask for _, mask in encoded), []))
     at = mask[1:].nonzero().squeeze(1)  # the positions before the supervised ones

@@ -9,7 +9,7 @@ import torch
 from conftest import write_jsonl
 from test_eval_model import FACTS, error, ok, save, turns
 
-from dataset.chat_format import chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.choice_rows import read_choice_row
 from model.lm import LMConfig, MiniMindLM
 from model.weights import load_model
@@ -229,7 +229,7 @@ def calling(tmp_path_factory, tokenizer):
     model = MiniMindLM(LMConfig(vocab_size=len(tokenizer), **shape))
     said = [{"role": "user", "content": "Rome?"}]
     said.append({"role": "assistant", "content": "", "tool_calls": [CALLED]})
-    ids, mask = chat_coder(tokenizer).encode_chats([(said, TOOLS)])[0]
+    ids, mask = ChatCoder(tokenizer).encode_chats([(said, TOOLS)])[0]
     x, at = torch.tensor([ids]), torch.tensor(mask)[1:].nonzero().squeeze(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(120):

@@ -10,7 +10,7 @@ import torch
 
 import eval_model
 from benchmarks.chat_templates import CHATML
-from dataset.chat_format import chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.chat_template import MARKERS
 from model.lm import LMConfig, MiniMindLM
 from model.weights import config_from_json
@@ -56,7 +56,7 @@ def knowing(tmp_path_factory, tokenizer):
     model = MiniMindLM(LMConfig(vocab_size=len(tokenizer), **SHAPE))
     chats = [turns(question, answer) for question, answer in FACTS.items()]
     chats.append(turns("hi", FACTS["hi"], *SECOND_TURN))
-    encoded = chat_coder(tokenizer).encode_chats([(chat, None) for chat in chats])
+    encoded = ChatCoder(tokenizer).encode_chats([(chat, None) for chat in chats])
     x, at = torch.tensor([sum((ids for ids, _ in encoded), [])]), []
     lens = [len(ids) for ids, _ in encoded]
     mask = torch.tensor(sum((mask for _, mask in encoded), []))
@@ -243,7 +243,7 @@ def test_a_reply_is_read_again_as_it_was_written(run, knowing, tokenizer, monkey
     output = ok(run(knowing, "--system", "s", stdin="a\nb\nc\nd\n"))
     assert bot_lines(output)[:2] == ["<think>h</think>i", "hi<tool_call>h</tool_call>"]
     for n, question in enumerate("bcd"):
-        asked = chat_coder(tokenizer).encode_prompt(turns(question))
+        asked = ChatCoder(tokenizer).encode_prompt(turns(question))
         assert prompts[n + 1] == prompts[n] + written[n] + [tokenizer.eos_token_id, newline] + asked
 
 

@@ -6,10 +6,10 @@ def end_of_turn(tokenizer) -> int | None:
 
     None: there is no template, or none with such a token; weights can be exported all the same.
     """
-    from dataset.chat_format import chat_coder
+    from dataset.chat_format import ChatCoder
 
     try:
-        return chat_coder(tokenizer).end_of_turn
+        return ChatCoder(tokenizer).end_of_turn
     except ValueError:
         return None
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dataset.chat_format import ChatCoder
+from dataset.prompt_coder import PromptCoder
 from dataset.replies import final_answer
 from model.lm import LMConfig
 from runtime.parallel import gather_objects
@@ -68,7 +68,7 @@ def load_rewards(words: list[str], policy: LMConfig, args) -> list[Reward]:
 
 
 def compute_rewards(
-    rewards: list[Reward], rollout: Rollout, rows: list[dict], places: list[str], coder: ChatCoder
+    rewards: list[Reward], rollout: Rollout, rows: list[dict], places: list[str], coder: PromptCoder
 ) -> Tensor:
     """The weighted rewards of a rollout, (N, rewards) float64: their sum is learned from.
 
@@ -99,7 +99,7 @@ def compute_rewards(
     return torch.tensor(columns, dtype=torch.float64).view(len(rewards), -1).T
 
 
-def texts_of(rollout: Rollout, coder: ChatCoder) -> tuple[list[str], list[str]]:
+def texts_of(rollout: Rollout, coder: PromptCoder) -> tuple[list[str], list[str]]:
     """Prompts in the layout of a chat, and completions as the model wrote them."""
     prompts = coder.tokenizer.batch_decode(rollout.prompts)
     return prompts, [coder.decode_reply(ids) for ids in rollout.completions]

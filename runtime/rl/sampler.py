@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.chat_format import ChatCoder
+from dataset.prompt_coder import PromptCoder
 from dataset.prompt_dataset import PromptDataset
 from model.generate_batch import generate_batch
 from model.lm import MiniMindLM
@@ -148,7 +148,7 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     return token.clamp_max(log_probs.size(1) - 1).to(log_probs.device)
 
 
-def show_samples(rollout: Rollout, rewards: Tensor, coder: ChatCoder, count: int = 3) -> str:
+def show_samples(rollout: Rollout, rewards: Tensor, coder: PromptCoder, count: int = 3) -> str:
     """A few completions of a rollout with their rewards, in a line each."""
     prompts, completions = texts_of(rollout, coder)
     total = rewards.sum(dim=1).tolist()
@@ -173,6 +173,5 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor, names: list[str]) -> dict
     metrics = {"reward": mean, "reward_std": math.sqrt(max(0.0, square - mean**2))}
     metrics |= {"completion_length": length / count, "truncated": cut / count}
     if len(names) > 1:
-        means = [value / count for value in each]
-        metrics |= {f"reward {name}": value for name, value in zip(names, means, strict=True)}
+        metrics |= {f"reward {n}": value / count for n, value in zip(names, each, strict=True)}
     return metrics

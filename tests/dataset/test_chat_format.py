@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dataset.chat_format import chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.chat_rows import normalise_row
 from dataset.text_encoder import text_encoder
 
 TOKENIZER = AutoTokenizer.from_pretrained(
     str(Path(__file__).resolve().parents[2] / "model" / "minimind_tokenizer")
 )
-CODER = chat_coder(TOKENIZER)
+CODER = ChatCoder(TOKENIZER)
 N_SPECIAL = 16
 WEATHER = {
     "type": "function",

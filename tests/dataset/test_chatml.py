@@ -16,13 +16,13 @@ from test_foreign_tokenizers import foreign
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.chat_templates import CHATML, case_tokenizer
-from dataset.chat_format import ChatCoder, chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.chat_template import CHAT_TEMPLATE
 from dataset.our_template import ROLES, TEMPLATE_SHA256
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ours; one that merges newlines, as Qwen's does; one without tokens for thinking.
-CODERS = [chat_coder(tokenizer) for tokenizer in (TOKENIZER, case_tokenizer("ours"), foreign())]
+CODERS = [ChatCoder(tokenizer) for tokenizer in (TOKENIZER, case_tokenizer("ours"), foreign())]
 EDGES = ["\n", "\n\n", "\r\n", " ", "\t", "a", "12", "你好", "。", "e\u0301", "😀", "\u2028", "\0"]
 TEXT = st.one_of(
     st.text(max_size=12),
@@ -128,7 +128,7 @@ def test_more_than_roles_and_texts_is_for_the_reader(messages, tools):
 
 
 def test_the_template_is_known_by_its_hash():
-    """Whoever changes it has to look at `chatml.py` and `plain_chat.py` as well."""
+    """Whoever changes it has to look at `chatml.py` and `plain_turns.py` as well."""
     path = ROOT / "model/minimind_tokenizer/chat_template.jinja"
     for template in (CHAT_TEMPLATE, path.read_text(encoding="utf-8"), TOKENIZER.chat_template):
         assert hashlib.sha256(template.encode()).hexdigest() == TEMPLATE_SHA256
@@ -138,17 +138,15 @@ def test_another_template_is_never_written_directly():
     for template in (CHATML, CHAT_TEMPLATE + " ", {"default": CHAT_TEMPLATE}):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(ROOT / "model/minimind_tokenizer")
         tokenizer.chat_template = template
-        coder = chat_coder(tokenizer)
+        coder = ChatCoder(tokenizer)
         assert coder.chatml is None
         messages = [user("a"), assistant("b")]
         assert coder.encode_chats([(messages, None)]) == CODERS[0].encode_chats([(messages, None)])
 
 
 def test_a_tokenizer_with_other_tokens_is_never_written_directly(monkeypatch):
-    assert chat_coder(foreign(special=("<|im_end|>",))).chatml is None
-    assert (
-        chat_coder(foreign(special=("<|im_start|>", "<|im_end|>", "<|im_end|>\n"))).chatml is None
-    )
+    assert ChatCoder(foreign(special=("<|im_end|>",))).chatml is None
+    assert ChatCoder(foreign(special=("<|im_start|>", "<|im_end|>", "<|im_end|>\n"))).chatml is None
     tokenizer = foreign()
     original = PreTrainedTokenizerFast.apply_chat_template
 
@@ -157,7 +155,7 @@ def test_a_tokenizer_with_other_tokens_is_never_written_directly(monkeypatch):
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", other)
     with pytest.raises(ValueError, match=r"token \d+ of a conversation of 2 turns is .*gives"):
-        chat_coder(tokenizer)
+        ChatCoder(tokenizer)
 
 
 LOADED = """

@@ -12,7 +12,7 @@ from conftest import chat, write_jsonl
 from running import ROOT
 from test_data_files import layouts
 
-from dataset.chat_format import chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.chat_template import CHAT_TEMPLATE
 from dataset.lm_dataset import SFTDataset, describe, load_tokenizer
 from dataset.pretrain_dataset import PretrainDataset
@@ -35,7 +35,7 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def coder(tokenizer):
-    return chat_coder(tokenizer)
+    return ChatCoder(tokenizer)
 
 
 def samples(dataset) -> list[list[list[int]]]:

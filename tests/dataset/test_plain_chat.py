@@ -15,7 +15,7 @@ from test_foreign_tokenizers import foreign
 from transformers import PreTrainedTokenizerFast
 
 from dataset.chat_encoder import ChatEncoder
-from dataset.chat_format import chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.chat_rows import ROLES, detect_format, normalise_row
 from dataset.plain_chat import PlainChat
 from dataset.plain_rows import SPECIAL, plain_format, plain_messages
@@ -65,7 +65,7 @@ def test_another_tokenizer_is_for_the_coder():
     other = PreTrainedTokenizerFast.from_pretrained(ROOT / "model/minimind_tokenizer")
     other.chat_template += " "
     for tokenizer in [*tokenizers, other]:
-        encoder, coder = ChatEncoder(tokenizer), chat_coder(tokenizer)
+        encoder, coder = ChatEncoder(tokenizer), ChatCoder(tokenizer)
         messages = [user("q"), assistant("a")]
         assert encoder.plain is None and not is_direct(encoder, messages)
         assert encoder.encode([encoder.read_chat(messages, None)]) == coder.encode_chats(

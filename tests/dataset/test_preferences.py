@@ -12,7 +12,7 @@ from conftest import write_jsonl
 from running import ROOT
 
 from dataset.cached_dataset import describe
-from dataset.chat_format import chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.packing import batches, plan_epoch
 from dataset.pair_rows import normalise_pair
 from dataset.preference_dataset import PreferenceDataset, open_pairs, read_plain_pair
@@ -53,7 +53,7 @@ def sides(dataset, row=0):
 def test_a_pair_is_two_conversations_with_loss_on_the_answer(open_rows, tokenizer):
     dataset = open_rows([GOOD])
     for side, name in zip(dataset[0], ("chosen", "rejected"), strict=True):
-        ids, mask = chat_coder(tokenizer).encode_chats([(GOOD[name], None)], "last")[0]
+        ids, mask = ChatCoder(tokenizer).encode_chats([(GOOD[name], None)], "last")[0]
         assert [part.tolist() for part in side] == [ids[:-1], ids[1:], mask[1:]]
         answer = tokenizer.decode(side[1][side[2].bool()].tolist())
         assert answer == GOOD[name][1]["content"] + "<|im_end|>"

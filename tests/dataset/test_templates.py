@@ -19,7 +19,7 @@ from benchmarks.chat_templates import (
 )
 from benchmarks.fuzz_templates import fuzz
 from dataset import template_checks
-from dataset.chat_format import ChatCoder, chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.lm_dataset import SFTDataset, load_tokenizer
 from dataset.prompt_dataset import PromptDataset
 from dataset.talk import Talk
@@ -42,7 +42,7 @@ def coder_of(template, kind: str = "qwen") -> ChatCoder:
     tokens = dict(blank.special_tokens_map)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=blank.backend_tokenizer, **tokens)
     tokenizer.chat_template = template
-    return chat_coder(tokenizer)
+    return ChatCoder(tokenizer)
 
 
 def supervised(coder: ChatCoder, messages: list[dict], tools=None, loss_on: str = "all") -> str:
@@ -52,7 +52,7 @@ def supervised(coder: ChatCoder, messages: list[dict], tools=None, loss_on: str 
 
 @pytest.fixture(scope="module")
 def coders() -> dict[str, ChatCoder]:
-    return {name: chat_coder(case_tokenizer(name)) for name in CASES}
+    return {name: ChatCoder(case_tokenizer(name)) for name in CASES}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,14 +260,14 @@ def test_where_the_template_is_from_is_told(folder, tmp_path):
     (folder / "chat_template.jinja").write_text("{% if %}")
     place = re.escape(f"{folder / 'chat_template.jinja'}:1: ")
     with pytest.raises(ValueError, match=place):
-        chat_coder(load_tokenizer(folder))
+        ChatCoder(load_tokenizer(folder))
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=f"{re.escape(str(folder))}: there is no chat template"):
-        chat_coder(load_tokenizer(folder))
+        ChatCoder(load_tokenizer(folder))
     bad = tmp_path / "bad.jinja"
     bad.write_text("a\n{{ b")
     with pytest.raises(ValueError, match=f"{re.escape(str(bad))}:2: "):
-        chat_coder(load_tokenizer(folder, chat_template=bad))
+        ChatCoder(load_tokenizer(folder, chat_template=bad))
     with pytest.raises(ValueError, match="--chat_template .*nowhere.jinja: No such file"):
         load_tokenizer(folder, chat_template=tmp_path / "nowhere.jinja")
     bad.write_text(" \n")
@@ -283,7 +283,7 @@ def test_tokenizers_that_are_none_of_ours_are_refused(folder, tmp_path):
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     words.save(str(folder / "tokenizer.json"))
     with pytest.raises(ValueError, match="is a WordLevel tokenizer: only fast BPE tokenizers"):
-        chat_coder(load_tokenizer(folder))
+        ChatCoder(load_tokenizer(folder))
 
 
 def test_a_class_of_its_own_is_loaded_as_transformers_does(folder):

@@ -6,7 +6,7 @@ import pytest
 from test_chat_format import WEATHER, assistant, user
 
 from benchmarks.chat_templates import case_tokenizer
-from dataset.chat_format import chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.reference_answer import said
 from dataset.replies import final_answer
 from dataset.tool_calls import has_broken_call, parse_tool_calls
@@ -81,7 +81,7 @@ def test_a_whole_call_counts_beside_a_broken_one():
 
 @pytest.mark.parametrize("name", ["ours", "llama3", "mistral", "qwen3"])
 def test_what_a_template_writes_is_read_back(name):
-    coder = chat_coder(case_tokenizer(name))
+    coder = ChatCoder(case_tokenizer(name))
     call = CALL | {"id": "call12345"} if name == "mistral" else CALL
     reply = said(coder, [user("q"), assistant("", tool_calls=[call])], [WEATHER])
     reply = final_answer(reply).removesuffix("<|eom_id|>")  # Llama 3 ends such a turn otherwise

@@ -11,7 +11,7 @@ from running import ROOT
 from test_foreign_tokenizers import foreign
 from transformers import AutoTokenizer
 
-from dataset.chat_format import chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.prompt_dataset import PromptDataset
 from dataset.replies import final_answer
 from model.lm import LMConfig
@@ -44,7 +44,7 @@ def any_tokenizer(request, tmp_path_factory):
 def written(message: dict, tokenizer) -> list[int]:
     """The ids that a model writes for an assistant turn, its end-of-turn token the last."""
     chat = [{"role": "user", "content": "x"}, message]
-    ids, mask = chat_coder(tokenizer).encode_chats([(chat, None)])[0]
+    ids, mask = ChatCoder(tokenizer).encode_chats([(chat, None)])[0]
     return [i for i, m in zip(ids, mask, strict=True) if m]
 
 
@@ -55,19 +55,19 @@ def test_only_padding_and_the_end_of_turn_are_left_out(any_tokenizer):
         tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_start|>")
     )
     assert (
-        chat_coder(tokenizer).decode_reply(ids)
-        == chat_coder(tokenizer).decode_reply(ids[:-1])
+        ChatCoder(tokenizer).decode_reply(ids)
+        == ChatCoder(tokenizer).decode_reply(ids[:-1])
         == text
     )
-    assert chat_coder(tokenizer).decode_reply([pad, *ids, pad, *ids]) == text
-    assert chat_coder(tokenizer).decode_reply([*ids[:-1], pad, pad]) == text
-    assert chat_coder(tokenizer).decode_reply([start, *ids]) == "<|im_start|>" + text
-    assert chat_coder(tokenizer).decode_reply([]) == ""
+    assert ChatCoder(tokenizer).decode_reply([pad, *ids, pad, *ids]) == text
+    assert ChatCoder(tokenizer).decode_reply([*ids[:-1], pad, pad]) == text
+    assert ChatCoder(tokenizer).decode_reply([start, *ids]) == "<|im_start|>" + text
+    assert ChatCoder(tokenizer).decode_reply([]) == ""
 
 
 def test_spaces_are_those_that_were_written(any_tokenizer):
     ids = written({"role": "assistant", "content": " a , b . do n't \n"}, any_tokenizer)
-    assert chat_coder(any_tokenizer).decode_reply(ids) == " a , b . do n't \n"
+    assert ChatCoder(any_tokenizer).decode_reply(ids) == " a , b . do n't \n"
 
 
 def test_other_programs_keep_the_markers(tokenizer):
@@ -95,7 +95,7 @@ def test_rewards_see_what_the_model_wrote(any_tokenizer, tmp_path):
     )
     words = ["exact", "format", f"{tmp_path}/mine.py:calls"]
     functions = rewards.load_rewards(words, LMConfig(), Namespace())
-    coder = chat_coder(any_tokenizer)
+    coder = ChatCoder(any_tokenizer)
     thinking = {"role": "assistant", "content": "42", "reasoning_content": "6x7"}
     messages = [thinking, {"role": "assistant", "content": "42"}, {**MESSAGE, "content": "41"}]
     sampled = rollout_of([written(message, any_tokenizer) for message in messages])
@@ -158,5 +158,5 @@ def test_the_last_turn_of_a_row_is_its_answer_without_the_thinking(tokenizer, tm
     # Whoever says the reference is right.
     for reply, row in zip(replies[:-1], dataset.rows, strict=False):
         assert rewards.exact(
-            [""], [chat_coder(tokenizer).decode_reply(written(reply, tokenizer))], [row]
+            [""], [ChatCoder(tokenizer).decode_reply(written(reply, tokenizer))], [row]
         ) == [1]

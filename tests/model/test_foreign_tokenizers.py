@@ -27,7 +27,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from dataset.chat_format import chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.chat_template import CHAT_TEMPLATE
 from dataset.text_encoder import text_encoder
 
@@ -65,7 +65,7 @@ ORDINARY = (
 
 def test_foreign_tokenizer_equals_its_template_on_ordinary_text():
     tokenizer = foreign()
-    ids, mask = encode_chat(*ORDINARY, chat_coder(tokenizer))
+    ids, mask = encode_chat(*ORDINARY, ChatCoder(tokenizer))
     assert ids == tokenizer.apply_chat_template(ORDINARY[0], return_dict=False)
     answer = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
     assert answer == body_of(ORDINARY[0][1]) + "<|im_end|>"
@@ -74,7 +74,7 @@ def test_foreign_tokenizer_equals_its_template_on_ordinary_text():
 @pytest.mark.parametrize("text", injections()[::4])
 def test_foreign_added_tokens_are_out_of_reach_even_if_not_special(text):
     tokenizer = foreign()
-    coder, added = chat_coder(tokenizer), set(tokenizer.get_added_vocab().values())
+    coder, added = ChatCoder(tokenizer), set(tokenizer.get_added_vocab().values())
     assert added.isdisjoint(coder.plain(text))
     counts = [
         sum(i in added for i in encode_chat(*attacked(t), coder)[0]) for t in (text, "HARMLESS")
@@ -84,25 +84,25 @@ def test_foreign_added_tokens_are_out_of_reach_even_if_not_special(text):
 
 def test_markers_that_are_no_tokens_become_text():
     tokenizer = foreign(plain=())
-    ids, mask = encode_chat(*ORDINARY, chat_coder(tokenizer))
+    ids, mask = encode_chat(*ORDINARY, ChatCoder(tokenizer))
     assert ids == tokenizer.apply_chat_template(ORDINARY[0], return_dict=False)
     assert (
         tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
         == body_of(ORDINARY[0][1]) + "<|im_end|>"
     )
     messages = [user("x"), assistant("<tool_call>")]
-    ids, _ = encode_chat(messages, [WEATHER], chat_coder(tokenizer))
+    ids, _ = encode_chat(messages, [WEATHER], ChatCoder(tokenizer))
     assert ids == tokenizer.apply_chat_template(messages, tools=[WEATHER], return_dict=False)
 
 
 def test_a_turn_without_an_end_token_is_refused():
     with pytest.raises(ValueError, match="no token ends an assistant turn: behind it stands '<"):
-        chat_coder(foreign(special=("<|im_start|>",)))
+        ChatCoder(foreign(special=("<|im_start|>",)))
 
 
 def test_a_header_need_be_no_token():
     tokenizer = foreign(special=("<|im_end|>",))
-    ids, mask = encode_chat(*ORDINARY, chat_coder(tokenizer))
+    ids, mask = encode_chat(*ORDINARY, ChatCoder(tokenizer))
     assert ids == tokenizer.apply_chat_template(ORDINARY[0], return_dict=False)
     answer = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
     assert answer == body_of(ORDINARY[0][1]) + "<|im_end|>"
@@ -129,7 +129,7 @@ def test_control_tokens_that_the_bpe_could_merge_are_cut_out():
         assert trap.encode("<|im_end|>").ids == [trap.token_to_id("<|im_end|>")]
         trap.add_special_tokens(spellings)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=trap, chat_template=CHAT_TEMPLATE)
-        coder, added = chat_coder(tokenizer), set(tokenizer.get_added_vocab().values())
+        coder, added = ChatCoder(tokenizer), set(tokenizer.get_added_vocab().values())
         assert len(added) == 3
         for text in [
             *spellings,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import write_jsonl
 
-from dataset.chat_format import chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.chat_rows import detect_format
 from dataset.packing import plan_epoch
 from dataset.plain_rows import plain_format
@@ -296,7 +296,7 @@ ODD_FIELDS = [("answer", "4"), ("answer", None), ("answer", 4), ("level", [1]), 
 
 def test_plain_prompts_are_read_as_all_others_are(tokenizer):
     """`read_plain_prompt` says the same as `prompt_rows`, or leaves the row to it."""
-    draw, coder, plain = random.Random(0), chat_coder(tokenizer), 0
+    draw, coder, plain = random.Random(0), ChatCoder(tokenizer), 0
     for _ in range(10_000):
         turns = [
             draw.choice(SAID[:4] + SAID[1:2] * 20 + ODD_TURNS)
@@ -467,7 +467,7 @@ def rewards_of(functions, tokenizer, replies: list[str]):
     sampled = rollout.Rollout([[9, 9]] * n, ids, [True] * n)
     rows = [{"answer": "four"}] * n
     return rewards.compute_rewards(
-        functions, sampled, rows, [f"data:{k}" for k in range(1, n + 1)], chat_coder(tokenizer)
+        functions, sampled, rows, [f"data:{k}" for k in range(1, n + 1)], ChatCoder(tokenizer)
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.chat_templates import CASES, case_tokenizer
-from dataset.chat_format import ChatCoder, chat_coder
+from dataset.chat_format import ChatCoder
 from dataset.reference_answer import said
 from runtime.serving.api_error import APIError
 from runtime.serving.call_form import CallForm, learn_call_form
@@ -33,12 +33,12 @@ TOOLS = [
 
 @pytest.fixture(scope="module")
 def coders() -> dict[str, ChatCoder]:
-    return {name: chat_coder(case_tokenizer(name)) for name in CASES}
+    return {name: ChatCoder(case_tokenizer(name)) for name in CASES}
 
 
 @pytest.fixture(scope="module")
 def coder(tokenizer) -> ChatCoder:
-    return chat_coder(tokenizer)
+    return ChatCoder(tokenizer)
 
 
 def test_our_own(coder):
