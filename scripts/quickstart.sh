@@ -12,12 +12,12 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 model="--dim 192 --n_layers 6 --n_heads 3 --n_kv_heads 3 --max_seq_len 256"
 dtype=$("$python" -c "import torch; from runtime.device import fast_dtype; print(fast_dtype(torch.device('cpu')))")
 recipe="--dtype ${dtype#torch.} --optimizer muon --learning_rate 4e-3 --lr_schedule linear --batch_size 32 --save_interval 0 --log_interval 50"
-export GOMP_SPINCOUNT=20000  # threads that wait soon let others run: on a busy machine the default is ten times slower
+export GOMP_SPINCOUNT=30000  # threads that wait soon let others run: on a busy machine the default is ten times slower
 say() { printf '\n=== %s\n' "$*"; }
 begin=$SECONDS
 
-say "1/5 conversations to learn from: dataset/make_demo.py writes fourteen times those of dataset/demo"
-"$python" dataset/make_demo.py --out_dir out/demo --scale 14
+say "1/5 conversations to learn from: dataset/make_demo.py writes thirteen times those of dataset/demo"
+"$python" dataset/make_demo.py --out_dir out/demo --scale 13
 
 say "2/5 pretraining: words, facts and patterns"
 "$python" trainer/train_pretrain.py $model $recipe --data_path out/demo/pretrain.jsonl --tokenizer_dir dataset/demo/tokenizer "$@"

@@ -83,11 +83,11 @@ def make_clone(place: Path) -> Path:
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, place / name)
     (place / ".venv").symlink_to(sys.prefix)
-    # The demo's data once instead of fourteen times: writing and encoding it is half of the time.
+    # The demo's data once instead of thirteen times: writing and encoding it is half of the time.
     quickstart = place / "scripts/quickstart.sh"
     text = quickstart.read_text(encoding="utf-8")
-    assert "--scale 14" in text
-    quickstart.write_text(text.replace("--scale 14", "--scale 1"), encoding="utf-8")
+    assert "--scale 13" in text
+    quickstart.write_text(text.replace("--scale 13", "--scale 1"), encoding="utf-8")
     for stage in ("pretrain", "full_sft"):
         run_ranks(place / f"trainer/train_{stage}.py", *TINY, cwd=place)
     # Stands in for the public model of docs/en/finetune.md.
